@@ -1,0 +1,255 @@
+"""What can go wrong, as the operator sees it: one class per thing that can be acted on.
+
+An error is one line, `<what> : <what to do>`, made from the class's two templates and the fields
+it was raised with.  Fields may come from a guest, an image or the engine: control characters are
+escaped and a field is cut at 200 characters, so that a message stays one plain line.
+Only `cli.py` prints errors and exits.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+FIELD_LIMIT = 200
+
+
+def plain(value: object) -> str:
+    """`value` as printable text of at most 200 characters: control characters become escapes."""
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(value))
+    return text if len(text) <= FIELD_LIMIT else text[: FIELD_LIMIT - 1] + "…"
+
+
+class Error(Exception):
+    """The base of every error that localdisk raises on purpose; fields are keyword arguments."""
+
+    what: ClassVar[str] = "{problem}"
+    fix: ClassVar[str] = "{fix}"
+    exit_code: ClassVar[int] = 2
+
+    def __init__(self, **fields: Any) -> None:
+        super().__init__()
+        self.fields = fields
+
+    def __str__(self) -> str:
+        shown = {name: plain(value) for name, value in self.fields.items()}
+        return f"{self.what} : {self.fix}".format(**shown)
+
+
+# -- the command line and the configuration
+
+
+class UsageError(Error):
+    what = "{problem}"
+    fix = "see localdisk --help"
+
+
+class ConfigUnreadable(Error):
+    what = "cannot read configuration {path}: {problem}"
+    fix = "make it a regular file owned by root, mode 0644, that nobody else can write"
+
+
+class ConfigRefused(Error):
+    """All problems of one configuration file at once; `problems` are `FILE:LINE:COLUMN: ...` lines."""
+
+    what = "configuration {path} is refused, {count} problem(s)"
+    fix = "correct it, then run localdisk check --config {path}"
+
+    def __init__(self, path: str, problems: tuple[str, ...]) -> None:
+        super().__init__(path=path, count=len(problems))
+        self.problems = problems
+
+    def __str__(self) -> str:
+        return "\n".join((*(plain(p) for p in self.problems), super().__str__()))
+
+
+# -- what vdsm hands us
+
+
+class BadHookCall(Error):
+    what = "hook called wrongly: {problem}"
+    fix = "only vdsm calls this, through a link in its hook directory; see README, install"
+
+
+class BadProperty(Error):
+    what = "custom property localdisk has the value '{value}'"
+    fix = "set it to lvm, lvmthin, on or off in the engine"
+
+
+class BadDiskData(Error):
+    what = "disk data from vdsm is refused: {problem}"
+    fix = "see the vdsm log; this version of localdisk may not know this version of vdsm"
+
+
+class BadDomain(Error):
+    what = "domain XML from vdsm is refused: {problem}"
+    fix = "see the vdsm log; this version of localdisk may not know this version of vdsm"
+
+
+# -- the disk and its source
+
+
+class DiskRefused(Error):
+    """A disk that must not be copied by what it is (shared, transient, network)."""
+
+    what = "disk {disk} is {problem}"
+    fix = "exclude its image in `vms: … disks:` of /etc/localdisk.yaml, or detach it from this VM"
+
+
+class SourceRefused(Error):
+    what = "source volume {path} is refused: {problem}"
+    fix = "{fix}"
+
+    def __init__(self, path: str, problem: str, fix: str = "check the volume with qemu-img info") -> None:
+        super().__init__(path=path, problem=problem, fix=fix)
+
+
+class OperationRefused(Error):
+    what = "VM {vm} runs from local disks, it cannot {operation}"
+    fix = "stop the VM, or run it without the custom property localdisk"
+
+
+class HotplugRefused(Error):
+    what = "disk {disk} cannot be plugged into VM {vm} while it runs from local disks"
+    fix = "stop the VM first, or set `hotplug: shared` in /etc/localdisk.yaml"
+
+
+# -- tools and privileges
+
+
+class CommandFailed(Error):
+    """A tool ended badly; keeps `argv`, `exit_code` (negative: killed by that signal) and `stderr`."""
+
+    what = "{tool} failed ({how}): {said}"
+    fix = "see the system log of this host"
+
+    def __init__(self, argv: tuple[str, ...], exit_code: int, stderr: str) -> None:
+        said = [line.strip() for line in stderr.splitlines() if line.strip()]
+        how = f"exit code {exit_code}" if exit_code >= 0 else f"signal {-exit_code}"
+        super().__init__(tool=" ".join(argv[:2]), how=how, said=said[-1] if said else "it said nothing")
+        self.argv = argv
+        self.returncode = exit_code
+        self.stderr = stderr
+
+
+class CommandTimeout(Error):
+    what = "{tool} did not end within {seconds} s"
+    fix = "look for hung storage on this host (dmesg, multipath -ll), then try again"
+
+
+class CommandMissing(Error):
+    what = "{tool} is not installed"
+    fix = "install the package that has it"
+
+
+class HelperUnavailable(Error):
+    what = "cannot run the privileged helper: {problem}"
+    fix = "check the sudo rule `vdsm ALL=(root) NOPASSWD: {program} helper`"
+
+
+class HelperRefused(Error):
+    """What the helper answered instead of doing it; `message` is already a whole error message."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__()
+        self.message = message
+
+    def __str__(self) -> str:
+        # A configuration's problems are several lines; each stays one plain line.
+        lines = [line[:1000] for line in self.message.splitlines()[:100]]
+        return "\n".join("".join(c for c in line if c.isprintable()) for line in lines)
+
+
+class BadRequest(Error):
+    what = "request to the helper is refused: {problem}"
+    fix = "only localdisk's own hook talks to it"
+
+
+class RootNeeded(Error):
+    what = "{mode} needs root"
+    fix = "run it with sudo"
+
+
+# -- the volume group and what is in it
+
+
+class NoVolumeGroup(Error):
+    what = "no volume group {vg} on this host"
+    fix = "create it (vgcreate {vg} DEVICE), on EL9 add it with vgimportdevices {vg}, or correct volume_group"
+
+
+class VolumeGroupUnusable(Error):
+    what = "volume group {vg} is {problem}"
+    fix = "{fix}"
+
+
+class NoSpace(Error):
+    what = "volume group {vg} lacks {missing}: the disk needs {needed}, {free} is free, {reserve} is reserved"
+    fix = "remove local disks (localdisk gc), extend the volume group, or lower margins"
+
+
+class NoThinPool(Error):
+    what = "no thin pool {vg}/{pool}"
+    fix = "create it (lvcreate --type thin-pool -l 90%FREE -n {pool} {vg}), or use backend lvm"
+
+
+class ThinPoolNotZeroing(Error):
+    what = "thin pool {vg}/{pool} does not zero new blocks, so a disk would show other disks' old data"
+    fix = "lvchange --zero y {vg}/{pool}"
+
+
+class ThinPoolFull(Error):
+    what = "thin pool {vg}/{pool} would pass margins.{limit}: {would} of {allowed} allowed"
+    fix = "remove local disks (localdisk gc), extend the pool, or raise the margin"
+
+
+class ForeignVolume(Error):
+    what = "logical volume {vg}/{lv} exists and is not localdisk's"
+    fix = "rename or remove it if nobody needs it"
+
+
+class OtherOwner(Error):
+    what = "local disk {vg}/{lv} belongs to VM {owner}, image {image}"
+    fix = "if that VM is gone, remove the disk with lvremove {vg}/{lv}"
+
+
+class DiskBusy(Error):
+    what = "local disk {vg}/{lv} is {state} and still open by something"
+    fix = "find it (lsof /dev/{vg}/{lv}), stop it and start the VM again"
+
+
+class VmRuns(Error):
+    what = "local disk {vg}/{lv} is unfinished while libvirt says that VM {vm} runs"
+    fix = "stop the VM, then start it again"
+
+
+class SourceChanged(Error):
+    what = "the source of local disk {vg}/{lv} has changed since it was copied"
+    fix = (
+        "keep the local data by restoring the source, or set `on_source_change: recopy` "
+        "(loses the local data) or remove the disk with lvremove {vg}/{lv}"
+    )
+
+
+class NotLocal(Error):
+    what = "disk {disk} of VM {vm} points to {path}, which is no ready local disk of this VM ({state})"
+    fix = "start the VM again; if it stays, look at localdisk status"
+
+
+class DeviceNotReady(Error):
+    what = "cannot write to {path} as this user: {problem}"
+    fix = "check that the udev rule of localdisk is installed, then udevadm control --reload"
+
+
+class LibvirtSilent(Error):
+    what = "libvirt does not say which VMs run: {problem}"
+    fix = "check that libvirt runs (virsh -r list)"
+
+
+class CopyFailed(Error):
+    what = "copying {volume} to {path} failed: {problem}"
+    fix = "look at the source storage and the local device in the system log, then start the VM again"
+
+
+class Interrupted(Error):
+    what = "ended by signal {signal} before it was done"
+    fix = "start the VM again; nothing is left behind"
