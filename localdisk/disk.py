@@ -1,0 +1,272 @@
+"""The life of one local disk: what its tags say, and what a start or a stop should do with it.
+
+A local disk is a logical volume named by the volume it is a copy of.  All that is known about it is in
+its tags, so that nothing else has to be kept in step with the volume group:
+
+    localdisk           ours (absent on disks made by vdsm's older hook)
+    VM_<uuid>           the VM that it belongs to
+    IU_<uuid>           the image that it is a copy of
+    SOURCE_<hex>        fingerprint of the source when it was copied
+    UPDATING            the copy is incomplete
+    WRITES_<bytes>      while UPDATING: what the copy will write, counted against the thin pool
+    STOPPED_<epoch>     kept since then for a VM that is not running
+    DELETING            waits to be removed
+
+Everything here is a pure function of frozen data; `helper.py` and `gc.py` do what is decided here.
+"""
+
+from __future__ import annotations
+
+import enum
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from localdisk.config import Margins, Policy, Retention
+from localdisk.errors import (
+    DiskBusy,
+    NoSpace,
+    NoThinPool,
+    OtherOwner,
+    SourceChanged,
+    ThinPoolFull,
+    ThinPoolNotZeroing,
+)
+from localdisk.ids import is_uuid
+from localdisk.lvm import LogicalVolume, VolumeGroup
+from localdisk.units import format_size
+
+OURS = "localdisk"
+UPDATING = "UPDATING"
+DELETING = "DELETING"
+
+_FINGERPRINT = re.compile(r"[0-9a-f]{32}")
+
+
+class State(enum.Enum):
+    UNFINISHED = "unfinished"
+    READY = "ready"
+    STOPPED = "stopped"
+    DELETING = "deleting"
+
+
+@dataclass(frozen=True)
+class LocalDisk:
+    """A local disk as its logical volume and tags describe it."""
+
+    lv: LogicalVolume
+    vm_id: str
+    image_id: str
+    state: State
+    fingerprint: str  # "" where none was recorded
+    stopped: int | None  # seconds since the epoch
+    writes: int  # bytes that an unfinished copy will have written in all
+
+    @classmethod
+    def from_lv(cls, lv: LogicalVolume) -> LocalDisk | None:
+        """The local disk that `lv` is, or None where it is not ours to touch.
+
+        Ours has a canonical UUID as its name, exactly one VM and one image, and is no pool.  The tag
+        `localdisk` is not asked for: vdsm's older hook did not set it.
+        """
+        vm_id, image_id = _only_uuid(lv.lv_tags, "VM_"), _only_uuid(lv.lv_tags, "IU_")
+        if not (is_uuid(lv.lv_name) and vm_id and image_id) or "pool" in lv.lv_layout:
+            return None
+        stopped = max(_numbers(lv.lv_tags, "STOPPED_"), default=None)
+        fingerprints = _values(lv.lv_tags, "SOURCE_")
+        return cls(
+            lv=lv,
+            vm_id=vm_id,
+            image_id=image_id,
+            state=_state(lv.lv_tags, stopped),
+            fingerprint=fingerprints[0] if len(fingerprints) == 1 else "",
+            stopped=stopped,
+            writes=max(_numbers(lv.lv_tags, "WRITES_"), default=0),
+        )
+
+    @property
+    def volume_id(self) -> str:
+        return self.lv.lv_name
+
+    @property
+    def is_open(self) -> bool:
+        return self.lv.lv_device_open
+
+    @property
+    def is_older(self) -> bool:
+        """Made by vdsm's older hook."""
+        return OURS not in self.lv.lv_tags
+
+    @property
+    def backend(self) -> str:
+        return "lvmthin" if self.lv.pool_lv else "lvm"
+
+    @property
+    def stopped_tags(self) -> frozenset[str]:
+        return frozenset(tag for tag in self.lv.lv_tags if tag.startswith("STOPPED_"))
+
+    @property
+    def writes_tags(self) -> frozenset[str]:
+        return frozenset(tag for tag in self.lv.lv_tags if tag.startswith("WRITES_"))
+
+
+def local_disks(vg: VolumeGroup) -> tuple[LocalDisk, ...]:
+    """All local disks of a volume group, ours and the older hook's."""
+    found = (LocalDisk.from_lv(lv) for lv in vg.lvs)
+    return tuple(disk for disk in found if disk)
+
+
+def require_owner(disk: LocalDisk, vm_id: str, image_id: str, vg: str) -> None:
+    """Raise OtherOwner unless the disk is this VM's copy of this image."""
+    if (disk.vm_id, disk.image_id) != (vm_id, image_id):
+        raise OtherOwner(vg=vg, lv=disk.volume_id, owner=disk.vm_id, image=disk.image_id)
+
+
+def new_tags(vm_id: str, image_id: str, fingerprint: str, writes: int) -> frozenset[str]:
+    """The tags of a disk whose copy is about to start."""
+    tags = {OURS, f"VM_{vm_id}", f"IU_{image_id}", f"SOURCE_{fingerprint}", UPDATING, f"WRITES_{writes}"}
+    return frozenset(tags)
+
+
+def stopped_tag(now: float) -> str:
+    """The tag of a disk that is kept since `now`, seconds since the epoch."""
+    return f"STOPPED_{int(now)}"
+
+
+# -- starting
+
+
+class Start(enum.Enum):
+    """What a start does with the volume that it finds."""
+
+    CREATE = "create"
+    REUSE = "reuse"
+    REPLACE = "replace"
+
+
+def plan_start(
+    disk: LocalDisk | None, fingerprint: str, virtual_size: int, retention: Retention, vg: str
+) -> Start:
+    """What to do for a VM that is not running, whose owner was checked and whose lock is held.
+
+    Raises DiskBusy where something has the disk open, SourceChanged where the operator must decide.
+    """
+    if disk is None:
+        return Start.CREATE
+    if disk.is_open:
+        raise DiskBusy(vg=vg, lv=disk.volume_id, state=disk.state.value)
+    if disk.state in (State.UNFINISHED, State.DELETING) or retention.on_stop == "delete":
+        return Start.REPLACE
+    if _same_source(disk, fingerprint) and disk.lv.lv_size >= virtual_size:
+        return Start.REUSE
+    if retention.on_source_change == "recopy":
+        return Start.REPLACE
+    raise SourceChanged(vg=vg, lv=disk.volume_id)
+
+
+def _same_source(disk: LocalDisk, fingerprint: str) -> bool:
+    """An older disk has no fingerprint: nothing says that its source changed, so it is taken over."""
+    return disk.fingerprint == fingerprint or (disk.is_older and not disk.fingerprint)
+
+
+def require_room(vg: VolumeGroup, policy: Policy, size: int, writes: int) -> None:
+    """Raise unless a disk of `size` bytes that will hold `writes` bytes of data fits and leaves the margins.
+
+    Raises NoSpace (lvm); NoThinPool, ThinPoolNotZeroing, ThinPoolFull (lvmthin); VolumeGroupUnusable.
+    """
+    vg.require_usable()
+    if policy.backend == "lvm":
+        _require_thick_room(vg, policy.margins, size)
+    else:
+        _require_thin_room(vg, policy.thin_pool, policy.margins, writes)
+
+
+def _require_thick_room(vg: VolumeGroup, margins: Margins, size: int) -> None:
+    needed, reserve = vg.round_up(size), margins.reserve.of(vg.vg_size)
+    missing = needed + reserve - vg.vg_free
+    if missing > 0:
+        raise NoSpace(
+            vg=vg.vg_name,
+            missing=format_size(missing),
+            needed=format_size(needed),
+            free=format_size(vg.vg_free),
+            reserve=format_size(reserve),
+        )
+
+
+def _require_thin_room(vg: VolumeGroup, pool_name: str, margins: Margins, writes: int) -> None:
+    pool = vg.find(pool_name)
+    if pool is None or not pool.is_thin_pool:
+        raise NoThinPool(vg=vg.vg_name, pool=pool_name)
+    if not pool.zero:
+        raise ThinPoolNotZeroing(vg=vg.vg_name, pool=pool_name)
+    promised = sum(_still_to_write(disk) for disk in local_disks(vg) if disk.lv.pool_lv == pool_name)
+    would = (pool.data_percent or 0) + 100 * (writes + promised) / pool.lv_size
+    metadata = pool.metadata_percent or 0
+    for limit, value, allowed in (
+        ("thin_data", would, margins.thin_data),
+        ("thin_metadata", metadata, margins.thin_metadata),
+    ):
+        if value > allowed:
+            raise ThinPoolFull(
+                vg=vg.vg_name, pool=pool_name, limit=limit, would=f"{value:.1f} %", allowed=f"{allowed:g} %"
+            )
+
+
+def _still_to_write(disk: LocalDisk) -> float:
+    """Bytes that an unfinished copy has been promised and not written yet."""
+    if disk.state is not State.UNFINISHED:
+        return 0
+    return max(0.0, disk.writes - disk.lv.lv_size * (disk.lv.data_percent or 0) / 100)
+
+
+# -- stopping
+
+
+class Stop(enum.Enum):
+    """What a stop does with a disk of the VM that has stopped."""
+
+    REMOVE = "remove"
+    KEEP = "keep"
+    MARK_DELETING = "mark deleting"
+
+
+def plan_stop(disk: LocalDisk, retention: Retention) -> Stop:
+    """What to do, at once, with a disk whose VM has stopped and whose lock is held.
+
+    A stop never waits: what is open or must be erased first is left to gc.
+    """
+    if retention.on_stop == "keep" and disk.state in (State.READY, State.STOPPED):
+        return Stop.KEEP
+    if disk.is_open or retention.erase != "none":
+        return Stop.MARK_DELETING
+    return Stop.REMOVE
+
+
+# -- tags
+
+
+def _state(tags: frozenset[str], stopped: int | None) -> State:
+    if DELETING in tags:
+        return State.DELETING
+    if UPDATING in tags:
+        return State.UNFINISHED
+    return State.READY if stopped is None else State.STOPPED
+
+
+def _values(tags: Iterable[str], prefix: str) -> list[str]:
+    return sorted(tag[len(prefix) :] for tag in tags if tag.startswith(prefix))
+
+
+def _only_uuid(tags: Iterable[str], prefix: str) -> str:
+    values = _values(tags, prefix)
+    return values[0] if len(values) == 1 and is_uuid(values[0]) else ""
+
+
+def _numbers(tags: Iterable[str], prefix: str) -> list[int]:
+    return [int(value) for value in _values(tags, prefix) if re.fullmatch(r"[0-9]{1,18}", value)]
+
+
+def is_fingerprint(text: object) -> bool:
+    """Whether `text` is what `image.fingerprint` makes: 32 hexadecimal digits."""
+    return isinstance(text, str) and _FINGERPRINT.fullmatch(text) is not None

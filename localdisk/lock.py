@@ -1,0 +1,144 @@
+"""Locks and turns in /run/localdisk: who works on which disk, and who may copy now.
+
+A lock is a file that is flocked by the process that holds it, so that it ends with that process whatever
+happens; the file's text is the progress of the copy.  All files are root's alone: an ordinary user who
+could open one could also lock it.  Waiting is done by calling `pause(seconds)`, which may raise to give up.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+RUN = "/run/localdisk"
+POLL = 0.2  # seconds
+
+Pause = Callable[[float], None]
+
+
+class Lock:
+    """A held lock; `write` replaces the text that others can read in it."""
+
+    def __init__(self, path: str, fd: int) -> None:
+        self.path = path
+        self._fd = fd
+
+    def write(self, text: str) -> None:
+        """Replace the text in one write, padded so that a shorter text leaves no rest of a longer one."""
+        os.pwrite(self._fd, text.encode().ljust(512), 0)
+
+    def release(self) -> None:
+        """Remove the file, then let go: whoever waits sees that its file is gone and makes a new one."""
+        os.unlink(self.path)
+        os.close(self._fd)
+
+
+def disk_lock(volume_id: str) -> str:
+    """The path of the lock of one local disk."""
+    return os.path.join(RUN, f"{volume_id}.lock")
+
+
+def try_hold(path: str) -> Lock | None:
+    """Take the lock, or return None at once where another process has it."""
+    os.makedirs(RUN, mode=0o755, exist_ok=True)
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            return None
+        if _is_still(path, fd):
+            return Lock(path, fd)
+        os.close(fd)
+
+
+def hold(path: str, pause: Pause) -> Lock:
+    """Take the lock, waiting for it as long as `pause` lets."""
+    while True:
+        lock = try_hold(path)
+        if lock:
+            return lock
+        pause(POLL)
+
+
+@contextmanager
+def holding(path: str, pause: Pause) -> Iterator[Lock]:
+    lock = hold(path, pause)
+    try:
+        yield lock
+    finally:
+        lock.release()
+
+
+def is_held(path: str) -> bool:
+    """Whether a living process holds the lock.  Leaves nothing behind."""
+    return read_held(path) is not None
+
+
+def read_held(path: str) -> str | None:
+    """The text of a held lock; None where nobody holds it."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return os.pread(fd, 512, 0).decode(errors="replace").strip()
+    finally:
+        os.close(fd)
+    return None
+
+
+@contextmanager
+def turn(parallel: int, pause: Pause) -> Iterator[None]:
+    """Wait for one of `parallel` turns on this host, first come first served; it is given back at the end.
+
+    Every process that copies or waits holds a ticket, a lock whose name sorts by the time it was drawn.
+    It may go when fewer than `parallel` older tickets are held.
+    """
+    queue = os.path.join(RUN, "queue.lock")
+    with holding(queue, pause):
+        # CLOCK_MONOTONIC: setting the clock must not change the order; a reboot empties /run.
+        ticket = hold(os.path.join(RUN, f"{time.monotonic_ns():020d}-{os.getpid()}.turn"), pause)
+    try:
+        while _older_tickets(ticket.path) >= parallel:
+            pause(POLL)
+        yield
+    finally:
+        ticket.release()
+
+
+def _older_tickets(mine: str) -> int:
+    """How many tickets older than `mine` are held; those that nobody holds are removed."""
+    names = sorted(n for n in os.listdir(RUN) if n.endswith(".turn") and n < os.path.basename(mine))
+    return sum(not _swept(os.path.join(RUN, name)) for name in names)
+
+
+def sweep() -> int:
+    """Remove the lock files and tickets that nobody holds (a process was killed); returns how many."""
+    try:
+        names = sorted(os.listdir(RUN))
+    except FileNotFoundError:
+        return 0
+    return sum(_swept(os.path.join(RUN, name)) for name in names if name.endswith((".turn", ".lock")))
+
+
+def _swept(path: str) -> bool:
+    """Remove a lock file that nobody holds; False where somebody does."""
+    lock = try_hold(path)
+    if lock:
+        lock.release()
+    return lock is not None
+
+
+def _is_still(path: str, fd: int) -> bool:
+    """Whether `path` is still the file that `fd` has open: its last holder removes it."""
+    try:
+        return os.path.samestat(os.stat(path, follow_symlinks=False), os.fstat(fd))
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,240 @@
+"""LVM: one volume group as an immutable snapshot, and the few commands that change it.
+
+A snapshot is one `lvm fullreport` (LVM 2.02.158 and later): the group, its logical volumes and its pools'
+segments in one command and under one lock.  Fields have the names of LVM's report columns.
+Nothing here knows what a local disk is; `disk.py` does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from localdisk import run
+from localdisk.errors import CommandFailed, DeviceNotReady, NoVolumeGroup, VolumeGroupUnusable
+
+REPORT = {
+    "vg": "vg_name,vg_uuid,vg_size,vg_free,vg_extent_size,vg_partial,vg_exported,vg_lock_type",
+    "lv": "lv_name,lv_uuid,lv_size,lv_tags,lv_device_open,lv_active,lv_layout,pool_lv,"
+    "data_percent,metadata_percent",
+    "seg": "lv_name,zero",
+    # These two reports cannot be switched off; SELECT leaves nothing of them.
+    "pv": "pv_name",
+    "pvseg": "pvseg_start",
+}
+SELECT = {"seg": "segtype=thin-pool", "pv": "pv_name=none", "pvseg": "pv_name=none"}
+
+
+@dataclass(frozen=True)
+class LogicalVolume:
+    """One row of `lvs`; sizes in bytes, percentages 0 to 100 or None where LVM shows none."""
+
+    lv_name: str
+    lv_uuid: str
+    lv_size: int
+    lv_tags: frozenset[str]
+    lv_device_open: bool
+    lv_active: bool
+    lv_layout: frozenset[str]
+    pool_lv: str
+    data_percent: float | None
+    metadata_percent: float | None
+    zero: bool  # thin pool: new blocks read as zeros
+
+    @classmethod
+    def from_report(cls, row: dict[str, str], zeroing: frozenset[str]) -> LogicalVolume:
+        """From a row of the `lv` report and the names of the pools that zero new blocks."""
+        return cls(
+            lv_name=row["lv_name"],
+            lv_uuid=row["lv_uuid"],
+            lv_size=int(row["lv_size"]),
+            lv_tags=_words(row["lv_tags"]),
+            # "unknown" for an inactive volume, which cannot be open; for an active one it counts as open.
+            lv_device_open=row["lv_active"] != "" and row["lv_device_open"] != "",
+            lv_active=row["lv_active"] != "",
+            lv_layout=_words(row["lv_layout"]),
+            pool_lv=row["pool_lv"],
+            data_percent=_percent(row["data_percent"]),
+            metadata_percent=_percent(row["metadata_percent"]),
+            zero=row["lv_name"] in zeroing,
+        )
+
+    @property
+    def is_thin_pool(self) -> bool:
+        return {"thin", "pool"} <= self.lv_layout
+
+
+@dataclass(frozen=True)
+class VolumeGroup:
+    """One volume group as it was when it was read; sizes in bytes.  Its methods change the real one."""
+
+    vg_name: str
+    vg_uuid: str
+    vg_size: int
+    vg_free: int
+    vg_extent_size: int
+    vg_partial: bool
+    vg_exported: bool
+    vg_lock_type: str
+    lvs: tuple[LogicalVolume, ...]
+    devices: tuple[str, ...] = ()
+
+    @classmethod
+    def read(cls, vg_name: str, devices: tuple[str, ...] = ()) -> VolumeGroup:
+        """Ask LVM.  Raises NoVolumeGroup, CommandFailed."""
+        argv = ["lvm", "fullreport", "--reportformat", "json", "--units", "b", "--nosuffix"]
+        for report, columns in REPORT.items():
+            argv += ["--configreport", report, "-o", columns]
+            if report in SELECT:
+                argv += ["-S", SELECT[report]]
+        try:
+            text = run.run([*argv, *_devices(devices), vg_name])
+        except CommandFailed as error:
+            if f'Volume group "{vg_name}" not found' in error.stderr:
+                raise NoVolumeGroup(vg=vg_name) from None
+            raise
+        return cls.from_report(text, devices)
+
+    @classmethod
+    def from_report(cls, text: str, devices: tuple[str, ...] = ()) -> VolumeGroup:
+        """From the JSON of `lvm fullreport` of one group.  Raises CommandFailed if it is no such report."""
+        try:
+            report = json.loads(text)["report"][0]
+            (vg,) = report["vg"]
+            zeroing = frozenset(row["lv_name"] for row in report["seg"] if row["zero"] == "zero")
+            return cls(
+                vg_name=vg["vg_name"],
+                vg_uuid=vg["vg_uuid"],
+                vg_size=int(vg["vg_size"]),
+                vg_free=int(vg["vg_free"]),
+                vg_extent_size=int(vg["vg_extent_size"]),
+                vg_partial=vg["vg_partial"] != "",
+                vg_exported=vg["vg_exported"] != "",
+                vg_lock_type=vg["vg_lock_type"],
+                lvs=tuple(LogicalVolume.from_report(row, zeroing) for row in report["lv"]),
+                devices=devices,
+            )
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
+            problem = f"its report is not understood ({type(error).__name__}: {error})"
+            raise CommandFailed(("lvm", "fullreport"), 0, problem) from None
+
+    def find(self, lv_name: str) -> LogicalVolume | None:
+        return next((lv for lv in self.lvs if lv.lv_name == lv_name), None)
+
+    def path(self, lv_name: str) -> str:
+        """The device node of a logical volume, there while it is active."""
+        return f"/dev/{self.vg_name}/{lv_name}"
+
+    def round_up(self, size: int) -> int:
+        """`size` bytes as whole extents, as `lvcreate` rounds."""
+        return -(-size // self.vg_extent_size) * self.vg_extent_size
+
+    def require_usable(self) -> None:
+        """Raise VolumeGroupUnusable where no disk may be made or changed."""
+        if self.vg_exported:
+            raise VolumeGroupUnusable(vg=self.vg_name, problem="exported", fix=f"vgimport {self.vg_name}")
+        if self.vg_partial:
+            raise VolumeGroupUnusable(
+                vg=self.vg_name,
+                problem="missing a physical volume",
+                fix=f"bring the device back, or vgreduce --removemissing {self.vg_name}",
+            )
+        if self.vg_lock_type not in ("", "none"):
+            raise VolumeGroupUnusable(
+                vg=self.vg_name,
+                problem=f"shared ({self.vg_lock_type})",
+                fix="use a volume group of this host alone",
+            )
+
+    # -- commands
+
+    def create_thick(self, lv_name: str, size: int, tags: Iterable[str]) -> None:
+        """Create and activate a preallocated volume of `size` bytes, tags included, in one commit.
+
+        Only its first 4 KiB are zeroed; the rest holds what was there before.
+        """
+        self._create(lv_name, tags, "--zero", "y", "--size", f"{_sectors(size)}b", self.vg_name)
+
+    def create_thin(self, lv_name: str, size: int, pool: str, tags: Iterable[str]) -> None:
+        """Create and activate a thin volume of `size` bytes in `pool`, tags included, in one commit."""
+        size_and_place = ("--virtualsize", f"{_sectors(size)}b", "--thinpool", f"{self.vg_name}/{pool}")
+        self._create(lv_name, tags, *size_and_place)
+
+    def _create(self, lv_name: str, tags: Iterable[str], *rest: str) -> None:
+        # --setactivationskip: it stays inactive at boot (--setautoactivation is refused for thin volumes
+        # by LVM 2.03.16); --ignoreactivationskip: but activate it now.
+        argv = ["lvcreate", "--quiet", "--yes", "--wipesignatures", "n", "--name", lv_name]
+        argv += ["--setactivationskip", "y", "--ignoreactivationskip"]
+        run.run([*argv, *_repeat("--addtag", tags), *_devices(self.devices), *rest])
+
+    def change_tags(self, *lv_names: str, add: Iterable[str] = (), remove: Iterable[str] = ()) -> None:
+        """Add and remove tags, one commit a volume; removing an absent tag is no error."""
+        tags = [*_repeat("--deltag", remove), *_repeat("--addtag", add)]
+        run.run(["lvchange", "--quiet", *tags, *_devices(self.devices), *map(self._full_name, lv_names)])
+
+    def activate(self, lv_name: str) -> None:
+        argv = ["lvchange", "--quiet", "--activate", "y", "--ignoreactivationskip"]
+        run.run([*argv, *_devices(self.devices), self._full_name(lv_name)])
+
+    def deactivate(self, *lv_names: str) -> None:
+        names = map(self._full_name, lv_names)
+        run.run(["lvchange", "--quiet", "--activate", "n", *_devices(self.devices), *names])
+
+    def remove(self, *lv_names: str) -> None:
+        """Remove volumes; LVM refuses one that is open ("in use") or that is not there."""
+        names = map(self._full_name, lv_names)
+        run.run(["lvremove", "--quiet", "--yes", *_devices(self.devices), *names])
+
+    def discard(self, lv_name: str) -> None:
+        run.run(["blkdiscard", self.path(lv_name)], deadline=3600)
+
+    def zero(self, lv_name: str) -> None:
+        run.run(["blkdiscard", "--zeroout", self.path(lv_name)], deadline=24 * 3600)
+
+    def dm_uuid(self, lv_name: str) -> str:
+        """The device-mapper UUID of an active volume's node, checked to be of this very group.
+
+        `LVM-` and the UUIDs of group and volume without dashes (lvm2, lib/activate/dev_manager.c).
+        Raises DeviceNotReady.
+        """
+        path = self.path(lv_name)
+        try:
+            uuid = read_dm_uuid(os.stat(path).st_rdev)
+        except OSError as error:
+            raise DeviceNotReady(path=path, problem=error.strerror) from None
+        if not uuid.startswith("LVM-" + self.vg_uuid.replace("-", "")):
+            raise DeviceNotReady(path=path, problem=f"it is another device ({uuid})")
+        return uuid
+
+    def _full_name(self, lv_name: str) -> str:
+        return f"{self.vg_name}/{lv_name}"
+
+
+def read_dm_uuid(device: int) -> str:
+    """The UUID that device-mapper has for a device number.  Raises OSError where it is no such device."""
+    with open(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}/dm/uuid", encoding="ascii") as file:
+        return file.read().strip()
+
+
+def _sectors(size: int) -> int:
+    """LVM takes sizes in bytes as multiples of 512 only."""
+    return -(-size // 512) * 512
+
+
+def _devices(devices: tuple[str, ...]) -> list[str]:
+    return ["--devices", ",".join(devices)] if devices else []
+
+
+def _repeat(option: str, values: Iterable[str]) -> list[str]:
+    return [word for value in sorted(values) for word in (option, value)]
+
+
+def _words(column: Any) -> frozenset[str]:
+    return frozenset(word for word in column.split(",") if word)
+
+
+def _percent(column: str) -> float | None:
+    return float(column) if column else None

@@ -1,0 +1,123 @@
+"""The one door to subprocesses: every tool that localdisk runs is started here.
+
+Tools get an argument list (no shell), the C locale, a fixed PATH, a closed standard input and none of
+our descriptors.  Nothing here ever sends SIGKILL: an LVM command that is killed in a critical section
+can leave devices suspended (SIGTERM is held back by LVM until it is safe).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+from collections.abc import Iterable, Sequence
+
+from localdisk.errors import CommandFailed, CommandMissing, CommandTimeout
+
+DEADLINE = 120  # seconds; LVM waits for its own locks and for udev, both bounded below this
+
+ENVIRONMENT = {
+    "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
+    "LC_ALL": "C",
+    "LVM_SUPPRESS_FD_WARNINGS": "1",
+}
+
+Process = subprocess.Popen  # what `start` returns, for annotations elsewhere
+
+
+def run(argv: Sequence[str], *, deadline: float = DEADLINE, pass_fds: Iterable[int] = ()) -> str:
+    """Run `argv` to its end, at most `deadline` seconds, and return its standard output.
+
+    It runs in a session of its own, so that a signal to our process group ends us, who then tidy up,
+    and not the tool in the middle.  Raises CommandFailed, CommandTimeout, CommandMissing.
+    """
+    process = start(argv, stdout=subprocess.PIPE, pass_fds=pass_fds, new_session=True)
+    try:
+        out, err = process.communicate(timeout=deadline)
+    except subprocess.TimeoutExpired:
+        end(process)
+        raise CommandTimeout(tool=" ".join(argv[:2]), seconds=round(deadline)) from None
+    except BaseException:
+        end(process)
+        raise
+    if process.returncode:
+        raise CommandFailed(tuple(argv), process.returncode, err.decode(errors="replace"))
+    return out.decode(errors="replace")
+
+
+def start(
+    argv: Sequence[str],
+    *,
+    stdin: int = subprocess.DEVNULL,
+    stdout: int = subprocess.DEVNULL,
+    pass_fds: Iterable[int] = (),
+    new_session: bool = False,
+) -> Process[bytes]:
+    """Start `argv`; standard error is a pipe.  Raises CommandMissing."""
+    try:
+        return subprocess.Popen(
+            list(argv),
+            stdin=stdin,
+            stdout=stdout,
+            stderr=subprocess.PIPE,
+            pass_fds=tuple(pass_fds),
+            env=ENVIRONMENT,
+            cwd="/",
+            start_new_session=new_session,
+        )
+    except FileNotFoundError:
+        raise CommandMissing(tool=argv[0]) from None
+
+
+def start_talking(argv: Sequence[str]) -> Process[bytes]:
+    """Start `argv` with pipes for standard input and output, to talk with it."""
+    return start(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+
+def ask(process: Process[bytes], line: bytes) -> bytes:
+    """Send one line to a tool started by `start_talking`; returns its answer, b"" if it has ended.
+
+    Raises OSError where it no longer listens.
+    """
+    if process.stdin is None or process.stdout is None:
+        return b""
+    process.stdin.write(line + b"\n")
+    process.stdin.flush()
+    return process.stdout.readline()
+
+
+def start_reporting(argv: Sequence[str], pass_fds: Iterable[int]) -> Process[bytes]:
+    """Start `argv` with a pipe for standard output and the descriptors `pass_fds`."""
+    return start(argv, stdout=subprocess.PIPE, pass_fds=pass_fds)
+
+
+def end(process: Process[bytes], grace: float = 10) -> None:
+    """Ask `process` to end with SIGTERM and wait up to `grace` seconds; its pipes are closed."""
+    with contextlib.suppress(OSError):
+        process.terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=grace)
+    for pipe in (process.stdin, process.stdout, process.stderr):
+        if pipe is not None:
+            with contextlib.suppress(OSError):
+                pipe.close()
+
+
+def tool_exists(tool: str) -> bool:
+    """Whether `tool` is on the PATH that our tools get."""
+    return any(os.access(os.path.join(d, tool), os.X_OK) for d in ENVIRONMENT["PATH"].split(":"))
+
+
+def close_input(process: Process[bytes]) -> None:
+    """Close a tool's standard input; it may be gone already."""
+    if process.stdin is not None:
+        with contextlib.suppress(OSError):
+            process.stdin.close()
+
+
+def read_errors(process: Process[bytes]) -> str:
+    """Wait for a tool to end and return the last line that it wrote to standard error, "" if none."""
+    said = process.stderr.read() if process.stderr else b""
+    process.wait()
+    lines = [line.strip() for line in said.decode(errors="replace").splitlines() if line.strip()]
+    return lines[-1] if lines else ""
