@@ -1,0 +1,119 @@
+#!/usr/bin/env bash
+# Build, show, test and measure localdisk.
+#
+#   ./build.sh          build dist/localdisk, the one file that is copied to a host
+#   ./build.sh demo     the whole life of a VM's local disk on real LVM and real libvirt, narrated
+#   ./build.sh test     lint, types, unit tests, then the tests that need a kernel
+#   ./build.sh bench    the table of measurements
+#
+# Each gets what it needs itself: Debian packages with apt (as root or through sudo), Python packages into
+# .venv.  Tests and demo run in a throw-away kernel unless this machine has device-mapper and we are root.
+set -euo pipefail
+cd "$(dirname "$(readlink -f "$0")")"
+
+PYTHON=/usr/bin/python3
+
+# What Python needs to build; then what the test bed needs: a kernel, LVM, sudo and libvirt for it.
+BUILD_PACKAGES=(python3 python3-venv)
+BED_PACKAGES=(linux-image-amd64 qemu-system-x86 qemu-utils busybox-static kmod udev e2fsprogs
+  lvm2 thin-provisioning-tools sudo util-linux libvirt-daemon-system libvirt-clients dbus procps)
+TEST_PACKAGES=(shellcheck)
+
+as_root() {
+  if [ "$(id -u)" = 0 ]; then "$@"; else sudo "$@"; fi
+}
+
+# need PACKAGE...: install the Debian packages that are not there yet
+need() {
+  local package missing=()
+  for package in "$@"; do
+    dpkg-query -W -f '${Status}' "$package" 2>/dev/null | grep -q 'ok installed' || missing+=("$package")
+  done
+  [ "${#missing[@]}" -gt 0 ] || return 0
+  echo "installing: ${missing[*]}" >&2
+  as_root apt-get update -qq >&2
+  as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >&2
+}
+
+# A virtual environment with the pinned packages, made anew when a pin changes.
+venv() {
+  local stamp=.venv/pins
+  if ! cat pyproject.toml tests/requirements.txt | cmp -s - "$stamp"; then
+    rm -rf .venv
+    "$PYTHON" -m venv .venv
+    pip_quietly install -r tests/requirements.txt "${PINS[@]}"
+    cat pyproject.toml tests/requirements.txt >"$stamp"
+  fi
+}
+
+pip_quietly() {
+  .venv/bin/python -m pip --disable-pip-version-check -qq "$@"
+}
+
+# The run-time packages, as pyproject.toml pins them.
+pins() {
+  "$PYTHON" - <<'EOF'
+import re
+text = open("pyproject.toml").read()
+block = re.search(r"^dependencies = \[\n(.*?)^\]", text, re.S | re.M).group(1)
+print("\n".join(re.findall(r'^\s+"([^"]+)"', block, re.M)))
+EOF
+}
+
+prepare() {
+  need "${BUILD_PACKAGES[@]}"
+  mapfile -t PINS < <(pins)
+  venv
+}
+
+build() {
+  local tree=build/tree
+  rm -rf build
+  mkdir -p "$tree" dist
+  pip_quietly install --target "$tree" --no-deps --only-binary=:all: --no-compile "${PINS[@]}"
+  cp -r localdisk "$tree/"
+  mkdir -p "$tree/localdisk/schema"
+  cp schema/*.json "$tree/localdisk/schema/"
+  rm -rf "$tree/bin" "$tree/localdisk/front.py"
+  # What run time does not need: headers and sources of lxml, tests, caches, type stubs of packages.
+  find "$tree" \( -name '*.pxd' -o -name '*.pxi' -o -name '*.pyx' -o -name '*.h' -o -name '*.c' -o -name '*.pyi' \
+    -o -name '*.rng' -o -name '*.xsl' \) -delete
+  find "$tree" -depth -type d \( -name __pycache__ -o -name tests -o -name isoschematron -o -name includes \
+    -o -name html -o -name benchmarks \) -exec rm -rf {} +
+  find "$tree" -path '*.dist-info/*' -type f ! -iname '*licen[cs]e*' ! -iname 'copying*' -delete
+  find "$tree" -name py.typed -delete
+  find "$tree" -type d -empty -delete
+  .venv/bin/shiv --reproducible --site-packages "$tree" --entry-point localdisk.cli:main \
+    --python "$PYTHON -I" --output-file build/localdisk.shiv
+  "$PYTHON" - <<'EOF'
+# shiv's own __main__.py gives way to ours; everything else, times included, stays as shiv made it.
+import json, os, zipfile
+with open("build/localdisk.shiv", "rb") as file:
+    shebang = file.readline()
+with zipfile.ZipFile("build/localdisk.shiv") as old, open("build/localdisk", "wb") as file:
+    file.write(shebang)
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as new:
+        for info in old.infolist():
+            if info.is_dir():
+                continue
+            data = old.read(info)
+            if info.filename == "__main__.py":
+                build_id = json.loads(old.read("environment.json"))["build_id"]
+                data = open("localdisk/front.py").read().replace("@BUILD_ID@", build_id)
+                info.compress_type = zipfile.ZIP_STORED  # one import less for a hook run that ends here
+            new.writestr(info, data, info.compress_type)
+os.chmod("build/localdisk", 0o755)
+EOF
+  mv build/localdisk dist/localdisk
+  rm -rf build
+  echo "dist/localdisk: $(stat -c %s dist/localdisk) bytes, $(dist/localdisk --version)" >&2
+}
+
+prepare
+case "${1:-build}" in
+  build) build ;;
+  *)
+    echo "build.sh: unknown command $1 : see the head of this file" >&2
+    exit 2
+    ;;
+esac

@@ -1,0 +1,188 @@
+"""Arguments to mode: the one place that reads the command line, prints, and turns errors into exit codes.
+
+A mode imports what it needs when it runs: hooks and their helper are started for every disk of every VM.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from types import FrameType
+from typing import TYPE_CHECKING, NoReturn
+
+from localdisk import __version__
+from localdisk.errors import Error, Interrupted, RootNeeded, UsageError, plain
+from localdisk.vdsm import POINTS
+
+if TYPE_CHECKING:
+    import argparse
+
+    from localdisk.config import Config
+
+GOOD, PROBLEMS, REFUSED = 0, 1, 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one mode; returns the exit code: 0 good, 1 problems, 2 refused."""
+    words = sys.argv if argv is None else ["localdisk", *argv]
+    try:
+        return _run(words)
+    except Error as error:
+        return _report(str(error), error.exit_code)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PROBLEMS
+    except KeyboardInterrupt:
+        return _report("interrupted : run it again", PROBLEMS)
+    except Exception as error:  # noqa: BLE001 (the last line of defence: never a traceback)
+        what = plain(f"{type(error).__name__}: {error}")
+        return _report(f"internal error, {what} : report it with the output of LOCALDISK_DEBUG=1", REFUSED)
+
+
+def _run(words: Sequence[str]) -> int:
+    point = os.path.basename(os.path.dirname(words[0]))
+    if point in POINTS:
+        return _hook(point)
+    if list(words[1:]) == ["helper"]:
+        return _helper()
+    arguments = parser().parse_args(words[1:])
+    return int(arguments.mode(arguments))
+
+
+def _report(message: str, exit_code: int) -> int:
+    if os.environ.get("LOCALDISK_DEBUG") == "1":
+        import traceback
+
+        traceback.print_exc()
+    *details, last = message.splitlines()
+    print(*details, f"localdisk: {last}", sep="\n", file=sys.stderr)
+    return exit_code
+
+
+# -- modes
+
+
+def _hook(point: str) -> int:
+    from localdisk import hook
+
+    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGHUP, _interrupt)
+    hook.run(point, os.environ)
+    return GOOD
+
+
+def _interrupt(number: int, _frame: FrameType | None) -> NoReturn:
+    """End once, tidily: what unwinds tells the helper and waits until it has removed what is unfinished."""
+    for each in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        signal.signal(each, signal.SIG_IGN)
+    raise Interrupted(signal=signal.Signals(number).name)
+
+
+def _hook_mode(arguments: argparse.Namespace) -> int:
+    _refuse_config(arguments)
+    if arguments.point is None:
+        raise UsageError(problem="hook needs the name of a hook point")
+    return _hook(arguments.point)
+
+
+def _helper_mode(arguments: argparse.Namespace) -> int:
+    _refuse_config(arguments)
+    return _helper()
+
+
+def _helper() -> int:
+    from localdisk import config, helper
+
+    _require_root("helper")
+    return helper.main(config.load)
+
+
+def _gc_mode(arguments: argparse.Namespace) -> int:
+    from localdisk import gc
+
+    _require_root("gc")
+    findings = gc.collect(_load(arguments), dry_run=arguments.dry_run)
+    print(gc.as_json(findings) if arguments.json else gc.as_lines(findings, arguments.dry_run), end="")
+    return PROBLEMS if any(finding.is_problem for finding in findings) else GOOD
+
+
+def _status_mode(arguments: argparse.Namespace) -> int:
+    from localdisk import status
+
+    _require_root("status")
+    snapshot = status.take(_load(arguments))
+    print(status.as_json(snapshot) if arguments.json else status.as_table(snapshot), end="")
+    return GOOD
+
+
+def _check_mode(arguments: argparse.Namespace) -> int:
+    from localdisk.config import DEFAULT_PATH
+
+    settings = _load(arguments)
+    path = arguments.config or DEFAULT_PATH
+    if settings.cache.templates:
+        print(f"{path}: cache.templates: this version copies in full regardless : set it to off")
+        return PROBLEMS
+    print(f"{path}: good" if os.path.exists(path) else f"{path}: not there, the built-in defaults hold")
+    return GOOD
+
+
+def _schema_mode(_arguments: argparse.Namespace) -> int:
+    from localdisk import config
+
+    print(config.schema_text(), end="")
+    return GOOD
+
+
+def _load(arguments: argparse.Namespace) -> Config:
+    from localdisk import config
+
+    return config.load(arguments.config)
+
+
+def _require_root(mode: str) -> None:
+    if os.geteuid() != 0:
+        raise RootNeeded(mode=mode)
+
+
+def _refuse_config(arguments: argparse.Namespace) -> None:
+    if arguments.config is not None:
+        raise UsageError(problem="hook and helper read /etc/localdisk.yaml and nothing else")
+
+
+# -- arguments
+
+
+def parser() -> argparse.ArgumentParser:
+    """The argument parser; README's reference is made from its help.  Bad usage raises UsageError."""
+    import argparse
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise UsageError(problem=message)
+
+    top = Parser(prog="localdisk", description="oVirt VMs run from fast local copies of their disks.")
+    top.add_argument("--version", action="version", version=f"localdisk {__version__}")
+    top.add_argument("--config", metavar="FILE", help="configuration instead of /etc/localdisk.yaml")
+    modes = top.add_subparsers(title="modes", metavar="MODE", required=True)
+
+    def mode(name: str, run: object, text: str) -> argparse.ArgumentParser:
+        added = modes.add_parser(name, help=text, description=text)
+        added.set_defaults(mode=run)
+        # --config is global: `localdisk check --config FILE` works as `localdisk --config FILE check`.
+        added.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+        return added
+
+    hook_mode = mode("hook", _hook_mode, "serve one hook point (vdsm)")
+    hook_mode.add_argument("point", nargs="?", choices=sorted(POINTS), metavar="POINT")
+    gc_mode = mode("gc", _gc_mode, "remove what no VM needs, and say why (cron, root)")
+    gc_mode.add_argument("--dry-run", action="store_true", help="only say what would be removed")
+    gc_mode.add_argument("--json", action="store_true", help="print JSON")
+    status_mode = mode("status", _status_mode, "show what is local, for whom and in what state (root)")
+    status_mode.add_argument("--json", action="store_true", help="print JSON")
+    mode("check", _check_mode, "validate the configuration")
+    mode("helper", _helper_mode, "the privileged half of hook (vdsm, through sudo)")
+    mode("schema", _schema_mode, "print the JSON schema of the configuration")
+    return top

@@ -1,0 +1,117 @@
+"""The hook's side of the privileged helper: one `sudo … helper` for one hook run, JSON lines both ways.
+
+`helper.py` is the other side; what is asked here is checked there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+from localdisk import run
+from localdisk.copy import Target
+from localdisk.definition import Disk
+from localdisk.errors import HelperRefused, HelperUnavailable
+
+
+@dataclass(frozen=True)
+class Looked:
+    """What the helper sees of one disk; `path` is where it is or would be."""
+
+    is_local: bool  # by the policy of this host, it must run from a local disk
+    is_ready: bool
+    state: str
+    path: str
+
+
+@dataclass(frozen=True)
+class Claimed:
+    """The answer to a claim; where the disk neither stays nor has a path, it is to be prepared."""
+
+    stays: bool  # leave the disk where it is
+    path: str  # the running VM's local disk, "" if there is none
+    is_thin: bool  # a new local disk would be thin
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The local disk's path, and what must be copied to it, None when it was kept."""
+
+    path: str
+    target: Target | None
+
+
+class Helper:
+    """A running helper; leaving the context ends it, and with it an unfinished disk.
+
+    All methods raise HelperRefused (it says why not) and HelperUnavailable (it is not there, or is gone).
+    """
+
+    def __init__(self, vm_id: str, property_value: str) -> None:
+        self._program = os.path.realpath(sys.argv[0])
+        self._vm = {"vm": vm_id, "property": property_value}
+        self._process = run.start_talking(["sudo", "-n", self._program, "helper"])
+
+    def __enter__(self) -> Helper:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        run.close_input(self._process)  # the helper removes what is unfinished, then ends
+        self._process.wait()
+        run.end(self._process)
+
+    def look(self, disks: Iterable[Disk]) -> tuple[Looked, ...]:
+        """How the local copies of `disks` are, in their order; locks and changes nothing."""
+        answer = self._ask("look", **self._vm, disks=[_ids(disk) for disk in disks])
+        return tuple(
+            Looked(bool(row["local"]), bool(row["ready"]), str(row["state"]), str(row["path"]))
+            for row in answer["disks"]
+        )
+
+    def claim(self, disk: Disk) -> Claimed:
+        """Hold this disk's lock until `commit`, the next claim or the end."""
+        answer = self._ask("claim", **self._vm, **_ids(disk))
+        return Claimed(bool(answer["stays"]), str(answer["path"]), bool(answer["thin"]))
+
+    def prepare(self, virtual_size: int, fingerprint: str, writes: int) -> Prepared:
+        """Have the claimed disk made or taken back; waits for a turn to copy."""
+        answer = self._ask("prepare", size=virtual_size, fingerprint=fingerprint, writes=writes)
+        target = answer.get("target")
+        return Prepared(path=str(answer["path"]), target=Target(**target) if target else None)
+
+    def progress(self, done: int, total: int) -> None:
+        """Tell how many bytes of the copy are done; it also notices that the helper is gone."""
+        self._ask("progress", done=done, total=total)
+
+    def commit(self) -> None:
+        """The copy is complete and on the device: make the claimed disk ready."""
+        self._ask("commit")
+
+    def release(self) -> None:
+        """The VM has stopped: remove or keep its local disks by the policy of this host."""
+        self._ask("release", **self._vm)
+
+    def _ask(self, verb: str, **fields: Any) -> Any:
+        try:
+            answer = json.loads(run.ask(self._process, json.dumps({"verb": verb, **fields}).encode()))
+        except (OSError, ValueError):
+            raise HelperUnavailable(problem=self._last_words(), program=self._program) from None
+        if "error" in answer:
+            raise HelperRefused(str(answer["error"]))
+        return answer
+
+    def _last_words(self) -> str:
+        run.close_input(self._process)
+        said = run.read_errors(self._process)
+        return said or f"it ended with exit code {self._process.returncode}"
+
+
+def _ids(disk: Disk) -> dict[str, str]:
+    return {"image": disk.image_id, "volume": disk.volume_id}

@@ -1,0 +1,167 @@
+"""One function per hook point: what vdsm asks, and what it gets back.
+
+Runs as vdsm (before_vdsm_start: as root).  A function returns the data that vdsm reads back, or None
+where nothing changes; it raises to refuse.  `vdsm.py` is the contract, `helper.py` the privileged half.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+from localdisk import copy, definition, image, log, vdsm
+from localdisk.client import Helper, Looked
+from localdisk.copy import Target
+from localdisk.definition import Disk
+from localdisk.errors import DiskRefused, HotplugRefused, NotLocal, OperationRefused
+from localdisk.image import Source
+from localdisk.units import format_size
+from localdisk.vdsm import Call
+
+if TYPE_CHECKING:
+    from localdisk.config import Policy
+
+
+def run(point: str, environ: Mapping[str, str]) -> None:
+    """Serve one hook point as vdsm calls it.  Raises Error to refuse."""
+    call = vdsm.read_call(point, environ)
+    answer = POINTS[point](call)
+    if answer is not None:
+        vdsm.write_data(call, answer)
+
+
+def after_disk_prepare(call: Call) -> str | None:
+    """Make one disk local and point vdsm to it."""
+    text = vdsm.read_data(call)
+    disk = definition.read_disk(text)
+    if disk.device in ("cdrom", "floppy"):
+        return None
+    with Helper(call.vm_id, call.property_value) as helper:
+        path = _make_local(helper, disk)
+    return definition.localize_disk(text, path) if path else None
+
+
+def before_vm_start(call: Call) -> str | None:
+    """Make sure that every disk that must be local is, just before the domain is created."""
+    xml = vdsm.read_data(call)
+    disks = [disk for disk in definition.read_domain(xml)[1] if disk.is_vdsm_image]
+    if not disks:
+        return None
+    with Helper(call.vm_id, call.property_value) as helper:
+        paths = {
+            disk.name: _be_local(helper, call.vm_id, disk, looked)
+            for disk, looked in zip(disks, helper.look(disks))
+        }
+    changed = {disk.name: paths[disk.name] for disk in disks if paths[disk.name] not in ("", disk.path)}
+    return definition.localize_domain(xml, changed) if changed else None
+
+
+def after_vm_destroy(call: Call) -> None:
+    """Release the local disks of a VM that has stopped."""
+    with Helper(call.vm_id, call.property_value) as helper:
+        helper.release()
+
+
+def before_vm_migrate_source(call: Call) -> None:
+    _refuse(call, "be migrated")
+
+
+def before_vm_migrate_destination(call: Call) -> None:
+    _refuse(call, "be migrated")
+
+
+def before_vm_hibernate(call: Call) -> None:
+    _refuse(call, "be suspended")
+
+
+def before_disk_hotplug(call: Call) -> None:
+    """Refuse a disk that is plugged into a running local VM, or let it stay on shared storage."""
+    disk = definition.read_disk_element(vdsm.read_data(call))
+    policy = _policy(call)
+    if policy.enabled and policy.hotplug == "refuse" and disk.device == "disk":
+        raise HotplugRefused(vm=call.vm_id, disk=disk.name or disk.path)
+
+
+def before_vdsm_start(call: Call) -> None:
+    """Remove what no VM needs, before vdsm starts any."""
+    from localdisk import config, gc
+
+    gc.collect(config.load())
+
+
+POINTS: dict[str, Callable[[Call], str | None]] = {
+    "after_disk_prepare": after_disk_prepare,
+    "before_vm_start": before_vm_start,
+    "after_vm_destroy": after_vm_destroy,
+    "before_vm_migrate_source": before_vm_migrate_source,
+    "before_vm_migrate_destination": before_vm_migrate_destination,
+    "before_vm_hibernate": before_vm_hibernate,
+    "before_disk_hotplug": before_disk_hotplug,
+    "before_vdsm_start": before_vdsm_start,
+}
+
+
+def _refuse(call: Call, operation: str) -> None:
+    if _policy(call).enabled:
+        raise OperationRefused(vm=call.vm_id, operation=operation)
+
+
+def _policy(call: Call) -> Policy:
+    from localdisk import config
+
+    return config.load().policy(call.vm_id, call.property_value)
+
+
+def _be_local(helper: Helper, vm_id: str, disk: Disk, looked: Looked) -> str:
+    """The local path of a disk of the domain, "" where it stays on shared storage.
+
+    after_disk_prepare has made it local; with a vdsm that has no such hook point, it is done here.
+    """
+    if not looked.is_local:
+        return ""
+    if disk.path != looked.path:
+        return _make_local(helper, disk)
+    if not looked.is_ready:
+        raise NotLocal(vm=vm_id, disk=disk.name, path=disk.path, state=looked.state)
+    return disk.path
+
+
+def _make_local(helper: Helper, disk: Disk) -> str:
+    """The path of the local copy of `disk`, which is ready; "" where it stays on shared storage."""
+    claimed = helper.claim(disk)
+    if claimed.stays or claimed.path:
+        return claimed.path
+    _require_copyable(disk)
+    with image.opened(disk) as source:
+        prepared = helper.prepare(source.virtual_size, source.fingerprint, source.writes(claimed.is_thin))
+        if prepared.target:
+            _copy(helper, disk, source, prepared.target)
+    return prepared.path
+
+
+def _require_copyable(disk: Disk) -> None:
+    problem = ""
+    if disk.shared in ("shared", "true"):
+        problem = "shared between VMs; a local copy would split them"
+    elif disk.shared == "transient":
+        problem = "transient; its changes are thrown away by vdsm itself"
+    elif disk.disk_type not in ("file", "block"):
+        problem = f"on {disk.disk_type} storage, which cannot be read as a file or block device"
+    elif not disk.is_vdsm_image:
+        problem = "no image of a storage domain"
+    if problem:
+        raise DiskRefused(disk=disk.name or disk.image_id or disk.path, problem=problem)
+
+
+def _copy(helper: Helper, disk: Disk, source: Source, target: Target) -> None:
+    total, started = source.virtual_size, time.monotonic()
+
+    def on_progress(fraction: float) -> None:
+        helper.progress(int(fraction * total), total)
+
+    copy.copy(source, target, on_progress)
+    helper.commit()
+    took = time.monotonic() - started
+    rate = f"{format_size(int(total / max(took, 0.001)))}/s"
+    log.event("disk copied", disk=disk.volume_id, bytes=total, took=f"{took:.1f}s", rate=rate)

@@ -1,0 +1,313 @@
+"""The source of a local disk: its layers, opened once, and what a guest would see of them.
+
+Nothing is probed.  The format of the leaf is what vdsm says; the format and name of each parent is what
+the qcow2 header of its child says, read by our own code, and the parent must be a volume that vdsm
+named.  Each layer is opened once; header, fingerprint and copy all go through that descriptor, so a file
+that is swapped in between changes nothing.  qemu-img gets the layers as an explicit node tree.
+
+qcow2 header: docs/interop/qcow2.txt of QEMU.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import stat
+import struct
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from localdisk import run
+from localdisk.definition import Disk
+from localdisk.errors import CommandFailed, SourceRefused
+from localdisk.ids import is_uuid
+from localdisk.lvm import read_dm_uuid
+from localdisk.units import MAX_DISK
+
+MAX_LAYERS = 64
+SECTOR = 512
+
+_MAGIC = b"QFI\xfb"
+_FIXED = struct.Struct(">4sIQIIQIIQQIIQ")  # magic … snapshots_offset: 72 bytes, all of version 2
+_FEATURES = struct.Struct(">QQQII")  # version 3: features, refcount_order, header_length
+_EXTENSION = struct.Struct(">II")
+_BACKING_FORMAT = 0xE2792ACA
+_COMPRESSION_TYPE, _EXTENDED_L2 = 1 << 3, 1 << 4
+_REFUSED_FEATURES = {
+    1 << 0: ("it was not closed properly", "repair it with qemu-img check -r all"),
+    1 << 1: ("it is marked corrupt", "repair it with qemu-img check -r all, or restore it"),
+    1 << 2: ("it has an external data file", "convert it to a self-contained image with qemu-img convert"),
+}
+_HEADER_BYTES = 64 * 1024  # header, extensions and backing name lie in the first cluster
+_IDENTITY_BYTES = 256 * 1024  # of a block device, which has no time of change: header, refcounts, L1
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a qcow2 header says; `virtual_size` in bytes, names "" where there are none."""
+
+    virtual_size: int
+    backing_name: str
+    backing_format: str
+
+    @classmethod
+    def parse(cls, data: bytes) -> Header:
+        """From the first 64 KiB of an image.  Raises ValueError with (problem, fix)."""
+        if len(data) < _FIXED.size or not data.startswith(_MAGIC):
+            raise ValueError("it is no qcow2 image, but vdsm or its child says so", "restore the volume")
+        fields = _FIXED.unpack_from(data)
+        version, backing_offset, backing_size, cluster_bits, size = fields[1:6]
+        crypt_method, snapshots = fields[6], fields[11]
+        if version not in (2, 3):
+            raise ValueError(f"qcow2 version {version} is not known", "convert it with qemu-img convert")
+        if crypt_method:
+            raise ValueError("it is encrypted", "convert it to an image without encryption")
+        if snapshots:
+            raise ValueError("it has internal snapshots", "remove them with qemu-img snapshot -d")
+        if not 9 <= cluster_bits <= 21:
+            raise ValueError(f"its cluster size is 2^{cluster_bits}", "restore the volume")
+        if size % SECTOR or not 0 < size <= MAX_DISK:
+            raise ValueError(f"its virtual size is {size} bytes", "resize it to a multiple of 512 bytes")
+        header_length = _header_length(version, data)
+        return cls(
+            virtual_size=size,
+            backing_name=_backing_name(data, backing_offset, backing_size, 1 << cluster_bits),
+            backing_format=_backing_format(data, header_length, backing_offset or 1 << cluster_bits),
+        )
+
+
+def _header_length(version: int, data: bytes) -> int:
+    if version == 2:
+        return _FIXED.size
+    if len(data) < _FIXED.size + _FEATURES.size:
+        raise ValueError("its header is cut off", "restore the volume")
+    incompatible, _, _, _, length = _FEATURES.unpack_from(data, _FIXED.size)
+    for bit, refusal in _REFUSED_FEATURES.items():
+        if incompatible & bit:
+            raise ValueError(*refusal)
+    unknown = incompatible & ~(_COMPRESSION_TYPE | _EXTENDED_L2)
+    if unknown:
+        raise ValueError(f"it needs unknown features {unknown:#x}", "convert it with qemu-img convert")
+    if not _FIXED.size + _FEATURES.size <= length <= len(data) or length % 8:
+        raise ValueError(f"its header length is {length}", "restore the volume")
+    return int(length)
+
+
+def _backing_name(data: bytes, offset: int, size: int, cluster: int) -> str:
+    if not offset:
+        return ""
+    if not 0 < size <= 1023 or offset + size > min(cluster, len(data)):
+        raise ValueError("its backing file name lies outside the header", "restore the volume")
+    return data[offset : offset + size].decode("utf-8", "backslashreplace")
+
+
+def _backing_format(data: bytes, offset: int, end: int) -> str:
+    """The backing format header extension between `offset` and `end`, "" where there is none."""
+    while offset + _EXTENSION.size <= min(end, len(data)):
+        kind, length = _EXTENSION.unpack_from(data, offset)
+        offset += _EXTENSION.size
+        if kind == 0:
+            break
+        if offset + length > min(end, len(data)):
+            raise ValueError("a header extension is longer than the header", "restore the volume")
+        if kind == _BACKING_FORMAT:
+            return data[offset : offset + length].decode("ascii", "backslashreplace")
+        offset += -(-length // 8) * 8
+    return ""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One opened volume of the chain; `virtual_size` in bytes, as the guest sees this layer."""
+
+    path: str
+    format: str  # raw | qcow2, qemu's words
+    fd: int
+    is_block: bool
+    virtual_size: int
+    identity: str  # changes when the volume's content may have changed
+
+    @property
+    def node(self) -> dict[str, Any]:
+        """This layer alone as a qemu block node."""
+        driver = "host_device" if self.is_block else "file"
+        return {"driver": self.format, "file": {"driver": driver, "filename": f"/proc/self/fd/{self.fd}"}}
+
+
+@dataclass(frozen=True)
+class Source:
+    """The chain of one disk, leaf first."""
+
+    layers: tuple[Layer, ...]
+
+    @property
+    def virtual_size(self) -> int:
+        """Bytes of the disk that the guest sees."""
+        return self.layers[0].virtual_size
+
+    @property
+    def fds(self) -> tuple[int, ...]:
+        return tuple(layer.fd for layer in self.layers)
+
+    @property
+    def fingerprint(self) -> str:
+        """32 hexadecimal digits over the identity of every layer."""
+        text = "\n".join(f"{layer.format} {layer.identity}" for layer in self.layers)
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+    @property
+    def filename(self) -> str:
+        """The chain as a `json:` file name for qemu-img; valid in a process that has `fds`."""
+        node: dict[str, Any] | None = None
+        for layer in reversed(self.layers):
+            # A qcow2 layer without a parent says so: qemu would follow the name in its header.
+            backing = {"backing": node} if layer.format == "qcow2" else {}
+            node = {**layer.node, **backing}
+        return "json:" + json.dumps(node)
+
+    @property
+    def allows_direct_io(self) -> bool:
+        return all(_opens_direct(layer.fd) for layer in self.layers)
+
+    def writes(self, leaves_out_zeros: bool) -> int:
+        """Bytes that a copy writes: all of them, or only data.  Reads the mapping, not the data.
+
+        Raises CommandFailed.
+        """
+        if not leaves_out_zeros:
+            return self.virtual_size
+        # Bounded: a forged image can make a tool eat memory or spin.
+        argv = ["prlimit", "--as=2147483648", "--cpu=600", "--"]
+        argv += ["qemu-img", "measure", "--output", "json", "-O", "raw", self.filename]
+        out = run.run(argv, deadline=3600, pass_fds=self.fds)
+        try:
+            return int(json.loads(out)["required"])
+        except (ValueError, KeyError, TypeError):
+            raise CommandFailed(tuple(argv), 0, f"qemu-img measure printed {out[:80]!r}") from None
+
+
+@contextmanager
+def opened(disk: Disk) -> Iterator[Source]:
+    """Open the chain of `disk`, which vdsm has prepared.  Raises SourceRefused; closes it at the end."""
+    with ExitStack() as stack:
+        yield Source(tuple(_chain(disk, stack)))
+
+
+def _chain(disk: Disk, stack: ExitStack) -> Iterator[Layer]:
+    """Leaf to base."""
+    parents = _Parents(disk)
+    path, image_format = disk.path, {"raw": "raw", "cow": "qcow2"}[disk.format]
+    while True:
+        layer, header = _open_layer(path, image_format, stack)
+        yield layer
+        if header is None or not header.backing_name:
+            return
+        path, image_format = parents.next(path, header)
+
+
+class _Parents:
+    """The volumes of the chain that may be a parent: those that vdsm named, each once."""
+
+    def __init__(self, disk: Disk) -> None:
+        self._paths = {volume.volume_id: volume.path for volume in disk.volumes}
+        self._leaf_directory = os.path.dirname(disk.path)
+        # Without a chain from vdsm (before_vm_start of older versions): the image's own directory.
+        self._any_sibling = not self._paths
+        self._seen = {disk.volume_id}
+
+    def next(self, child: str, header: Header) -> tuple[str, str]:
+        """Path and format of the parent that `header`, read from `child`, names."""
+        volume_id = header.backing_name
+        if not is_uuid(volume_id):
+            raise SourceRefused(
+                child,
+                f"its backing file name is {volume_id!r}, not a volume of its image",
+                "if it is a genuine chain, correct it with qemu-img rebase -u -b VOLUME -F FORMAT",
+            )
+        if volume_id not in self._paths and not self._any_sibling:
+            raise SourceRefused(child, f"vdsm did not name its backing volume {volume_id}")
+        if volume_id in self._seen or len(self._seen) >= MAX_LAYERS:
+            raise SourceRefused(child, f"its chain has a cycle or more than {MAX_LAYERS} layers")
+        if header.backing_format not in ("raw", "qcow2"):
+            raise SourceRefused(
+                child,
+                f"its header gives the backing format {header.backing_format!r}",
+                f"set it with qemu-img rebase -u -b {volume_id} -F raw|qcow2, whichever it is",
+            )
+        self._seen.add(volume_id)
+        path = self._paths.get(volume_id) or os.path.join(self._leaf_directory, volume_id)
+        return path, header.backing_format
+
+
+def _open_layer(path: str, image_format: str, stack: ExitStack) -> tuple[Layer, Header | None]:
+    fd = _open(path)
+    stack.callback(os.close, fd)
+    status = os.fstat(fd)
+    is_block = stat.S_ISBLK(status.st_mode)
+    if not is_block and not stat.S_ISREG(status.st_mode):
+        raise SourceRefused(path, "it is no regular file and no block device")
+    file_size = os.lseek(fd, 0, os.SEEK_END)
+    try:
+        start = _read(fd, _IDENTITY_BYTES if is_block else _HEADER_BYTES)
+        header = Header.parse(start[:_HEADER_BYTES]) if image_format == "qcow2" else None
+    except ValueError as error:
+        raise SourceRefused(path, *error.args) from None
+    except OSError as error:
+        raise SourceRefused(path, error.strerror or "read error", "check the storage") from None
+    virtual_size = header.virtual_size if header else -(-file_size // SECTOR) * SECTOR
+    if not 0 < virtual_size <= MAX_DISK:
+        raise SourceRefused(path, f"its size is {virtual_size} bytes")
+    identity = _identity(status, file_size, start)
+    return Layer(path, image_format, fd, is_block, virtual_size, identity), header
+
+
+def _open(path: str) -> int:
+    try:
+        # O_NONBLOCK: a FIFO in the place of a volume must not make us wait.
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except (OSError, ValueError) as error:
+        problem = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        fix = "check that the shared storage is there and that user vdsm can read it"
+        raise SourceRefused(path, problem, fix) from None
+    return fd
+
+
+def _read(fd: int, size: int) -> bytes:
+    data = b""
+    while len(data) < size:
+        part = os.pread(fd, size - len(data), len(data))
+        if not part:
+            break
+        data += part
+    return data
+
+
+def _identity(status: os.stat_result, file_size: int, start: bytes) -> str:
+    """What changes when the volume does.
+
+    A file: its inode, size and time of last change of content.  A block device: its LVM UUID and size; it
+    has no time of change, so a change that leaves its first 256 KiB alone is not seen.
+    """
+    digest = hashlib.sha256(start).hexdigest()
+    if stat.S_ISREG(status.st_mode):
+        return f"file {status.st_ino} {file_size} {status.st_mtime_ns} {digest}"
+    try:
+        device = read_dm_uuid(status.st_rdev)
+    except OSError:
+        device = "unnamed"
+    return f"block {device} {file_size} {digest}"
+
+
+def _opens_direct(fd: int) -> bool:
+    """Whether O_DIRECT works there: tmpfs and some network file systems refuse it."""
+    try:
+        os.close(os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC))
+    except OSError as error:
+        if error.errno == errno.EINVAL:
+            return False
+        raise
+    return True
