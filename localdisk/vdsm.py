@@ -1,0 +1,145 @@
+"""The hook contract of vdsm: which point was called, for which VM, with what data, and the answer.
+
+vdsm describes a call in the environment: `vmId`, one variable per custom property, and either `_hook_json` or
+`_hook_domxml` with the path of a temporary file that it reads back after the last hook (vdsm
+`lib/vdsm/common/hooks.py`).  All of it is input: an administrator can allow custom properties of any name.
+
+Data is text here: the file is UTF-8, whatever an XML declaration in it says, because that is how vdsm writes
+and reads it.  Line ends are kept.  Standard library only: every hook run of a local VM imports this.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from localdisk.errors import BadHookCall, BadProperty
+from localdisk.ids import is_uuid
+
+PROPERTY = "localdisk"  # the VM custom property; older hook: the same name, values lvm and lvmthin
+VALUES = ("lvm", "lvmthin", "on", "off")
+DATA_LIMIT = 16 * 1024 * 1024  # bytes; a large domain's XML is some 100 KiB
+
+JSON = "_hook_json"
+DOMXML = "_hook_domxml"
+
+_DATA = {
+    "after_disk_prepare": JSON,
+    "before_vm_start": DOMXML,
+    "after_vm_destroy": DOMXML,
+    "before_vm_migrate_source": DOMXML,
+    "before_vm_migrate_destination": DOMXML,
+    "before_vm_hibernate": DOMXML,
+    "before_disk_hotplug": DOMXML,
+    "before_vdsm_start": None,
+}
+POINTS = frozenset(_DATA)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a hook point.
+
+    At `before_vdsm_start`, which is no VM's, `vm_id` and `property_value` are "" and `data_path` is None.
+    Otherwise `vm_id` is a canonical UUID, `property_value` is one of VALUES ("off" also where the VM does not
+    have the property) and `data_path` is absolute.
+    """
+
+    point: str
+    vm_id: str
+    property_value: str
+    data_path: str | None
+
+
+def read_call(point: str, environ: Mapping[str, str]) -> Call:
+    """What vdsm asks at `point`, from the environment that it gave the hook.
+
+    Raises BadHookCall where the point is unknown, `vmId` is no UUID (upper case is accepted), or the data
+    variable that the point demands is missing, relative, or accompanied by the other one: a custom property
+    could be named like it.  Raises BadProperty for a value that is none of VALUES, the empty one included.
+    At `before_vdsm_start` the environment is not looked at: vdsm sets `_hook_domxml` to an empty file there.
+    """
+    if point not in _DATA:
+        raise BadHookCall(problem=f"there is no hook point '{point}'")
+    wanted = _DATA[point]
+    if wanted is None:
+        return Call(point, "", "", None)
+    return Call(point, _vm_id(environ), _property_value(environ), _data_path(wanted, environ))
+
+
+def read_data(call: Call) -> str:
+    """The text that vdsm handed to `call`.
+
+    Raises BadHookCall where there is none, the file is no regular file (a symbolic link is none), it holds
+    more than DATA_LIMIT bytes, or it is not UTF-8.
+    """
+    try:
+        with open(_open_data(call, os.O_RDONLY), "rb") as file:
+            data = file.read(DATA_LIMIT + 1)
+        if len(data) > DATA_LIMIT:
+            raise BadHookCall(problem=f"data file {call.data_path} holds more than {DATA_LIMIT} bytes")
+        return data.decode("utf-8")
+    except (OSError, ValueError) as error:
+        raise _unusable(call, error) from None
+
+
+def write_data(call: Call, text: str) -> None:
+    """Make `text` the content of the same file; vdsm reads it when the last hook has ended.
+
+    The file is emptied before it is written, not written over: killed in between, or on a full file system,
+    we leave nothing or a beginning of `text`, which is neither JSON nor XML, so that nobody can take it for
+    an answer.  (vdsm refuses the operation anyway when a hook is killed, at the points where we write.)
+    Writing over it could leave the head of the new text on the tail of the old; a new file renamed over the
+    old one could be left lying about.  Raises BadHookCall as `read_data` does.
+    """
+    try:
+        data = text.encode("utf-8")
+        if len(data) > DATA_LIMIT:
+            raise BadHookCall(problem=f"the answer for {call.data_path} has more than {DATA_LIMIT} bytes")
+        with open(_open_data(call, os.O_WRONLY), "wb") as file:
+            file.truncate(0)
+            file.write(data)
+    except (OSError, ValueError) as error:
+        raise _unusable(call, error) from None
+
+
+def _vm_id(environ: Mapping[str, str]) -> str:
+    vm_id = environ.get("vmId", "").lower()
+    if not is_uuid(vm_id):
+        raise BadHookCall(problem=f"vmId is '{vm_id}', not a UUID")
+    return vm_id
+
+
+def _property_value(environ: Mapping[str, str]) -> str:
+    value = environ.get(PROPERTY, "off")
+    if value not in VALUES:
+        raise BadProperty(value=value)
+    return value
+
+
+def _data_path(wanted: str, environ: Mapping[str, str]) -> str:
+    other = JSON if wanted == DOMXML else DOMXML
+    if other in environ:
+        raise BadHookCall(problem=f"{other} is set where only {wanted} belongs")
+    path = environ.get(wanted, "")
+    if not os.path.isabs(path):
+        raise BadHookCall(problem=f"{wanted} is '{path}', not the path of a data file")
+    return path
+
+
+def _open_data(call: Call, flags: int) -> int:
+    """A descriptor of `call`'s data file; O_NONBLOCK, so that a pipe in its place cannot hold us up."""
+    if call.data_path is None:
+        raise BadHookCall(problem=f"{call.point} has no data")
+    descriptor = os.open(call.data_path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise BadHookCall(problem=f"data file {call.data_path} is not a regular file")
+    return descriptor
+
+
+def _unusable(call: Call, error: OSError | ValueError) -> BadHookCall:
+    reason = error.strerror if isinstance(error, OSError) else error
+    return BadHookCall(problem=f"data file {call.data_path} cannot be used: {reason}")
