@@ -14,7 +14,7 @@ from localdisk import copy, definition, image, log, vdsm
 from localdisk.client import Helper, Looked
 from localdisk.copy import Target
 from localdisk.definition import Disk
-from localdisk.errors import DiskRefused, HotplugRefused, NotLocal, OperationRefused
+from localdisk.errors import BadDomain, DiskRefused, HotplugRefused, NotLocal, OperationRefused
 from localdisk.image import Source
 from localdisk.units import format_size
 from localdisk.vdsm import Call
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 def run(point: str, environ: Mapping[str, str]) -> None:
     """Serve one hook point as vdsm calls it.  Raises Error to refuse."""
     call = vdsm.read_call(point, environ)
+    if call.vm_id and call.property_value == "off":
+        return
     answer = POINTS[point](call)
     if answer is not None:
         vdsm.write_data(call, answer)
@@ -45,7 +47,10 @@ def after_disk_prepare(call: Call) -> str | None:
 def before_vm_start(call: Call) -> str | None:
     """Make sure that every disk that must be local is, just before the domain is created."""
     xml = vdsm.read_data(call)
-    disks = [disk for disk in definition.read_domain(xml)[1] if disk.is_vdsm_image]
+    domain_id, every_disk = definition.read_domain(xml)
+    if domain_id != call.vm_id:
+        raise BadDomain(problem=f"it is of VM {domain_id}, called for VM {call.vm_id}")
+    disks = [disk for disk in every_disk if disk.is_vdsm_image]
     if not disks:
         return None
     with Helper(call.vm_id, call.property_value) as helper:
@@ -53,8 +58,8 @@ def before_vm_start(call: Call) -> str | None:
             disk.name: _be_local(helper, call.vm_id, disk, looked)
             for disk, looked in zip(disks, helper.look(disks))
         }
-    changed = {disk.name: paths[disk.name] for disk in disks if paths[disk.name] not in ("", disk.path)}
-    return definition.localize_domain(xml, changed) if changed else None
+    # Also what after_disk_prepare has made local: vdsm can leave `file=` beside `dev=` there.
+    return definition.localize_domain(xml, {name: path for name, path in paths.items() if path})
 
 
 def after_vm_destroy(call: Call) -> None:
