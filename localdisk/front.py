@@ -27,27 +27,70 @@ BUILD_ID = "@BUILD_ID@"  # build.sh puts shiv's here, a hash of everything that 
 
 def is_not_ours(argv: list[str], environ: os._Environ[str]) -> bool:
     """Whether this is a hook run for a VM that does not ask for local disks."""
-    called_by_link = os.path.basename(os.path.dirname(argv[0])) in POINTS_OF_A_VM
     called_by_name = len(argv) == 3 and argv[1] == "hook" and argv[2] in POINTS_OF_A_VM
-    return (called_by_link or called_by_name) and environ.get("localdisk", "off") == "off"
+    return (is_called_by_link(argv) or called_by_name) and environ.get("localdisk", "off") == "off"
 
 
-def use_own_environment(environ: os._Environ[str]) -> None:
-    """Take away what would make shiv's bootstrap or Python run something else, and say where to extract.
+def is_called_by_link(argv: list[str]) -> bool:
+    """Whether vdsm calls us, through a link in the directory of a hook point."""
+    return os.path.basename(os.path.dirname(argv[0])) in POINTS_OF_A_VM
 
-    vdsm puts a custom property of any name into our environment.  As root, and for anyone once root has
-    run, the tree is in a directory that only root writes; otherwise in the user's own cache.
+
+def clean(environ: os._Environ[str]) -> None:
+    """Take away what would make shiv's bootstrap or Python run something else.
+
+    vdsm puts a custom property of any name into our environment.
     """
     for name in list(environ):
         if name.startswith(("SHIV_", "PYTHON")):
             del environ[name]
-    if os.geteuid() == 0 or is_roots_alone(SYSTEM_TREES):
-        environ["SHIV_ROOT"] = SYSTEM_TREES
-    else:
-        import pwd
 
-        home = pwd.getpwuid(os.geteuid()).pw_dir
-        environ["SHIV_ROOT"] = os.path.join(home, ".cache", "localdisk")
+
+def extracted_tree() -> str:
+    """The packages that root has extracted from this very build, "" where they are not there.
+
+    shiv's bootstrap would find the same ones, but it costs four times a bare interpreter's start.
+    """
+    tree = os.path.join(SYSTEM_TREES, f"{os.path.basename(program())}_{BUILD_ID}")
+    trusted = is_roots_alone(SYSTEM_TREES) and is_roots_alone(tree)
+    packages = os.path.join(tree, "site-packages")
+    return packages if trusted and os.path.isdir(packages) else ""
+
+
+def have_root_extract() -> None:
+    """Start the helper with nothing to do: vdsm may run it, and root extracts what it runs from."""
+    null = os.open(os.devnull, os.O_RDWR)
+    streams = [(os.POSIX_SPAWN_DUP2, null, number) for number in (0, 1, 2)]
+    environ = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}
+    try:
+        child = os.posix_spawn(
+            "/usr/bin/sudo", ["sudo", "-n", program(), "helper"], environ, file_actions=streams
+        )
+        os.waitpid(child, 0)
+    except OSError:
+        pass  # what it was for is looked at next
+    os.close(null)
+
+
+def place_to_extract() -> str:
+    """Where shiv's bootstrap may extract: root's own directory, an ordinary user's cache."""
+    if os.geteuid() == 0:
+        return SYSTEM_TREES
+    import pwd
+
+    cache = os.path.join(pwd.getpwuid(os.geteuid()).pw_dir, ".cache", "localdisk")
+    try:
+        os.makedirs(cache, exist_ok=True)
+    except OSError as error:
+        what = f"cannot extract to {cache}, {error.strerror}"
+        print(f"localdisk: {what} : run {program()} --version once as root", file=sys.stderr)
+        sys.exit(2)
+    return cache
+
+
+def program() -> str:
+    """The zipapp itself, whatever link it was called through."""
+    return os.path.realpath(sys.argv[0])
 
 
 def is_roots_alone(path: str) -> bool:
@@ -59,29 +102,21 @@ def is_roots_alone(path: str) -> bool:
     return status.st_uid == 0 and not status.st_mode & 0o022
 
 
-def extracted_tree() -> str:
-    """The packages that root has extracted from this very build, "" where they are not there.
-
-    shiv's bootstrap would find the same ones, but it costs four times a bare interpreter's start.
-    """
-    program = os.path.basename(os.path.realpath(sys.argv[0]))
-    tree = os.path.join(SYSTEM_TREES, f"{program}_{BUILD_ID}")
-    trusted = is_roots_alone(SYSTEM_TREES) and is_roots_alone(tree)
-    packages = os.path.join(tree, "site-packages")
-    return packages if trusted and os.path.isdir(packages) else ""
-
-
 def main() -> None:
     if is_not_ours(sys.argv, os.environ):
         return
-    use_own_environment(os.environ)
+    clean(os.environ)
     os.umask(0o022)
     tree = extracted_tree()
+    if not tree and os.geteuid() != 0 and is_called_by_link(sys.argv):
+        have_root_extract()
+        tree = extracted_tree()
     if tree:
         sys.path.insert(0, tree)
         from localdisk.cli import main as run
 
         sys.exit(run())
+    os.environ["SHIV_ROOT"] = place_to_extract()
     from _bootstrap import bootstrap  # type: ignore[import-not-found]
 
     bootstrap()
