@@ -74,7 +74,7 @@ build() {
   cp -r localdisk "$tree/"
   mkdir -p "$tree/localdisk/schema"
   cp schema/*.json "$tree/localdisk/schema/"
-  rm -rf "$tree/bin" "$tree/localdisk/front.py"
+  rm -rf "${tree:?}/bin" "$tree"/localdisk/{first,front}.py
   # What run time does not need: headers and sources of lxml, tests, caches, type stubs of packages.
   find "$tree" \( -name '*.pxd' -o -name '*.pxi' -o -name '*.pyx' -o -name '*.h' -o -name '*.c' -o -name '*.pyi' \
     -o -name '*.rng' -o -name '*.xsl' \) -delete
@@ -92,16 +92,15 @@ with open("build/localdisk.shiv", "rb") as file:
     shebang = file.readline()
 with zipfile.ZipFile("build/localdisk.shiv") as old, open("build/localdisk", "wb") as file:
     file.write(shebang)
+    build_id = json.loads(old.read("environment.json"))["build_id"]
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as new:
+        for name, source in (("__main__.py", "first.py"), ("front.py", "front.py")):
+            info = zipfile.ZipInfo(name, old.infolist()[0].date_time)  # stored: no zlib is imported
+            info.external_attr = 0o644 << 16
+            new.writestr(info, open(f"localdisk/{source}").read().replace("@BUILD_ID@", build_id))
         for info in old.infolist():
-            if info.is_dir():
-                continue
-            data = old.read(info)
-            if info.filename == "__main__.py":
-                build_id = json.loads(old.read("environment.json"))["build_id"]
-                data = open("localdisk/front.py").read().replace("@BUILD_ID@", build_id)
-                info.compress_type = zipfile.ZIP_STORED  # one import less for a hook run that ends here
-            new.writestr(info, data, info.compress_type)
+            if not info.is_dir() and info.filename != "__main__.py":
+                new.writestr(info, old.read(info), info.compress_type)
 os.chmod("build/localdisk", 0o755)
 EOF
   mv build/localdisk dist/localdisk
@@ -109,9 +108,39 @@ EOF
   echo "dist/localdisk: $(stat -c %s dist/localdisk) bytes, $(dist/localdisk --version)" >&2
 }
 
+lint() {
+  .venv/bin/ruff check --quiet localdisk tests
+  .venv/bin/ruff format --check --quiet localdisk tests
+  .venv/bin/mypy --no-error-summary
+  shellcheck build.sh .ci/run tests/bed/guest.sh
+}
+
+# bed COMMAND...: run it as root on a real kernel with device-mapper
+bed() {
+  .venv/bin/python -m tests.bed.boot -- .venv/bin/python "$@"
+}
+
 prepare
 case "${1:-build}" in
   build) build ;;
+  demo)
+    need "${BED_PACKAGES[@]}"
+    build
+    bed -m tests.demo
+    ;;
+  test)
+    need "${BED_PACKAGES[@]}" "${TEST_PACKAGES[@]}"
+    build
+    lint
+    .venv/bin/python -m pytest -q
+    bed -m pytest -v tests/integration
+    ;;
+  bench)
+    need "${BED_PACKAGES[@]}"
+    build
+    .venv/bin/python -m tests.bench here
+    bed -m tests.bench bed
+    ;;
   *)
     echo "build.sh: unknown command $1 : see the head of this file" >&2
     exit 2
