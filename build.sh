@@ -83,7 +83,7 @@ build() {
   find "$tree" -path '*.dist-info/*' -type f ! -iname '*licen[cs]e*' ! -iname 'copying*' -delete
   find "$tree" -name py.typed -delete
   find "$tree" -type d -empty -delete
-  .venv/bin/shiv --reproducible --site-packages "$tree" --entry-point localdisk.cli:main \
+  .venv/bin/shiv --reproducible --compile-pyc --site-packages "$tree" --entry-point localdisk.cli:main \
     --python "$PYTHON -I" --output-file build/localdisk.shiv
   "$PYTHON" - <<'EOF'
 # shiv's own __main__.py gives way to ours; everything else, times included, stays as shiv made it.

@@ -132,9 +132,13 @@ class Config(Settings):
         return replace(override.policy, backend=override.backend or asked or self.backend)
 
     @property
-    def volume_groups(self) -> tuple[str, ...]:
-        """Every volume group that the file names, each once, the general one first."""
-        return tuple(dict.fromkeys((self.volume_group, *(v.policy.volume_group for v in self.vms.values()))))
+    def volume_groups(self) -> Mapping[str, tuple[str, ...]]:
+        """Every volume group that the file names, each once, the general one first, with its `devices`."""
+        policies = (self.others.policy, *(override.policy for override in self.vms.values()))
+        groups: dict[str, tuple[str, ...]] = {}
+        for policy in policies:
+            groups.setdefault(policy.volume_group, policy.devices)
+        return groups
 
 
 def load(path: str | None = None) -> Config:

@@ -30,6 +30,7 @@ from localdisk.errors import (
     OtherOwner,
     SourceChanged,
     ThinPoolFull,
+    ThinPoolInactive,
     ThinPoolNotZeroing,
 )
 from localdisk.ids import is_uuid
@@ -172,7 +173,8 @@ def _same_source(disk: LocalDisk, fingerprint: str) -> bool:
 def require_room(vg: VolumeGroup, policy: Policy, size: int, writes: int) -> None:
     """Raise unless a disk of `size` bytes that will hold `writes` bytes of data fits and leaves the margins.
 
-    Raises NoSpace (lvm); NoThinPool, ThinPoolNotZeroing, ThinPoolFull (lvmthin); VolumeGroupUnusable.
+    Raises VolumeGroupUnusable; NoSpace (lvm); NoThinPool, ThinPoolNotZeroing, ThinPoolInactive, ThinPoolFull
+    (lvmthin).
     """
     vg.require_usable()
     if policy.backend == "lvm":
@@ -200,12 +202,13 @@ def _require_thin_room(vg: VolumeGroup, pool_name: str, margins: Margins, writes
         raise NoThinPool(vg=vg.vg_name, pool=pool_name)
     if not pool.zero:
         raise ThinPoolNotZeroing(vg=vg.vg_name, pool=pool_name)
+    if pool.data_percent is None or pool.metadata_percent is None:
+        raise ThinPoolInactive(vg=vg.vg_name, pool=pool_name)
     promised = sum(_still_to_write(disk) for disk in local_disks(vg) if disk.lv.pool_lv == pool_name)
-    would = (pool.data_percent or 0) + 100 * (writes + promised) / pool.lv_size
-    metadata = pool.metadata_percent or 0
+    would = pool.data_percent + 100 * (writes + promised) / pool.lv_size
     for limit, value, allowed in (
         ("thin_data", would, margins.thin_data),
-        ("thin_metadata", metadata, margins.thin_metadata),
+        ("thin_metadata", pool.metadata_percent, margins.thin_metadata),
     ):
         if value > allowed:
             raise ThinPoolFull(

@@ -197,6 +197,11 @@ class ThinPoolNotZeroing(Error):
     fix = "lvchange --zero y {vg}/{pool}"
 
 
+class ThinPoolInactive(Error):
+    what = "thin pool {vg}/{pool} is not active, so it does not tell how full it is"
+    fix = "lvchange --activate y {vg}/{pool}"
+
+
 class ThinPoolFull(Error):
     what = "thin pool {vg}/{pool} would pass margins.{limit}: {would} of {allowed} allowed"
     fix = "remove local disks (localdisk gc), extend the pool, or raise the margin"

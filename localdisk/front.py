@@ -1,39 +1,16 @@
-"""The zipapp's own `__main__`: what runs before anything is extracted or imported.
+"""From the zipapp to the program: where its packages are extracted, and that nobody bends that.
 
-build.sh puts this file at the top of the zipapp in the place of shiv's `__main__.py`.  Standard library
-only, and as little of it as possible: for a VM without the property, which is most, this is all that runs.
+Lies beside `__main__.py` (first.py) in the zipapp; standard library only.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+from typing import NoReturn
 
-# vdsm.py has the same names; a test compares them.
-POINTS_OF_A_VM = frozenset(
-    (
-        "after_disk_prepare",
-        "before_vm_start",
-        "after_vm_destroy",
-        "before_vm_migrate_source",
-        "before_vm_migrate_destination",
-        "before_vm_hibernate",
-        "before_disk_hotplug",
-    )
-)
 SYSTEM_TREES = "/var/cache/localdisk"
 BUILD_ID = "@BUILD_ID@"  # build.sh puts shiv's here, a hash of everything that is in the zipapp
-
-
-def is_not_ours(argv: list[str], environ: os._Environ[str]) -> bool:
-    """Whether this is a hook run for a VM that does not ask for local disks."""
-    called_by_name = len(argv) == 3 and argv[1] == "hook" and argv[2] in POINTS_OF_A_VM
-    return (is_called_by_link(argv) or called_by_name) and environ.get("localdisk", "off") == "off"
-
-
-def is_called_by_link(argv: list[str]) -> bool:
-    """Whether vdsm calls us, through a link in the directory of a hook point."""
-    return os.path.basename(os.path.dirname(argv[0])) in POINTS_OF_A_VM
 
 
 def clean(environ: os._Environ[str]) -> None:
@@ -75,6 +52,8 @@ def have_root_extract() -> None:
 def place_to_extract() -> str:
     """Where shiv's bootstrap may extract: root's own directory, an ordinary user's cache."""
     if os.geteuid() == 0:
+        if os.path.lexists(SYSTEM_TREES) and not is_roots_alone(SYSTEM_TREES):
+            refuse(f"{SYSTEM_TREES} could be written by others than root", f"rm -r {SYSTEM_TREES}")
         return SYSTEM_TREES
     import pwd
 
@@ -82,10 +61,14 @@ def place_to_extract() -> str:
     try:
         os.makedirs(cache, exist_ok=True)
     except OSError as error:
-        what = f"cannot extract to {cache}, {error.strerror}"
-        print(f"localdisk: {what} : run {program()} --version once as root", file=sys.stderr)
-        sys.exit(2)
+        refuse(f"cannot extract to {cache}, {error.strerror}", f"run {program()} --version once as root")
     return cache
+
+
+def refuse(what: str, fix: str) -> NoReturn:
+    """End with one line and exit code 2, as cli.py would."""
+    print(f"localdisk: {what} : {fix}", file=sys.stderr)
+    sys.exit(2)
 
 
 def program() -> str:
@@ -102,13 +85,12 @@ def is_roots_alone(path: str) -> bool:
     return status.st_uid == 0 and not status.st_mode & 0o022
 
 
-def main() -> None:
-    if is_not_ours(sys.argv, os.environ):
-        return
+def main(called_by_vdsm: bool) -> None:
+    """Run the program from its extracted packages; extract them where that was not done."""
     clean(os.environ)
     os.umask(0o022)
     tree = extracted_tree()
-    if not tree and os.geteuid() != 0 and is_called_by_link(sys.argv):
+    if not tree and os.geteuid() != 0 and called_by_vdsm:
         have_root_extract()
         tree = extracted_tree()
     if tree:
@@ -120,7 +102,3 @@ def main() -> None:
     from _bootstrap import bootstrap  # type: ignore[import-not-found]
 
     bootstrap()
-
-
-if __name__ == "__main__":
-    main()

@@ -95,8 +95,8 @@ def collect(config: Config, dry_run: bool = False) -> tuple[Finding, ...]:
     known = _known_vms()
     findings = tuple(
         finding
-        for name in config.volume_groups
-        for finding in _collect_group(config, VolumeGroup.read(name, config.devices), known, dry_run)
+        for name, devices in config.volume_groups.items()
+        for finding in _collect_group(config, VolumeGroup.read(name, devices), known, dry_run)
     )
     if not dry_run:
         lock.sweep()

@@ -126,7 +126,8 @@ class Session:
             vg = _read(policy)
             found = _find(vg, vm_id, image_id, volume_id)
             stays, path = _running(vg, found, vm_id, volume_id)
-            self._claim = Claim(vm_id, image_id, volume_id, policy, held, stack.pop_all(), found, vg)
+            if not (stays or path):  # else there is nothing to prepare
+                self._claim = Claim(vm_id, image_id, volume_id, policy, held, stack.pop_all(), found, vg)
         return {"stays": stays, "path": path, "thin": policy.backend == "lvmthin"}
 
     def _prepare(self, request: Request) -> Answer:

@@ -60,7 +60,7 @@ class Snapshot:
 
 def take(config: Config) -> Snapshot:
     """Look once: one LVM command for each volume group.  Raises NoVolumeGroup, CommandFailed."""
-    groups = [VolumeGroup.read(name, config.devices) for name in config.volume_groups]
+    groups = [VolumeGroup.read(name, devices) for name, devices in config.volume_groups.items()]
     return Snapshot(
         at=int(time.time()),
         volume_groups=tuple(_group(vg, config.thin_pool) for vg in groups),

@@ -1,0 +1,35 @@
+"""The zipapp's `__main__`: the few lines that run for every VM, also for those that have no local disks.
+
+build.sh puts this file in the place of shiv's own `__main__.py`, and front.py beside it.  It is compiled
+anew in every run, so it is as short as can be and imports nothing that Python has not imported already.
+"""
+
+import os
+import sys
+
+# vdsm.py has the same names; a test compares them.
+POINTS_OF_A_VM = (
+    "after_disk_prepare",
+    "before_vm_start",
+    "after_vm_destroy",
+    "before_vm_migrate_source",
+    "before_vm_migrate_destination",
+    "before_vm_hibernate",
+    "before_disk_hotplug",
+)
+
+
+def called_point(argv: list[str]) -> str:
+    """The hook point of a VM that we are called for, by vdsm's link or by `hook POINT`; "" if none."""
+    by_link = os.path.basename(os.path.dirname(argv[0]))
+    named = argv[2] if len(argv) == 3 and argv[1] == "hook" else by_link
+    return named if named in POINTS_OF_A_VM else ""
+
+
+# vdsm hands a custom property over as a variable of its name.
+if __name__ == "__main__" and not (
+    called_point(sys.argv) and os.environ.get("localdisk", "off") == "off"  # noqa: SIM112
+):
+    import front  # type: ignore[import-not-found]
+
+    front.main(called_by_vdsm=bool(called_point(sys.argv)))
