@@ -1,0 +1,240 @@
+"""Makes this kernel an oVirt host as far as localdisk can see.  Runs as root inside boot.py's machine.
+
+    python -m tests.bed.host setup      users, storage, volume group, rules, the program and its links
+    python -m tests.bed.host leave      takes all of it but the users away again
+
+`setup` can be run again, also on the disks of an earlier boot: what exists stays.  In a guest the
+users get a host's own numbers; on a machine that is not ours to change they get free ones.
+What is installed is dist/localdisk, or the file that LOCALDISK_BED_PROGRAM names.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import grp
+import json
+import os
+import pwd
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from tests.bed import libvirt
+from tests.bed.shell import attempt, run
+
+ROOT = Path(__file__).resolve().parents[2]
+VOLUME_GROUP = "ovirt-local"
+THIN_POOL = "pool0"
+PROGRAM = Path("/usr/local/libexec/localdisk")
+HOOKS = Path("/usr/libexec/vdsm/hooks")
+SUDOERS = Path("/etc/sudoers.d/50_localdisk")
+RULE = Path("/etc/udev/rules.d/90-localdisk.rules")
+STORAGE_RULE = Path("/etc/udev/rules.d/90-bed-storage.rules")
+DATA_CENTER = Path("/rhev/data-center")
+STORAGE = DATA_CENTER / "mnt/srv:_exp"
+RUN_STORAGE = Path("/run/vdsm/storage")
+SCRATCH = STORAGE / "bed-scratch"  # a place on a disk for what does not fit into memory
+
+POINTS = (
+    "before_vdsm_start",
+    "after_disk_prepare",
+    "before_vm_start",
+    "after_vm_start",
+    "before_vm_migrate_source",
+    "before_vm_migrate_destination",
+    "before_vm_hibernate",
+    "before_disk_hotplug",
+    "after_disk_hotunplug",
+    "after_vm_destroy",
+)
+# where localdisk does something; install links it here
+OUR_POINTS = tuple(p for p in POINTS if p not in ("after_vm_start", "after_disk_hotunplug"))
+
+# vdsm's own LVs on block storage domains, whose volume groups have UUIDs as names
+STORAGE_RULE_TEXT = """\
+ACTION!="remove", SUBSYSTEM=="block", ENV{DM_VG_NAME}=="????????-????-????-????-????????????", \
+RUN+="/usr/bin/chown vdsm:qemu $env{DEVNAME}"
+"""
+
+
+def setup() -> None:
+    """Everything a host has before localdisk works there: see the module's docstring."""
+    run("modprobe", "-a", "dm-mod", "dm-thin-pool", "loop")
+    users()
+    shared_storage()
+    rules()
+    volume_group()
+    install()
+
+
+# -- users
+
+
+def users() -> None:
+    """vdsm (36, group kvm 36, also in qemu) and qemu (107, group qemu 107, also in kvm)."""
+    group("kvm", 36)
+    group("qemu", 107)
+    user("vdsm", 36, "kvm", "qemu")
+    user("qemu", 107, "qemu", "kvm")
+
+
+def group(name: str, number: int) -> None:
+    """The group `name`; in a guest with that number, whoever had it."""
+    names = {entry.gr_name: entry.gr_gid for entry in grp.getgrall()}
+    if throwaway() and names.get(name) != number:
+        free_number("groupmod", "-g", names, number)
+    if name not in names:
+        run("groupadd", *(["-g", str(number)] if number not in names.values() else ["-r"]), name)
+    elif throwaway() and names[name] != number:
+        run("groupmod", "-g", str(number), name)
+
+
+def user(name: str, number: int, primary: str, other: str) -> None:
+    """The user `name` in these two groups; in a guest with that number, whoever had it."""
+    names = {entry.pw_name: entry.pw_uid for entry in pwd.getpwall()}
+    if name in names:
+        return
+    if throwaway():
+        free_number("usermod", "-u", names, number)
+    wanted = ["-u", str(number)] if throwaway() or number not in names.values() else []
+    run("useradd", "-r", *wanted, "-g", primary, "-G", other, "-M", "-d", "/", "-s", "/sbin/nologin", name)
+
+
+def free_number(command: str, option: str, names: dict[str, int], number: int) -> None:
+    """Moves whoever has `number` to a number that nobody has."""
+    for name, taken in names.items():
+        if taken == number:
+            unused = next(n for n in range(900, 400, -1) if n not in names.values())
+            run(command, option, str(unused), name)
+            names[name] = unused
+
+
+def throwaway() -> bool:
+    """True in a guest that nobody will miss."""
+    return os.environ.get("LOCALDISK_BED_THROWAWAY") == "1"
+
+
+# -- disks
+
+
+def shared_storage() -> None:
+    """A file system with O_DIRECT on the second disk, where a host mounts its shared storage."""
+    disk = os.environ["LOCALDISK_BED_SHARED"]
+    for path in (STORAGE, RUN_STORAGE):
+        path.mkdir(parents=True, exist_ok=True)
+    if attempt("blkid", "-p", disk).returncode:
+        run("mkfs.ext4", "-q", "-E", "nodiscard", disk)
+    if not STORAGE.is_mount():
+        run("mount", disk, str(STORAGE))
+    SCRATCH.mkdir(exist_ok=True)
+    for path in (STORAGE, RUN_STORAGE, RUN_STORAGE.parent, SCRATCH):
+        shutil.chown(path, "vdsm", "kvm")
+
+
+def volume_group() -> None:
+    """The volume group on the first disk; its LVs are activated as a host does when it boots."""
+    if attempt("vgs", VOLUME_GROUP).returncode:
+        run("vgcreate", "-y", VOLUME_GROUP, os.environ["LOCALDISK_BED_LOCAL"])
+    else:
+        run("vgchange", "-aay", VOLUME_GROUP)
+
+
+def thin_pool(size: str = "2g") -> None:
+    """The thin pool, made if it is not there."""
+    if THIN_POOL not in logical_volumes():
+        run("lvcreate", "-y", "--type", "thin-pool", "-L", size, "-n", THIN_POOL, VOLUME_GROUP)
+
+
+def remove(*names: str) -> None:
+    """Removes these LVs of the volume group, whatever they are."""
+    if names:
+        run("lvremove", "-f", "-y", *(f"{VOLUME_GROUP}/{name}" for name in names))
+
+
+def logical_volumes() -> dict[str, frozenset[str]]:
+    """The names of all visible LVs in the volume group, with their tags."""
+    report = run("lvs", "--reportformat", "json", "-o", "lv_name,lv_tags", VOLUME_GROUP)
+    rows = json.loads(report)["report"][0]["lv"]
+    return {row["lv_name"]: frozenset(filter(None, row["lv_tags"].split(","))) for row in rows}
+
+
+# -- what localdisk puts on a host
+
+
+def rules() -> None:
+    """udev's rules: ours and the stand-in for vdsm's own."""
+    RULE.write_text((ROOT / "examples/host" / RULE.name).read_text())
+    STORAGE_RULE.write_text(STORAGE_RULE_TEXT)
+    run("udevadm", "control", "--reload")
+
+
+def install() -> None:
+    """The program, its hook links and its sudo rule."""
+    source = Path(os.environ.get("LOCALDISK_BED_PROGRAM", ROOT / "dist/localdisk"))
+    if not source.is_file():
+        raise SystemExit(f"bed: {source} is missing: run ./build.sh first")
+    PROGRAM.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, PROGRAM)
+    PROGRAM.chmod(0o755)
+    for point in POINTS:
+        (HOOKS / point).mkdir(parents=True, exist_ok=True)
+    for link in hook_links():
+        link.unlink(missing_ok=True)
+        link.symlink_to(PROGRAM)
+    shutil.copyfile(ROOT / "examples/host/sudoers", SUDOERS)
+    SUDOERS.chmod(0o440)
+    run("visudo", "-c")
+
+
+def hook_links() -> tuple[Path, ...]:
+    return tuple(HOOKS / point / "50_localdisk" for point in OUR_POINTS)
+
+
+# -- leaving a machine as it was
+
+
+def leave() -> None:
+    """Undoes `setup` but for the users, whatever of it is there."""
+    libvirt.stop()
+    for path in (RULE, STORAGE_RULE, SUDOERS, PROGRAM, *hook_links()):
+        path.unlink(missing_ok=True)
+    run("udevadm", "control", "--reload")
+    for loop, file in loop_devices():
+        if file.startswith(f"{STORAGE}/"):
+            deactivate(loop)
+            attempt("losetup", "--detach", loop)
+    attempt("umount", str(STORAGE))
+    deactivate(os.path.realpath(os.environ["LOCALDISK_BED_LOCAL"]))
+
+
+def loop_devices() -> Iterator[tuple[str, str]]:
+    """All loop devices with their files."""
+    report = run("losetup", "--json", "--list", "-O", "NAME,BACK-FILE")
+    for row in json.loads(report or '{"loopdevices": []}')["loopdevices"]:
+        yield row["name"], row["back-file"]
+
+
+def deactivate(device: str) -> None:
+    """Deactivates the LVs of the volume group that has `device`."""
+    group_name = attempt("pvs", "--noheadings", "-o", "vg_name", device).stdout.strip()
+    if group_name:
+        attempt("vgchange", "-an", group_name)
+
+
+# -- who is there
+
+
+def processes_of(name: str) -> dict[int, str]:
+    """The command lines of all running processes of that user, by process id."""
+    number = pwd.getpwnam(name).pw_uid
+    found = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if process.stat().st_uid == number:
+                found[int(process.name)] = (process / "cmdline").read_text().replace("\0", " ")
+    return {pid: line for pid, line in found.items() if line}  # a zombie has none
+
+
+if __name__ == "__main__":
+    {"setup": setup, "leave": leave}[sys.argv[1]]()

@@ -1,0 +1,207 @@
+"""Plays vdsm's side of the hook contract: one hook point, called as vdsm calls it.
+
+    result = run_point("after_disk_prepare", vm_id, disk_json, custom={"localdisk": "lvm"})
+
+Every executable file of the point's directory runs, in the order of the paths, without arguments and
+without input, as user vdsm (before_vdsm_start: as root), in a process group of its own, at vdsmd's
+nice -20.  Its environment is vdsm's own, the VM's custom properties, vmId, a PYTHONPATH whose first
+entry is empty, and the path of one temporary file with the data, which is read back in the end.
+
+`start_point` returns while the first script runs, for tests that kill it or look at it.
+Runs as root.  Written from the contract, not from vdsm's code.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+import signal
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tests.bed.host import HOOKS
+
+VDSM_NICE = -20
+VDSM_ENVIRONMENT = {
+    "HOME": "/var/lib/vdsm",
+    "LANG": "en_US.UTF-8",
+    "LOGNAME": "vdsm",
+    "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin",
+    "SHELL": "/sbin/nologin",
+    "USER": "vdsm",
+    # vdsm appends the folder of its hook module to its own PYTHONPATH, and it has none
+    "PYTHONPATH": ":/usr/lib/python3.9/site-packages/vdsm",
+}
+# Which variable names the data file, and where a failure refuses the operation.
+JSON_POINTS = frozenset({"after_disk_prepare"})
+NO_DATA_POINTS = frozenset({"before_vdsm_start"})
+RAISING_POINTS = frozenset(
+    {
+        "after_disk_prepare",
+        "before_vm_start",
+        "before_vm_migrate_source",
+        "before_vm_migrate_destination",
+        "before_vm_hibernate",
+        "before_disk_hotplug",
+    }
+)
+
+
+@dataclass(frozen=True)
+class Script:
+    """How one script ended: its exit code (negative: the signal that ended it) and all that it said."""
+
+    path: Path
+    rc: int
+    stdout: str
+    stderr: str
+
+
+@dataclass(frozen=True)
+class Result:
+    """How the hook point ended.
+
+    `rc` and `stderr` are the last failing script's (0 and empty: none failed): `stderr` is what the
+    engine shows.  `refused` says that vdsm refuses the operation.  `data` is what vdsm goes on with.
+    """
+
+    rc: int
+    stderr: str
+    data: str
+    refused: bool
+    scripts: tuple[Script, ...]
+
+
+@dataclass
+class Call:
+    """A hook point that is being called.
+
+    `process` runs now (None: there is none any more); it is the first of the scripts `waiting`.
+    """
+
+    point: str
+    environment: Mapping[str, str]
+    data_file: Path | None
+    waiting: list[Path]
+    process: subprocess.Popen[str] | None = None
+    done: list[Script] = field(default_factory=list)
+
+    def start_next(self) -> None:
+        """Starts the next script, if there is one."""
+        self.process = None
+        if self.waiting:
+            self.process = start_script(self.waiting[0], self.point, self.environment)
+
+    def kill(self, sign: signal.Signals = signal.SIGKILL) -> None:
+        """Sends `sign` to the process group of the running script: to the hook and all its children."""
+        assert self.process
+        os.killpg(self.process.pid, sign)
+
+    def wait(self, timeout: float = 900) -> Result:
+        """Lets all scripts run to their end.
+
+        Raises subprocess.TimeoutExpired, the running script's group killed, where vdsm would wait forever.
+        """
+        while self.process:
+            script = self.finish(self.process, timeout)
+            self.done.append(script)
+            if script.rc == 2:
+                break
+            self.waiting.pop(0)
+            self.start_next()
+        return self.result()
+
+    def finish(self, process: subprocess.Popen[str], timeout: float) -> Script:
+        """Waits for the running script: until it ended and nobody holds its output open, like vdsm."""
+        try:
+            stdout, stderr = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise
+        return Script(self.waiting[0], process.returncode, stdout, stderr)
+
+    def result(self) -> Result:
+        """What came out; removes the data file."""
+        data = ""
+        if self.data_file:
+            data = self.data_file.read_text()
+            self.data_file.unlink()
+        failed = [script for script in self.done if script.rc]
+        rc, stderr = (failed[-1].rc, failed[-1].stderr) if failed else (0, "")
+        return Result(rc, stderr, data, bool(failed) and self.point in RAISING_POINTS, tuple(self.done))
+
+
+def run_point(
+    point: str,
+    vm_id: str = "",
+    data: str = "",
+    custom: Mapping[str, str] | None = None,
+    hooks: Path = HOOKS,
+    timeout: float = 900,
+) -> Result:
+    """Calls the hook point and waits for it; see `start_point`."""
+    return start_point(point, vm_id, data, custom, hooks).wait(timeout)
+
+
+def start_point(
+    point: str,
+    vm_id: str = "",
+    data: str = "",
+    custom: Mapping[str, str] | None = None,
+    hooks: Path = HOOKS,
+) -> Call:
+    """Calls the hook point `point` of the VM with this id and these custom properties.
+
+    `data` is the disk's JSON or the domain's (or disk's) XML; `hooks` is the directory of the points.
+    """
+    environment = {**VDSM_ENVIRONMENT, **(custom or {})}
+    data_file = None
+    if point not in NO_DATA_POINTS:
+        data_file = write_data(data)
+        environment["vmId"] = vm_id
+        environment["_hook_json" if point in JSON_POINTS else "_hook_domxml"] = str(data_file)
+    call = Call(point, environment, data_file, scripts(hooks / point))
+    call.start_next()
+    return call
+
+
+def scripts(directory: Path) -> list[Path]:
+    """The executable files of a hook point, in the order in which they run; links to files count."""
+    found = [path for path in directory.glob("[!.]*") if path.is_file() and os.access(path, os.X_OK)]
+    return sorted(found)
+
+
+def write_data(data: str) -> Path:
+    """A temporary file with `data` that belongs to vdsm."""
+    handle, name = tempfile.mkstemp()
+    with open(handle, "w") as file:
+        file.write(data)
+    os.chown(name, pwd.getpwnam("vdsm").pw_uid, pwd.getpwnam("vdsm").pw_gid)
+    return Path(name)
+
+
+def start_script(script: Path, point: str, environment: Mapping[str, str]) -> subprocess.Popen[str]:
+    """Starts one script as vdsm starts it."""
+    who = pwd.getpwnam("root" if point == "before_vdsm_start" else "vdsm")
+    groups = os.getgrouplist(who.pw_name, who.pw_gid)
+
+    def become_vdsm() -> None:
+        os.setpgid(0, 0)
+        os.setpriority(os.PRIO_PROCESS, 0, VDSM_NICE)
+        os.setgroups(groups)
+        os.setgid(who.pw_gid)
+        os.setuid(who.pw_uid)
+
+    return subprocess.Popen(
+        [str(script)],
+        env=environment,
+        cwd="/",
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=become_vdsm,
+    )

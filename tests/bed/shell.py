@@ -1,0 +1,40 @@
+"""Runs commands for the bed: argument lists, no standard input unless given, failures say it all."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import subprocess
+
+
+class CommandFailed(AssertionError):
+    """A command of the bed did not exit with 0; the message holds all that it said."""
+
+
+def run(*argv: str, text: str = "", cwd: str | None = None, user: str = "root") -> str:
+    """The standard output of `argv`, which gets `text` as its standard input.
+
+    It runs as `user` with all of that user's groups.  Raises CommandFailed when it does not exit with 0.
+    """
+    done = attempt(*argv, text=text, cwd=cwd, user=user)
+    if done.returncode:
+        raise CommandFailed(f"{' '.join(argv)}: exit code {done.returncode}\n{done.stdout}{done.stderr}")
+    return done.stdout
+
+
+def attempt(
+    *argv: str, text: str = "", cwd: str | None = None, user: str = "root"
+) -> subprocess.CompletedProcess[str]:
+    """Like `run`, but any exit code is an answer."""
+    who = pwd.getpwnam(user)
+    return subprocess.run(
+        argv,
+        input=text,
+        cwd=cwd,
+        user=who.pw_uid,
+        group=who.pw_gid,
+        extra_groups=os.getgrouplist(user, who.pw_gid),
+        capture_output=True,
+        text=True,
+        check=False,
+    )

@@ -1,0 +1,247 @@
+"""The benchmark: ratios, each measured side by side in one run (`./build.sh bench`).
+
+    python -m tests.bench here     what needs no kernel of our own: a hook run without the property
+    python -m tests.bench bed      what needs LVM; runs as root in the test bed
+
+Machines differ and are noisy: read the ratios, not the seconds.  In a throw-away kernel without KVM
+every instruction of ours is emulated while the disks are not, so that what we add looks larger there.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from tests.bed import host, libvirt, vdsm
+from tests.bed.player import run_point
+from tests.bed.shell import run
+from tests.bed.storage import FileStorage, Image, fill, new_id
+from tests.bed.vm import Disk, Vm, domain_xml
+
+MIB = 1 << 20
+SIZE, DATA, SMALL = 2048 * MIB, 1024 * MIB, 4 * MIB
+ROUNDS = 3
+CONFIG = Path("/etc/localdisk.yaml")
+CALLS = Path("/run/bench-lvm-calls")
+LVM = Path("/usr/sbin/lvm")
+
+
+def main() -> int:
+    {"here": here, "bed": bed}[sys.argv[1]]()
+    return 0
+
+
+# -- without a kernel of our own
+
+
+def here() -> None:
+    """A hook run for a VM without the property, against a bare interpreter."""
+    with tempfile.TemporaryDirectory() as directory:
+        link = Path(directory, "after_disk_prepare", "50_localdisk")
+        link.parent.mkdir()
+        link.symlink_to(host.ROOT / "dist/localdisk")
+        bare, hook = alternate(
+            lambda: timed(["/usr/bin/python3", "-c", "pass"]), lambda: timed([str(link)]), rounds=60
+        )
+    row("(a) hook run without the property / bare interpreter", hook / bare, f"{hook * 1e3:.1f} ms", "1.5")
+
+
+def timed(argv: Sequence[str]) -> float:
+    started = time.perf_counter()
+    subprocess.run(argv, check=True, env={}, stdin=subprocess.DEVNULL)
+    return time.perf_counter() - started
+
+
+def alternate(first: Callable[[], float], second: Callable[[], float], rounds: int) -> tuple[float, float]:
+    """The medians of two measurements that take turns, so that both meet the same noise."""
+    pairs = [(first(), second()) for _ in range(rounds)]
+    return statistics.median(a for a, _ in pairs), statistics.median(b for _, b in pairs)
+
+
+# -- on real LVM
+
+
+def bed() -> None:
+    host.setup()
+    libvirt.start()
+    host.thin_pool("3g")
+    if os.environ.get("LOCALDISK_BED_THROWAWAY") == "1":
+        count_lvm_commands()
+    storage = FileStorage()
+    large, small = image(storage, SIZE, DATA), image(storage, SMALL, SMALL // 2)
+    say(f"disk of {SIZE >> 30} GiB with {DATA >> 30} GiB of data, qcow2 on a raw template")
+    for backend in ("lvm", "lvmthin"):
+        first_start(backend, large, small)
+    kept_start(large)
+
+
+def image(storage: FileStorage, size: int, data: int) -> Image:
+    template = storage.template(size, "raw", seed=1)
+    fill(template.leaf, data)
+    return storage.clone(template, layers=1, seed=2)
+
+
+def first_start(backend: str, large: Image, small: Image) -> None:
+    """(b): our first start against plain qemu-img to an LV of the same kind."""
+    configure("delete")
+    peaks: list[int] = []
+    start(backend, small)  # extraction and caches are not what is measured
+    constant = statistics.median(start(backend, small) for _ in range(ROUNDS))
+    calls = len(lvm_calls())
+    plain, ours = alternate(
+        lambda: convert(backend, large), lambda: start(backend, large, peaks), rounds=ROUNDS
+    )
+    detail = f"{ours:.1f} s / {plain:.1f} s; constant {constant:.1f} s, {calls} LVM commands"
+    row(f"(b) first start, {backend}, whole / qemu-img convert", ours / plain, detail, "")
+    row(f"(b) first start, {backend}, less the constant / convert", (ours - constant) / plain, "", "1.15")
+    row(f"(d) peak memory of our processes, {backend}", max(peaks) / MIB, "MiB, hook and helper", "64")
+
+
+def kept_start(large: Image) -> None:
+    """(c): a restart that finds its kept disk."""
+    configure("keep")
+    vm_id = new_id()
+    first = prepare("lvm", vm_id, large)
+    stop("lvm", vm_id, large)
+    before = sectors()
+    lvm_calls()
+    again = prepare("lvm", vm_id, large)
+    calls = lvm_calls()
+    read, written = (after - start for after, start in zip(sectors(), before))
+    detail = f"{again:.1f} s; {len(calls)} LVM commands; {read} KiB read, {written} KiB written on both disks"
+    row("(c) restart of a kept disk / first start", again / first, detail, "")
+    configure("delete")
+    stop("lvm", vm_id, large)
+
+
+def convert(backend: str, disk: Image) -> float:
+    """Seconds of plain qemu-img to a fresh LV of that kind."""
+    kind = ["-L", f"{SIZE}b"] if backend == "lvm" else ["-V", f"{SIZE}b", "--thinpool", host.THIN_POOL]
+    run("lvcreate", "-y", "-Wn", "-n", "plain", *kind, host.VOLUME_GROUP)
+    quiet_disks()
+    started = time.perf_counter()
+    options = ["-f", "qcow2", "-O", "raw", "-t", "none", "-T", "none"]
+    run("qemu-img", "convert", *options, str(disk.leaf.path), f"/dev/{host.VOLUME_GROUP}/plain")
+    took = time.perf_counter() - started
+    host.remove("plain")
+    return took
+
+
+def start(backend: str, disk: Image, peaks: list[int] | None = None) -> float:
+    """Seconds of after_disk_prepare for a new VM, which is stopped again."""
+    vm_id = new_id()
+    lvm_calls()
+    with memory_watched(peaks if peaks is not None else []):
+        took = prepare(backend, vm_id, disk)
+    calls = lvm_calls(keep=True)
+    stop(backend, vm_id, disk)
+    CALLS.write_text("\n".join(calls) + "\n" if calls else "")
+    return took
+
+
+def prepare(backend: str, vm_id: str, disk: Image) -> float:
+    libvirt.define_placeholder(vm_id)
+    quiet_disks()
+    started = time.perf_counter()
+    vdsm.prepare(vm_id, Disk("vda", disk), {"localdisk": backend})
+    return time.perf_counter() - started
+
+
+def stop(backend: str, vm_id: str, disk: Image) -> None:
+    libvirt.undefine(vm_id)
+    xml = domain_xml(Vm(vm_id, (Disk("vda", disk),)))
+    run_point("after_vm_destroy", vm_id, xml, {"localdisk": backend})
+
+
+def configure(on_stop: str) -> None:
+    CONFIG.write_text(f"retention: {{on_stop: {on_stop}}}\n")
+
+
+def quiet_disks() -> None:
+    run("sync")
+    Path("/proc/sys/vm/drop_caches").write_text("3\n")
+
+
+# -- what the machine tells
+
+
+def count_lvm_commands() -> None:
+    """Put a script in the place of lvm that notes each call; only where nobody else uses it."""
+    real = LVM.with_name("lvm.real")
+    LVM.rename(real)
+    LVM.write_text(f'#!/bin/bash\necho "${{0##*/}} $1" >>{CALLS}\nexec -a "$0" {real} "$@"\n')
+    LVM.chmod(0o755)
+
+
+def lvm_calls(keep: bool = False) -> list[str]:
+    """The LVM commands since the last look."""
+    calls = CALLS.read_text().splitlines() if CALLS.exists() else []
+    if not keep:
+        CALLS.unlink(missing_ok=True)
+    return calls
+
+
+def sectors() -> tuple[int, int]:
+    """KiB read from and written to the two disks of the bed since it booted."""
+    names = {
+        os.path.basename(os.path.realpath(os.environ[f"LOCALDISK_BED_{d}"])) for d in ("LOCAL", "SHARED")
+    }
+    rows = [line.split() for line in Path("/proc/diskstats").read_text().splitlines()]
+    chosen = [row for row in rows if row[2] in names]
+    return sum(int(row[5]) for row in chosen) // 2, sum(int(row[9]) for row in chosen) // 2
+
+
+@contextmanager
+def memory_watched(peaks: list[int]) -> Iterator[None]:
+    """Append the peak of the summed resident memory of our own processes while the context lasts."""
+    done = threading.Event()
+    highest: dict[int, int] = {}
+
+    def watch() -> None:
+        while not done.wait(0.2):
+            for pid, size in resident():
+                highest[pid] = max(size, highest.get(pid, 0))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield
+    finally:
+        done.set()
+        watcher.join()
+        peaks.append(sum(highest.values()))
+
+
+def resident() -> Iterator[tuple[int, int]]:
+    """Process id and peak resident bytes of each running localdisk process."""
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (process / "cmdline").read_bytes().split(b"\0")
+            if (
+                any(word.endswith((b"/50_localdisk", b"/localdisk")) for word in words[:4])
+                and b"python" in words[0]
+            ):
+                status = (process / "status").read_text()
+                yield int(process.name), 1024 * int(status.split("VmHWM:")[1].split()[0])
+        except (OSError, IndexError, ValueError):
+            continue
+
+
+def row(what: str, value: float, detail: str, limit: str) -> None:
+    print(f"{what:<62} {value:7.2f}  {('limit ' + limit) if limit else '':<11} {detail}", flush=True)
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,155 @@
+"""What the tests of localdisk's life on a real kernel do again and again: start, look, refuse, stop."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from tests.bed import host, libvirt
+from tests.bed.player import Result, run_point
+from tests.bed.shell import attempt, run
+from tests.bed.storage import Image, digest, guest_bytes, is_zero, new_id
+from tests.bed.vm import Disk, Vm, disk_json, domain_xml
+
+CONFIG = Path("/etc/localdisk.yaml")
+LOCKS = Path("/run/localdisk")
+THICK = {"localdisk": "lvm"}
+THIN = {"localdisk": "lvmthin"}
+MIB = 1 << 20
+
+
+def configure(text: str = "") -> None:
+    CONFIG.write_text(text)
+    CONFIG.chmod(0o644)
+
+
+def device(image: Image) -> Path:
+    """Where the local copy of an image is."""
+    return Path("/dev") / host.VOLUME_GROUP / image.leaf.id
+
+
+def starting(vm_id: str) -> str:
+    """As vdsm does first: the VM is defined and not active."""
+    libvirt.define_placeholder(vm_id)
+    return vm_id
+
+
+def start(image: Image, custom: Mapping[str, str] = THICK, vm_id: str = "", **changes: object) -> str:
+    """after_disk_prepare accepts the disk and makes it local; returns the VM's id."""
+    vm_id = vm_id or new_id()
+    starting(vm_id)
+    before = json.loads(disk_json(Disk("vda", image), **changes))
+    result = run_point("after_disk_prepare", vm_id, json.dumps(before), custom)
+    assert result.rc == 0, result.stderr
+    after = json.loads(result.data)
+    local = {"path": str(device(image)), "format": "raw", "diskType": "block"}
+    assert after == {**before, **local}
+    assert list(after) == list(before)
+    libvirt.undefine(vm_id)
+    return vm_id
+
+
+def equals_source(image: Image) -> bool:
+    """The local copy is what the guest would see of the source, and zeros behind."""
+    size = image.leaf.size
+    return digest(device(image), size) == guest_bytes(image.leaf) and is_zero(device(image), size)
+
+
+def stop(vm_id: str, *images: Image, custom: Mapping[str, str] = THICK) -> None:
+    vm = Vm(vm_id, tuple(Disk(f"vd{letter}", image) for letter, image in zip("abcdef", images)))
+    result = run_point("after_vm_destroy", vm_id, domain_xml(vm), custom)
+    assert result.rc == 0, result.stderr
+
+
+def refused(point: str, vm_id: str, data: str, custom: Mapping[str, str] = THICK) -> str:
+    """The hook point refuses with one line that says what to do, and changes nothing; returns that line."""
+    before = seqno()
+    result = run_point(point, vm_id, data, custom)
+    line = one_line(result)
+    assert result.data == data
+    assert seqno() == before, "the volume group was changed"
+    assert not list(LOCKS.glob("*")), "a lock is left behind"
+    return line
+
+
+def refused_disk(image: Image, custom: Mapping[str, str] = THICK, vm_id: str = "", **changes: object) -> str:
+    """after_disk_prepare refuses this disk of a VM that is about to start."""
+    vm_id = starting(vm_id or new_id())
+    try:
+        return refused("after_disk_prepare", vm_id, disk_json(Disk("vda", image), **changes), custom)
+    finally:
+        libvirt.undefine(vm_id)
+
+
+def one_line(result: Result) -> str:
+    assert (result.rc, result.refused) == (2, True), result
+    lines = result.stderr.splitlines()
+    assert lines, "it said nothing"
+    assert "Traceback" not in result.stderr
+    assert lines[-1].startswith("localdisk: ")
+    assert " : " in lines[-1]
+    return lines[-1]
+
+
+def tags(image: Image) -> frozenset[str]:
+    return host.logical_volumes()[image.leaf.id]
+
+
+def lv_uuid(image: Image) -> str:
+    return run("lvs", "--noheadings", "-o", "lv_uuid", f"{host.VOLUME_GROUP}/{image.leaf.id}").strip()
+
+
+def seqno() -> str:
+    """The number of the volume group's last metadata commit; "" where there is no group."""
+    return attempt("vgs", "--noheadings", "-o", "vg_seqno", host.VOLUME_GROUP).stdout.strip()
+
+
+def localdisk(*words: str, code: int = 0) -> str:
+    """What a mode of the installed program prints to root."""
+    done = attempt(str(host.PROGRAM), *words)
+    assert done.returncode == code, done
+    assert "Traceback" not in done.stderr
+    return done.stdout
+
+
+def status() -> dict[str, dict[str, Any]]:
+    """The rows of `status --json` by volume id."""
+    return {row["volume"]: row for row in json.loads(localdisk("status", "--json"))["disks"]}
+
+
+def helpers() -> list[int]:
+    """The process ids of running helpers."""
+    return [pid for pid, words in processes() if words[-1:] == ["helper"] and "python" in words[0]]
+
+
+def copiers() -> list[int]:
+    """The process ids of running qemu-img convert."""
+    return [pid for pid, words in processes() if words[:2] == ["qemu-img", "convert"]]
+
+
+def processes() -> list[tuple[int, list[str]]]:
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (process / "cmdline").read_text().rstrip("\0").split("\0")
+        except OSError:
+            continue
+        found.append((int(process.name), words))
+    return found
+
+
+def wait_for(condition: Callable[[], object], what: str, timeout: float = 120) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, f"waited in vain for {what}"
+        time.sleep(0.1)
+
+
+def hold_open(path: Path) -> subprocess.Popen[bytes]:
+    """A process that has the device open until it is killed."""
+    with open(path, "rb") as node:
+        return subprocess.Popen(["sleep", "3600"], stdin=node)

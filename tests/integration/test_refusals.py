@@ -1,0 +1,310 @@
+"""Bad input and bad hosts on real LVM: one line that says what to do, exit 2, nothing created or lost."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests.bed import host, libvirt
+from tests.bed.player import run_point
+from tests.bed.shell import attempt, run
+from tests.bed.storage import FileStorage, Image, new_id
+from tests.bed.vm import Disk, Vm, disk_json, disk_xml, domain_xml
+from tests.integration.steps import (
+    LOCKS,
+    MIB,
+    THICK,
+    THIN,
+    configure,
+    device,
+    localdisk,
+    refused,
+    refused_disk,
+    seqno,
+    start,
+    status,
+    stop,
+)
+
+
+@pytest.fixture(autouse=True)
+def defaults(libvirt: None) -> Iterator[None]:
+    configure()
+    yield
+    configure()
+    assert not list(LOCKS.glob("*")), "a lock is left behind"
+
+
+@pytest.fixture
+def image(file_storage: FileStorage) -> Image:
+    return file_storage.clone(file_storage.template(8 * MIB, seed=1), seed=2)
+
+
+# -- what vdsm hands over
+
+
+@pytest.mark.parametrize("value", ["", "LVM", "lvm ; rm -rf /", "lvm\nlvmthin"])
+def test_property_value(volume_group: str, image: Image, value: str) -> None:
+    assert "set it to lvm, lvmthin, on or off" in refused_disk(image, {"localdisk": value})
+
+
+@pytest.mark.parametrize(
+    "data", ["", "{", "[]", "[" * 100_000, '{"device": "disk"}'], ids=["empty", "cut", "list", "deep", "keys"]
+)
+def test_json(volume_group: str, data: str) -> None:
+    refused("after_disk_prepare", new_id(), data)
+
+
+@pytest.mark.parametrize(
+    "data",
+    ["", "<domain", '<!DOCTYPE x [<!ENTITY a "b">]><domain>&a;</domain>', "<disk/>"],
+    ids=["empty", "cut", "entity", "disk"],
+)
+def test_xml(volume_group: str, data: str) -> None:
+    refused("before_vm_start", new_id(), data)
+
+
+def test_domain_of_another_vm(volume_group: str, image: Image) -> None:
+    xml = domain_xml(Vm(new_id(), (Disk("vda", image),)))
+    assert "is of VM" in refused("before_vm_start", new_id(), xml)
+
+
+def test_domain_that_claims_a_local_disk(volume_group: str, image: Image) -> None:
+    """The XML points to a local disk that is not there, or is another VM's."""
+    from tests.bed import vdsm
+
+    local = vdsm.local(Disk("vda", image), str(device(image)))
+    assert "no ready local disk" in refused("before_vm_start", vm := new_id(), domain_xml(Vm(vm, (local,))))
+    owner = start(image)
+    assert f"belongs to VM {owner}" in refused("before_vm_start", vm, domain_xml(Vm(vm, (local,))))
+    stop(owner, image)
+
+
+@pytest.mark.parametrize("shared", ["shared", "transient"])
+def test_shared_disk(volume_group: str, image: Image, shared: str) -> None:
+    assert f"is {shared}" in refused_disk(image, shared=shared)
+
+
+def test_hotplug(volume_group: str, image: Image) -> None:
+    vm_id, data = new_id(), disk_xml(Disk("vdb", image))
+    assert "cannot be plugged" in refused("before_disk_hotplug", vm_id, data)
+    configure("hotplug: shared\n")
+    result = run_point("before_disk_hotplug", vm_id, data, THICK)
+    assert (result.rc, result.data) == (0, data), result.stderr
+
+
+# -- the source
+
+
+def test_source_is_missing(volume_group: str, image: Image) -> None:
+    image.leaf.path.rename(image.leaf.path.with_name("away"))
+    assert "No such file" in refused_disk(image)
+
+
+def test_source_is_unreadable(volume_group: str, image: Image) -> None:
+    image.leaf.path.chmod(0)
+    assert "Permission denied" in refused_disk(image)
+
+
+def test_parent_is_missing(volume_group: str, image: Image) -> None:
+    image.volumes[0].path.unlink()
+    assert "No such file" in refused_disk(image)
+
+
+@pytest.mark.parametrize(
+    "backing",
+    ["/etc/shadow", "../../../../etc/shadow", 'json:{"driver":"nbd","host":"localhost"}', "nbd://localhost/"],
+)
+def test_backing_name_leads_out(volume_group: str, image: Image, backing: str) -> None:
+    run("qemu-img", "rebase", "-u", "-f", "qcow2", "-F", "raw", "-b", backing, str(image.leaf.path))
+    assert "not a volume of its image" in refused_disk(image)
+
+
+def test_parent_that_vdsm_did_not_name(volume_group: str, image: Image, file_storage: FileStorage) -> None:
+    stranger = file_storage.share(file_storage.template(8 * MIB, seed=3).leaf, image.id)
+    run("qemu-img", "rebase", "-u", "-f", "qcow2", "-F", "raw", "-b", stranger.id, str(image.leaf.path))
+    assert "vdsm did not name" in refused_disk(image)
+
+
+def test_external_data_file(volume_group: str, image: Image, file_storage: FileStorage) -> None:
+    data = file_storage.directory / "data"
+    options = ["-o", f"data_file={data},data_file_raw=on"]
+    run("qemu-img", "create", "-q", "-f", "qcow2", *options, str(image.leaf.path), "8M")
+    assert "external data file" in refused_disk(image)
+
+
+def test_leaf_is_no_qcow2(volume_group: str, image: Image) -> None:
+    image.leaf.path.write_bytes(b"\0" * MIB)
+    assert "no qcow2 image" in refused_disk(image)
+
+
+# -- the host
+
+
+def test_no_volume_group(image: Image) -> None:
+    configure("volume_group: nosuch\n")
+    assert "vgcreate nosuch" in refused_disk(image)
+
+
+def test_no_thin_pool(volume_group: str, image: Image) -> None:
+    assert "no thin pool ovirt-local/pool0" in refused_disk(image, THIN)
+
+
+def test_thin_pool_that_does_not_zero(thin_pool: str, image: Image) -> None:
+    pool = f"{host.VOLUME_GROUP}/{host.THIN_POOL}"
+    run("lvchange", "--zero", "n", pool)
+    try:
+        assert "lvchange --zero y" in refused_disk(image, THIN)
+    finally:
+        run("lvchange", "--zero", "y", pool)
+
+
+def test_thin_pool_near_its_limit(thin_pool: str, image: Image) -> None:
+    configure("margins: {thin_data: 0%}\n")
+    assert "margins.thin_data" in refused_disk(image, THIN)
+
+
+def test_full_volume_group(volume_group: str, image: Image) -> None:
+    run("lvcreate", "-y", "-Wn", "-l", "100%FREE", "-n", "full", host.VOLUME_GROUP)
+    line = refused_disk(image)
+    assert "lacks 8 MiB" in line
+    host.remove("full")
+
+
+def test_reserve_and_margin(volume_group: str, image: Image) -> None:
+    configure("margins: {reserve: 100%}\n")
+    assert "lacks 8 MiB" in refused_disk(image)
+    configure("margins: {disk: 16MiB}\n")
+    vm_id = start(image)
+    assert status()[image.leaf.id]["size"] == 24 * MIB
+    stop(vm_id, image)
+
+
+@pytest.mark.parametrize("tags", [[], ["localdisk"], ["localdisk", "VM_x", "IU_y"]])
+def test_foreign_volume_of_that_name(volume_group: str, image: Image, tags: list[str]) -> None:
+    """It is not localdisk's, so nothing lists it, changes it or removes it, whatever is asked."""
+    options = [word for tag in tags for word in ("--addtag", tag)]
+    run("lvcreate", "-y", "-Wn", "-L", "8m", *options, "-n", image.leaf.id, host.VOLUME_GROUP)
+    assert "is not localdisk's" in refused_disk(image)
+    before = seqno()
+    stop(new_id(), image)
+    assert localdisk("gc") == ""
+    assert status() == {}
+    assert seqno() == before
+    host.remove(image.leaf.id)
+
+
+def test_disk_of_another_vm(volume_group: str, image: Image) -> None:
+    owner = start(image)
+    assert f"belongs to VM {owner}" in refused_disk(image)
+    before = seqno()
+    stop(new_id(), image)
+    assert seqno() == before, "another VM's stop leaves it alone"
+    stop(owner, image)
+
+
+def test_configuration(volume_group: str, image: Image) -> None:
+    configure("retention: {on_stopp: keep}\ncopy: {parallel: 0}\n")
+    line = refused_disk(image)
+    assert "2 problem(s)" in line
+
+
+def test_libvirt_is_silent(volume_group: str, image: Image) -> None:
+    """Whether the VM runs cannot be asked, so nothing is copied."""
+    libvirt.stop()
+    try:
+        assert "libvirt does not say" in refused(
+            "after_disk_prepare", new_id(), disk_json(Disk("vda", image))
+        )
+    finally:
+        libvirt.start()
+
+
+# -- the helper, asked by vdsm directly
+
+
+def ask(*requests: object) -> list[dict[str, object]]:
+    """What the helper answers vdsm."""
+    lines = "".join(
+        request if isinstance(request, str) else json.dumps(request) + "\n" for request in requests
+    )
+    done = attempt("sudo", "-n", str(host.PROGRAM), "helper", user="vdsm", text=lines)
+    assert "Traceback" not in done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.fixture
+def others(volume_group: str, image: Image) -> Iterator[tuple[str, Image]]:
+    owner = start(image)
+    yield owner, image
+    stop(owner, image)
+
+
+def claim(vm_id: str, image: Image, **changes: object) -> dict[str, object]:
+    return {
+        "verb": "claim",
+        "vm": vm_id,
+        "property": "lvm",
+        "image": image.id,
+        "volume": image.leaf.id,
+        **changes,
+    }
+
+
+PREPARE = {"verb": "prepare", "size": 8 * MIB, "fingerprint": "0" * 32, "writes": 0}
+
+
+def test_helper_refuses(others: tuple[str, Image]) -> None:
+    """Nothing that vdsm can send gets at a disk that is not the VM's, or at anything else."""
+    owner, image = others
+    before = seqno()
+    thief = new_id()
+    attempts: list[Callable[[], list[dict[str, object]]]] = [
+        lambda: ask(claim(thief, image), PREPARE),
+        lambda: ask(claim(thief, image, volume=host.THIN_POOL)),
+        lambda: ask(claim(thief, image, volume=image.leaf.id.upper())),
+        lambda: ask(claim(thief, image, volume="../" + image.leaf.id)),
+        lambda: ask(claim(thief, image, volume=[image.leaf.id])),
+        lambda: ask({**claim(owner, image), "image": new_id()}),
+        lambda: ask(claim(owner, image, property="x")),
+        lambda: ask(claim(owner, image, vg="other")),
+        lambda: ask(PREPARE),
+        lambda: ask({"verb": "commit"}),
+        lambda: ask({"verb": "progress", "done": 1, "total": 2}),
+        lambda: ask({"verb": "remove", "volume": image.leaf.id}),
+        lambda: ask({"verb": "release", "vm": thief, "property": "lvm"}),
+        lambda: ask(
+            {
+                "verb": "look",
+                "vm": thief,
+                "property": "lvm",
+                "disks": [{"image": image.id, "volume": image.leaf.id}],
+            }
+        ),
+        lambda: ask("no JSON\n"),
+        lambda: ask('{"verb": "claim"' + "x" * 100_000 + "\n"),
+        lambda: ask("[" * 50_000 + "\n"),
+    ]
+    for number, attempted in enumerate(attempts):
+        answers = attempted()
+        if number != 12:  # a stranger's release finds nothing of its own
+            assert "error" in answers[-1], number
+        assert seqno() == before, number
+    assert set(host.logical_volumes()) == {image.leaf.id}
+
+
+def test_nobody_else_runs_the_helper(volume_group: str) -> None:
+    for user, words in (
+        ("nobody", ["sudo", "-n", str(host.PROGRAM), "helper"]),
+        ("vdsm", ["sudo", "-n", str(host.PROGRAM), "gc"]),
+        ("vdsm", ["sudo", "-n", str(host.PROGRAM), "helper", "--config", "/tmp/x"]),
+        ("vdsm", ["sudo", "-n", str(host.PROGRAM), "--config", "/tmp/x", "helper"]),
+        ("vdsm", [str(host.PROGRAM), "helper"]),
+        ("vdsm", [str(host.PROGRAM), "gc"]),
+        ("nobody", [str(host.PROGRAM), "status"]),
+    ):
+        done = attempt(*words, user=user)
+        assert done.returncode != 0, words
+        assert "Traceback" not in done.stderr
