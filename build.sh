@@ -15,7 +15,7 @@ PYTHON=/usr/bin/python3
 
 # What Python needs to build; then what the test bed needs: a kernel, LVM, sudo and libvirt for it.
 BUILD_PACKAGES=(python3 python3-venv)
-BED_PACKAGES=(linux-image-amd64 qemu-system-x86 qemu-utils busybox-static kmod udev e2fsprogs
+BED_PACKAGES=(linux-image-amd64 qemu-system-x86 qemu-utils busybox-static file kmod udev e2fsprogs
   lvm2 thin-provisioning-tools sudo util-linux libvirt-daemon-system libvirt-clients dbus procps)
 TEST_PACKAGES=(shellcheck)
 

@@ -57,7 +57,7 @@ TOOLS = {
     "dbus-daemon": "dbus",
     "qemu-system-x86_64": "qemu-system-x86",
 }
-GUEST_TOOLS = {"busybox": "busybox-static"}
+GUEST_TOOLS = {"busybox": "busybox-static", "file": "file"}  # vng asks file for the kernel version
 KERNEL_PACKAGE = "linux-image-amd64"
 KERNEL_MODULES = ("9p", "dm-thin-pool", "overlay", "virtio_blk")
 

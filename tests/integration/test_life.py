@@ -12,7 +12,7 @@ import pytest
 from tests.bed import host, libvirt, vdsm
 from tests.bed.player import run_point, start_point
 from tests.bed.shell import run
-from tests.bed.storage import BlockStorage, FileStorage, digest, new_id, qemu_io
+from tests.bed.storage import BlockStorage, FileStorage, digest, fill, new_id, qemu_io
 from tests.bed.vm import Disk, Vm, boot_sector, disk_json, domain_xml
 from tests.integration.steps import (
     LOCKS,
@@ -154,7 +154,8 @@ def test_two_vms_take_turns(volume_group: str, file_storage: FileStorage) -> Non
 
 def test_the_copy_is_nice_and_runs_as_vdsm(volume_group: str, file_storage: FileStorage) -> None:
     configure("copy: {parallel: 1, bandwidth: 2MiB, nice: 7}\n")
-    image = file_storage.template(16 * MIB, seed=10)
+    image = file_storage.template(16 * MIB)
+    fill(image.leaf, 16 * MIB)
     vm_id = starting(new_id())
     call = start_point("after_disk_prepare", vm_id, disk_json(Disk("vda", image)), THICK)
     seen: list[str] = []

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 
-from tests.bed import host, libvirt
+from tests.bed import host, libvirt, vdsm
 from tests.bed.player import run_point
 from tests.bed.shell import attempt, run
 from tests.bed.storage import FileStorage, Image, new_id
@@ -73,12 +73,11 @@ def test_domain_of_another_vm(volume_group: str, image: Image) -> None:
 
 def test_domain_that_claims_a_local_disk(volume_group: str, image: Image) -> None:
     """The XML points to a local disk that is not there, or is another VM's."""
-    from tests.bed import vdsm
-
-    local = vdsm.local(Disk("vda", image), str(device(image)))
-    assert "no ready local disk" in refused("before_vm_start", vm := new_id(), domain_xml(Vm(vm, (local,))))
+    vm_id = new_id()
+    xml = domain_xml(Vm(vm_id, (vdsm.local(Disk("vda", image), str(device(image))),)))
+    assert "no ready local disk" in refused("before_vm_start", vm_id, xml)
     owner = start(image)
-    assert f"belongs to VM {owner}" in refused("before_vm_start", vm, domain_xml(Vm(vm, (local,))))
+    assert f"belongs to VM {owner}" in refused("before_vm_start", vm_id, xml)
     stop(owner, image)
 
 
@@ -182,12 +181,13 @@ def test_reserve_and_margin(volume_group: str, image: Image) -> None:
     stop(vm_id, image)
 
 
-@pytest.mark.parametrize("tags", [[], ["localdisk"], ["localdisk", "VM_x", "IU_y"]])
-def test_foreign_volume_of_that_name(volume_group: str, image: Image, tags: list[str]) -> None:
+def test_foreign_volume_of_that_name(volume_group: str, image: Image) -> None:
     """It is not localdisk's, so nothing lists it, changes it or removes it, whatever is asked."""
-    options = [word for tag in tags for word in ("--addtag", tag)]
-    run("lvcreate", "-y", "-Wn", "-L", "8m", *options, "-n", image.leaf.id, host.VOLUME_GROUP)
-    assert "is not localdisk's" in refused_disk(image)
+    name = f"{host.VOLUME_GROUP}/{image.leaf.id}"
+    run("lvcreate", "-y", "-Wn", "-L", "8m", "-n", image.leaf.id, host.VOLUME_GROUP)
+    for tags in ((), ("localdisk",), ("VM_x", "IU_y")):
+        run("lvchange", "--addtag", "any", *(word for tag in tags for word in ("--addtag", tag)), name)
+        assert "is not localdisk's" in refused_disk(image)
     before = seqno()
     stop(new_id(), image)
     assert localdisk("gc") == ""
@@ -261,37 +261,32 @@ def test_helper_refuses(others: tuple[str, Image]) -> None:
     owner, image = others
     before = seqno()
     thief = new_id()
-    attempts: list[Callable[[], list[dict[str, object]]]] = [
-        lambda: ask(claim(thief, image), PREPARE),
-        lambda: ask(claim(thief, image, volume=host.THIN_POOL)),
-        lambda: ask(claim(thief, image, volume=image.leaf.id.upper())),
-        lambda: ask(claim(thief, image, volume="../" + image.leaf.id)),
-        lambda: ask(claim(thief, image, volume=[image.leaf.id])),
-        lambda: ask({**claim(owner, image), "image": new_id()}),
-        lambda: ask(claim(owner, image, property="x")),
-        lambda: ask(claim(owner, image, vg="other")),
-        lambda: ask(PREPARE),
-        lambda: ask({"verb": "commit"}),
-        lambda: ask({"verb": "progress", "done": 1, "total": 2}),
-        lambda: ask({"verb": "remove", "volume": image.leaf.id}),
-        lambda: ask({"verb": "release", "vm": thief, "property": "lvm"}),
-        lambda: ask(
-            {
-                "verb": "look",
-                "vm": thief,
-                "property": "lvm",
-                "disks": [{"image": image.id, "volume": image.leaf.id}],
-            }
-        ),
-        lambda: ask("no JSON\n"),
-        lambda: ask('{"verb": "claim"' + "x" * 100_000 + "\n"),
-        lambda: ask("[" * 50_000 + "\n"),
-    ]
-    for number, attempted in enumerate(attempts):
-        answers = attempted()
-        if number != 12:  # a stranger's release finds nothing of its own
-            assert "error" in answers[-1], number
-        assert seqno() == before, number
+    look = {"image": image.id, "volume": image.leaf.id}
+    requests = (
+        claim(thief, image),
+        PREPARE,
+        claim(thief, image, volume=host.THIN_POOL),
+        claim(thief, image, volume=image.leaf.id.upper()),
+        claim(thief, image, volume="../" + image.leaf.id),
+        claim(thief, image, volume=[image.leaf.id]),
+        {**claim(owner, image), "image": new_id()},
+        claim(owner, image, property="x"),
+        claim(owner, image, vg="other"),
+        {"verb": "commit"},
+        {"verb": "progress", "done": 1, "total": 2},
+        {"verb": "remove", "volume": image.leaf.id},
+        {"verb": "look", "vm": thief, "property": "lvm", "disks": [look]},
+        "no JSON\n",
+        "[" * 50_000 + "\n",
+        '{"verb": "claim"' + "x" * 100_000 + "\n",
+    )
+    answers = ask(*requests)
+    assert len(answers) == len(requests)
+    assert all("error" in answer for answer in answers), answers
+    assert ask({"verb": "release", "vm": thief, "property": "lvm"}) == [{}], (
+        "a stranger has nothing to release"
+    )
+    assert seqno() == before
     assert set(host.logical_volumes()) == {image.leaf.id}
 
 
