@@ -5,6 +5,7 @@ A mode imports what it needs when it runs: hooks and their helper are started fo
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -28,14 +29,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one mode; returns the exit code: 0 good, 1 problems, 2 refused."""
     words = sys.argv if argv is None else ["localdisk", *argv]
     try:
-        return _run(words)
+        try:
+            return _run(words)
+        finally:
+            if sys.stdout:  # None where it was closed
+                sys.stdout.flush()  # here, where a failure is told and counts
     except Error as error:
         return _report(str(error), error.exit_code)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return PROBLEMS
     except KeyboardInterrupt:
         return _report("interrupted : run it again", PROBLEMS)
+    except OSError as error:
+        _drop_output()
+        return _report(f"{plain(error)} : see the system log of this host", REFUSED)
     except Exception as error:  # noqa: BLE001 (the last line of defence: never a traceback)
         what = plain(f"{type(error).__name__}: {error}")
         return _report(f"internal error, {what} : report it with the output of LOCALDISK_DEBUG=1", REFUSED)
@@ -49,6 +57,12 @@ def _run(words: Sequence[str]) -> int:
         return _helper()
     arguments = parser().parse_args(words[1:])
     return int(arguments.mode(arguments))
+
+
+def _drop_output() -> None:
+    """What could not be written to standard output shall not fail again when Python ends."""
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _report(message: str, exit_code: int) -> int:

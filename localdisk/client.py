@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -69,22 +70,29 @@ class Helper:
 
     def look(self, disks: Iterable[Disk]) -> tuple[Looked, ...]:
         """How the local copies of `disks` are, in their order; locks and changes nothing."""
-        answer = self._ask("look", **self._vm, disks=[_ids(disk) for disk in disks])
-        return tuple(
-            Looked(bool(row["local"]), bool(row["ready"]), str(row["state"]), str(row["path"]))
-            for row in answer["disks"]
-        )
+        asked = [_ids(disk) for disk in disks]
+        answer = self._ask("look", **self._vm, disks=asked)
+        with self._understood():
+            looked = tuple(
+                Looked(bool(row["local"]), bool(row["ready"]), str(row["state"]), str(row["path"]))
+                for row in answer["disks"]
+            )
+            if len(looked) != len(asked):
+                raise ValueError
+        return looked
 
     def claim(self, disk: Disk) -> Claimed:
         """Hold this disk's lock until `commit`, the next claim or the end."""
         answer = self._ask("claim", **self._vm, **_ids(disk))
-        return Claimed(bool(answer["stays"]), str(answer["path"]), bool(answer["thin"]))
+        with self._understood():
+            return Claimed(bool(answer["stays"]), str(answer["path"]), bool(answer["thin"]))
 
     def prepare(self, virtual_size: int, fingerprint: str, writes: int) -> Prepared:
         """Have the claimed disk made or taken back; waits for a turn to copy."""
         answer = self._ask("prepare", size=virtual_size, fingerprint=fingerprint, writes=writes)
-        target = answer.get("target")
-        return Prepared(path=str(answer["path"]), target=Target(**target) if target else None)
+        with self._understood():
+            target = answer["target"]
+            return Prepared(path=str(answer["path"]), target=None if target is None else Target(**target))
 
     def progress(self, done: int, total: int) -> None:
         """Tell how many bytes of the copy are done; it also notices that the helper is gone."""
@@ -101,11 +109,22 @@ class Helper:
     def _ask(self, verb: str, **fields: Any) -> Any:
         try:
             answer = json.loads(run.ask(self._process, json.dumps({"verb": verb, **fields}).encode()))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             raise HelperUnavailable(problem=self._last_words(), program=self._program) from None
-        if "error" in answer:
-            raise HelperRefused(str(answer["error"]))
+        with self._understood():
+            refusal = answer.get("error")
+        if refusal is not None:
+            raise HelperRefused(str(refusal))
         return answer
+
+    @contextmanager
+    def _understood(self) -> Iterator[None]:
+        """Whatever is not as `helper.py` answers was not said by it."""
+        try:
+            yield
+        except (AttributeError, KeyError, TypeError, ValueError):
+            problem = "its answer is not understood"
+            raise HelperUnavailable(problem=problem, program=self._program) from None
 
     def _last_words(self) -> str:
         run.close_input(self._process)

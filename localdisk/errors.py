@@ -137,7 +137,7 @@ class CommandTimeout(Error):
 
 
 class CommandMissing(Error):
-    what = "{tool} is not installed"
+    what = "{tool} is not installed, or not for this user to run"
     fix = "install the package that has it"
 
 
@@ -156,7 +156,8 @@ class HelperRefused(Error):
     def __str__(self) -> str:
         # A configuration's problems are several lines; each stays one plain line.
         lines = [line[:1000] for line in self.message.splitlines()[:100]]
-        return "\n".join("".join(c for c in line if c.isprintable()) for line in lines)
+        shown = ["".join(c for c in line if c.isprintable()) for line in lines]
+        return "\n".join(filter(None, shown)) or "the helper refused : see the system log of this host"
 
 
 class BadRequest(Error):

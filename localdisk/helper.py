@@ -48,6 +48,7 @@ from localdisk.units import MAX_DISK
 
 MAX_REQUEST = 64 * 1024  # bytes of one line
 MAX_DISKS = 256
+LOCK_TRIES = 3  # status and gc take a lock for a moment, to see whether it is free
 PROPERTY_VALUES = ("lvm", "lvmthin", "on")
 
 Request = Mapping[str, Any]
@@ -265,27 +266,49 @@ def _of_vm(vg: VolumeGroup, vm_id: str) -> list[LocalDisk]:
 
 def _try_hold(volume_id: str, locks: ExitStack) -> bool:
     """Take a disk's lock for as long as `locks`; False where it is being prepared for a new start."""
-    held = lock.try_hold(lock.disk_lock(volume_id))
-    if held:
-        locks.callback(held.release)
-    return held is not None
+    for _ in range(LOCK_TRIES):
+        held = lock.try_hold(lock.disk_lock(volume_id))
+        if held:
+            locks.callback(held.release)
+            return True
+        time.sleep(lock.POLL)
+    return False
 
 
 def _stop(vg: VolumeGroup, policy: Policy, disks: list[LocalDisk]) -> None:
-    """Do what a stop does with disks whose locks are held: one LVM command for each kind of change."""
-    plans = {disk.volume_id: life.plan_stop(disk, policy.retention) for disk in disks}
+    """Do what a stop does with disks whose locks are held: one LVM command for each kind of change.
+
+    All is tried; raises the first failure.
+    """
+    planned: dict[Stop, list[LocalDisk]] = {plan: [] for plan in Stop}
     for disk in disks:
-        log.event("VM stopped", vm=disk.vm_id, disk=disk.volume_id, plan=plans[disk.volume_id].value)
-    removable = [name for name, plan in plans.items() if plan is Stop.REMOVE]
-    busy = {name for name, plan in plans.items() if plan is Stop.MARK_DELETING} | _remove_all(vg, removable)
+        plan = life.plan_stop(disk, policy.retention)
+        planned[plan].append(disk)
+        log.event("VM stopped", vm=disk.vm_id, disk=disk.volume_id, plan=plan.value)
+    failures = []
+    for step in (_drop, _keep):
+        try:
+            step(vg, planned)
+        except Error as error:
+            failures.append(error)
+    if failures:
+        raise failures[0]
+
+
+def _drop(vg: VolumeGroup, planned: Mapping[Stop, list[LocalDisk]]) -> None:
+    left = _remove_all(vg, [disk.volume_id for disk in planned[Stop.REMOVE]])
+    busy = left.union(disk.volume_id for disk in planned[Stop.MARK_DELETING])
     if busy:
         vg.change_tags(*sorted(busy), add={life.DELETING})
-    kept = [disk for disk in disks if plans[disk.volume_id] is Stop.KEEP]
-    if any(disk.state is State.READY for disk in kept):
-        ready = [disk.volume_id for disk in kept if disk.state is State.READY]
+
+
+def _keep(vg: VolumeGroup, planned: Mapping[Stop, list[LocalDisk]]) -> None:
+    ready = [disk.volume_id for disk in planned[Stop.KEEP] if disk.state is State.READY]
+    closed = [disk.volume_id for disk in planned[Stop.KEEP] if not disk.is_open]
+    if ready:
         vg.change_tags(*ready, add={life.stopped_tag(time.time())})
-    if any(not disk.is_open for disk in kept):
-        vg.deactivate(*(disk.volume_id for disk in kept if not disk.is_open))
+    if closed:
+        vg.deactivate(*closed)
 
 
 def _remove_all(vg: VolumeGroup, names: list[str]) -> set[str]:

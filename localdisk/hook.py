@@ -84,7 +84,7 @@ def before_disk_hotplug(call: Call) -> None:
     """Refuse a disk that is plugged into a running local VM, or let it stay on shared storage."""
     disk = definition.read_disk_element(vdsm.read_data(call))
     policy = _policy(call)
-    if policy.enabled and policy.hotplug == "refuse" and disk.device == "disk":
+    if policy.is_local(disk.image_id) and policy.hotplug == "refuse" and disk.device == "disk":
         raise HotplugRefused(vm=call.vm_id, disk=disk.name or disk.path)
 
 
@@ -134,6 +134,8 @@ def _be_local(helper: Helper, vm_id: str, disk: Disk, looked: Looked) -> str:
 
 def _make_local(helper: Helper, disk: Disk) -> str:
     """The path of the local copy of `disk`, which is ready; "" where it stays on shared storage."""
+    if not disk.is_vdsm_image:
+        raise DiskRefused(disk=disk.name or disk.path, problem="no image of a storage domain")
     claimed = helper.claim(disk)
     if claimed.stays or claimed.path:
         return claimed.path
@@ -153,8 +155,6 @@ def _require_copyable(disk: Disk) -> None:
         problem = "transient; its changes are thrown away by vdsm itself"
     elif disk.disk_type not in ("file", "block"):
         problem = f"on {disk.disk_type} storage, which cannot be read as a file or block device"
-    elif not disk.is_vdsm_image:
-        problem = "no image of a storage domain"
     if problem:
         raise DiskRefused(disk=disk.name or disk.image_id or disk.path, problem=problem)
 

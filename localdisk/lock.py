@@ -52,6 +52,7 @@ def try_hold(path: str) -> Lock | None:
             os.close(fd)
             return None
         if _is_still(path, fd):
+            os.ftruncate(fd, 0)  # what a killed holder wrote is not about us
             return Lock(path, fd)
         os.close(fd)
 

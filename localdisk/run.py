@@ -65,7 +65,7 @@ def start(
             cwd="/",
             start_new_session=new_session,
         )
-    except FileNotFoundError:
+    except (FileNotFoundError, PermissionError):
         raise CommandMissing(tool=argv[0]) from None
 
 

@@ -123,7 +123,7 @@ def _done(record: str | None) -> float | None:
     try:
         progress = json.loads(record or "")
         return float(progress["done"] / progress["total"])
-    except (ValueError, KeyError, TypeError, ZeroDivisionError):
+    except (ValueError, KeyError, TypeError, ArithmeticError):
         return None
 
 

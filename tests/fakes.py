@@ -1,0 +1,295 @@
+"""A host at the door: a volume group and libvirt in memory, answering the argument lists that `run.run` gets.
+
+The reports have the shape of those in `data/lvm/`, which come from the real LVM 2.03.16 (a test compares
+them); messages and exit codes were read off the same.  An argument that lvm.py does not send is an error.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from localdisk import lock, lvm, removal, run
+from localdisk.errors import CommandFailed
+
+if TYPE_CHECKING:
+    import pytest
+
+REPORTS = Path(__file__).parent / "data" / "lvm"
+EXTENT = 4 << 20
+REAL_RUN = run.run
+
+VM = "aaaaaaaa-aaaa-4aaa-8aaa-aaaaaaaaaaaa"
+OTHER_VM = "bbbbbbbb-bbbb-4bbb-8bbb-bbbbbbbbbbbb"
+IMAGE = "cccccccc-1111-4ccc-8ccc-cccccccccccc"
+OTHER_IMAGE = "cccccccc-2222-4ccc-8ccc-cccccccccccc"
+VOLUME = "11111111-1111-4111-8111-111111111111"
+OTHER_VOLUME = "22222222-2222-4222-8222-222222222222"
+FINGERPRINT = "0123456789abcdef" * 2
+OTHER_FINGERPRINT = "fedcba9876543210" * 2
+
+# Exactly what lvm.VolumeGroup.read sends, before the name of the group.
+FULLREPORT = (
+    "lvm fullreport --reportformat json --units b --nosuffix"
+    " --configreport vg -o vg_name,vg_uuid,vg_size,vg_free,vg_extent_size,vg_partial,vg_exported,vg_lock_type"
+    " --configreport lv -o lv_name,lv_uuid,lv_size,lv_tags,lv_device_open,lv_active,lv_layout,pool_lv,"
+    "data_percent,metadata_percent"
+    " --configreport seg -o lv_name,zero -S segtype=thin-pool"
+    " --configreport pv -o pv_name -S pv_name=none"
+    " --configreport pvseg -o pvseg_start -S pv_name=none"
+)
+
+
+def report(name: str) -> str:
+    """The captured output of `lvm fullreport` of that name."""
+    return (REPORTS / f"{name}.json").read_text()
+
+
+def tags(
+    *more: str,
+    ours: bool = True,
+    vm: str = VM,
+    image: str = IMAGE,
+    fingerprint: str = FINGERPRINT,
+) -> set[str]:
+    """The tags of a local disk; `ours` False: as vdsm's older hook made them."""
+    common = {f"VM_{vm}", f"IU_{image}"}
+    own = {"localdisk", f"SOURCE_{fingerprint}"} if ours else {"PU_00000000-0000-0000-0000-000000000000"}
+    return {*common, *own, *more}
+
+
+@dataclass
+class Volume:
+    """One logical volume, its fields in LVM's words."""
+
+    lv_name: str
+    lv_uuid: str
+    lv_size: int
+    lv_tags: set[str] = field(default_factory=set)
+    lv_device_open: str = ""
+    lv_active: str = "active"
+    lv_layout: str = "linear"
+    pool_lv: str = ""
+    data_percent: str = ""
+    metadata_percent: str = ""
+
+    @property
+    def row(self) -> dict[str, str]:
+        columns = {name: str(value) for name, value in vars(self).items()}
+        is_open = self.lv_device_open if self.lv_active else "unknown"
+        return {**columns, "lv_tags": ",".join(sorted(self.lv_tags)), "lv_device_open": is_open}
+
+
+class FakeHost:
+    """One volume group, made from a captured report, and the VMs of libvirt.
+
+    `commands` is every command in order; `before[tool]` is called with a command before it is carried out
+    and may change the group or raise, as `fail` does.
+    """
+
+    def __init__(self, text: str | None = None) -> None:
+        content = json.loads(text or report("pool-only"))["report"][0]
+        (self.vg,) = content["vg"]
+        self.zeroing = {row["lv_name"] for row in content["seg"] if row["zero"] == "zero"}
+        self.volumes: dict[str, Volume] = {}
+        for row in content["lv"]:
+            words = {word for word in row["lv_tags"].split(",") if word}
+            values = {**row, "lv_size": int(row["lv_size"]), "lv_tags": words}
+            self.volumes[row["lv_name"]] = Volume(**values)
+        self.active: set[str] = set()
+        self.defined: set[str] = set()
+        self.libvirt_is_silent = False
+        self.commands: list[str] = []
+        self.before: dict[str, Callable[[list[str]], None]] = {}
+
+    # -- for tests
+
+    def install(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeHost:
+        """Stand in for the host: its tools, its device nodes, and /run/localdisk."""
+        monkeypatch.setattr(run, "run", self.run)
+        monkeypatch.setattr(lvm.VolumeGroup, "dm_uuid", lambda _vg, lv_name: self.dm_uuid(lv_name))
+        monkeypatch.setattr(lock, "RUN", str(tmp_path / "run"))
+        monkeypatch.setattr(lock, "POLL", 0)
+        monkeypatch.setattr(removal, "PAUSE", 0)
+        return self
+
+    def add(
+        self, lv_name: str = VOLUME, lv_tags: Iterable[str] = (), size: int = 64 << 20, **fields: str
+    ) -> Volume:
+        volume = Volume(lv_name, self._new_uuid(), size, set(lv_tags), **fields)
+        self.volumes[lv_name] = volume
+        return volume
+
+    def fail(self, tool: str, stderr: str, times: int = 1, when: str = "") -> None:
+        """Make the next `times` calls of `tool` whose arguments hold `when` fail with that message."""
+        left = [times]
+
+        def refuse(argv: list[str]) -> None:
+            if left[0] and when in " ".join(argv):
+                left[0] -= 1
+                raise CommandFailed(tuple(argv), 5, stderr)
+
+        self.before[tool] = refuse
+
+    def dm_uuid(self, lv_name: str) -> str:
+        uuids: str = self.vg["vg_uuid"] + self.volumes[lv_name].lv_uuid
+        return "LVM-" + uuids.replace("-", "")
+
+    @property
+    def lvm_commands(self) -> list[str]:
+        return [command for command in self.commands if command.startswith("lv")]
+
+    @property
+    def tools(self) -> list[str]:
+        """The commands in short: the tool and, of an LVM command, its first word."""
+        return ["fullreport" if c.startswith(FULLREPORT) else c.split()[0] for c in self.commands]
+
+    # -- the door
+
+    def run(self, argv: Sequence[str], *, deadline: float = 0, pass_fds: Iterable[int] = ()) -> str:
+        words = list(argv)
+        if words[0] == "prlimit":  # qemu-img, which is here
+            return REAL_RUN(words, deadline=deadline, pass_fds=pass_fds)
+        self.commands.append(" ".join(words))
+        if words[0] in self.before:
+            self.before[words[0]](words)
+        answer: str = getattr(self, f"_{words[0]}")(words)
+        return answer
+
+    def _lvm(self, argv: list[str]) -> str:
+        assert " ".join(argv[:-1]) == FULLREPORT
+        if argv[-1] != self.vg["vg_name"]:
+            missing = f'  Volume group "{argv[-1]}" not found\n  Cannot process volume group {argv[-1]}\n'
+            raise CommandFailed(tuple(argv), 5, missing)
+        return self.report()
+
+    def report(self) -> str:
+        lvs = [self.volumes[name].row for name in sorted(self.volumes)]
+        seg = [
+            {"lv_name": name, "zero": "zero" if name in self.zeroing else ""}
+            for name, volume in sorted(self.volumes.items())
+            if volume.lv_layout == "thin,pool"
+        ]
+        return json.dumps({"report": [{"vg": [self.vg], "pv": [], "lv": lvs, "pvseg": [], "seg": seg}]})
+
+    def _lvcreate(self, argv: list[str]) -> str:
+        flags, options, rest = _parse(
+            argv,
+            flags="--quiet --yes --ignoreactivationskip",
+            options="--wipesignatures --name --setactivationskip --addtag --zero --size"
+            " --virtualsize --thinpool",
+        )
+        assert flags == {"--quiet", "--yes", "--ignoreactivationskip"}
+        assert (options["--wipesignatures"], options["--setactivationskip"]) == (["n"], ["y"])
+        (name,) = options["--name"]
+        if name in self.volumes:
+            where = f'in volume group "{self.vg["vg_name"]}"'
+            raise CommandFailed(tuple(argv), 5, f'  Logical Volume "{name}" already exists {where}\n')
+        if "--thinpool" in options:
+            assert not rest
+            ((place,), (size,)) = options["--thinpool"], options["--virtualsize"]
+            pool = place.split("/")[1]
+            self._allocate(argv, size, from_vg=False)
+            fields = {"lv_layout": "thin,sparse", "pool_lv": pool, "data_percent": "0.00"}
+        else:
+            assert rest == [self.vg["vg_name"]]
+            assert options["--zero"] == ["y"]
+            ((size,), fields) = options["--size"], {}
+            self._allocate(argv, size, from_vg=True)
+        self.add(name, options["--addtag"], _bytes(size), **fields)
+        return ""
+
+    def _allocate(self, argv: list[str], size: str, from_vg: bool) -> None:
+        left = int(self.vg["vg_free"]) - _bytes(size)
+        if not from_vg:
+            return
+        if left < 0:
+            free, needed = int(self.vg["vg_free"]) // EXTENT, _bytes(size) // EXTENT
+            said = f"insufficient free space ({free} extents): {needed} required."
+            raise CommandFailed(tuple(argv), 5, f'  Volume group "{self.vg["vg_name"]}" has {said}\n')
+        self.vg["vg_free"] = str(left)
+
+    def _lvchange(self, argv: list[str]) -> str:
+        flags, options, names = _parse(
+            argv,
+            flags="--quiet --ignoreactivationskip",
+            options="--addtag --deltag --activate",
+        )
+        assert "--quiet" in flags
+        assert names
+        for volume in self._named(argv, names):
+            volume.lv_tags -= set(options.get("--deltag", ()))
+            volume.lv_tags |= set(options.get("--addtag", ()))
+            if options.get("--activate") == ["n"] and volume.lv_device_open:
+                self._in_use(argv, volume)
+            if "--activate" in options:
+                assert options["--activate"] == ["n"] or "--ignoreactivationskip" in flags
+                volume.lv_active = {"y": "active", "n": ""}[options["--activate"][0]]
+        return ""
+
+    def _lvremove(self, argv: list[str]) -> str:
+        """All or nothing; LVM deactivates the others even where one is in use."""
+        flags, _, names = _parse(argv, flags="--quiet --yes", options="")
+        assert flags == {"--quiet", "--yes"}
+        volumes = self._named(argv, names)
+        for volume in volumes:
+            if volume.lv_device_open:
+                self._in_use(argv, volume)
+        for volume in volumes:
+            del self.volumes[volume.lv_name]
+            if not volume.pool_lv:
+                self.vg["vg_free"] = str(int(self.vg["vg_free"]) + volume.lv_size)
+        return ""
+
+    def _named(self, argv: list[str], names: list[str]) -> list[Volume]:
+        for name in names:
+            if name.split("/")[1] not in self.volumes:
+                raise CommandFailed(tuple(argv), 5, f'  Failed to find logical volume "{name}"\n')
+        return [self.volumes[name.split("/")[1]] for name in names]
+
+    def _in_use(self, argv: list[str], volume: Volume) -> None:
+        name = f"{self.vg['vg_name']}/{volume.lv_name}"
+        raise CommandFailed(tuple(argv), 5, f"  Logical volume {name} in use.\n")
+
+    def _blkdiscard(self, argv: list[str]) -> str:
+        volume = self.volumes[argv[-1].rpartition("/")[2]]
+        assert volume.lv_active
+        assert not volume.lv_device_open, "erased under whoever has it open"
+        return ""
+
+    def _virsh(self, argv: list[str]) -> str:
+        assert argv[1:6] == ["--readonly", "--connect", "qemu:///system", "list", "--uuid"]
+        if self.libvirt_is_silent:
+            said = "error: failed to connect to the hypervisor\nerror: Failed to connect socket"
+            raise CommandFailed(tuple(argv), 1, said)
+        shown = self.active | self.defined if argv[6:] == ["--all"] else self.active
+        return "".join(f"{vm_id}\n" for vm_id in sorted(shown)) + "\n"
+
+    def _new_uuid(self) -> str:
+        self._count = getattr(self, "_count", 0) + 1
+        return f"fakefa-kefa-kefa-kefa-kefa-kefa-{self._count:06d}"
+
+
+def _parse(argv: list[str], flags: str, options: str) -> tuple[set[str], dict[str, list[str]], list[str]]:
+    found_flags: set[str] = set()
+    found: dict[str, list[str]] = {}
+    rest: list[str] = []
+    words = iter(argv[1:])
+    for word in words:
+        if word in flags.split():
+            found_flags.add(word)
+        elif word in options.split():
+            found.setdefault(word, []).append(next(words))
+        else:
+            assert not word.startswith("-"), f"{argv[0]} {word}"
+            rest.append(word)
+    return found_flags, found, rest
+
+
+def _bytes(size: str) -> int:
+    assert size.endswith("b")
+    assert int(size[:-1]) % 512 == 0
+    return -(-int(size[:-1]) // EXTENT) * EXTENT

@@ -1,0 +1,361 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from localdisk import __version__, cli, config, gc, helper, hook, status
+from localdisk.disk import LocalDisk
+from localdisk.errors import BadProperty, ConfigRefused, NoVolumeGroup
+from localdisk.gc import Action, Finding, Verdict
+from localdisk.lvm import VolumeGroup
+from localdisk.vdsm import POINTS
+from tests.fakes import VOLUME, FakeHost, report, tags
+
+ROOT = Path(__file__).parent.parent
+
+
+class Run:
+    """Runs modes in this process."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
+        self._capsys = capsys
+
+    def __call__(self, *argv: str) -> tuple[int, str, str]:
+        """Exit code, standard output, standard error."""
+        try:
+            code = cli.main(argv)
+        except SystemExit as end:  # argparse, after --help and --version
+            code = int(end.code or 0)
+        out, err = self._capsys.readouterr()
+        return code, out, err
+
+    def refused(self, *argv: str, code: int = 2) -> str:
+        """The one line of a refusal, without its prefix."""
+        got, out, err = self(*argv)
+        assert (got, out) == (code, "")
+        assert err.endswith("\n")
+        (line,) = err.splitlines()
+        assert line.isprintable()
+        assert line.startswith("localdisk: ")
+        what, _, fix = line.partition(" : ")
+        assert what
+        assert fix
+        return line[len("localdisk: ") :]
+
+
+@pytest.fixture(name="run")
+def fixture_run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    monkeypatch.delenv("LOCALDISK_DEBUG", raising=False)
+    return Run(capsys)
+
+
+@pytest.fixture(name="as_root")
+def fixture_as_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+
+
+def raising(error: BaseException) -> Callable[..., object]:
+    def run(*_arguments: object, **_named: object) -> object:
+        raise error
+
+    return run
+
+
+# -- what anyone may ask
+
+
+def test_version(run: Run) -> None:
+    assert run("--version") == (0, f"localdisk {__version__}\n", "")
+
+
+def test_help_names_every_mode(run: Run) -> None:
+    code, out, err = run("--help")
+    assert (code, err) == (0, "")
+    assert all(f"\n    {mode} " in out for mode in ("hook", "gc", "status", "check", "helper", "schema"))
+
+
+def test_schema(run: Run) -> None:
+    code, out, _ = run("schema")
+    assert code == 0
+    assert out == config.schema_text()
+
+
+@pytest.mark.parametrize(
+    ("argv", "problem"),
+    [
+        ((), "the following arguments are required: MODE"),
+        (("nonsense",), "invalid choice: 'nonsense'"),
+        (("--nonsense", "gc"), "--nonsense"),
+        (("gc", "--nonsense"), "unrecognized arguments: --nonsense"),
+        (("gc", "more"), "unrecognized arguments: more"),
+        (("hook",), "hook needs the name of a hook point"),
+        (("hook", "before_nonsense"), "invalid choice: 'before_nonsense'"),
+        (("hook", "after_disk_prepare", "more"), "unrecognized arguments: more"),
+        (("helper", "more"), "unrecognized arguments: more"),
+        (("gc", "--config"), "expected one argument"),
+        (("status", "\x1b[31m\n"), "unrecognized arguments: \\x1b[31m\\n"),
+    ],
+)
+def test_bad_usage(run: Run, argv: tuple[str, ...], problem: str) -> None:
+    message = run.refused(*argv)
+    assert problem in message
+    assert message.endswith(" : see localdisk --help")
+
+
+# -- the configuration
+
+
+def test_check(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "localdisk.yaml"
+    path.write_text("backend: lvmthin\n")
+    good = (0, f"{path}: good\n", "")
+    assert run("check", "--config", str(path)) == good
+    assert run("--config", str(path), "check") == good
+    assert run("--config", "/nonexistent", "check", "--config", str(path)) == good
+
+
+def test_check_of_the_default_file(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "localdisk.yaml"
+    monkeypatch.setattr(config, "DEFAULT_PATH", str(path))
+    assert run("check") == (0, f"{path}: not there, the built-in defaults hold\n", "")
+    path.write_text("")
+    assert run("check") == (0, f"{path}: good\n", "")
+
+
+def test_check_tells_what_this_version_does_not_do(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "localdisk.yaml"
+    path.write_text("cache: {templates: on}\n")
+    code, out, _ = run("check", "--config", str(path))
+    assert (code, out.count("\n")) == (1, 1)
+    assert f"{path}: cache.templates: " in out
+
+
+def test_check_shows_all_problems(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "localdisk.yaml"
+    path.write_text("backend: x\nnonsense: 1\n")
+    code, out, err = run("check", "--config", str(path))
+    assert (code, out) == (2, "")
+    first, second, last = err.splitlines()
+    assert first.startswith(f"{path}:1:10: backend: ")
+    assert second.startswith(f"{path}:2:1: nonsense: ")
+    assert last.startswith(f"localdisk: configuration {path} is refused, 2 problem(s) : correct it")
+
+
+@pytest.mark.usefixtures("as_root")
+def test_a_named_configuration_must_be_there(run: Run) -> None:
+    for mode in ("check", "gc", "status"):
+        assert run.refused(mode, "--config", "/nonexistent").startswith("cannot read configuration /nonexist")
+
+
+@pytest.mark.parametrize("argv", [("hook", "after_disk_prepare"), ("helper",), ("hook",)])
+def test_hook_and_helper_take_no_configuration(run: Run, argv: tuple[str, ...]) -> None:
+    for words in (("--config", "/x", *argv), (*argv, "--config", "/x")):
+        assert run.refused(*words).startswith("hook and helper read /etc/localdisk.yaml and nothing else")
+
+
+# -- modes that need root
+
+
+@pytest.mark.parametrize("mode", ["helper", "gc", "status"])
+def test_modes_of_root(run: Run, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 36)
+    assert run.refused(mode) == f"{mode} needs root : run it with sudo"
+
+
+@pytest.mark.usefixtures("as_root")
+def test_helper(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(helper, "main", lambda load: 5 if load is config.load else 6)
+    assert run("helper") == (5, "", "")
+
+
+def finding(**fields: object) -> Finding:
+    host = FakeHost(report("empty"))
+    host.add(VOLUME, tags())
+    disk = LocalDisk.from_lv(VolumeGroup.from_report(host.report()).lvs[0])
+    assert disk
+    values = {"verdict": Verdict(Action.KEEP, "in use"), **fields}
+    return Finding("scratch", disk, **values)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("findings", "code"),
+    [
+        ((), 0),
+        ((finding(),), 0),
+        ((finding(verdict=Verdict(Action.REMOVE, "x")),), 0),
+        ((finding(), finding(failure="x")), 1),
+        ((finding(verdict=Verdict(Action.KEEP, "x", is_certain=False)),), 1),
+    ],
+)
+@pytest.mark.usefixtures("as_root")
+def test_gc(run: Run, monkeypatch: pytest.MonkeyPatch, findings: tuple[Finding, ...], code: int) -> None:
+    asked: list[bool] = []
+
+    def collect(_config: object, dry_run: bool) -> tuple[Finding, ...]:
+        asked.append(dry_run)
+        return findings
+
+    monkeypatch.setattr(gc, "collect", collect)
+    assert run("gc") == (code, gc.as_lines(findings, dry_run=False), "")
+    assert run("gc", "--dry-run") == (code, gc.as_lines(findings, dry_run=True), "")
+    assert run("gc", "--json") == (code, gc.as_json(findings), "")
+    assert asked == [False, True, False]
+
+
+@pytest.mark.usefixtures("as_root")
+def test_status(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot = status.Snapshot(at=0, volume_groups=(), disks=())
+    monkeypatch.setattr(status, "take", lambda _config: snapshot)
+    assert run("status") == (0, status.as_table(snapshot), "")
+    code, out, _ = run("status", "--json")
+    assert (code, json.loads(out)) == (0, {"at": 0, "volume_groups": [], "disks": []})
+
+
+# -- hooks
+
+
+@pytest.fixture(name="points")
+def fixture_points(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    called: list[str] = []
+    monkeypatch.setattr(hook, "run", lambda point, _environ: called.append(point))
+    monkeypatch.setattr("signal.signal", lambda _number, _handler: None)
+    return called
+
+
+@pytest.mark.parametrize("point", sorted(POINTS))
+def test_hook_by_name_and_by_link(
+    run: Run, monkeypatch: pytest.MonkeyPatch, points: list[str], point: str
+) -> None:
+    assert run("hook", point) == (0, "", "")
+    for words in ([f"/usr/libexec/vdsm/hooks/{point}/50_localdisk"], [f"{point}/x", "ignored"]):
+        monkeypatch.setattr(sys, "argv", words)
+        assert cli.main() == 0
+    assert points == [point] * 3
+
+
+@pytest.mark.parametrize(
+    "path", ["/usr/local/bin/localdisk", "localdisk", "/hooks/after_disk_prepare.d/x", ""]
+)
+def test_other_places_are_no_hook_points(
+    run: Run, monkeypatch: pytest.MonkeyPatch, points: list[str], path: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", [path, "schema"])
+    assert cli.main() == 0
+    assert points == []
+
+
+def test_a_refused_hook(run: Run, monkeypatch: pytest.MonkeyPatch, points: list[str]) -> None:
+    monkeypatch.setattr(hook, "run", raising(BadProperty(value="a\nb")))
+    message = run.refused("hook", "after_disk_prepare")
+    assert message == (
+        "custom property localdisk has the value 'a\\nb' : set it to lvm, lvmthin, on or off in the engine"
+    )
+
+
+# -- errors
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (NoVolumeGroup(vg="x"), 2, "no volume group x on this host : create it"),
+        (ValueError("a\nb"), 2, "internal error, ValueError: a\\nb : report it with the output of LOCALDISK"),
+        (KeyError("x" * 1000), 2, "internal error, KeyError: 'xxx"),
+        (
+            OSError(28, "No space left on device"),
+            2,
+            "[Errno 28] No space left on device : see the system log",
+        ),
+        (RecursionError(), 2, "internal error, RecursionError:"),
+        (AssertionError("\ud800\x1b"), 2, "internal error, AssertionError: \\ud800\\x1b : report"),
+        (KeyboardInterrupt(), 1, "interrupted : run it again"),
+    ],
+)
+@pytest.mark.usefixtures("as_root")
+def test_errors_are_one_line(
+    run: Run, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, line: str
+) -> None:
+    monkeypatch.setattr(status, "take", raising(error))
+    assert run.refused("status", code=code).startswith(line)
+
+
+@pytest.mark.usefixtures("as_root")
+def test_debug_shows_the_traceback(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(status, "take", raising(ValueError("x")))
+    monkeypatch.setenv("LOCALDISK_DEBUG", "1")
+    code, out, err = run("status")
+    assert (code, out) == (2, "")
+    assert err.startswith("Traceback (most recent call last):\n")
+    assert "\nValueError: x\nlocaldisk: internal error, ValueError: x : " in err
+    monkeypatch.setenv("LOCALDISK_DEBUG", "0")
+    assert "Traceback" not in run("status")[2]
+
+
+@pytest.mark.usefixtures("as_root")
+def test_several_lines_have_one_prefix(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(status, "take", raising(ConfigRefused("F", ("F:1:1: a", "F:2:1: b"))))
+    _, _, err = run("status")
+    assert err.splitlines()[:2] == ["F:1:1: a", "F:2:1: b"]
+    assert err.splitlines()[2].startswith("localdisk: configuration F is refused")
+
+
+# -- as a process
+
+
+def run_process(*argv: str, code: str = "pass", **environ: str) -> subprocess.CompletedProcess[bytes]:
+    start = f"import sys; {code}; from localdisk.cli import main; sys.exit(main())"
+    return subprocess.run(
+        [sys.executable, "-c", start, *argv], capture_output=True, cwd=ROOT, env=environ, check=False
+    )
+
+
+@pytest.mark.parametrize("mode", ["schema", "--version", "--help", "check"])
+def test_a_reader_that_goes_away(mode: str) -> None:
+    done = run_process(mode, code="import os; r, w = os.pipe(); os.dup2(w, 1); os.close(r); os.close(w)")
+    assert (done.returncode, done.stderr) == (1, b"")
+
+
+@pytest.mark.parametrize("mode", ["schema", "--version"])
+def test_a_full_file_system(mode: str) -> None:
+    done = run_process(mode, code="import os; os.dup2(os.open('/dev/full', os.O_WRONLY), 1)")
+    line = b"localdisk: [Errno 28] No space left on device : see the system log of this host\n"
+    assert (done.returncode, done.stderr) == (2, line)
+
+
+def test_without_standard_output() -> None:
+    done = run_process("schema", code="sys.stdout = None")
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGHUP"])
+def test_a_hook_that_is_ended_says_so(number: str) -> None:
+    """Once: a second signal does not disturb the tidying up."""
+    code = (
+        "import os, signal\n"
+        "from localdisk import hook\n"
+        "def run(point, environ):\n"
+        "    try:\n"
+        f"        os.kill(os.getpid(), signal.{number})\n"
+        "    finally:\n"
+        "        for each in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):\n"
+        "            os.kill(os.getpid(), each)\n"
+        "hook.run = run\n"
+    )
+    done = run_process("hook", "after_vm_destroy", code=f"exec({code!r})")
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert done.stderr.decode() == (
+        f"localdisk: ended by signal {number} before it was done"
+        " : start the VM again; nothing is left behind\n"
+    )
+
+
+def test_an_ascii_terminal() -> None:
+    done = run_process("hook", "ümläut", PYTHONIOENCODING="ascii", LC_ALL="C", PYTHONUTF8="0")
+    assert (done.returncode, done.stderr.count(b"\n")) == (2, 1)
+    assert b"Traceback" not in done.stderr

@@ -1,0 +1,481 @@
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterable
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from localdisk import disk as life
+from localdisk.config import Cache, Copy, Margins, Policy, Retention
+from localdisk.disk import LocalDisk, Start, State, Stop, plan_start, plan_stop, require_room
+from localdisk.errors import (
+    DiskBusy,
+    Error,
+    NoSpace,
+    NoThinPool,
+    OtherOwner,
+    SourceChanged,
+    ThinPoolFull,
+    ThinPoolInactive,
+    ThinPoolNotZeroing,
+    VolumeGroupUnusable,
+)
+from localdisk.lvm import LogicalVolume, VolumeGroup
+from localdisk.units import Amount
+from tests.fakes import (
+    EXTENT,
+    FINGERPRINT,
+    IMAGE,
+    OTHER_FINGERPRINT,
+    OTHER_IMAGE,
+    OTHER_VM,
+    OTHER_VOLUME,
+    VM,
+    VOLUME,
+    FakeHost,
+    report,
+    tags,
+)
+
+SIZE = 64 << 20
+RETENTION = Retention("keep", keep_for=3600, grace=600, on_source_change="refuse", erase="none")
+POLICY = Policy(
+    volume_group="ovirt-local",
+    backend="lvm",
+    thin_pool="pool0",
+    devices=(),
+    margins=Margins(Amount(bytes=0), Amount(bytes=0), thin_data=90.0, thin_metadata=80.0),
+    retention=RETENTION,
+    copy=Copy(parallel=2, bandwidth=None, nice=10),
+    hotplug="refuse",
+    cache=Cache(templates=False, max_size=Amount(percent=50.0), keep_for=0),
+    enabled=True,
+    disks=None,
+)
+THIN = dataclasses.replace(POLICY, backend="lvmthin")
+
+
+def volume(
+    lv_tags: Iterable[str],
+    lv_name: str = VOLUME,
+    is_open: bool = False,
+    size: int = SIZE,
+    layout: Iterable[str] = ("linear",),
+) -> LogicalVolume:
+    return LogicalVolume(
+        lv_name=lv_name,
+        lv_uuid="",
+        lv_size=size,
+        lv_tags=frozenset(lv_tags),
+        lv_device_open=is_open,
+        lv_active=True,
+        lv_layout=frozenset(layout),
+        pool_lv="",
+        data_percent=None,
+        metadata_percent=None,
+        zero=False,
+    )
+
+
+def local_disk(lv: LogicalVolume) -> LocalDisk:
+    found = LocalDisk.from_lv(lv)
+    assert found
+    return found
+
+
+# -- from tags
+
+
+@pytest.mark.parametrize(
+    ("more", "state"),
+    [
+        ((), State.READY),
+        (("UPDATING",), State.UNFINISHED),
+        (("UPDATING", "WRITES_5"), State.UNFINISHED),
+        (("STOPPED_5",), State.STOPPED),
+        (("STOPPED_5", "UPDATING"), State.UNFINISHED),
+        (("DELETING",), State.DELETING),
+        (("DELETING", "UPDATING", "STOPPED_5"), State.DELETING),
+        (("DELETINGX", "xUPDATING", "updating", "STOPPED", "STOPPED_"), State.READY),
+        (("STOPPED_-5", "STOPPED_1e9", "STOPPED_5 ", "STOPPED_٥"), State.READY),
+        (("STOPPED_" + "9" * 5000,), State.READY),
+    ],
+    ids=str,
+)
+def test_state(more: tuple[str, ...], state: State) -> None:
+    for ours in (True, False):
+        found = local_disk(volume(tags(*more, ours=ours)))
+        assert found.state is state
+        assert found.is_older is not ours
+
+
+def test_fields() -> None:
+    found = local_disk(volume(tags("STOPPED_7", "STOPPED_42", "WRITES_1", "WRITES_4096")))
+    assert (found.volume_id, found.vm_id, found.image_id) == (VOLUME, VM, IMAGE)
+    assert (found.fingerprint, found.stopped, found.writes) == (FINGERPRINT, 42, 4096)
+    assert found.stopped_tags == {"STOPPED_7", "STOPPED_42"}
+    assert found.writes_tags == {"WRITES_1", "WRITES_4096"}
+    assert not found.is_open
+
+
+def test_a_malformed_stop_is_taken_away_with_the_others() -> None:
+    assert local_disk(volume(tags("STOPPED_x"))).stopped_tags == {"STOPPED_x"}
+
+
+def test_two_fingerprints_are_none() -> None:
+    found = local_disk(volume(tags(f"SOURCE_{OTHER_FINGERPRINT}")))
+    assert found.fingerprint == ""
+
+
+@pytest.mark.parametrize(
+    "lv_tags",
+    [
+        set(),
+        {"localdisk"},
+        {"localdisk", f"VM_{VM}"},
+        {"localdisk", f"IU_{IMAGE}"},
+        tags() - {f"VM_{VM}"},
+        tags() - {f"IU_{IMAGE}"},
+        tags(f"VM_{OTHER_VM}"),
+        tags(f"IU_{OTHER_IMAGE}"),
+        tags(vm=VM.upper()),
+        tags(image=IMAGE.upper()),
+        tags(vm=""),
+        tags(vm=VM + "0"),
+        tags(vm=VM[:-1]),
+        tags(vm=VM + "\n"),
+        tags(vm="../../etc"),
+        tags(vm="{" + VM + "}"),
+        tags(vm=VM, image="x"),
+        {"localdisk", f"vm_{VM}", f"IU_{IMAGE}"},
+    ],
+    ids=lambda given: " ".join(sorted(given)),
+)
+def test_volumes_that_are_not_ours_to_touch(lv_tags: set[str]) -> None:
+    assert LocalDisk.from_lv(volume(lv_tags)) is None
+
+
+@pytest.mark.parametrize(
+    "lv_name", ["data", IMAGE.upper(), VOLUME + "_tdata", VOLUME[:-1], "lvol0", "", VOLUME.replace("-", "")]
+)
+def test_names_that_no_local_disk_has(lv_name: str) -> None:
+    assert LocalDisk.from_lv(volume(tags(), lv_name=lv_name)) is None
+
+
+def test_a_pool_named_like_a_volume_is_none() -> None:
+    assert LocalDisk.from_lv(volume(tags(), layout=("thin", "pool"))) is None
+    assert LocalDisk.from_lv(volume(tags(), layout=("cache", "pool"))) is None
+
+
+def test_local_disks_of_a_real_report() -> None:
+    found = life.local_disks(VolumeGroup.from_report(report("mixed")))
+    assert [(d.volume_id[:1], d.state.value, d.backend, d.is_older, d.is_open) for d in found] == [
+        ("1", "ready", "lvm", False, True),
+        ("2", "unfinished", "lvmthin", False, False),
+        ("3", "ready", "lvm", True, False),
+        ("4", "deleting", "lvmthin", False, False),
+    ]
+    assert found[1].writes == 20 << 20
+
+
+@settings(max_examples=80, deadline=None, derandomize=True, database=None)
+@given(
+    st.frozensets(
+        st.one_of(
+            st.sampled_from(sorted(tags("UPDATING", "DELETING", f"VM_{OTHER_VM}"))),
+            st.from_regex(r"(VM|IU|STOPPED|WRITES|SOURCE)_[0-9a-f-]{0,40}", fullmatch=True),
+            st.text(max_size=20),
+        ),
+        max_size=8,
+    )
+)
+def test_any_tags_make_a_disk_of_one_vm_or_none(lv_tags: frozenset[str]) -> None:
+    found = LocalDisk.from_lv(volume(lv_tags))
+    if found:
+        assert [t for t in lv_tags if t.startswith("VM_")] == [f"VM_{found.vm_id}"]
+        assert [t for t in lv_tags if t.startswith("IU_")] == [f"IU_{found.image_id}"]
+        assert found.stopped is None or found.stopped >= 0
+
+
+def test_new_tags_make_the_disk_that_they_describe() -> None:
+    found = local_disk(volume(life.new_tags(VM, IMAGE, FINGERPRINT, 4096)))
+    assert (found.vm_id, found.image_id, found.fingerprint) == (VM, IMAGE, FINGERPRINT)
+    assert (found.state, found.writes, found.is_older) == (State.UNFINISHED, 4096, False)
+
+
+def test_stopped_tag() -> None:
+    assert local_disk(volume(tags(life.stopped_tag(1760000000.9)))).stopped == 1760000000
+
+
+@pytest.mark.parametrize(
+    ("vm", "image", "refused"),
+    [(VM, IMAGE, False), (OTHER_VM, IMAGE, True), (VM, OTHER_IMAGE, True), (OTHER_VM, OTHER_IMAGE, True)],
+)
+def test_require_owner(vm: str, image: str, refused: bool) -> None:
+    disk = local_disk(volume(tags(vm=vm, image=image)))
+    if refused:
+        with pytest.raises(OtherOwner, match=f"belongs to VM {vm}, image {image}"):
+            life.require_owner(disk, VM, IMAGE, "ovirt-local")
+    else:
+        life.require_owner(disk, VM, IMAGE, "ovirt-local")
+
+
+@pytest.mark.parametrize(
+    ("text", "good"),
+    [
+        (FINGERPRINT, True),
+        (FINGERPRINT[:-1], False),
+        (FINGERPRINT + "0", False),
+        (FINGERPRINT.upper(), False),
+        (FINGERPRINT + "\n", False),
+        ("", False),
+        (None, False),
+        (5, False),
+        ([FINGERPRINT], False),
+    ],
+)
+def test_is_fingerprint(text: object, good: bool) -> None:
+    assert life.is_fingerprint(text) is good
+
+
+# -- starting
+
+STATE_TAGS = {
+    State.READY: (),
+    State.STOPPED: ("STOPPED_5",),
+    State.UNFINISHED: ("UPDATING", "WRITES_5"),
+    State.DELETING: ("DELETING",),
+}
+STARTS = list(
+    itertools.product(
+        State,
+        (False, True),  # open
+        ("delete", "keep"),
+        ("refuse", "recopy"),
+        ("same", "other", "none", "two"),  # fingerprint
+        (SIZE - 512, SIZE, SIZE + EXTENT),  # of the volume
+        (False, True),  # made by the older hook
+    )
+)
+
+
+def found_disk(state: State, is_open: bool, fingerprint: str, size: int, is_older: bool) -> LocalDisk:
+    lv_tags = tags(*STATE_TAGS[state], ours=not is_older) - {f"SOURCE_{FINGERPRINT}"}
+    shown = {"same": [FINGERPRINT], "other": [OTHER_FINGERPRINT], "two": [FINGERPRINT, OTHER_FINGERPRINT]}
+    lv_tags |= {f"SOURCE_{each}" for each in shown.get(fingerprint, [])}
+    return local_disk(volume(lv_tags, is_open=is_open, size=size))
+
+
+def expected_start(
+    state: State, is_open: bool, on_stop: str, on_change: str, fingerprint: str, size: int, is_older: bool
+) -> Start | type[Error]:
+    """DESIGN.md's table, for a VM that is not running and whose disk nobody else holds."""
+    if is_open:
+        return DiskBusy
+    if state in (State.UNFINISHED, State.DELETING) or on_stop == "delete":
+        return Start.REPLACE
+    is_same = fingerprint == "same" or (is_older and fingerprint in ("none", "two"))
+    if is_same and size >= SIZE:
+        return Start.REUSE
+    return Start.REPLACE if on_change == "recopy" else SourceChanged
+
+
+def planned_start(disk: LocalDisk | None, retention: Retention) -> Start | type[Error]:
+    try:
+        return plan_start(disk, FINGERPRINT, SIZE, retention, "ovirt-local")
+    except Error as error:
+        return type(error)
+
+
+def test_a_start_does_what_the_table_says() -> None:
+    for case in STARTS:
+        state, is_open, on_stop, on_change, fingerprint, size, is_older = case
+        disk = found_disk(state, is_open, fingerprint, size, is_older)
+        retention = dataclasses.replace(RETENTION, on_stop=on_stop, on_source_change=on_change)
+        assert planned_start(disk, retention) == expected_start(*case), case
+
+
+def test_no_start_breaks_a_promise() -> None:
+    for state, is_open, on_stop, on_change, fingerprint, size, is_older in STARTS:
+        disk = found_disk(state, is_open, fingerprint, size, is_older)
+        retention = dataclasses.replace(RETENTION, on_stop=on_stop, on_source_change=on_change)
+        plan = planned_start(disk, retention)
+        if is_open:
+            assert plan is DiskBusy
+        if plan is Start.REUSE:  # complete, large enough, of this source
+            assert state in (State.READY, State.STOPPED)
+            assert size >= SIZE
+            assert fingerprint != "other"
+            assert on_stop == "keep"
+        if plan is Start.REPLACE and on_stop == "keep" and on_change == "refuse":  # no complete copy is lost
+            assert state in (State.UNFINISHED, State.DELETING)
+        assert plan is not Start.CREATE
+
+
+def test_nothing_found_is_created() -> None:
+    assert planned_start(None, RETENTION) is Start.CREATE
+
+
+# -- stopping
+
+STOPS = list(itertools.product(State, (False, True), ("delete", "keep"), ("none", "discard", "zero")))
+
+
+def test_a_stop_does_what_the_table_says() -> None:
+    for state, is_open, on_stop, erase in STOPS:
+        disk = found_disk(state, is_open, "same", SIZE, is_older=False)
+        retention = dataclasses.replace(RETENTION, on_stop=on_stop, erase=erase)
+        is_kept = on_stop == "keep" and state in (State.READY, State.STOPPED)
+        must_wait = is_open or erase != "none"
+        expected = Stop.KEEP if is_kept else Stop.MARK_DELETING if must_wait else Stop.REMOVE
+        assert plan_stop(disk, retention) is expected, (state, is_open, on_stop, erase)
+
+
+# -- room
+
+
+def group(**vg: str) -> FakeHost:
+    host = FakeHost()
+    host.vg.update(vg)
+    return host
+
+
+def read(host: FakeHost) -> VolumeGroup:
+    return VolumeGroup.from_report(host.report())
+
+
+def with_margins(policy: Policy, **margins: Amount | float) -> Policy:
+    return dataclasses.replace(policy, margins=dataclasses.replace(policy.margins, **margins))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("reserve", "size", "missing"),
+    [
+        (Amount(bytes=0), 10 * EXTENT, None),
+        (Amount(bytes=0), 10 * EXTENT + 1, "4 MiB"),
+        (Amount(bytes=0), 9 * EXTENT + 1, None),
+        (Amount(bytes=EXTENT), 9 * EXTENT, None),
+        (Amount(bytes=EXTENT), 9 * EXTENT + 512, "4 MiB"),
+        (Amount(bytes=1), 10 * EXTENT, "1 B"),
+        (Amount(percent=5.0), 5 * EXTENT, None),
+        (Amount(percent=5.0), 5 * EXTENT + 1, "4 MiB"),
+        (Amount(percent=10.0), 1, "4 MiB"),
+        (Amount(percent=100.0), 1, "364 MiB"),
+    ],
+)
+def test_thick_room(reserve: Amount, size: int, missing: str | None) -> None:
+    host = group(vg_free=str(10 * EXTENT), vg_size=str(100 * EXTENT))
+    policy = with_margins(POLICY, reserve=reserve)
+    if missing is None:
+        require_room(read(host), policy, size, size)
+    else:
+        with pytest.raises(NoSpace, match=f"lacks {missing}: the disk needs"):
+            require_room(read(host), policy, size, size)
+
+
+def pool(data: str = "50.00", metadata: str = "10.00", size: int = 1000 * EXTENT) -> FakeHost:
+    host = FakeHost()
+    host.volumes["pool0"].lv_size = size
+    host.volumes["pool0"].data_percent, host.volumes["pool0"].metadata_percent = data, metadata
+    return host
+
+
+def percent(number: float) -> int:
+    return int(10 * EXTENT * number)
+
+
+@pytest.mark.parametrize(
+    ("data", "metadata", "writes", "limit"),
+    [
+        ("0.00", "0.00", 0, None),
+        ("50.00", "10.00", percent(40), None),
+        ("50.00", "10.00", percent(40) + EXTENT, "thin_data"),
+        ("90.00", "80.00", 0, None),
+        ("90.01", "0.00", 0, "thin_data"),
+        ("0.00", "80.01", 0, "thin_metadata"),
+        ("100.00", "100.00", 0, "thin_data"),
+        ("0.00", "0.00", percent(90), None),
+        ("0.00", "0.00", 64 << 40, "thin_data"),
+    ],
+)
+def test_thin_room(data: str, metadata: str, writes: int, limit: str | None) -> None:
+    vg = read(pool(data, metadata))
+    if limit is None:
+        require_room(vg, THIN, SIZE, writes)
+    else:
+        with pytest.raises(
+            ThinPoolFull, match=rf"would pass margins\.{limit}: [0-9.]+ % of [0-9.]+ % allowed"
+        ):
+            require_room(vg, THIN, SIZE, writes)
+
+
+def test_thin_disk_does_not_need_room_for_its_size() -> None:
+    host = pool("0.00")
+    host.vg["vg_free"] = "0"
+    require_room(read(host), THIN, 64 << 40, 0)
+
+
+def test_unfinished_copies_have_their_promise_counted() -> None:
+    host = pool("50.00")
+    thin = {"lv_layout": "thin,sparse", "pool_lv": "pool0"}
+    host.add(
+        VOLUME, tags("UPDATING", f"WRITES_{percent(30)}"), size=percent(60), data_percent="25.00", **thin
+    )
+    # 30 % promised, a quarter of its 60 % is written and is in the pool's 50 %: 15 % are still to come
+    require_room(read(host), THIN, SIZE, percent(25))
+    with pytest.raises(ThinPoolFull, match=r"thin_data: 90\.1 % of 90 %"):
+        require_room(read(host), THIN, SIZE, percent(25.1))
+    host.add(OTHER_VOLUME, tags("UPDATING", f"WRITES_{percent(20)}"), size=percent(20), lv_active="", **thin)
+    require_room(read(host), THIN, SIZE, percent(5))
+    with pytest.raises(ThinPoolFull):
+        require_room(read(host), THIN, SIZE, percent(5.1))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"lv_tags": tags(f"WRITES_{percent(40)}"), "pool_lv": "pool0"},  # finished
+        {"lv_tags": tags("UPDATING", f"WRITES_{percent(40)}"), "pool_lv": "pool1"},
+        {"lv_tags": tags("UPDATING", f"WRITES_{percent(40)}"), "pool_lv": ""},  # thick
+        {"lv_tags": tags("UPDATING", f"WRITES_{percent(10)}"), "pool_lv": "pool0", "data_percent": "100.00"},
+        {"lv_tags": {"UPDATING", f"WRITES_{percent(40)}"}, "pool_lv": "pool0"},  # not ours
+    ],
+)
+def test_what_promises_nothing(fields: dict[str, object]) -> None:
+    host = pool("50.00")
+    host.add(VOLUME, size=percent(60), **fields)  # type: ignore[arg-type]
+    require_room(read(host), THIN, SIZE, percent(40))
+
+
+@pytest.mark.parametrize("layout", [None, "linear", "cache,pool", "thin,sparse"])
+def test_pool_that_is_none(layout: str | None) -> None:
+    host = pool()
+    if layout:
+        host.volumes["pool0"].lv_layout = layout
+    else:
+        del host.volumes["pool0"]
+    with pytest.raises(NoThinPool, match="no thin pool ovirt-local/pool0 : create it"):
+        require_room(read(host), THIN, SIZE, 0)
+
+
+def test_pool_that_does_not_zero() -> None:
+    with pytest.raises(ThinPoolNotZeroing, match="lvchange --zero y scratch/pool0"):
+        require_room(VolumeGroup.from_report(report("not-zeroing")), THIN, SIZE, 0)
+
+
+def test_pool_that_does_not_tell_how_full_it_is() -> None:
+    """An inactive pool may be full: the margins cannot be kept, so nothing is made in it."""
+    with pytest.raises(ThinPoolInactive, match=r"lvchange --activate y ovirt-local/pool0"):
+        require_room(VolumeGroup.from_report(report("pool-inactive")), THIN, SIZE, 0)
+
+
+@pytest.mark.parametrize("backend", ["lvm", "lvmthin"])
+@pytest.mark.parametrize(
+    "vg", [{"vg_partial": "partial"}, {"vg_exported": "exported"}, {"vg_lock_type": "sanlock"}], ids=str
+)
+def test_no_room_in_an_unusable_group(vg: dict[str, str], backend: str) -> None:
+    with pytest.raises(VolumeGroupUnusable):
+        require_room(read(group(**vg)), dataclasses.replace(POLICY, backend=backend), 512, 0)

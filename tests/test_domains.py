@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import pytest
+
+from localdisk import domains, run
+from localdisk.errors import CommandFailed, CommandMissing, CommandTimeout, Error, LibvirtSilent
+from tests.fakes import OTHER_VM, VM
+
+ACTIVE = "virsh --readonly --connect qemu:///system list --uuid"
+
+
+class Libvirt:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, out: str = "\n", error: Error | None = None) -> None:
+        self.commands: list[tuple[str, float]] = []
+        self.out, self.error = out, error
+        monkeypatch.setattr(run, "run", self.run)
+
+    def run(self, argv: list[str], *, deadline: float) -> str:
+        self.commands.append((" ".join(argv), deadline))
+        if self.error:
+            raise self.error
+        return self.out
+
+
+# Output of virsh 9.0 (captured): one UUID a line, then an empty line; without a VM, an empty line.
+@pytest.mark.parametrize(
+    ("out", "found"),
+    [("\n", set()), ("", set()), (f"{VM}\n\n", {VM}), (f"{VM}\n{OTHER_VM}\n\n", {VM, OTHER_VM})],
+)
+def test_the_vms_of_libvirt(monkeypatch: pytest.MonkeyPatch, out: str, found: set[str]) -> None:
+    libvirt = Libvirt(monkeypatch, out)
+    assert domains.active() == found
+    assert domains.known() == found
+    assert libvirt.commands == [(ACTIVE, 30), (f"{ACTIVE} --all", 30)]
+
+
+@pytest.mark.parametrize("out", ["nonsense", f"{VM}\nwarning: x\n", VM.upper(), f"{VM}{OTHER_VM}\n", "-"])
+def test_what_is_no_list_is_no_answer(monkeypatch: pytest.MonkeyPatch, out: str) -> None:
+    Libvirt(monkeypatch, out)
+    with pytest.raises(LibvirtSilent, match="virsh list --uuid printed"):
+        domains.known()
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (CommandMissing(tool="virsh"), "virsh is not installed"),
+        (CommandTimeout(tool="virsh --readonly", seconds=30), "virsh --readonly did not end within 30 s"),
+        (
+            CommandFailed(("virsh",), 1, "error: failed to connect to the hypervisor\nerror: no socket\n"),
+            r"virsh failed \(exit code 1\): error: no socket",
+        ),
+    ],
+)
+def test_a_libvirt_that_cannot_be_asked(monkeypatch: pytest.MonkeyPatch, error: Error, said: str) -> None:
+    Libvirt(monkeypatch, error=error)
+    with pytest.raises(LibvirtSilent, match=f"{said}[^:]* : check that libvirt runs"):
+        domains.active()

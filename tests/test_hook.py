@@ -1,0 +1,506 @@
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from localdisk import config, copy, hook, lock, run, vdsm
+from localdisk.copy import OnProgress, Target
+from localdisk.errors import (
+    BadDiskData,
+    BadDomain,
+    BadHookCall,
+    BadProperty,
+    CopyFailed,
+    DiskRefused,
+    Error,
+    HelperRefused,
+    HotplugRefused,
+    NotLocal,
+    OperationRefused,
+    SourceRefused,
+)
+from localdisk.helper import Ended, Session
+from localdisk.image import Source
+from tests.fakes import (
+    EXTENT,
+    FULLREPORT,
+    IMAGE,
+    OTHER_IMAGE,
+    OTHER_VM,
+    OTHER_VOLUME,
+    VM,
+    VOLUME,
+    FakeHost,
+    tags,
+)
+
+SIZE = 2 * EXTENT
+LOCAL, OTHER_LOCAL = f"/dev/ovirt-local/{VOLUME}", f"/dev/ovirt-local/{OTHER_VOLUME}"
+
+
+class Conversation:
+    """A helper in this process, in the place of the one behind sudo."""
+
+    stdin = stdout = stderr = None
+    returncode = 0
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.verbs: list[str] = []
+
+    def wait(self) -> int:
+        return self.returncode
+
+
+class Vdsm:
+    """vdsm's side of a hook run, and a host without sudo, LVM and libvirt."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, directory: Path) -> None:
+        self.host = FakeHost().install(monkeypatch, directory)
+        self.directory = directory
+        self.helpers: list[Conversation] = []
+        self.copied: list[Target] = []
+        self.copy_fails: Error | None = None
+        monkeypatch.setattr(config, "DEFAULT_PATH", str(directory / "localdisk.yaml"))
+        monkeypatch.setattr(run, "start_talking", self._start)
+        monkeypatch.setattr(run, "ask", self._ask)
+        monkeypatch.setattr(run, "close_input", lambda process: process.session.close())
+        monkeypatch.setattr(run, "end", lambda _process: None)
+        monkeypatch.setattr(copy, "copy", self._copy)
+        self.source(VOLUME)
+
+    def configure(self, text: str) -> None:
+        (self.directory / "localdisk.yaml").write_text(text)
+
+    def source(self, volume_id: str, size: int = SIZE) -> str:
+        path = self.directory / volume_id
+        path.write_bytes(b"x" * 512)
+        os.truncate(path, size)
+        return str(path)
+
+    def call(self, point: str, text: str, **environ: str) -> str:
+        """What the data file holds after the hook."""
+        path = self.directory / "data"
+        path.write_text(text)
+        variable = "_hook_json" if point == "after_disk_prepare" else "_hook_domxml"
+        given = {"vmId": VM, "localdisk": "lvm", variable: str(path), **environ}
+        hook.run(point, given)
+        return path.read_text()
+
+    def refused(self, kind: type[Error], point: str, text: str, **environ: str) -> str:
+        with pytest.raises(kind) as caught:
+            self.call(point, text, **environ)
+        assert (self.directory / "data").read_text() == text
+        message = str(caught.value)
+        assert message.isprintable()
+        assert message.partition(" : ")[2]
+        assert [name for name in self.locks if name.endswith(".lock")] == []
+        return message
+
+    @property
+    def locks(self) -> list[str]:
+        return os.listdir(lock.RUN) if os.path.exists(lock.RUN) else []
+
+    @property
+    def verbs(self) -> list[list[str]]:
+        return [helper.verbs for helper in self.helpers]
+
+    def _start(self, argv: Sequence[str]) -> Conversation:
+        assert argv[:2] == ["sudo", "-n"]
+        assert argv[3:] == ["helper"]
+        self.helpers.append(Conversation(Session(config.load(), self._give_up)))
+        return self.helpers[-1]
+
+    def _ask(self, process: Conversation, line: bytes) -> bytes:
+        process.verbs.append(json.loads(line)["verb"])
+        return json.dumps(process.session.serve(line)).encode()
+
+    def _copy(self, source: Source, target: Target, on_progress: OnProgress) -> None:
+        on_progress(0.5)
+        if self.copy_fails:
+            raise self.copy_fails
+        assert os.pread(source.fds[0], 1, 0) == b"x"
+        self.copied.append(target)
+
+    @staticmethod
+    def _give_up(_seconds: float) -> None:
+        raise Ended
+
+
+@pytest.fixture(name="host_vdsm")
+def fixture_host_vdsm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Vdsm:
+    return Vdsm(monkeypatch, tmp_path)
+
+
+def disk_json(machine: Vdsm, **changes: Any) -> str:
+    fields = {
+        "device": "disk",
+        "diskType": "file",
+        "format": "raw",
+        "path": str(machine.directory / VOLUME),
+        "imageID": IMAGE,
+        "volumeID": VOLUME,
+        "shared": "false",
+        "name": "vda",
+        "serial": IMAGE,
+        "volumeChain": [{"volumeID": VOLUME, "imageID": IMAGE, "path": str(machine.directory / VOLUME)}],
+        "specParams": {},
+    }
+    return json.dumps({**fields, **changes})
+
+
+def domain_xml(*disks: tuple[str, str, str, str], vm: str = VM, more: str = "") -> str:
+    """A domain with raw disks: target, path, image, volume."""
+    elements = "".join(
+        f"<disk type='{'block' if path.startswith('/dev') else 'file'}' device='disk'>"
+        "<driver name='qemu' type='raw' cache='none' io='threads'/>"
+        f"<source {'dev' if path.startswith('/dev') else 'file'}='{path}'/>"
+        f"<target dev='{name}' bus='virtio'/><serial>{image}</serial></disk>"
+        for name, path, image, _ in disks
+    )
+    devices = "".join(
+        f"<v:device devtype='disk' name='{name}'><v:imageID>{image}</v:imageID>"
+        f"<v:volumeID>{volume}</v:volumeID></v:device>"
+        for name, _, image, volume in disks
+    )
+    metadata = f"<metadata xmlns:v='http://ovirt.org/vm/1.0'><v:vm>{devices}</v:vm></metadata>"
+    return f"<domain type='kvm'><uuid>{vm}</uuid>{metadata}<devices>{elements}{more}</devices></domain>"
+
+
+# -- after_disk_prepare
+
+
+def test_a_disk_is_made_local(host_vdsm: Vdsm) -> None:
+    text = disk_json(host_vdsm)
+    answer = json.loads(host_vdsm.call("after_disk_prepare", text))
+    changed = {"path": LOCAL, "format": "raw", "diskType": "block"}
+    assert answer == {**json.loads(text), **changed}
+    assert host_vdsm.verbs == [["claim", "prepare", "progress", "commit"]]
+    assert [target.path for target in host_vdsm.copied] == [LOCAL]
+    assert "UPDATING" not in host_vdsm.host.volumes[VOLUME].lv_tags
+    assert host_vdsm.locks == []
+
+
+def test_a_thin_disk(host_vdsm: Vdsm) -> None:
+    host_vdsm.call("after_disk_prepare", disk_json(host_vdsm), localdisk="lvmthin")
+    assert host_vdsm.host.volumes[VOLUME].pool_lv == "pool0"
+    assert host_vdsm.copied[0].zeroed
+    assert "--addtag WRITES_65536 " in host_vdsm.host.lvm_commands[2]  # one cluster of data
+
+
+def test_a_thick_disk_writes_all(host_vdsm: Vdsm) -> None:
+    host_vdsm.call("after_disk_prepare", disk_json(host_vdsm))
+    assert f"--addtag WRITES_{SIZE} " in host_vdsm.host.lvm_commands[2]
+
+
+def test_a_second_run_of_the_same_hook(host_vdsm: Vdsm) -> None:
+    """The first was killed after it was done; vdsm starts the VM again."""
+    host_vdsm.configure("retention: {on_stop: keep}")
+    first = host_vdsm.call("after_disk_prepare", disk_json(host_vdsm))
+    assert host_vdsm.call("after_disk_prepare", disk_json(host_vdsm)) == first
+    assert host_vdsm.verbs[1] == ["claim", "prepare"]
+    assert len(host_vdsm.copied) == 1
+
+
+@pytest.mark.parametrize("device", ["cdrom", "floppy"])
+def test_what_is_no_disk_is_passed_over(host_vdsm: Vdsm, device: str) -> None:
+    text = disk_json(host_vdsm, device=device, readonly=True)
+    assert host_vdsm.call("after_disk_prepare", text) == text
+    assert host_vdsm.helpers == []
+
+
+def test_a_disk_that_stays(host_vdsm: Vdsm) -> None:
+    text = disk_json(host_vdsm)
+    for override in ("enabled: false", f"disks: [{OTHER_IMAGE}]"):
+        host_vdsm.configure(f"vms: {{{VM}: {{{override}}}}}")
+        assert host_vdsm.call("after_disk_prepare", text) == text
+    assert host_vdsm.verbs == [["claim"]] * 2
+    assert host_vdsm.host.commands == []
+
+
+@pytest.mark.parametrize("shared", ["shared", "transient"])
+def test_a_shared_disk_may_stay(host_vdsm: Vdsm, shared: str) -> None:
+    host_vdsm.configure(f"vms: {{{VM}: {{disks: [{OTHER_IMAGE}]}}}}")
+    text = disk_json(host_vdsm, shared=shared)
+    assert host_vdsm.call("after_disk_prepare", text) == text
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"shared": "shared"}, "disk vda is shared between VMs; a local copy would split them : exclude"),
+        ({"shared": "transient"}, "disk vda is transient"),
+        ({"diskType": "network", "path": "volume/x"}, "disk vda is on network storage"),
+        (
+            {"imageID": "", "volumeID": "", "serial": "", "volumeChain": []},
+            "disk vda is no image of a storage",
+        ),
+    ],
+)
+def test_disks_that_cannot_be_local(host_vdsm: Vdsm, changes: dict[str, Any], problem: str) -> None:
+    assert problem in host_vdsm.refused(DiskRefused, "after_disk_prepare", disk_json(host_vdsm, **changes))
+    assert host_vdsm.copied == []
+    assert VOLUME not in host_vdsm.host.volumes
+
+
+@pytest.mark.parametrize("shared", ["false", "none", "exclusive"])
+def test_disks_of_one_vm(host_vdsm: Vdsm, shared: str) -> None:
+    text = disk_json(host_vdsm, shared=shared)
+    assert LOCAL in host_vdsm.call("after_disk_prepare", text)
+
+
+def test_a_running_vm_gets_its_disk_back(host_vdsm: Vdsm) -> None:
+    """vdsm, restarted, asks for the shared path again, with the format of the local disk."""
+    host_vdsm.host.add(VOLUME, tags(), SIZE, lv_device_open="open")
+    host_vdsm.host.active = {VM}
+    os.unlink(host_vdsm.directory / VOLUME)  # it is not even looked at
+    text = disk_json(host_vdsm, diskType="block", format="raw")
+    assert json.loads(host_vdsm.call("after_disk_prepare", text))["path"] == LOCAL
+    assert host_vdsm.verbs == [["claim"]]
+    assert host_vdsm.host.tools == ["fullreport", "virsh"]
+
+
+def test_a_running_vm_that_is_not_local_stays(host_vdsm: Vdsm) -> None:
+    host_vdsm.host.active = {VM}
+    text = disk_json(host_vdsm)
+    assert host_vdsm.call("after_disk_prepare", text) == text
+
+
+def test_a_copy_that_fails_leaves_nothing(host_vdsm: Vdsm) -> None:
+    host_vdsm.copy_fails = CopyFailed(volume="v", path="p", problem="x")
+    host_vdsm.refused(CopyFailed, "after_disk_prepare", disk_json(host_vdsm))
+    assert VOLUME not in host_vdsm.host.volumes
+
+
+def test_a_source_that_is_refused_leaves_nothing(host_vdsm: Vdsm) -> None:
+    os.truncate(host_vdsm.directory / VOLUME, 0)
+    host_vdsm.refused(SourceRefused, "after_disk_prepare", disk_json(host_vdsm))
+    assert host_vdsm.host.tools == ["fullreport", "virsh"]
+
+
+def test_what_the_helper_refuses_is_refused(host_vdsm: Vdsm) -> None:
+    host_vdsm.host.add(VOLUME, tags(vm=OTHER_VM), SIZE)
+    message = host_vdsm.refused(HelperRefused, "after_disk_prepare", disk_json(host_vdsm))
+    assert f"belongs to VM {OTHER_VM}" in message
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"device": "disk"}x'])
+def test_data_that_is_no_disk(host_vdsm: Vdsm, text: str) -> None:
+    host_vdsm.refused(BadDiskData, "after_disk_prepare", text)
+    assert host_vdsm.helpers == []
+
+
+# -- before_vm_start
+
+
+def test_a_domain_that_is_local_already(host_vdsm: Vdsm) -> None:
+    host_vdsm.host.add(VOLUME, tags(), SIZE)
+    host_vdsm.host.add(OTHER_VOLUME, tags(image=OTHER_IMAGE), SIZE)
+    text = domain_xml(("vda", LOCAL, IMAGE, VOLUME), ("vdb", OTHER_LOCAL, OTHER_IMAGE, OTHER_VOLUME))
+    answer = host_vdsm.call("before_vm_start", text)
+    assert answer == text.replace("threads", "native")
+    assert host_vdsm.verbs == [["look"]]
+    assert host_vdsm.host.commands == [f"{FULLREPORT} ovirt-local"]
+
+
+def test_disks_that_were_not_prepared_are_prepared_now(host_vdsm: Vdsm) -> None:
+    """An older vdsm without after_disk_prepare, or its link is missing: one was, one was not."""
+    host_vdsm.host.add(VOLUME, tags(), SIZE)
+    shared = host_vdsm.source(OTHER_VOLUME)
+    text = domain_xml(("vda", LOCAL, IMAGE, VOLUME), ("vdb", shared, OTHER_IMAGE, OTHER_VOLUME))
+    answer = host_vdsm.call("before_vm_start", text)
+    assert f"<source dev='{OTHER_LOCAL}'/>" in answer.replace('"', "'")
+    assert shared not in answer
+    assert answer.count("type='block'") + answer.count('type="block"') == 2
+    assert host_vdsm.verbs == [["look", "claim", "prepare", "progress", "commit"]]
+    assert [target.path for target in host_vdsm.copied] == [OTHER_LOCAL]
+
+
+def test_two_disks_are_prepared_with_one_helper(host_vdsm: Vdsm) -> None:
+    paths = host_vdsm.source(VOLUME), host_vdsm.source(OTHER_VOLUME)
+    text = domain_xml(("vda", paths[0], IMAGE, VOLUME), ("vdb", paths[1], OTHER_IMAGE, OTHER_VOLUME))
+    answer = host_vdsm.call("before_vm_start", text)
+    assert LOCAL in answer
+    assert OTHER_LOCAL in answer
+    assert host_vdsm.verbs == [["look", *["claim", "prepare", "progress", "commit"] * 2]]
+    assert host_vdsm.locks == []
+
+
+def test_a_second_disk_that_fails_leaves_the_first_ready(host_vdsm: Vdsm) -> None:
+    paths = host_vdsm.source(VOLUME), host_vdsm.source(OTHER_VOLUME, 0)
+    text = domain_xml(("vda", paths[0], IMAGE, VOLUME), ("vdb", paths[1], OTHER_IMAGE, OTHER_VOLUME))
+    host_vdsm.refused(SourceRefused, "before_vm_start", text)
+    assert set(host_vdsm.host.volumes) == {"pool0", VOLUME}
+
+
+@pytest.mark.parametrize(
+    ("more", "active", "state"),
+    [
+        (None, "", "absent"),
+        (("UPDATING",), "active", "unfinished"),
+        (("STOPPED_5",), "active", "stopped"),
+        (("DELETING",), "active", "deleting"),
+        ((), "", "ready"),
+    ],
+)
+def test_a_domain_on_a_disk_that_is_not_ready(
+    host_vdsm: Vdsm, more: tuple[str, ...] | None, active: str, state: str
+) -> None:
+    if more is not None:
+        host_vdsm.host.add(VOLUME, tags(*more), SIZE, lv_active=active)
+    text = domain_xml(("vda", LOCAL, IMAGE, VOLUME))
+    message = host_vdsm.refused(NotLocal, "before_vm_start", text)
+    assert f"disk vda of VM {VM} points to {LOCAL}" in message
+    assert f"({state})" in message
+
+
+def test_a_domain_on_the_disk_of_another_vm(host_vdsm: Vdsm) -> None:
+    host_vdsm.host.add(VOLUME, tags(vm=OTHER_VM), SIZE)
+    text = domain_xml(("vda", LOCAL, IMAGE, VOLUME))
+    assert OTHER_VM in host_vdsm.refused(HelperRefused, "before_vm_start", text)
+
+
+def test_disks_of_a_domain_that_stay(host_vdsm: Vdsm) -> None:
+    host_vdsm.configure(f"vms: {{{VM}: {{disks: [{IMAGE}]}}}}")
+    host_vdsm.host.add(VOLUME, tags(), SIZE)
+    shared = host_vdsm.source(OTHER_VOLUME)
+    text = domain_xml(("vda", LOCAL, IMAGE, VOLUME), ("vdb", shared, OTHER_IMAGE, OTHER_VOLUME))
+    answer = host_vdsm.call("before_vm_start", text)
+    assert f"<source file='{shared}'/>" in answer
+    assert host_vdsm.verbs == [["look"]]
+
+
+def test_a_running_domain_is_left_alone(host_vdsm: Vdsm) -> None:
+    host_vdsm.host.active = {VM}
+    text = domain_xml(("vda", host_vdsm.source(VOLUME), IMAGE, VOLUME))
+    assert host_vdsm.call("before_vm_start", text) == text
+    assert host_vdsm.copied == []
+
+
+def test_a_domain_without_images(host_vdsm: Vdsm) -> None:
+    cdrom = (
+        "<disk type='file' device='cdrom'><source file='/iso/x.iso'/><target dev='sda'/></disk>"
+        "<disk type='block' device='lun'><source dev='/dev/mapper/x'/><target dev='sdb'/></disk>"
+    )
+    text = domain_xml(more=cdrom)
+    assert host_vdsm.call("before_vm_start", text) == text
+    assert host_vdsm.helpers == []
+
+
+def test_a_domain_of_another_vm(host_vdsm: Vdsm) -> None:
+    text = domain_xml(("vda", LOCAL, IMAGE, VOLUME), vm=OTHER_VM)
+    assert OTHER_VM in host_vdsm.refused(BadDomain, "before_vm_start", text)
+
+
+# -- stopping
+
+
+def test_stopping_releases_the_disks(host_vdsm: Vdsm) -> None:
+    host_vdsm.host.add(VOLUME, tags(), SIZE)
+    host_vdsm.host.add(OTHER_VOLUME, tags(vm=OTHER_VM), SIZE)
+    text = domain_xml(("vda", LOCAL, IMAGE, VOLUME))
+    assert host_vdsm.call("after_vm_destroy", text) == text
+    assert host_vdsm.verbs == [["release"]]
+    assert set(host_vdsm.host.volumes) == {"pool0", OTHER_VOLUME}
+
+
+def test_stopping_does_not_look_at_the_domain(host_vdsm: Vdsm) -> None:
+    host_vdsm.host.add(VOLUME, tags(), SIZE)
+    assert host_vdsm.call("after_vm_destroy", "no XML") == "no XML"
+    assert VOLUME not in host_vdsm.host.volumes
+
+
+# -- what a local VM cannot do
+
+
+@pytest.mark.parametrize(
+    ("point", "operation"),
+    [
+        ("before_vm_migrate_source", "migrated"),
+        ("before_vm_migrate_destination", "migrated"),
+        ("before_vm_hibernate", "suspended"),
+    ],
+)
+def test_operations_that_are_refused(host_vdsm: Vdsm, point: str, operation: str) -> None:
+    message = host_vdsm.refused(OperationRefused, point, domain_xml())
+    assert f"VM {VM} runs from local disks, it cannot be {operation} : stop the VM" in message
+    host_vdsm.configure(f"vms: {{{VM}: {{enabled: false}}}}")
+    assert host_vdsm.call(point, domain_xml()) == domain_xml()
+    assert host_vdsm.helpers == []
+
+
+def disk_element(device: str = "disk", image: str = IMAGE) -> str:
+    path = f"/rhev/data-center/mnt/srv:_exp/{VM}/images/{image}/{VOLUME}"
+    return (
+        f"<disk type='file' device='{device}'><driver name='qemu' type='qcow2'/><source file='{path}'/>"
+        f"<target dev='vdc' bus='virtio'/><serial>{image}</serial></disk>"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "element", "is_refused"),
+    [
+        ("", disk_element(), True),
+        ("hotplug: refuse", disk_element(), True),
+        ("hotplug: shared", disk_element(), False),
+        ("", disk_element("cdrom"), False),
+        (f"vms: {{{VM}: {{enabled: false}}}}", disk_element(), False),
+        (f"vms: {{{VM}: {{hotplug: shared}}}}", disk_element(), False),
+        (f"vms: {{{VM}: {{disks: [{OTHER_IMAGE}]}}}}", disk_element(), False),
+        (f"vms: {{{VM}: {{disks: [{OTHER_IMAGE}]}}}}", disk_element(image=OTHER_IMAGE), True),
+    ],
+)
+def test_hotplug(host_vdsm: Vdsm, text: str, element: str, is_refused: bool) -> None:
+    host_vdsm.configure(text)
+    if is_refused:
+        message = host_vdsm.refused(HotplugRefused, "before_disk_hotplug", element)
+        assert message.startswith(f"disk vdc cannot be plugged into VM {VM}")
+    else:
+        assert host_vdsm.call("before_disk_hotplug", element) == element
+    assert host_vdsm.helpers == []
+
+
+# -- before_vdsm_start
+
+
+def test_the_start_of_vdsm_collects_garbage(host_vdsm: Vdsm) -> None:
+    host_vdsm.host.add(VOLUME, tags("UPDATING"), SIZE)
+    host_vdsm.host.add(OTHER_VOLUME, tags(image=OTHER_IMAGE), SIZE)
+    hook.run("before_vdsm_start", {"_hook_domxml": "/nonexistent"})
+    assert set(host_vdsm.host.volumes) == {"pool0", OTHER_VOLUME}
+
+
+# -- calls
+
+
+@pytest.mark.parametrize("point", sorted(vdsm.POINTS - {"before_vdsm_start"}))
+def test_without_the_property_nothing_is_done(host_vdsm: Vdsm, point: str) -> None:
+    assert host_vdsm.call(point, "anything", localdisk="off") == "anything"
+    variable = "_hook_json" if point == "after_disk_prepare" else "_hook_domxml"
+    hook.run(point, {"vmId": VM, variable: "/nonexistent"})
+    assert host_vdsm.helpers == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "environ"),
+    [
+        (BadProperty, {"localdisk": "LVM"}),
+        (BadProperty, {"localdisk": ""}),
+        (BadHookCall, {"vmId": "x"}),
+        (BadHookCall, {"_hook_domxml": "/x"}),
+        (BadHookCall, {"_hook_json": "relative"}),
+    ],
+)
+def test_calls_that_are_refused(host_vdsm: Vdsm, kind: type[Error], environ: dict[str, str]) -> None:
+    host_vdsm.refused(kind, "after_disk_prepare", disk_json(host_vdsm), **environ)
+
+
+def test_every_point_has_its_function() -> None:
+    functions: dict[str, Callable[..., Any]] = dict(hook.POINTS)
+    assert functions.keys() == vdsm.POINTS
+    assert all(function.__name__ == point for point, function in functions.items())

@@ -1,0 +1,735 @@
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import stat
+import struct
+import subprocess
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from localdisk import image, run
+from localdisk.definition import Disk, Volume
+from localdisk.errors import CommandFailed, SourceRefused
+from localdisk.image import Header, Layer, Source
+
+MIB = 1 << 20
+SECRET = b"the host's own secret\n" * 100
+IMAGE = "cccccccc-0000-4000-8000-000000000000"
+VOLUMES = [f"aaaaaaaa-0000-4000-8000-{n:012d}" for n in range(70)]
+LEAF, MIDDLE, BASE = VOLUMES[:3]
+
+fuzzing = settings(max_examples=150, deadline=None, derandomize=True, database=None)
+
+
+def qemu_img(*argv: object) -> None:
+    subprocess.run(["qemu-img", *map(str, argv)], check=True, capture_output=True)
+
+
+def qemu_io(path: Path, *commands: str, image_format: str = "qcow2") -> None:
+    words = [word for command in commands for word in ("-c", command)]
+    argv = ["qemu-io", "-f", image_format, *words, str(path)]
+    done = subprocess.run(argv, check=True, capture_output=True, text=True)
+    assert "error" not in (done.stdout + done.stderr).lower()
+
+
+# -- headers of our own making
+
+GOOD: dict[str, Any] = {
+    "magic": b"QFI\xfb",
+    "version": 3,
+    "backing": b"",
+    "backing_offset": None,  # where the name is put
+    "cluster_bits": 16,
+    "size": MIB,
+    "crypt": 0,
+    "snapshots": 0,
+    "incompatible": 0,
+    "header_length": 104,
+    "extensions": b"",
+    "backing_size": None,
+}
+
+
+def extension(kind: int, data: bytes, length: int | None = None) -> bytes:
+    header = struct.pack(">II", kind, len(data) if length is None else length)
+    return header + data.ljust(-(-len(data) // 8) * 8, b"\0")
+
+
+FORMAT = 0xE2792ACA
+END = extension(0, b"")
+
+
+def made(**changes: Any) -> bytes:
+    """The first 64 KiB of an image, by docs/interop/qcow2.txt."""
+    value = {**GOOD, **changes}
+    length = value["header_length"] if value["version"] >= 3 else 72
+    place = 104 if value["version"] >= 3 else 72
+    name_at = place + len(value["extensions"]) if value["backing"] else 0
+    if value["backing_offset"] is not None:
+        name_at = value["backing_offset"]
+    name_size = len(value["backing"]) if value["backing_size"] is None else value["backing_size"]
+    data = struct.pack(
+        ">4sIQIIQIIQQIIQ",
+        *(value["magic"], value["version"], name_at, name_size, value["cluster_bits"], value["size"]),
+        *(value["crypt"], 1, 196608, 65536, 1, value["snapshots"], 0),
+    )
+    if value["version"] >= 3:
+        data += struct.pack(">QQQII", value["incompatible"], 0, 0, 4, length)
+    names: bytes = value["extensions"] + value["backing"]
+    return (data + names).ljust(65536, b"\0")
+
+
+@pytest.mark.parametrize(
+    ("changes", "header"),
+    [
+        ({}, Header(MIB, "", "")),
+        ({"version": 2}, Header(MIB, "", "")),
+        ({"size": 512}, Header(512, "", "")),
+        ({"size": 64 << 40}, Header(64 << 40, "", "")),
+        ({"cluster_bits": 9}, Header(MIB, "", "")),
+        ({"cluster_bits": 21}, Header(MIB, "", "")),
+        ({"incompatible": 1 << 3}, Header(MIB, "", "")),
+        ({"incompatible": 1 << 4 | 1 << 3}, Header(MIB, "", "")),
+        ({"backing": b"base"}, Header(MIB, "base", "")),
+        ({"backing": b"base", "extensions": END}, Header(MIB, "base", "")),
+        ({"backing": b"base", "extensions": extension(FORMAT, b"raw")}, Header(MIB, "base", "raw")),
+        ({"backing": b"base", "extensions": extension(FORMAT, b"qcow2") + END, "version": 2}, None),
+        ({"backing": b"base", "extensions": extension(5, b"x" * 9) + extension(FORMAT, b"qcow2")}, None),
+        ({"backing": b"base", "extensions": END + extension(FORMAT, b"qcow2")}, Header(MIB, "base", "")),
+        ({"backing": b"b" * 1023}, Header(MIB, "b" * 1023, "")),
+        ({"backing": b"/etc/\xff\n\0"}, Header(MIB, "/etc/\\xff\n\0", "")),
+        ({"backing": b"b", "extensions": extension(FORMAT, b"\xff")}, Header(MIB, "b", "\\xff")),
+        ({"extensions": extension(FORMAT, b"raw") + END}, Header(MIB, "", "raw")),
+    ],
+    ids=str,
+)
+def test_headers(changes: dict[str, Any], header: Header | None) -> None:
+    assert Header.parse(made(**changes)) == (header or Header(MIB, "base", "qcow2"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"magic": b"QFI\xfa"}, "it is no qcow2 image"),
+        ({"magic": b"\0\0\0\0"}, "it is no qcow2 image"),
+        ({"version": 1}, "qcow2 version 1 is not known"),
+        ({"version": 4}, "qcow2 version 4 is not known"),
+        ({"version": 0}, "qcow2 version 0 is not known"),
+        ({"crypt": 1}, "it is encrypted"),
+        ({"crypt": 2}, "it is encrypted"),
+        ({"snapshots": 1}, "it has internal snapshots"),
+        ({"cluster_bits": 8}, "its cluster size is 2^8"),
+        ({"cluster_bits": 22}, "its cluster size is 2^22"),
+        ({"cluster_bits": 0xFFFFFFFF}, "its cluster size is 2^4294967295"),
+        ({"size": 0}, "its virtual size is 0 bytes"),
+        ({"size": 513}, "its virtual size is 513 bytes"),
+        ({"size": (64 << 40) + 512}, "its virtual size is 70368744178176"),
+        ({"size": 0xFFFFFFFFFFFFFE00}, "its virtual size is 18446744073709551104 bytes"),
+        ({"incompatible": 1 << 0}, "it was not closed properly"),
+        ({"incompatible": 1 << 1}, "it is marked corrupt"),
+        ({"incompatible": 1 << 2}, "it has an external data file"),
+        ({"incompatible": 1 << 5}, "it needs unknown features 0x20"),
+        ({"incompatible": 1 << 63}, "it needs unknown features"),
+        ({"incompatible": 7}, "it was not closed properly"),
+        ({"header_length": 96}, "its header length is 96"),
+        ({"header_length": 105}, "its header length is 105"),
+        ({"header_length": 65544}, "its header length is 65544"),
+        ({"header_length": 0}, "its header length is 0"),
+        ({"backing": b"b", "backing_size": 0}, "its backing file name lies outside"),
+        ({"backing": b"b" * 1024}, "its backing file name lies outside"),
+        ({"backing": b"b", "backing_size": 0xFFFFFFFF}, "its backing file name lies outside"),
+        ({"backing": b"b", "backing_offset": 65536}, "its backing file name lies outside"),
+        ({"backing": b"b", "backing_offset": 0xFFFFFFFFFFFFFFFF}, "its backing file name lies outside"),
+        ({"backing": b"b" * 500, "cluster_bits": 9}, "its backing file name lies outside"),
+        ({"backing": b"b", "extensions": extension(FORMAT, b"raw", 99)}, "a header extension is longer"),
+        ({"extensions": extension(FORMAT, b"raw", 0xFFFFFFFF)}, "a header extension is longer"),
+        ({"backing": b"b", "extensions": extension(5, b"raw", 0x7FFFFFFF)}, "a header extension is longer"),
+    ],
+    ids=str,
+)
+def test_headers_that_are_refused(changes: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(problem)) as caught:
+        Header.parse(made(**changes))
+    said, fix = caught.value.args
+    assert said
+    assert fix
+
+
+def parsed(data: bytes) -> Header | None:
+    """The header, or None where it is refused as agreed; any other exception is a failure."""
+    try:
+        return Header.parse(data)
+    except ValueError as error:
+        refused = error.args
+    assert [type(text) for text in refused] == [str, str]
+    return None
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_a_header_that_is_cut_off_never_names_another_parent(version: int) -> None:
+    whole = made(version=version, backing=BASE.encode(), extensions=extension(FORMAT, b"qcow2") + END)
+    end = whole.rindex(BASE.encode()) + len(BASE)
+    for length in range(end):
+        assert parsed(whole[:length]) is None, length
+    for length in (end, end + 1, 4096):
+        assert parsed(whole[:length]) == Header(MIB, BASE, "qcow2")
+
+
+@fuzzing
+@given(st.data())
+def test_a_damaged_header_is_a_header_or_refused(data: st.DataObject) -> None:
+    whole = bytearray(made(backing=BASE.encode(), extensions=extension(FORMAT, b"qcow2") + END))
+    for _ in range(data.draw(st.integers(1, 4))):
+        offset = data.draw(st.integers(0, 200))
+        junk = data.draw(st.binary(min_size=1, max_size=8))
+        whole[offset : offset + len(junk)] = junk
+    header = parsed(bytes(whole[: data.draw(st.integers(0, 400))]))
+    if header:
+        assert 0 < header.virtual_size <= 64 << 40
+        assert header.virtual_size % 512 == 0
+
+
+@fuzzing
+@given(st.binary(max_size=300))
+def test_anything_else_is_refused(data: bytes) -> None:
+    parsed(data)
+    parsed(b"QFI\xfb" + data)
+    parsed(b"QFI\xfb\0\0\0\x03" + data)
+
+
+# -- headers of qemu-img
+
+
+@pytest.mark.parametrize(
+    ("options", "size"),
+    [
+        ("compat=0.10", MIB),
+        ("compat=1.1", 10 << 30),
+        ("compat=1.1,lazy_refcounts=on", 512),
+        ("compression_type=zstd", MIB),
+        ("extended_l2=on,cluster_size=128k", MIB),
+        ("cluster_size=512", MIB),
+        ("cluster_size=2M", 8 << 40),
+        ("compat=0.10,cluster_size=512", MIB),
+    ],
+)
+def test_headers_of_qemu_img(tmp_path: Path, options: str, size: int) -> None:
+    path = tmp_path / "image"
+    qemu_img("create", "-f", "qcow2", "-o", options, path, size)
+    assert Header.parse(path.read_bytes()[:65536]) == Header(size, "", "")
+    backing = f"{options},backing_file={BASE},backing_fmt=raw"
+    qemu_img("create", "-u", "-f", "qcow2", "-o", backing, path, size)
+    assert Header.parse(path.read_bytes()[:65536]) == Header(size, BASE, "raw")
+
+
+def test_image_with_snapshot_bitmap_and_data_file(tmp_path: Path) -> None:
+    path = tmp_path / "image"
+    qemu_img("create", "-f", "qcow2", path, MIB)
+    qemu_img("bitmap", "--add", path, "b")
+    assert Header.parse(path.read_bytes()) == Header(MIB, "", "")
+    qemu_img("snapshot", "-c", "s", path)
+    with pytest.raises(ValueError, match="internal snapshots"):
+        Header.parse(path.read_bytes())
+    qemu_img("create", "-f", "qcow2", "-o", f"data_file={tmp_path}/data", path, MIB)
+    with pytest.raises(ValueError, match="external data file"):
+        Header.parse(path.read_bytes())
+
+
+# -- chains
+
+
+def disk(
+    path: Path | str, image_format: str = "cow", volumes: Iterable[str] | None = (), leaf: str = LEAF
+) -> Disk:
+    """A disk of vdsm's whose chain is `volumes` beside its leaf; None: vdsm named none."""
+    directory = Path(path).parent
+    named = [] if volumes is None else [leaf, *volumes]
+    return Disk(
+        name="vda",
+        device="disk",
+        path=str(path),
+        format=image_format,
+        disk_type="file",
+        image_id=IMAGE,
+        volume_id=leaf,
+        shared="none",
+        volumes=tuple(Volume(name, str(directory / name)) for name in reversed(named)),
+    )
+
+
+@pytest.fixture(name="chain", scope="module")
+def fixture_chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A leaf on a middle layer on a raw base, as vdsm lays them out; do not change them."""
+    directory = tmp_path_factory.mktemp("chain")
+    make_chain(directory)
+    return directory
+
+
+def make_chain(directory: Path) -> None:
+    (directory / BASE).write_bytes(b"\x11" * (256 << 10))
+    os.truncate(directory / BASE, MIB)
+    for name, backing, kind in ((MIDDLE, BASE, "raw"), (LEAF, MIDDLE, "qcow2")):
+        path = directory / name
+        qemu_img("create", "-q", "-f", "qcow2", "-b", backing, "-F", kind, path, MIB)
+    qemu_io(directory / MIDDLE, "write -P 0x22 64k 64k")
+    qemu_io(directory / LEAF, "write -P 0x33 0 4k", "write -z 128k 64k")
+
+
+CHAIN_VIEW = b"\x33" * 4096 + b"\x11" * 61440 + b"\x22" * 65536 + bytes(65536) + b"\x11" * 65536
+
+
+@pytest.fixture(name="own_chain")
+def fixture_own_chain(chain: Path, tmp_path: Path) -> Path:
+    """A copy of the chain that a test may change."""
+    return Path(shutil.copytree(chain, tmp_path / "chain"))
+
+
+def view(source: Source, out: Path) -> bytes:
+    """What qemu-img reads through the descriptors of `source`."""
+    run.run(["qemu-img", "convert", "-O", "raw", source.filename, str(out)], pass_fds=source.fds)
+    return out.read_bytes()
+
+
+@contextlib.contextmanager
+def no_descriptor_is_left() -> Iterator[None]:
+    before = sorted(os.listdir("/proc/self/fd"))
+    yield
+    assert sorted(os.listdir("/proc/self/fd")) == before
+
+
+def refusal(given_disk: Disk) -> str:
+    with no_descriptor_is_left(), pytest.raises(SourceRefused) as caught, image.opened(given_disk):
+        pass
+    message = str(caught.value)
+    assert message.isprintable()
+    assert message.startswith("source volume ")
+    assert message.partition(" : ")[2]
+    return message
+
+
+def test_a_chain_is_read_as_the_guest_sees_it(chain: Path, tmp_path: Path) -> None:
+    with no_descriptor_is_left(), image.opened(disk(chain / LEAF, volumes=[MIDDLE, BASE])) as source:
+        leaf, middle, base = source.fds
+        assert source.virtual_size == MIB
+        assert [layer.path for layer in source.layers] == [str(chain / n) for n in (LEAF, MIDDLE, BASE)]
+        assert source.filename.startswith("json:")
+        assert json.loads(source.filename[5:]) == {
+            "driver": "qcow2",
+            "file": {"driver": "file", "filename": f"/proc/self/fd/{leaf}"},
+            "backing": {
+                "driver": "qcow2",
+                "file": {"driver": "file", "filename": f"/proc/self/fd/{middle}"},
+                "backing": {
+                    "driver": "raw",
+                    "file": {"driver": "file", "filename": f"/proc/self/fd/{base}"},
+                },
+            },
+        }
+        assert view(source, tmp_path / "out") == CHAIN_VIEW.ljust(MIB, b"\0")
+        qemu_img("compare", "-f", "qcow2", "-F", "raw", chain / LEAF, tmp_path / "out")
+
+
+def test_a_chain_that_vdsm_does_not_name_is_in_the_directory_of_the_leaf(chain: Path) -> None:
+    with image.opened(disk(chain / LEAF, volumes=None)) as source:
+        assert [layer.path for layer in source.layers] == [str(chain / n) for n in (LEAF, MIDDLE, BASE)]
+
+
+def test_paths_are_those_of_vdsm_not_of_the_header(own_chain: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (own_chain / BASE).rename(elsewhere / BASE)
+    volumes = tuple(Volume(n, str((elsewhere if n == BASE else own_chain) / n)) for n in (LEAF, MIDDLE, BASE))
+    given_disk = disk(own_chain / LEAF)
+    with image.opened(Disk(**{**vars(given_disk), "volumes": volumes})) as source:
+        assert view(source, tmp_path / "out").startswith(CHAIN_VIEW)
+
+
+def test_a_leaf_without_parent_says_so(tmp_path: Path) -> None:
+    """qemu would follow the name in the header, also one that is written there after we read it."""
+    (tmp_path / "secret").write_bytes(SECRET.ljust(MIB, b"\0"))
+    path = tmp_path / LEAF
+    qemu_img("create", "-f", "qcow2", path, MIB)
+    with image.opened(disk(path)) as source:
+        assert json.loads(source.filename[5:])["backing"] is None
+        qemu_img("rebase", "-u", "-f", "qcow2", "-b", tmp_path / "secret", "-F", "raw", path)
+        assert view(source, tmp_path / "out") == bytes(MIB)
+
+
+@pytest.mark.parametrize("image_format", ["raw", "cow"])
+def test_a_link_to_a_volume_is_followed(tmp_path: Path, image_format: str) -> None:
+    target = tmp_path / "target"
+    qemu_img("create", "-f", {"raw": "raw", "cow": "qcow2"}[image_format], target, MIB)
+    (tmp_path / LEAF).symlink_to(target)
+    with image.opened(disk(tmp_path / LEAF, image_format)) as source:
+        assert source.virtual_size == MIB
+
+
+@pytest.mark.parametrize(
+    ("size", "virtual_size"),
+    [(512, 512), (1, 512), (511, 512), (513, 1024), (65536, 65536), (1000000, 1000448)],
+)
+def test_raw_volumes_are_whole_sectors(tmp_path: Path, size: int, virtual_size: int) -> None:
+    content = os.urandom(size)
+    (tmp_path / LEAF).write_bytes(content)
+    with image.opened(disk(tmp_path / LEAF, "raw")) as source:
+        assert source.virtual_size == virtual_size
+        assert json.loads(source.filename[5:]) == {
+            "driver": "raw",
+            "file": {"driver": "file", "filename": f"/proc/self/fd/{source.fds[0]}"},
+        }
+        assert view(source, tmp_path / "out") == content.ljust(virtual_size, b"\0")
+
+
+def test_a_guest_cannot_make_its_raw_disk_a_qcow2_image(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_bytes(SECRET)
+    path = tmp_path / LEAF
+    qemu_img("create", "-u", "-f", "qcow2", "-b", tmp_path / "secret", "-F", "raw", path, MIB)
+    content = path.read_bytes().ljust(MIB, b"\0")
+    path.write_bytes(content)
+    with image.opened(disk(path, "raw")) as source:
+        assert len(source.layers) == 1
+        assert view(source, tmp_path / "out") == content
+
+
+def test_a_base_that_is_raw_by_its_childs_header_is_not_probed(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_bytes(SECRET)
+    base = tmp_path / BASE
+    qemu_img("create", "-u", "-f", "qcow2", "-b", tmp_path / "secret", "-F", "raw", base, MIB)
+    content = base.read_bytes().ljust(MIB, b"\0")
+    base.write_bytes(content)
+    qemu_img("create", "-u", "-f", "qcow2", "-b", BASE, "-F", "raw", tmp_path / LEAF, MIB)
+    with image.opened(disk(tmp_path / LEAF, volumes=[BASE])) as source:
+        assert view(source, tmp_path / "out") == content
+
+
+def test_a_volume_that_is_swapped_after_opening_changes_nothing(own_chain: Path, tmp_path: Path) -> None:
+    (own_chain / "other").write_bytes(SECRET)
+    with image.opened(disk(own_chain / LEAF, volumes=[MIDDLE, BASE])) as source:
+        before = source.fingerprint
+        for name in (LEAF, MIDDLE, BASE):
+            os.replace(shutil.copy(own_chain / "other", own_chain / "new"), own_chain / name)
+        assert view(source, tmp_path / "out") == CHAIN_VIEW.ljust(MIB, b"\0")
+        assert source.fingerprint == before
+
+
+def long_chain(directory: Path, layers: int) -> Disk:
+    """So many layers, the base raw; made by writing other names into one leaf of qemu-img."""
+    pattern = directory / "pattern"
+    qemu_img("create", "-u", "-f", "qcow2", "-b", VOLUMES[1], "-F", "qcow2", pattern, MIB)
+    content = pattern.read_bytes()
+    raw = directory / "raw"
+    qemu_img("create", "-u", "-f", "qcow2", "-b", VOLUMES[layers - 1], "-F", "raw", raw, MIB)
+    for n in range(layers - 2):
+        child = content.replace(VOLUMES[1].encode(), VOLUMES[n + 1].encode())
+        (directory / VOLUMES[n]).write_bytes(child)
+    raw.rename(directory / VOLUMES[layers - 2])
+    (directory / VOLUMES[layers - 1]).write_bytes(b"\x44" * MIB)
+    return disk(directory / LEAF, volumes=VOLUMES[1:layers])
+
+
+def test_the_longest_chain(tmp_path: Path) -> None:
+    with no_descriptor_is_left(), image.opened(long_chain(tmp_path, 64)) as source:
+        assert len(source.layers) == 64
+        assert view(source, tmp_path / "out") == b"\x44" * MIB
+
+
+def test_a_chain_that_is_too_long(tmp_path: Path) -> None:
+    assert "more than 64 layers" in refusal(long_chain(tmp_path, 65))
+
+
+# -- chains that are refused
+
+
+@pytest.mark.parametrize(
+    "backing",
+    [
+        "/etc/shadow",
+        f"/images/{BASE}",
+        f"../{IMAGE}/{BASE}",
+        f"./{BASE}",
+        f"{BASE}/",
+        f"{BASE}.qcow2",
+        f" {BASE}",
+        BASE.upper(),
+        "base",
+        'json:{"driver":"file","filename":"/etc/shadow"}',
+        "nbd:localhost:10809",
+        "file:" + BASE,
+        "https://example.com/x",
+        "fat:/etc",
+        "x\ny",
+    ],
+)
+def test_a_parent_that_is_no_volume(tmp_path: Path, backing: str) -> None:
+    path = tmp_path / LEAF
+    path.write_bytes(made(backing=backing.encode(), extensions=extension(FORMAT, b"raw") + END))
+    (tmp_path / BASE).write_bytes(bytes(MIB))
+    for volumes in ([BASE], None):
+        message = refusal(disk(path, volumes=volumes))
+        assert "not a volume of its image : if it is a genuine chain, correct it with qemu-img" in message
+
+
+def leaf_on(
+    directory: Path, backing: str, backing_format: str = "raw", name: str = LEAF, version: int = 3
+) -> Path:
+    extensions = extension(FORMAT, backing_format.encode()) if backing_format else b""
+    content = made(backing=backing.encode(), extensions=extensions + END, version=version)
+    (directory / name).write_bytes(content)
+    return directory / name
+
+
+def test_a_parent_that_vdsm_does_not_name(tmp_path: Path) -> None:
+    (tmp_path / BASE).write_bytes(bytes(MIB))
+    message = refusal(disk(leaf_on(tmp_path, BASE), volumes=[MIDDLE]))
+    assert f"vdsm did not name its backing volume {BASE}" in message
+
+
+@pytest.mark.parametrize("backing_format", ["", "vmdk", "file", "QCOW2", "raw\0", "luks", "x" * 300])
+def test_a_parent_whose_format_is_not_known(tmp_path: Path, backing_format: str) -> None:
+    (tmp_path / BASE).write_bytes(bytes(MIB))
+    message = refusal(disk(leaf_on(tmp_path, BASE, backing_format), volumes=[BASE]))
+    assert f"set it with qemu-img rebase -u -b {BASE} -F raw|qcow2" in message
+
+
+@pytest.mark.parametrize("names", [(LEAF,), (MIDDLE, LEAF), (MIDDLE, BASE, MIDDLE), (BASE, BASE)])
+def test_a_cycle(tmp_path: Path, names: Sequence[str]) -> None:
+    for child, parent in zip((LEAF, *names), names):
+        leaf_on(tmp_path, parent, "qcow2", name=child)
+    for volumes in ([MIDDLE, BASE], None):
+        assert "its chain has a cycle" in refusal(disk(tmp_path / LEAF, volumes=volumes))
+
+
+def test_a_parent_that_is_not_there(tmp_path: Path) -> None:
+    message = refusal(disk(leaf_on(tmp_path, BASE), volumes=[BASE]))
+    assert message.startswith(f"source volume {tmp_path / BASE} is refused: No such file or directory : ")
+
+
+def test_a_parent_that_is_no_qcow2_image(tmp_path: Path) -> None:
+    (tmp_path / BASE).write_bytes(bytes(MIB))
+    message = refusal(disk(leaf_on(tmp_path, BASE, "qcow2"), volumes=[BASE]))
+    assert "it is no qcow2 image, but vdsm or its child says so : restore" in message
+
+
+@pytest.mark.parametrize("image_format", ["raw", "cow"])
+@pytest.mark.parametrize("kind", ["missing", "empty", "directory", "link", "fifo", "device", "loop", "nul"])
+def test_what_is_no_volume(tmp_path: Path, kind: str, image_format: str) -> None:
+    path = tmp_path / LEAF
+    expected = "it is no regular file and no block device"
+    if kind == "missing":
+        expected = "No such file or directory : check that the shared storage is there"
+    elif kind == "empty":
+        path.touch()
+        expected = {"raw": "its size is 0 bytes", "cow": "it is no qcow2 image"}[image_format]
+    elif kind == "directory":
+        path.mkdir()
+    elif kind == "link":
+        path.symlink_to(tmp_path)
+    elif kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "loop":
+        path.symlink_to(path)
+        expected = "Too many levels of symbolic links"
+    else:
+        path = tmp_path / "a\0b"
+        expected = "embedded null byte"
+    assert expected in refusal(disk(path, image_format))
+
+
+def test_a_volume_that_cannot_be_read(tmp_path: Path) -> None:
+    path = tmp_path / LEAF
+    path.write_bytes(bytes(512))
+    path.chmod(0)
+    with as_ordinary_user():
+        assert "Permission denied : check that the shared storage" in refusal(disk(path, "raw"))
+
+
+@contextlib.contextmanager
+def as_ordinary_user() -> Iterator[None]:
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+
+
+def test_a_volume_that_is_too_large(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(image, "MAX_DISK", 1024)  # no file system has room for the real limit
+    path = tmp_path / LEAF
+    path.write_bytes(bytes(1025))
+    assert "its size is 1536 bytes : check the volume" in refusal(disk(path, "raw"))
+
+
+@pytest.mark.parametrize("cut", [0, 4, 71, 72, 103, 104, 127])
+def test_a_leaf_that_is_cut_off(tmp_path: Path, cut: int) -> None:
+    path = leaf_on(tmp_path, BASE)
+    os.truncate(path, cut)
+    assert " : restore the volume" in refusal(disk(path, volumes=[BASE]))
+
+
+# -- how much a copy writes
+
+
+def test_writes_of_a_copy(chain: Path) -> None:
+    with image.opened(disk(chain / LEAF, volumes=[MIDDLE, BASE])) as source:
+        assert source.writes(leaves_out_zeros=False) == MIB
+        assert source.writes(leaves_out_zeros=True) == 192 << 10
+
+
+def test_writes_of_clusters_that_are_not_whole(tmp_path: Path) -> None:
+    with (tmp_path / LEAF).open("wb") as file:
+        file.write(b"x" * 4096)
+        file.seek(900_000)
+        file.write(b"x" * 100_000)
+    with image.opened(disk(tmp_path / LEAF, "raw")) as source:
+        assert source.virtual_size == 1_000_448
+        assert source.writes(leaves_out_zeros=True) == 4 * 65536  # 0, 13, 14, and the last, cut off, as whole
+    (tmp_path / LEAF).write_bytes(b"x" * 1_000_000)
+    with image.opened(disk(tmp_path / LEAF, "raw")) as source:
+        assert source.writes(leaves_out_zeros=True) == 1_000_448
+
+
+def test_writes_of_an_empty_image(tmp_path: Path) -> None:
+    qemu_img("create", "-f", "qcow2", tmp_path / LEAF, "1T")
+    with image.opened(disk(tmp_path / LEAF)) as source:
+        assert source.writes(leaves_out_zeros=True) == 0
+        assert source.writes(leaves_out_zeros=False) == 1 << 40
+
+
+def test_writes_of_an_image_whose_tables_are_forged(tmp_path: Path) -> None:
+    path = tmp_path / LEAF
+    path.write_bytes(made(size=MIB))  # its L1 table lies behind the end
+    with image.opened(disk(path)) as source, contextlib.suppress(CommandFailed):
+        assert 0 <= source.writes(leaves_out_zeros=True) <= MIB
+
+
+@pytest.mark.parametrize(
+    "out",
+    ["", "{}", "[]", "null", '{"required": null, "fully-allocated": 5}', '{"required": 5}', "[" * 9999],
+    ids=lambda out: out[:20],
+)
+def test_a_measure_that_is_not_understood(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, out: str) -> None:
+    (tmp_path / LEAF).write_bytes(bytes(512))
+    commands: list[list[str]] = []
+
+    def measure(argv: list[str], *, deadline: float, pass_fds: Sequence[int]) -> str:
+        commands.append(argv)
+        return out
+
+    monkeypatch.setattr(run, "run", measure)
+    with image.opened(disk(tmp_path / LEAF, "raw")) as source:
+        with pytest.raises(CommandFailed, match="qemu-img measure printed"):
+            source.writes(leaves_out_zeros=True)
+        limited = ["prlimit", "--as=2147483648", "--cpu=600", "--"]
+        assert commands == [
+            [*limited, "qemu-img", "measure", "--output", "json", "-O", "qcow2", source.filename]
+        ]
+
+
+# -- fingerprints
+
+
+def fingerprint(directory: Path) -> str:
+    with image.opened(disk(directory / LEAF, volumes=[MIDDLE, BASE])) as source:
+        return source.fingerprint
+
+
+def set_mtime(path: Path, mtime_ns: int) -> None:
+    os.utime(path, ns=(path.stat().st_atime_ns, mtime_ns))
+
+
+@pytest.mark.parametrize("name", [LEAF, MIDDLE, BASE])
+def test_a_change_of_any_layer_changes_the_fingerprint(own_chain: Path, name: str) -> None:
+    path = own_chain / name
+    seen = [fingerprint(own_chain)]
+    mtime = path.stat().st_mtime_ns
+
+    set_mtime(path, mtime + 1)
+    seen.append(fingerprint(own_chain))
+
+    set_mtime(path, mtime)
+    assert fingerprint(own_chain) == seen[0]
+
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size + 512)
+    set_mtime(path, mtime)
+    seen.append(fingerprint(own_chain))
+
+    os.replace(shutil.copy2(path, own_chain / "copy"), path)
+    seen.append(fingerprint(own_chain))
+
+    with path.open("r+b") as file:
+        file.seek(1000)
+        file.write(b"\x99")
+    set_mtime(path, mtime)
+    seen.append(fingerprint(own_chain))
+
+    assert len(set(seen)) == len(seen)
+    assert all(re.fullmatch("[0-9a-f]{32}", each) for each in seen)
+
+
+def test_what_does_not_change_the_fingerprint(own_chain: Path, tmp_path: Path) -> None:
+    before = fingerprint(own_chain)
+    for name in (LEAF, MIDDLE, BASE):
+        path = own_chain / name
+        os.utime(path, ns=(0, path.stat().st_mtime_ns))
+        path.chmod(0o444)
+        os.link(path, own_chain / f"{name}.lease")
+    own_chain.rename(tmp_path / "renamed")
+    assert fingerprint(tmp_path / "renamed") == before
+
+
+def test_fingerprint_of_an_image_is_not_that_of_its_raw_bytes(tmp_path: Path) -> None:
+    qemu_img("create", "-f", "qcow2", tmp_path / LEAF, MIB)
+    with image.opened(disk(tmp_path / LEAF)) as cow, image.opened(disk(tmp_path / LEAF, "raw")) as raw:
+        assert cow.fingerprint != raw.fingerprint
+
+
+def test_identity_of_a_block_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    status = os.stat_result((stat.S_IFBLK | 0o660, 1, 1, 1, 0, 0, 0, 0, 0, 0))
+    monkeypatch.setattr(image, "read_dm_uuid", lambda _device: "LVM-x")
+    assert image._identity(status, MIB, b"").startswith("block LVM-x 1048576 ")
+
+    def no_such_device(_device: int) -> str:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(image, "read_dm_uuid", no_such_device)
+    assert image._identity(status, MIB, b"").startswith("block unnamed 1048576 ")
+
+
+# -- layers
+
+
+def test_a_block_device_is_another_node() -> None:
+    layer = Layer("/dev/sd/vol", "raw", fd=7, is_block=True, virtual_size=512, identity="")
+    assert layer.node["file"] == {"driver": "host_device", "filename": "/proc/self/fd/7"}
+
+
+def test_direct_io_is_as_the_file_system_allows(tmp_path: Path) -> None:
+    (tmp_path / LEAF).write_bytes(bytes(512))
+    try:
+        os.close(os.open(tmp_path / LEAF, os.O_RDONLY | os.O_DIRECT))
+        expected = True
+    except OSError:
+        expected = False
+    with image.opened(disk(tmp_path / LEAF, "raw")) as source:
+        assert source.allows_direct_io is expected
+
+
+def test_direct_io_must_work_on_every_layer(monkeypatch: pytest.MonkeyPatch, chain: Path) -> None:
+    with image.opened(disk(chain / LEAF, volumes=[MIDDLE, BASE])) as source:
+        for refusing in (None, *source.fds):
+            monkeypatch.setattr(image, "_opens_direct", lambda fd, refusing=refusing: fd != refusing)
+            assert source.allows_direct_io is (refusing is None)
