@@ -228,6 +228,11 @@ class VmRuns(Error):
     fix = "stop the VM, then start it again"
 
 
+class StillRuns(Error):
+    what = "libvirt says that VM {vm} still runs, its local disks are left as they are"
+    fix = "stop the VM first"
+
+
 class SourceChanged(Error):
     what = "the source of local disk {vg}/{lv} has changed since it was copied"
     fix = (

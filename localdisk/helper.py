@@ -39,6 +39,7 @@ from localdisk.errors import (
     Error,
     ForeignVolume,
     LibvirtSilent,
+    StillRuns,
     VmRuns,
 )
 from localdisk.ids import is_uuid
@@ -209,8 +210,11 @@ class Session:
         with ExitStack() as locks:
             held = {d.volume_id for d in _of_vm(_read(policy), vm_id) if _try_hold(d.volume_id, locks)}
             vg = _read(policy) if held else None
+            disks = [d for d in _of_vm(vg, vm_id) if d.volume_id in held] if vg else []
+            if any(disk.is_open for disk in disks) and vm_id in domains.active():
+                raise StillRuns(vm=vm_id)
             if vg:
-                _stop(vg, policy, [d for d in _of_vm(vg, vm_id) if d.volume_id in held])
+                _stop(vg, policy, disks)
         return {}
 
     # -- steps

@@ -220,8 +220,10 @@ class _Parents:
     def __init__(self, disk: Disk) -> None:
         self._paths = {volume.volume_id: volume.path for volume in disk.volumes}
         self._leaf_directory = os.path.dirname(disk.path)
-        # Without a chain from vdsm (before_vm_start of older versions): the image's own directory.
-        self._any_sibling = not self._paths
+        # Without a chain from vdsm (before_vm_start of older versions): the image's own directory, where
+        # vdsm puts nothing else.  A storage domain's directory of devices holds other VMs' volumes too.
+        is_images_own = os.path.basename(self._leaf_directory) == disk.image_id
+        self._any_sibling = not self._paths and is_images_own
         self._seen = {disk.volume_id}
 
     def next(self, child: str, header: Header) -> tuple[str, str]:

@@ -706,7 +706,8 @@ def test_release(
     else:
         assert lv_tags(host) == tags(*after)
     if commands is not None:
-        assert host.commands == [LOOK, LOOK, *commands]
+        asked = [LIST] if is_open else []
+        assert host.commands == [LOOK, LOOK, *asked, *commands]
     assert locks() == []
 
 
@@ -714,6 +715,16 @@ def test_release_of_a_vm_without_disks(host: FakeHost) -> None:
     host.add(VOLUME, tags(vm=OTHER_VM), SIZE)
     assert Hook(host).ask(RELEASE) == {}
     assert host.commands == [LOOK]
+
+
+def test_release_of_a_vm_that_still_runs(host: FakeHost) -> None:
+    """Called wrongly, it must not mark the disk: vdsm's next recovery of that VM would be refused."""
+    host.add(VOLUME, tags(), SIZE, lv_device_open="open")
+    host.add(OTHER_VOLUME, tags(image=OTHER_VOLUME), SIZE)
+    host.active = {VM}
+    assert "still runs" in str(Hook(host).ask(RELEASE)["error"])
+    assert host.commands == [LOOK, LOOK, LIST]
+    assert locks() == []
 
 
 def test_release_twice(host: FakeHost) -> None:
@@ -734,6 +745,7 @@ def test_release_of_several_disks_is_one_command_of_each_kind(host: FakeHost) ->
     host.add("44444444-4444-4444-8444-444444444444", tags(vm=OTHER_VM), SIZE)
     assert Hook(host).ask(RELEASE) == {}
     assert host.commands[2:] == [
+        LIST,
         f"lvremove --quiet --yes ovirt-local/{VOLUME} ovirt-local/{OTHER_VOLUME}",
         f"lvchange --quiet --addtag DELETING ovirt-local/{THIRD_VOLUME}",
     ]

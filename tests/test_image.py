@@ -338,9 +338,19 @@ def test_a_chain_is_read_as_the_guest_sees_it(chain: Path, tmp_path: Path) -> No
         qemu_img("compare", "-f", "qcow2", "-F", "raw", chain / LEAF, tmp_path / "out")
 
 
-def test_a_chain_that_vdsm_does_not_name_is_in_the_directory_of_the_leaf(chain: Path) -> None:
-    with image.opened(disk(chain / LEAF, volumes=None)) as source:
+def unnamed(leaf: Path) -> Disk:
+    """A disk whose chain vdsm does not name, in the image's own directory."""
+    return Disk(**{**vars(disk(leaf, volumes=None)), "image_id": leaf.parent.name})
+
+
+def test_a_chain_that_vdsm_does_not_name_is_in_the_images_directory(chain: Path) -> None:
+    with image.opened(unnamed(chain / LEAF)) as source:
         assert [layer.path for layer in source.layers] == [str(chain / n) for n in (LEAF, MIDDLE, BASE)]
+
+
+def test_a_directory_that_is_not_the_images_holds_other_vms_volumes(chain: Path) -> None:
+    """As /dev/<storage domain>/ does: a name there, in a forged header, is another VM's volume."""
+    assert f"vdsm did not name its backing volume {MIDDLE}" in refusal(disk(chain / LEAF, volumes=None))
 
 
 def test_paths_are_those_of_vdsm_not_of_the_header(own_chain: Path, tmp_path: Path) -> None:
@@ -504,8 +514,8 @@ def test_a_parent_whose_format_is_not_known(tmp_path: Path, backing_format: str)
 def test_a_cycle(tmp_path: Path, names: Sequence[str]) -> None:
     for child, parent in zip((LEAF, *names), names):
         leaf_on(tmp_path, parent, "qcow2", name=child)
-    for volumes in ([MIDDLE, BASE], None):
-        assert "its chain has a cycle" in refusal(disk(tmp_path / LEAF, volumes=volumes))
+    for one in (disk(tmp_path / LEAF, volumes=[MIDDLE, BASE]), unnamed(tmp_path / LEAF)):
+        assert "its chain has a cycle" in refusal(one)
 
 
 def test_a_parent_that_is_not_there(tmp_path: Path) -> None:
