@@ -124,7 +124,7 @@ prepare
 # The tests that need a kernel, in two halves: in two guests side by side, on the machine's own kernel one
 # after the other.
 kernel_tests() {
-  local first=(test_bed.py test_life.py) second=(test_refusals.py test_kills.py) log=.bed/second-half
+  local first=(test_life.py test_refusals.py) second=(test_bed.py test_kills.py) log=.bed/second-half
   local verdict=0
   if .venv/bin/python -c 'import sys; from tests.bed import boot; sys.exit(boot.why_not_here() is None)'; then
     mkdir -p .bed
