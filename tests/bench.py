@@ -201,14 +201,13 @@ def sectors() -> tuple[int, int]:
 
 @contextmanager
 def memory_watched(peaks: list[int]) -> Iterator[None]:
-    """Append the peak of the summed resident memory of our own processes while the context lasts."""
+    """Append the peak of the memory of our own processes together while the context lasts, in bytes."""
     done = threading.Event()
-    highest: dict[int, int] = {}
+    sums = [0]
 
     def watch() -> None:
-        while not done.wait(0.2):
-            for pid, size in resident():
-                highest[pid] = max(size, highest.get(pid, 0))
+        while not done.wait(0.1):
+            sums.append(sum(proportional()))
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -217,20 +216,18 @@ def memory_watched(peaks: list[int]) -> Iterator[None]:
     finally:
         done.set()
         watcher.join()
-        peaks.append(sum(highest.values()))
+        peaks.append(max(sums))
 
 
-def resident() -> Iterator[tuple[int, int]]:
-    """Process id and peak resident bytes of each running localdisk process."""
+def proportional() -> Iterator[int]:
+    """The proportional set size of each running localdisk process: what several share is counted once."""
     for process in Path("/proc").glob("[0-9]*"):
         try:
             words = (process / "cmdline").read_bytes().split(b"\0")
-            if (
-                any(word.endswith((b"/50_localdisk", b"/localdisk")) for word in words[:4])
-                and b"python" in words[0]
-            ):
-                status = (process / "status").read_text()
-                yield int(process.name), 1024 * int(status.split("VmHWM:")[1].split()[0])
+            ours = any(word.endswith((b"/50_localdisk", b"/localdisk")) for word in words[:4])
+            if ours and b"python" in words[0]:
+                rollup = (process / "smaps_rollup").read_text()
+                yield 1024 * int(rollup.split("\nPss:")[1].split()[0])
         except (OSError, IndexError, ValueError):
             continue
 
