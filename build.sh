@@ -83,8 +83,13 @@ build() {
   find "$tree" -path '*.dist-info/*' -type f ! -iname '*licen[cs]e*' ! -iname 'copying*' -delete
   find "$tree" -name py.typed -delete
   find "$tree" -type d -empty -delete
+  # Of lxml only the tree and what it imports.
+  find "$tree/lxml" -type f ! -name '__init__.py' ! -name 'etree.*' ! -name '_elementpath.*' -delete
+  find "$tree" -type d -empty -delete
+  # -I: nothing from the environment; -S: nothing from the host's site-packages, whose .pth files and
+  # sitecustomize would otherwise run as root.  It also saves a tenth of a hook run without the property.
   .venv/bin/shiv --reproducible --compile-pyc --site-packages "$tree" --entry-point localdisk.cli:main \
-    --python "$PYTHON -I" --output-file build/localdisk.shiv
+    --python "$PYTHON -IS" --output-file build/localdisk.shiv
   "$PYTHON" - <<'EOF'
 # shiv's own __main__.py gives way to ours; everything else, times included, stays as shiv made it.
 import json, os, zipfile

@@ -95,4 +95,4 @@ def test_only_what_run_time_needs_is_inside() -> None:
     names = zipfile.ZipFile(ARTIFACT).namelist()
     assert not [name for name in names if name.endswith((".pxd", ".h", ".pyc", ".pyi")) or "/tests/" in name]
     assert "site-packages/localdisk/schema/localdisk.schema.json" in names
-    assert ARTIFACT.read_bytes().startswith(b"#!/usr/bin/python3 -I\n")
+    assert ARTIFACT.read_bytes().startswith(b"#!/usr/bin/python3 -IS\n")

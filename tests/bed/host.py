@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 VOLUME_GROUP = "ovirt-local"
 THIN_POOL = "pool0"
 PROGRAM = Path("/usr/local/libexec/localdisk")
+TREES = Path("/var/cache/localdisk")  # where the program extracts itself
 HOOKS = Path("/usr/libexec/vdsm/hooks")
 SUDOERS = Path("/etc/sudoers.d/50_localdisk")
 RULE = Path("/etc/udev/rules.d/90-localdisk.rules")
@@ -171,6 +172,9 @@ def rules() -> None:
 
 def install() -> None:
     """The program, its hook links and its sudo rule."""
+    if throwaway():
+        # What this machine has extracted shows through; a host that gets the file has nothing yet.
+        shutil.rmtree(TREES, ignore_errors=True)
     source = Path(os.environ.get("LOCALDISK_BED_PROGRAM", ROOT / "dist/localdisk"))
     if not source.is_file():
         raise SystemExit(f"bed: {source} is missing: run ./build.sh first")
