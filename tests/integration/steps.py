@@ -121,6 +121,14 @@ def status() -> dict[str, dict[str, Any]]:
     return {row["volume"]: row for row in json.loads(localdisk("status", "--json"))["disks"]}
 
 
+def copied(image: Image) -> int:
+    """Bytes that a copy under way has done, from the record in the disk's lock; 0 if there is none."""
+    try:
+        return int(json.loads((LOCKS / f"{image.leaf.id}.lock").read_text())["done"])
+    except (OSError, ValueError):
+        return 0
+
+
 def helpers() -> list[int]:
     """The process ids of running helpers."""
     return [pid for pid, words in processes() if words[-1:] == ["helper"] and "python" in words[0]]

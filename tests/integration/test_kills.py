@@ -6,7 +6,6 @@ a chosen command until it is told to go on; localdisk itself knows nothing of it
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import threading
@@ -27,6 +26,7 @@ from tests.integration.steps import (
     THICK,
     THIN,
     configure,
+    copied,
     copiers,
     equals_source,
     helpers,
@@ -83,9 +83,9 @@ def defaults(libvirt: None) -> Iterator[None]:
 
 @pytest.fixture
 def image(file_storage: FileStorage) -> Image:
-    """Enough data that a slow copy of it takes half a minute: zeros are not limited."""
-    template = file_storage.template(24 * MIB, seed=1)
-    fill(template.leaf, 24 * MIB)
+    """Enough data that a slow copy of it takes most of a minute: zeros are not limited."""
+    template = file_storage.template(48 * MIB, seed=1)
+    fill(template.leaf, 48 * MIB)
     return file_storage.clone(template, seed=2)
 
 
@@ -95,14 +95,6 @@ def stop_at(moment: str, command: str) -> None:
 
 def go_on() -> None:
     HERE.unlink()
-
-
-def copied(image: Image) -> int:
-    """Bytes that a copy under way has done, from the record in the disk's lock; 0 if there is none."""
-    try:
-        return int(json.loads((LOCKS / f"{image.leaf.id}.lock").read_text())["done"])
-    except (OSError, ValueError):
-        return 0
 
 
 def begin(image: Image, vm_id: str, backend: str = "lvm") -> Call:

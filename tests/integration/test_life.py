@@ -20,6 +20,7 @@ from tests.integration.steps import (
     THICK,
     THIN,
     configure,
+    copied,
     device,
     equals_source,
     hold_open,
@@ -153,9 +154,9 @@ def test_two_vms_take_turns(volume_group: str, file_storage: FileStorage) -> Non
 
 
 def test_the_copy_is_nice_and_runs_as_vdsm(volume_group: str, file_storage: FileStorage) -> None:
-    configure("copy: {parallel: 1, bandwidth: 2MiB, nice: 7}\n")
-    image = file_storage.template(16 * MIB)
-    fill(image.leaf, 16 * MIB)
+    configure("copy: {parallel: 1, bandwidth: 1MiB, nice: 7}\n")
+    image = file_storage.template(40 * MIB)
+    fill(image.leaf, 40 * MIB)
     vm_id = starting(new_id())
     call = start_point("after_disk_prepare", vm_id, disk_json(Disk("vda", image)), THICK)
     seen: list[str] = []
@@ -166,8 +167,9 @@ def test_the_copy_is_nice_and_runs_as_vdsm(volume_group: str, file_storage: File
         return bool(seen)
 
     wait_for(copier, "the copy")
-    wait_for(lambda: status()[image.leaf.id]["done"], "progress")
-    assert status()[image.leaf.id]["state"] == "copying"
+    wait_for(lambda: copied(image), "progress")
+    row = status()[image.leaf.id]
+    assert (row["state"], row["done"] > 0) == ("copying", True)
     assert seen[0].split() == ["7", "vdsm"]
     assert call.wait().rc == 0
     libvirt.undefine(vm_id)
