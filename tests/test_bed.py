@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.bed import boot, player
+from tests.bed import guest, player
 from tests.bed.vm import boot_sector
 
 
@@ -23,41 +23,41 @@ from tests.bed.vm import boot_sector
 )
 def test_of_a_progress_bar_only_the_last_state_is_logged(line: bytes, shown: bytes) -> None:
     target = io.BytesIO()
-    boot.show(io.BytesIO(line), target)
+    guest.show(io.BytesIO(line), target)
     assert target.getvalue() == shown
 
 
 def test_a_guest_without_a_status_has_died(tmp_path: Path) -> None:
-    with pytest.raises(boot.GuestDied):
-        boot.guest_status(tmp_path)
+    with pytest.raises(guest.GuestDied):
+        guest.status(tmp_path)
     (tmp_path / "status").touch()
-    with pytest.raises(boot.GuestDied):
-        boot.guest_status(tmp_path)
+    with pytest.raises(guest.GuestDied):
+        guest.status(tmp_path)
     (tmp_path / "status").write_text("3\n")
-    assert boot.guest_status(tmp_path) == 3
+    assert guest.status(tmp_path) == 3
 
 
 def test_disks_are_reused_by_name_and_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(boot, "STATE", tmp_path)
-    with boot.disks(1 << 20, "crash", keep=True) as images:
+    monkeypatch.setattr(guest, "STATE", tmp_path)
+    with guest.disks(1 << 20, "crash", keep=True) as images:
         images.local.write_bytes(b"data")
-    with boot.disks(1 << 20, "crash", keep=False) as images:
+    with guest.disks(1 << 20, "crash", keep=False) as images:
         assert images.local.read_bytes()[:5] == b"data\0"
         assert images.local.stat().st_size == images.shared.stat().st_size == 1 << 20
     assert list(tmp_path.iterdir()) == []
 
 
 def test_what_a_killed_run_left_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(boot, "STATE", tmp_path)
+    monkeypatch.setattr(guest, "STATE", tmp_path)
     for name in ("run-999999999-local.img", "crash-local.img"):
         (tmp_path / name).touch()
-    with boot.disks(1 << 20, None, keep=False):
+    with guest.disks(1 << 20, None, keep=False):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["crash-local.img"]
 
 
 def test_a_missing_tool_is_named_by_its_package() -> None:
-    assert boot.missing_packages({"sh": "dash", "no-such-tool": "its-package"}) == ["its-package"]
+    assert guest.missing_packages({"sh": "dash", "no-such-tool": "its-package"}) == ["its-package"]
 
 
 def test_hook_scripts_are_the_executable_files_in_the_order_of_their_paths(tmp_path: Path) -> None:

@@ -98,6 +98,11 @@ def known() -> frozenset[str]:
     return frozenset(run("virsh", "-r", "-c", URI, "list", "--all", "--uuid", user="vdsm").split())
 
 
+def active() -> frozenset[str]:
+    """The UUIDs of all running domains."""
+    return frozenset(run("virsh", "-r", "-c", URI, "list", "--uuid").split())
+
+
 def serial_line(file: Path, timeout: float = 120) -> str:
     """The first line that a VM has written to its serial port's file."""
     deadline = time.monotonic() + timeout

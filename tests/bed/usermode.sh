@@ -1,0 +1,60 @@
+#!/bin/sh
+# The first process of a User Mode Linux guest (usermode.py).  Its root directory is the machine's own,
+# read-only; it makes the guest a whole machine with a throw-away overlay over it, runs $BED_RUN/command
+# there, leaves the exit status in $BED_RUN/status, and switches off.
+export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LANG=C.UTF-8 TERM=dumb
+exec </dev/null 2>&1
+
+# Switched off for good: the kernel would wait for nobody.
+off() {
+    echo o >/proc/sysrq-trigger
+    sleep 60
+}
+trap off EXIT
+set -e
+
+mount -t proc proc /proc
+mount -t sysfs sys /sys
+modules=$BED_MODULES/$(uname -r)
+insmod "$modules/kernel/fs/overlayfs/overlay.ko"
+
+mount -t tmpfs bed /mnt
+mkdir /mnt/upper /mnt/work /mnt/root
+mount -t overlay -o lowerdir=/,upperdir=/mnt/upper,workdir=/mnt/work bed /mnt/root
+for kept in /dev /proc /sys; do
+    mount --rbind "$kept" "/mnt/root$kept"
+done
+mount -t tmpfs -o mode=755 run /mnt/root/run
+mount -t tmpfs -o mode=1777 tmp /mnt/root/tmp
+mkdir /mnt/root/.old
+cd /mnt/root
+pivot_root . .old
+cd /
+
+mkdir -p /dev/pts /dev/shm /run/udev /run/lock /run/bed-host /lib/modules
+ln -s /proc/self/fd /dev/fd
+ln -s /proc/self/fd/0 /dev/stdin
+ln -s /proc/self/fd/1 /dev/stdout
+ln -s /proc/self/fd/2 /dev/stderr
+mount -t devpts devpts /dev/pts
+mount -t tmpfs -o mode=1777 shm /dev/shm
+mount -t cgroup2 cgroup /sys/fs/cgroup
+mount -t hostfs -o "$BED_RUN" bed /run/bed-host
+ln -s "/.old$modules" "/lib/modules/$(uname -r)"
+rm -rf /var/run
+ln -s /run /var/run
+ip link set lo up
+hostname bed
+echo "127.0.0.1 bed" >>/etc/hosts
+if [ -x /usr/lib/systemd/systemd-udevd ]; then
+    /usr/lib/systemd/systemd-udevd --daemon 2>/dev/null
+else
+    /lib/systemd/systemd-udevd --daemon 2>/dev/null
+fi
+udevadm trigger --action=add --type=devices --subsystem-match=block
+udevadm settle
+
+code=0
+sh /run/bed-host/command || code=$?
+sync
+echo "$code" >/run/bed-host/status
