@@ -1,6 +1,6 @@
 """The hook's side of the privileged helper: one `sudo … helper` for one hook run, JSON lines both ways.
 
-`helper.py` is the other side; what is asked here is checked there.
+`session.py` is the other side; what is asked here is checked there.
 """
 
 from __future__ import annotations

@@ -10,9 +10,14 @@ its tags, so that nothing else has to be kept in step with the volume group:
     UPDATING            the copy is incomplete
     WRITES_<bytes>      while UPDATING: what the copy will write, counted against the thin pool
     STOPPED_<epoch>     kept since then for a VM that is not running
+    UNNEEDED_<epoch>    since then gc has seen no VM that needs it, though nothing says that its VM stopped
     DELETING            waits to be removed
+    ERASE_<how>         while set aside: erase it so first
+    ASIDE_<uuid>        while set aside: the name that it gets
 
-Everything here is a pure function of frozen data; `helper.py` and `gc.py` do what is decided here.
+A disk that must be erased before it is removed is set aside: it gives its owner and its name back at once,
+and is DELETING under a name of its own (`removal.py`).
+Everything here is a pure function of frozen data; `session.py` and `gc.py` do what is decided here.
 """
 
 from __future__ import annotations
@@ -29,6 +34,7 @@ from localdisk.errors import (
     NoThinPool,
     OtherOwner,
     SourceChanged,
+    ThinPoolBroken,
     ThinPoolFull,
     ThinPoolInactive,
     ThinPoolNotZeroing,
@@ -40,6 +46,7 @@ from localdisk.units import format_size
 OURS = "localdisk"
 UPDATING = "UPDATING"
 DELETING = "DELETING"
+ERASES = ("discard", "zero")  # but for none, what `retention.erase` can say
 
 _FINGERPRINT = re.compile(r"[0-9a-f]{32}")
 
@@ -61,17 +68,21 @@ class LocalDisk:
     state: State
     fingerprint: str  # "" where none was recorded
     stopped: int | None  # seconds since the epoch
+    unneeded: int | None  # seconds since the epoch
+    erase: str  # what `retention.erase` said when it was set aside, "" otherwise
+    aside_name: str  # the name that it gets, or has, when it was set aside, "" otherwise
     writes: int  # bytes that an unfinished copy will have written in all
 
     @classmethod
     def from_lv(cls, lv: LogicalVolume) -> LocalDisk | None:
         """The local disk that `lv` is, or None where it is not ours to touch.
 
-        Ours has a canonical UUID as its name, exactly one VM and one image, and is no pool.  The tag
-        `localdisk` is not asked for: vdsm's older hook did not set it.
+        Ours has a canonical UUID as its name, exactly one VM and one image, or none where it was set
+        aside, and is no pool.  The tag `localdisk` is not asked for: vdsm's older hook did not set it.
         """
         vm_id, image_id = _only_uuid(lv.lv_tags, "VM_"), _only_uuid(lv.lv_tags, "IU_")
-        if not (is_uuid(lv.lv_name) and vm_id and image_id) or "pool" in lv.lv_layout:
+        has_owner = bool(vm_id and image_id) or _is_aside(lv.lv_tags)
+        if not (is_uuid(lv.lv_name) and has_owner) or "pool" in lv.lv_layout:
             return None
         stopped = max(_numbers(lv.lv_tags, "STOPPED_"), default=None)
         fingerprints = _values(lv.lv_tags, "SOURCE_")
@@ -82,6 +93,9 @@ class LocalDisk:
             state=_state(lv.lv_tags, stopped),
             fingerprint=fingerprints[0] if len(fingerprints) == 1 else "",
             stopped=stopped,
+            unneeded=max(_numbers(lv.lv_tags, "UNNEEDED_"), default=None),
+            erase=next((how for how in ERASES if f"ERASE_{how}" in lv.lv_tags), ""),
+            aside_name=_only_uuid(lv.lv_tags, "ASIDE_"),
             writes=max(_numbers(lv.lv_tags, "WRITES_"), default=0),
         )
 
@@ -103,12 +117,25 @@ class LocalDisk:
         return "lvmthin" if self.lv.pool_lv else "lvm"
 
     @property
-    def stopped_tags(self) -> frozenset[str]:
-        return frozenset(tag for tag in self.lv.lv_tags if tag.startswith("STOPPED_"))
+    def is_aside(self) -> bool:
+        """Set aside to be erased and removed; it is no VM's."""
+        return not self.vm_id
+
+    @property
+    def idle_tags(self) -> frozenset[str]:
+        """Those that say since when no VM uses it."""
+        return self._tags("STOPPED_", "UNNEEDED_")
+
+    @property
+    def unneeded_tags(self) -> frozenset[str]:
+        return self._tags("UNNEEDED_")
 
     @property
     def writes_tags(self) -> frozenset[str]:
-        return frozenset(tag for tag in self.lv.lv_tags if tag.startswith("WRITES_"))
+        return self._tags("WRITES_")
+
+    def _tags(self, *prefixes: str) -> frozenset[str]:
+        return frozenset(tag for tag in self.lv.lv_tags if tag.startswith(prefixes))
 
 
 def local_disks(vg: VolumeGroup) -> tuple[LocalDisk, ...]:
@@ -118,8 +145,8 @@ def local_disks(vg: VolumeGroup) -> tuple[LocalDisk, ...]:
 
 
 def require_owner(disk: LocalDisk, vm_id: str, image_id: str, vg: str) -> None:
-    """Raise OtherOwner unless the disk is this VM's copy of this image."""
-    if (disk.vm_id, disk.image_id) != (vm_id, image_id):
+    """Raise OtherOwner unless the disk is this VM's copy of this image, or nobody's any more."""
+    if not disk.is_aside and (disk.vm_id, disk.image_id) != (vm_id, image_id):
         raise OtherOwner(vg=vg, lv=disk.volume_id, owner=disk.vm_id, image=disk.image_id)
 
 
@@ -132,6 +159,17 @@ def new_tags(vm_id: str, image_id: str, fingerprint: str, writes: int) -> frozen
 def stopped_tag(now: float) -> str:
     """The tag of a disk that is kept since `now`, seconds since the epoch."""
     return f"STOPPED_{int(now)}"
+
+
+def unneeded_tag(now: float) -> str:
+    """The tag of a disk that no VM needs as far as gc sees since `now`, seconds since the epoch."""
+    return f"UNNEEDED_{int(now)}"
+
+
+def aside_tags(disk: LocalDisk, erase: str, name: str) -> tuple[frozenset[str], frozenset[str]]:
+    """The tags to add and to remove so that a disk is nobody's, to be erased as `erase` says under `name`."""
+    wanted = frozenset({OURS, DELETING, f"ERASE_{erase}", f"ASIDE_{name}"})
+    return wanted - disk.lv.lv_tags, disk.lv.lv_tags - wanted
 
 
 # -- starting
@@ -173,8 +211,8 @@ def _same_source(disk: LocalDisk, fingerprint: str) -> bool:
 def require_room(vg: VolumeGroup, policy: Policy, size: int, writes: int) -> None:
     """Raise unless a disk of `size` bytes that will hold `writes` bytes of data fits and leaves the margins.
 
-    Raises VolumeGroupUnusable; NoSpace (lvm); NoThinPool, ThinPoolNotZeroing, ThinPoolInactive, ThinPoolFull
-    (lvmthin).
+    Raises VolumeGroupUnusable; NoSpace (lvm); NoThinPool, ThinPoolNotZeroing, ThinPoolInactive,
+    ThinPoolBroken, ThinPoolFull (lvmthin).
     """
     vg.require_usable()
     if policy.backend == "lvm":
@@ -203,7 +241,8 @@ def _require_thin_room(vg: VolumeGroup, pool_name: str, margins: Margins, writes
     if not pool.zero:
         raise ThinPoolNotZeroing(vg=vg.vg_name, pool=pool_name)
     if pool.data_percent is None or pool.metadata_percent is None:
-        raise ThinPoolInactive(vg=vg.vg_name, pool=pool_name)
+        problem = ThinPoolBroken if pool.lv_active else ThinPoolInactive
+        raise problem(vg=vg.vg_name, pool=pool_name)
     promised = sum(_still_to_write(disk) for disk in local_disks(vg) if disk.lv.pool_lv == pool_name)
     would = pool.data_percent + 100 * (writes + promised) / pool.lv_size
     for limit, value, allowed in (
@@ -255,6 +294,10 @@ def _state(tags: frozenset[str], stopped: int | None) -> State:
     if UPDATING in tags:
         return State.UNFINISHED
     return State.READY if stopped is None else State.STOPPED
+
+
+def _is_aside(tags: frozenset[str]) -> bool:
+    return {OURS, DELETING} <= tags and not any(tag.startswith(("VM_", "IU_")) for tag in tags)
 
 
 def _values(tags: Iterable[str], prefix: str) -> list[str]:

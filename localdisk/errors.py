@@ -8,6 +8,8 @@ Only `cli.py` prints errors and exits.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 FIELD_LIMIT = 200
@@ -17,6 +19,12 @@ def plain(value: object) -> str:
     """`value` as printable text of at most 200 characters: control characters become escapes."""
     text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(value))
     return text if len(text) <= FIELD_LIMIT else text[: FIELD_LIMIT - 1] + "…"
+
+
+def target(argv: Sequence[str]) -> str:
+    """` for …` with what a command works on, its last word; "" where that is no plain name."""
+    words = [word for word in argv[2:][-1:] if re.fullmatch(r"[\w/][\w/.:+-]*", word)]
+    return "".join(f" for {word}" for word in words)
 
 
 class Error(Exception):
@@ -119,13 +127,14 @@ class HotplugRefused(Error):
 class CommandFailed(Error):
     """A tool ended badly; keeps `argv`, `exit_code` (negative: killed by that signal) and `stderr`."""
 
-    what = "{tool} failed ({how}): {said}"
+    what = "{tool} failed{target} ({how}): {said}"
     fix = "see the system log of this host"
 
     def __init__(self, argv: tuple[str, ...], exit_code: int, stderr: str) -> None:
         said = [line.strip() for line in stderr.splitlines() if line.strip()]
         how = f"exit code {exit_code}" if exit_code >= 0 else f"signal {-exit_code}"
-        super().__init__(tool=" ".join(argv[:2]), how=how, said=said[-1] if said else "it said nothing")
+        said_last = said[-1] if said else "it said nothing"
+        super().__init__(tool=" ".join(argv[:2]), target=target(argv), how=how, said=said_last)
         self.argv = argv
         self.returncode = exit_code
         self.stderr = stderr
@@ -133,7 +142,7 @@ class CommandFailed(Error):
 
 class CommandTimeout(Error):
     what = "{tool} did not end within {seconds} s"
-    fix = "look for hung storage on this host (dmesg, multipath -ll), then try again"
+    fix = "look for hung storage and hanging commands on this host (dmesg, multipath -ll, ps), then try again"
 
 
 class CommandMissing(Error):
@@ -175,7 +184,10 @@ class RootNeeded(Error):
 
 class NoVolumeGroup(Error):
     what = "no volume group {vg} on this host"
-    fix = "create it (vgcreate {vg} DEVICE), on EL9 add it with vgimportdevices {vg}, or correct volume_group"
+    fix = (
+        "create it (vgcreate {vg} DEVICE), on EL9 add it with vgimportdevices {vg}, or correct volume_group; "
+        "if it was there, bring its devices back (dmesg)"
+    )
 
 
 class VolumeGroupUnusable(Error):
@@ -203,9 +215,19 @@ class ThinPoolInactive(Error):
     fix = "lvchange --activate y {vg}/{pool}"
 
 
+class ThinPoolBroken(Error):
+    what = "thin pool {vg}/{pool} is active and does not tell how full it is, its metadata may be damaged"
+    fix = "see the system log of this host, then lvchange --activate n and lvconvert --repair {vg}/{pool}"
+
+
 class ThinPoolFull(Error):
     what = "thin pool {vg}/{pool} would pass margins.{limit}: {would} of {allowed} allowed"
     fix = "remove local disks (localdisk gc), extend the pool, or raise the margin"
+
+
+class ThinPoolAtThreshold(Error):
+    what = "LVM makes no new disk in thin pool {vg}/{pool}: its data or metadata is too full for LVM itself"
+    fix = "remove local disks (localdisk gc), or extend the pool (lvextend --size or --poolmetadatasize)"
 
 
 class ForeignVolume(Error):
@@ -259,6 +281,16 @@ class LibvirtSilent(Error):
 class CopyFailed(Error):
     what = "copying {volume} to {path} failed: {problem}"
     fix = "look at the source storage and the local device in the system log, then start the VM again"
+
+
+class PoolFilledUp(Error):
+    what = "copying {volume} to {path} failed: the thin pool is full"
+    fix = "remove local disks (localdisk gc) or extend the pool, then start the VM again"
+
+
+class EraseFailed(Error):
+    what = "erasing {path} failed: {problem}"
+    fix = "look at the local device in the system log, then run localdisk gc"
 
 
 class Interrupted(Error):

@@ -1,4 +1,5 @@
-"""Remove what no VM needs: unfinished copies, disks marked for removal, kept ones past their time.
+"""Remove what no VM needs: unfinished copies, disks marked for removal, kept ones past their time, and
+disks whose VM has stopped unseen.
 
 `decide` is a pure function of what was seen; `collect` looks, decides and acts, one disk at a time, each
 under its lock and after looking at it again.  In doubt a disk stays.
@@ -14,31 +15,35 @@ from dataclasses import dataclass
 
 from localdisk import domains, lock, log
 from localdisk.config import Config, Policy
-from localdisk.disk import LocalDisk, State, local_disks
-from localdisk.errors import Error, LibvirtSilent
+from localdisk.disk import LocalDisk, State, local_disks, stopped_tag, unneeded_tag
+from localdisk.errors import Error, Interrupted, LibvirtSilent
 from localdisk.lvm import VolumeGroup
-from localdisk.removal import remove
+from localdisk.removal import erase_and_remove, take_away
 from localdisk.units import format_duration, format_size
 
 
 class Action(enum.Enum):
     KEEP = "keep"
     REMOVE = "remove"
+    MARK = "mark"  # as unneeded since now
+    UNMARK = "unmark"  # it is needed after all
+    STOP = "stop"  # mark as stopped, as the missed stop would have
 
 
 @dataclass(frozen=True)
 class Witnesses:
-    """What speaks for a disk; None is a witness that could not be asked."""
+    """What speaks for a disk."""
 
-    is_locked: bool
-    vm_is_known: bool | None  # by libvirt, in any state
+    is_locked: bool  # a process works on it
+    vm_is_known: bool | None  # by libvirt, in any state; None: libvirt could not be asked
+    may_start: bool  # vdsm may be starting its VM just now
 
 
 @dataclass(frozen=True)
 class Verdict:
     action: Action
     reason: str
-    is_certain: bool = True  # False: a witness could not be asked
+    is_certain: bool = True  # False: a witness could not be asked, or the clock is wrong
 
 
 @dataclass(frozen=True)
@@ -55,121 +60,229 @@ class Finding:
         return bool(self.failure) or not self.verdict.is_certain
 
 
-def decide(disk: LocalDisk, witnesses: Witnesses, policy: Policy, now: float) -> Verdict:
-    """Whether to remove `disk`; `now` in seconds since the epoch.
+@dataclass(frozen=True)
+class Collection:
+    """One run of gc; `problems` are what it could not look at, one line each."""
 
-    Never: what is open, locked, or kept for a VM that libvirt knows or cannot be asked about.
+    findings: tuple[Finding, ...]
+    problems: tuple[str, ...] = ()
+
+    @property
+    def is_problem(self) -> bool:
+        return bool(self.problems) or any(finding.is_problem for finding in self.findings)
+
+
+# -- deciding
+
+
+def decide(disk: LocalDisk, witnesses: Witnesses, policy: Policy, now: float) -> Verdict:
+    """What to do with `disk`; `now` in seconds since the epoch.
+
+    Never removed: what is open, locked, or of a VM that libvirt knows or cannot be asked about.  A complete
+    copy that nothing says to be given up is not removed on one look either: the first marks it, one that
+    is at least `grace` later removes it, unless no VM can be starting: then vdsm waits for us, and what must
+    be erased is left to the next gc.
     """
     if disk.is_open:
-        return Verdict(Action.KEEP, "in use")
+        return _needed(disk, "in use, its device is open")
     if witnesses.is_locked:
-        return Verdict(Action.KEEP, "being prepared")
-    if disk.state is State.UNFINISHED:
-        return Verdict(Action.REMOVE, "unfinished copy that nobody works on")
-    if disk.state is State.DELETING:
-        return Verdict(Action.REMOVE, "marked for removal when its VM stopped")
-    if disk.state is State.READY:
-        return Verdict(Action.KEEP, "not marked as stopped")
-    return _decide_stopped(disk, witnesses, policy, now)
-
-
-def _decide_stopped(disk: LocalDisk, witnesses: Witnesses, policy: Policy, now: float) -> Verdict:
+        return Verdict(Action.KEEP, "a process works on it")
     if witnesses.vm_is_known is None:
         return Verdict(Action.KEEP, "libvirt cannot be asked about its VM", is_certain=False)
     if witnesses.vm_is_known:
-        return Verdict(Action.KEEP, "libvirt knows its VM")
+        return _needed(disk, "libvirt knows its VM")
+    if disk.state is State.UNFINISHED:
+        return Verdict(Action.REMOVE, "unfinished copy that nobody works on")
+    if disk.is_aside and not witnesses.may_start:
+        return Verdict(Action.KEEP, "set aside, the next gc erases it: vdsm does not wait for that")
+    if disk.is_aside:
+        return Verdict(Action.REMOVE, "set aside to be erased")
+    if disk.state is State.DELETING:
+        return Verdict(Action.REMOVE, "marked for removal when its VM stopped")
+    if disk.state is State.STOPPED:
+        return _decide_stopped(disk, policy, now)
+    return _decide_ready(disk, witnesses, policy, now)
+
+
+def _needed(disk: LocalDisk, why: str) -> Verdict:
+    return Verdict(Action.KEEP if disk.unneeded is None else Action.UNMARK, why)
+
+
+def _decide_stopped(disk: LocalDisk, policy: Policy, now: float) -> Verdict:
     since = now - (disk.stopped or 0)
     if since < 0:
-        return Verdict(Action.KEEP, "stopped in the future: the clock went backwards")
+        # Not marked anew: if the clock is wrong now, the mark would be, and remove it when it is right again.
+        return Verdict(Action.KEEP, "stopped in the future, the clock went backwards", is_certain=False)
     left = policy.retention.keep_for - since
     if left > 0:
         return Verdict(Action.KEEP, f"kept for another {format_duration(int(left))}")
     return Verdict(Action.REMOVE, f"stopped {format_duration(int(since))} ago, past keep_for")
 
 
-def collect(config: Config, dry_run: bool = False) -> tuple[Finding, ...]:
-    """Look at every local disk of the host and remove what no VM needs; one finding per disk.
+def _decide_ready(disk: LocalDisk, witnesses: Witnesses, policy: Policy, now: float) -> Verdict:
+    """A complete copy, closed, that is not marked as stopped: its VM stopped unseen, or is just starting."""
+    grace = policy.retention.grace
+    if policy.retention.on_stop == "keep":
+        kept = format_duration(policy.retention.keep_for)
+        return Verdict(Action.STOP, f"its VM does not run, kept for {kept} from now")
+    if not witnesses.may_start:
+        return Verdict(Action.REMOVE, "its VM stopped while vdsm did not run")
+    if disk.unneeded is None:
+        return Verdict(Action.MARK, f"no VM needs it; removed if that is so after {format_duration(grace)}")
+    if disk.unneeded > now:  # not marked anew, for the same reason
+        return Verdict(Action.KEEP, "unneeded since the future, the clock went backwards", is_certain=False)
+    since = format_duration(int(now - disk.unneeded))
+    if now - disk.unneeded < grace:
+        return Verdict(Action.KEEP, f"no VM needs it since {since}, of {format_duration(grace)} (grace)")
+    return Verdict(Action.REMOVE, f"no VM needs it since {since}, past grace")
 
-    Raises NoVolumeGroup and CommandFailed where nothing can be seen at all.
+
+# -- looking and acting
+
+
+def collect(config: Config, dry_run: bool = False, may_start: bool = True) -> Collection:
+    """Look at every local disk of the host and remove what no VM needs.
+
+    `may_start` says whether vdsm can be starting VMs.  Raises NoVolumeGroup, CommandFailed and so on where
+    no volume group can be looked at.
     """
-    known = _known_vms()
-    findings = tuple(
-        finding
-        for name, devices in config.volume_groups.items()
-        for finding in _collect_group(config, VolumeGroup.read(name, devices), known, dry_run)
-    )
+    known, silence = _known_vms()
+    findings: list[Finding] = []
+    failures: list[Error] = []
+    for name, devices in config.volume_groups.items():
+        try:
+            group = _Group(config, VolumeGroup.read(name, devices), known, may_start, dry_run)
+            findings += group.collect()
+        except Interrupted:
+            raise
+        except Error as error:
+            failures.append(error)
+    if failures and len(failures) == len(config.volume_groups):
+        raise failures[0]
     if not dry_run:
         lock.sweep()
-    return findings
+    if silence and any(not finding.verdict.is_certain for finding in findings):
+        failures.append(silence)
+    return Collection(tuple(findings), tuple(map(str, failures)))
 
 
-def _known_vms() -> frozenset[str] | None:
+def _known_vms() -> tuple[frozenset[str] | None, LibvirtSilent | None]:
+    """What libvirt knows, or why it does not say."""
     try:
-        return domains.known()
+        return domains.known(), None
     except LibvirtSilent as error:
         log.problem("gc asks libvirt in vain", why=error)
-        return None
+        return None, error
 
 
-def _collect_group(
-    config: Config, vg: VolumeGroup, known: frozenset[str] | None, dry_run: bool
-) -> Iterator[Finding]:
-    for disk in local_disks(vg):
-        is_locked = lock.is_held(lock.disk_lock(disk.volume_id))
-        finding = Finding(vg.vg_name, disk, _judge(config, disk, is_locked, known))
-        if finding.verdict.action is Action.REMOVE and not dry_run:
-            finding = _remove(config, vg, disk, known) or finding
-        yield finding
+@dataclass(frozen=True)
+class _Group:
+    """gc's work on one volume group, as it was at first."""
 
+    config: Config
+    vg: VolumeGroup
+    known: frozenset[str] | None
+    may_start: bool
+    dry_run: bool
 
-def _judge(config: Config, disk: LocalDisk, is_locked: bool, known: frozenset[str] | None) -> Verdict:
-    vm_is_known = None if known is None else disk.vm_id in known
-    return decide(disk, Witnesses(is_locked, vm_is_known), config.policy(disk.vm_id), time.time())
+    def collect(self) -> Iterator[Finding]:
+        for disk in local_disks(self.vg):
+            verdict = self._judge(disk, lock.is_held(lock.disk_lock(disk.volume_id)), self.known)
+            if verdict.action is Action.KEEP or self.dry_run:
+                yield Finding(self.vg.vg_name, disk, verdict)
+            else:
+                yield self._act(disk, verdict)
 
+    def _judge(self, disk: LocalDisk, is_locked: bool, known: frozenset[str] | None) -> Verdict:
+        vm_is_known = None if known is None else disk.vm_id in known
+        if disk.is_aside:
+            vm_is_known = False
+        witnesses = Witnesses(is_locked, vm_is_known, self.may_start)
+        return decide(disk, witnesses, self.config.policy(disk.vm_id), time.time())
 
-def _remove(config: Config, vg: VolumeGroup, disk: LocalDisk, known: frozenset[str] | None) -> Finding | None:
-    """Remove a disk if it still is what it was; None where it is gone meanwhile."""
-    held = lock.try_hold(lock.disk_lock(disk.volume_id))
-    if held is None:
-        return Finding(vg.vg_name, disk, Verdict(Action.KEEP, "being prepared"))
-    try:
-        fresh = VolumeGroup.read(vg.vg_name, vg.devices)
-        lv = fresh.find(disk.volume_id)
-        again = LocalDisk.from_lv(lv) if lv else None
-        if again is None:
-            return None
-        finding = Finding(vg.vg_name, again, _judge(config, again, False, known))
-        if finding.verdict.action is Action.REMOVE:
-            fresh.require_usable()
-            remove(fresh, again, config.policy(again.vm_id).retention.erase, time.sleep)
-            log.event("gc removed", vm=again.vm_id, disk=again.volume_id, why=finding.verdict.reason)
-    except Error as error:
-        log.problem("gc could not remove", disk=disk.volume_id, why=error)
-        verdict = Verdict(Action.REMOVE, "could not be removed")
-        return Finding(vg.vg_name, disk, verdict, failure=str(error))
-    finally:
-        held.release()
-    return finding
+    def _act(self, disk: LocalDisk, verdict: Verdict) -> Finding:
+        """Do what was decided if the disk still is what it was."""
+        name = self.vg.vg_name
+        try:
+            with lock.trying(lock.disk_lock(disk.volume_id)) as held:
+                if not held:
+                    return Finding(name, disk, Verdict(Action.KEEP, "a process works on it"))
+                vg, again = self._look_again(disk.volume_id)
+                if again is None:  # somebody else has just removed it
+                    return Finding(name, disk, verdict)
+                # Libvirt, too, is asked again: since the first look, the VM may have taken the disk.
+                disk, verdict = again, self._judge(again, False, _known_vms()[0])
+                aside = self._carry_out(vg, disk, verdict)
+            if aside and self.may_start:
+                self._finish(aside)
+        except Interrupted:
+            raise
+        except Error as error:
+            log.problem("gc could not finish", disk=disk.volume_id, action=verdict.action.value, why=error)
+            return Finding(name, disk, verdict, failure=str(error))
+        return Finding(name, disk, verdict)
+
+    def _look_again(self, volume_id: str) -> tuple[VolumeGroup, LocalDisk | None]:
+        vg = VolumeGroup.read(self.vg.vg_name, self.vg.devices)
+        lv = vg.find(volume_id)
+        return vg, LocalDisk.from_lv(lv) if lv else None
+
+    def _carry_out(self, vg: VolumeGroup, disk: LocalDisk, verdict: Verdict) -> str:
+        """Do it; returns the name of a volume that is left to be erased, "" for none."""
+        if verdict.action is Action.KEEP:
+            return ""
+        vg.require_usable()
+        aside = ""
+        if verdict.action is Action.REMOVE and disk.aside_name == disk.volume_id:
+            erase_and_remove(vg, disk, disk.erase or "none", time.sleep)
+        elif verdict.action is Action.REMOVE:
+            aside = take_away(vg, disk, self.config.policy(disk.vm_id).retention.erase, time.sleep)
+        else:
+            add = {
+                Action.MARK: {unneeded_tag(time.time())},
+                Action.STOP: {stopped_tag(time.time())},
+                Action.UNMARK: set[str](),
+            }[verdict.action]
+            vg.change_tags(disk.volume_id, add=add, remove=disk.unneeded_tags - add)
+        log.event(f"gc: {verdict.action.value}", vm=disk.vm_id, disk=disk.volume_id, why=verdict.reason)
+        return aside
+
+    def _finish(self, volume_id: str) -> None:
+        """Erase and remove what was just set aside, unless another gc is at it by now."""
+        with lock.trying(lock.disk_lock(volume_id)) as held:
+            vg, disk = self._look_again(volume_id)
+            if held and disk and disk.is_aside:
+                erase_and_remove(vg, disk, disk.erase or "none", time.sleep)
 
 
 # -- what the operator sees
 
 
-def as_lines(findings: tuple[Finding, ...], dry_run: bool) -> str:
+def as_lines(collection: Collection, dry_run: bool) -> str:
     """One line for each disk: name, VM, size, verdict, reason."""
-    return "".join(f"{_line(finding, dry_run)}\n" for finding in findings)
+    return "".join(f"{_line(finding, dry_run)}\n" for finding in collection.findings)
 
 
 def _line(finding: Finding, dry_run: bool) -> str:
     disk, verdict = finding.disk, finding.verdict
-    done = {Action.KEEP: "kept", Action.REMOVE: "would be removed" if dry_run else "removed"}
-    outcome = f"not removed, {finding.failure}" if finding.failure else done[verdict.action]
-    size = format_size(disk.lv.lv_size)
-    return f"{finding.vg_name}/{disk.volume_id}  VM {disk.vm_id}  {size}  {outcome}: {verdict.reason}"
+    outcome = f"not {_DONE[verdict.action]}, {finding.failure}" if finding.failure else _DONE[verdict.action]
+    if dry_run and verdict.action is not Action.KEEP:
+        outcome = f"would be {outcome}"
+    name = f"{finding.vg_name}/{disk.volume_id}"
+    return f"{name}  VM {disk.vm_id or '-'}  {format_size(disk.lv.lv_size)}  {outcome}: {verdict.reason}"
 
 
-def as_json(findings: tuple[Finding, ...]) -> str:
-    """A list with one object for each disk; sizes in bytes."""
+_DONE = {
+    Action.KEEP: "kept",
+    Action.REMOVE: "removed",
+    Action.MARK: "marked as unneeded",
+    Action.UNMARK: "unmarked",
+    Action.STOP: "marked as stopped",
+}
+
+
+def as_json(collection: Collection) -> str:
+    """`{"disks": […], "problems": […]}`, an object for each disk, sizes in bytes, and lines of text."""
     rows = [
         {
             "vg": finding.vg_name,
@@ -179,8 +292,9 @@ def as_json(findings: tuple[Finding, ...]) -> str:
             "size": finding.disk.lv.lv_size,
             "action": finding.verdict.action.value,
             "reason": finding.verdict.reason,
+            "certain": finding.verdict.is_certain,
             "failure": finding.failure,
         }
-        for finding in findings
+        for finding in collection.findings
     ]
-    return json.dumps(rows, indent=2) + "\n"
+    return json.dumps({"disks": rows, "problems": collection.problems}, indent=2) + "\n"

@@ -1,7 +1,7 @@
 """One function per hook point: what vdsm asks, and what it gets back.
 
 Runs as vdsm (before_vdsm_start: as root).  A function returns the data that vdsm reads back, or None
-where nothing changes; it raises to refuse.  `vdsm.py` is the contract, `helper.py` the privileged half.
+where nothing changes; it raises to refuse.  `vdsm.py` is the contract, `session.py` the privileged half.
 """
 
 from __future__ import annotations
@@ -89,10 +89,14 @@ def before_disk_hotplug(call: Call) -> None:
 
 
 def before_vdsm_start(call: Call) -> None:
-    """Remove what no VM needs, before vdsm starts any."""
+    """Remove what no VM needs, before vdsm starts any.
+
+    Where vdsm runs (somebody calls this by hand), a VM may be starting, and it is a gc like any other.
+    """
     from localdisk import config, gc
 
-    gc.collect(config.load())
+    for problem in gc.collect(config.load(), may_start=vdsm.is_running()).problems:
+        log.problem("gc before vdsm starts", why=problem)
 
 
 POINTS: dict[str, Callable[[Call], str | None]] = {

@@ -75,6 +75,17 @@ def holding(path: str, pause: Pause) -> Iterator[Lock]:
         lock.release()
 
 
+@contextmanager
+def trying(path: str) -> Iterator[Lock | None]:
+    """The lock for as long as the context lasts, None where another process has it."""
+    lock = try_hold(path)
+    try:
+        yield lock
+    finally:
+        if lock:
+            lock.release()
+
+
 def is_held(path: str) -> bool:
     """Whether a living process holds the lock.  Leaves nothing behind."""
     return read_held(path) is not None

@@ -9,12 +9,19 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from localdisk import run
-from localdisk.errors import CommandFailed, DeviceNotReady, NoVolumeGroup, VolumeGroupUnusable
+from localdisk.errors import (
+    CommandFailed,
+    DeviceNotReady,
+    NoVolumeGroup,
+    ThinPoolAtThreshold,
+    VolumeGroupUnusable,
+)
 
 REPORT = {
     "vg": "vg_name,vg_uuid,vg_size,vg_free,vg_extent_size,vg_partial,vg_exported,vg_lock_type",
@@ -84,7 +91,7 @@ class VolumeGroup:
 
     @classmethod
     def read(cls, vg_name: str, devices: tuple[str, ...] = ()) -> VolumeGroup:
-        """Ask LVM.  Raises NoVolumeGroup, CommandFailed."""
+        """Ask LVM.  Raises NoVolumeGroup, VolumeGroupUnusable, CommandFailed, CommandTimeout."""
         argv = ["lvm", "fullreport", "--reportformat", "json", "--units", "b", "--nosuffix"]
         for report, columns in REPORT.items():
             argv += ["--configreport", report, "-o", columns]
@@ -95,6 +102,9 @@ class VolumeGroup:
         except CommandFailed as error:
             if f'Volume group "{vg_name}" not found' in error.stderr:
                 raise NoVolumeGroup(vg=vg_name) from None
+            shared = re.search(r"with lock type (\w+) that requires lvmlockd", error.stderr)
+            if shared:
+                raise _shared(vg_name, shared[1]) from None
             raise
         return cls.from_report(text, devices)
 
@@ -140,14 +150,12 @@ class VolumeGroup:
             raise VolumeGroupUnusable(
                 vg=self.vg_name,
                 problem="missing a physical volume",
-                fix=f"bring the device back, or vgreduce --removemissing {self.vg_name}",
+                # LVM may still miss a device that is back, where the group was changed meanwhile.
+                fix=f"bring the device back (and vgextend --restoremissing {self.vg_name} DEVICE), "
+                f"or vgreduce --removemissing {self.vg_name}",
             )
         if self.vg_lock_type not in ("", "none"):
-            raise VolumeGroupUnusable(
-                vg=self.vg_name,
-                problem=f"shared ({self.vg_lock_type})",
-                fix="use a volume group of this host alone",
-            )
+            raise _shared(self.vg_name, self.vg_lock_type)
 
     # -- commands
 
@@ -159,9 +167,17 @@ class VolumeGroup:
         self._create(lv_name, tags, "--zero", "y", "--size", f"{_sectors(size)}b", self.vg_name)
 
     def create_thin(self, lv_name: str, size: int, pool: str, tags: Iterable[str]) -> None:
-        """Create and activate a thin volume of `size` bytes in `pool`, tags included, in one commit."""
+        """Create and activate a thin volume of `size` bytes in `pool`, tags included, in one commit.
+
+        Raises ThinPoolAtThreshold where the pool is too full for LVM, whose limits may lie below our margins.
+        """
         size_and_place = ("--virtualsize", f"{_sectors(size)}b", "--thinpool", f"{self.vg_name}/{pool}")
-        self._create(lv_name, tags, *size_and_place)
+        try:
+            self._create(lv_name, tags, *size_and_place)
+        except CommandFailed as error:
+            if re.search("(reached|above) threshold", error.stderr):
+                raise ThinPoolAtThreshold(vg=self.vg_name, pool=pool) from None
+            raise
 
     def _create(self, lv_name: str, tags: Iterable[str], *rest: str) -> None:
         # --setactivationskip: it stays inactive at boot (--setautoactivation is refused for thin volumes
@@ -188,6 +204,9 @@ class VolumeGroup:
         names = map(self._full_name, lv_names)
         run.run(["lvremove", "--quiet", "--yes", *_devices(self.devices), *names])
 
+    def rename(self, lv_name: str, new_name: str) -> None:
+        run.run(["lvrename", "--quiet", *_devices(self.devices), self.vg_name, lv_name, new_name])
+
     def discard(self, lv_name: str) -> None:
         run.run(["blkdiscard", self.path(lv_name)], deadline=3600)
 
@@ -211,6 +230,11 @@ class VolumeGroup:
 
     def _full_name(self, lv_name: str) -> str:
         return f"{self.vg_name}/{lv_name}"
+
+
+def _shared(vg_name: str, lock_type: str) -> VolumeGroupUnusable:
+    fix = "use a volume group of this host alone"
+    return VolumeGroupUnusable(vg=vg_name, problem=f"shared ({lock_type})", fix=fix)
 
 
 def read_dm_uuid(device: int) -> str:

@@ -1,28 +1,99 @@
-"""Erase and remove one local disk: the only place that takes data away."""
+"""Remove one local disk, erased as `retention.erase` says: the only place that takes data away.
+
+What must be erased first is set aside: two LVM commits give its name back, so that neither a stop nor a new
+start waits for the erase, and gc does the rest.
+"""
 
 from __future__ import annotations
 
+import mmap
+import os
+import uuid
 from collections.abc import Callable
 
-from localdisk.disk import LocalDisk
-from localdisk.errors import CommandFailed, DiskBusy
+from localdisk.disk import LocalDisk, aside_tags
+from localdisk.errors import CommandFailed, DiskBusy, EraseFailed
 from localdisk.lvm import VolumeGroup
 
 TRIES = 20  # a writer that was just killed, or udev, may have it open for a moment
 PAUSE = 0.5  # seconds
 
+_BLOCK = 64 << 10  # bytes; the smallest block of a thin pool, so that no hole beside data is filled
 
-def remove(vg: VolumeGroup, disk: LocalDisk, erase: str, pause: Callable[[float], None]) -> None:
-    """Erase as `retention.erase` says, then remove, a disk whose lock is held.
+Pause = Callable[[float], None]
 
-    LVM refuses to remove what is open; a moment's use by others is waited out with `pause(seconds)`.
-    Raises DiskBusy, CommandFailed.
+
+def take_away(vg: VolumeGroup, disk: LocalDisk, erase: str, pause: Pause) -> str:
+    """Free the name of a disk that nobody needs and whose lock is held.
+
+    One that is set aside already is erased as was decided then.  Returns the name of the volume that is left
+    to `erase_and_remove`, "" where nothing is left.  LVM refuses to remove what is open; a moment's use by
+    others is waited out with `pause(seconds)`.  Raises DiskBusy, CommandFailed.
+    """
+    if disk.is_open:
+        _give_time(vg, disk, pause)
+    erase = disk.erase or erase
+    if erase == "none":
+        _remove(vg, disk, pause)
+        return ""
+    return _set_aside(vg, disk, erase)
+
+
+def erase_and_remove(vg: VolumeGroup, disk: LocalDisk, erase: str, pause: Pause) -> None:
+    """Erase and remove a disk that was set aside and whose lock is held; it may have begun before.
+
+    Raises DiskBusy, CommandFailed, EraseFailed.
     """
     if disk.is_open:
         _give_time(vg, disk, pause)
     if erase != "none":
         vg.activate(disk.volume_id)
-        {"discard": vg.discard, "zero": vg.zero}[erase](disk.volume_id)
+        _erase(vg, disk, erase)
+    _remove(vg, disk, pause)
+
+
+def _set_aside(vg: VolumeGroup, disk: LocalDisk, erase: str) -> str:
+    """Killed between the two commits, it is nobody's under its old name; whoever comes next renames it."""
+    name = disk.aside_name or str(uuid.uuid4())
+    if not (disk.is_aside and disk.aside_name):
+        add, remove = aside_tags(disk, erase, name)
+        vg.change_tags(disk.volume_id, add=add, remove=remove)
+    vg.rename(disk.volume_id, name)
+    return name
+
+
+def _erase(vg: VolumeGroup, disk: LocalDisk, erase: str) -> None:
+    if erase == "discard":
+        vg.discard(disk.volume_id)
+    elif disk.backend == "lvm":
+        vg.zero(disk.volume_id)
+    else:
+        _zero_what_is_not(vg.path(disk.volume_id))
+
+
+def _zero_what_is_not(path: str) -> None:
+    """Write zeros over the data of a thin volume.
+
+    Zeros everywhere would make the pool provide a block for every hole, and could fill it.
+    """
+    zeros, buffer = bytes(_BLOCK), mmap.mmap(-1, _BLOCK)  # page-aligned, as O_DIRECT wants it
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC)
+        try:
+            offset = 0
+            while size := os.preadv(fd, [buffer], offset):
+                if buffer[:size] != zeros[:size]:
+                    buffer[:size] = zeros[:size]
+                    size = os.pwritev(fd, [memoryview(buffer)[:size]], offset)
+                offset += size
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise EraseFailed(path=path, problem=error.strerror) from None
+
+
+def _remove(vg: VolumeGroup, disk: LocalDisk, pause: Pause) -> None:
     for _ in range(TRIES):
         try:
             vg.remove(disk.volume_id)
@@ -34,7 +105,7 @@ def remove(vg: VolumeGroup, disk: LocalDisk, erase: str, pause: Callable[[float]
     raise DiskBusy(vg=vg.vg_name, lv=disk.volume_id, state=disk.state.value)
 
 
-def _give_time(vg: VolumeGroup, disk: LocalDisk, pause: Callable[[float], None]) -> None:
+def _give_time(vg: VolumeGroup, disk: LocalDisk, pause: Pause) -> None:
     """Wait until an open disk is closed: it must not be erased under whoever has it open."""
     for _ in range(TRIES):
         pause(PAUSE)

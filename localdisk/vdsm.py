@@ -22,6 +22,9 @@ PROPERTY = "localdisk"  # the VM custom property; older hook: the same name, val
 VALUES = ("lvm", "lvmthin", "on", "off")
 DATA_LIMIT = 16 * 1024 * 1024  # bytes; a large domain's XML is some 100 KiB
 
+# The daemon as its service starts it (vdsm `init/systemd/vdsmd.service.in`), and before vdsm 4.40.
+_DAEMONS = frozenset({b"/usr/libexec/vdsm/vdsmd", b"/usr/share/vdsm/vdsmd"})
+
 JSON = "_hook_json"
 DOMXML = "_hook_domxml"
 
@@ -51,6 +54,19 @@ class Call:
     vm_id: str
     property_value: str
     data_path: str | None
+
+
+def is_running() -> bool:
+    """Whether vdsm's daemon runs: while before_vdsm_start is called it does not, and starts no VM."""
+    return any(not _DAEMONS.isdisjoint(_command_line(pid)) for pid in os.listdir("/proc") if pid.isdigit())
+
+
+def _command_line(pid: str) -> list[bytes]:
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            return file.read().split(b"\0")
+    except OSError:  # no process, or gone
+        return []
 
 
 def read_call(point: str, environ: Mapping[str, str]) -> Call:

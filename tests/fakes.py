@@ -31,6 +31,8 @@ OTHER_VOLUME = "22222222-2222-4222-8222-222222222222"
 FINGERPRINT = "0123456789abcdef" * 2
 OTHER_FINGERPRINT = "fedcba9876543210" * 2
 
+TOOLS = ("lvm", "lvcreate", "lvchange", "lvremove", "lvrename", "blkdiscard", "virsh")
+
 # Exactly what lvm.VolumeGroup.read sends, before the name of the group.
 FULLREPORT = (
     "lvm fullreport --reportformat json --units b --nosuffix"
@@ -61,6 +63,15 @@ def tags(
     return {*common, *own, *more}
 
 
+def aside(erase: str, name: str) -> set[str]:
+    """The tags of a disk that was set aside, to be erased so under that name."""
+    return {"localdisk", "DELETING", f"ERASE_{erase}", f"ASIDE_{name}"}
+
+
+class Killed(BaseException):
+    """The process under test ends here."""
+
+
 @dataclass
 class Volume:
     """One logical volume, its fields in LVM's words."""
@@ -87,7 +98,8 @@ class FakeHost:
     """One volume group, made from a captured report, and the VMs of libvirt.
 
     `commands` is every command in order; `before[tool]` is called with a command before it is carried out
-    and may change the group or raise, as `fail` does.
+    and may change the group or raise, as `fail` does.  `removed` is what was removed, `erased` the lv_uuids
+    of what was erased.
     """
 
     def __init__(self, text: str | None = None) -> None:
@@ -104,6 +116,8 @@ class FakeHost:
         self.libvirt_is_silent = False
         self.commands: list[str] = []
         self.before: dict[str, Callable[[list[str]], None]] = {}
+        self.removed: list[Volume] = []
+        self.erased: set[str] = set()
 
     # -- for tests
 
@@ -133,6 +147,26 @@ class FakeHost:
                 raise CommandFailed(tuple(argv), 5, stderr)
 
         self.before[tool] = refuse
+
+    def before_command(self, number: int, act: Callable[[], None]) -> None:
+        """Call `act` once, before the command of that number, the first from now on being 0."""
+        due = len(self.commands) + number + 1
+
+        def count(_argv: list[str]) -> None:
+            if len(self.commands) == due:
+                self.before.clear()
+                act()
+
+        self.before = dict.fromkeys(TOOLS, count)
+
+    def kill_before(self, number: int) -> None:
+        """Let the process die before the command of that number; what it does in dying has no effect."""
+
+        def die(_argv: object = None) -> None:
+            self.before = dict.fromkeys(TOOLS, die)
+            raise Killed
+
+        self.before_command(number, die)
 
     def dm_uuid(self, lv_name: str) -> str:
         uuids: str = self.vg["vg_uuid"] + self.volumes[lv_name].lv_uuid
@@ -239,9 +273,22 @@ class FakeHost:
             if volume.lv_device_open:
                 self._in_use(argv, volume)
         for volume in volumes:
-            del self.volumes[volume.lv_name]
+            self.removed.append(self.volumes.pop(volume.lv_name))
             if not volume.pool_lv:
                 self.vg["vg_free"] = str(int(self.vg["vg_free"]) + volume.lv_size)
+        return ""
+
+    def _lvrename(self, argv: list[str]) -> str:
+        assert argv[1:3] == ["--quiet", self.vg["vg_name"]]
+        old, new = argv[3:]
+        if old == new:
+            said = "Old and new logical volume names must differ"
+            raise CommandFailed(tuple(argv), 3, f"  {said}\n  Run `lvrename --help' for more information.\n")
+        (volume,) = self._named(argv, [f"{argv[2]}/{old}"])
+        assert new not in self.volumes
+        del self.volumes[old]
+        volume.lv_name = new
+        self.volumes[new] = volume
         return ""
 
     def _named(self, argv: list[str], names: list[str]) -> list[Volume]:
@@ -258,6 +305,8 @@ class FakeHost:
         volume = self.volumes[argv[-1].rpartition("/")[2]]
         assert volume.lv_active
         assert not volume.lv_device_open, "erased under whoever has it open"
+        assert f"ASIDE_{volume.lv_name}" in volume.lv_tags, "erased under a name that a start may ask for"
+        self.erased.add(volume.lv_uuid)
         return ""
 
     def _virsh(self, argv: list[str]) -> str:

@@ -113,16 +113,86 @@ def test_state(more: tuple[str, ...], state: State) -> None:
 
 
 def test_fields() -> None:
-    found = local_disk(volume(tags("STOPPED_7", "STOPPED_42", "WRITES_1", "WRITES_4096")))
+    stops, marks, writes = (
+        {f"{name}_{low}", f"{name}_{high}", f"{name}_x"}
+        for name, low, high in (("STOPPED", 7, 42), ("UNNEEDED", 8, 43), ("WRITES", 9, 4096))
+    )
+    found = local_disk(volume(tags(*stops, *marks, *writes)))
     assert (found.volume_id, found.vm_id, found.image_id) == (VOLUME, VM, IMAGE)
-    assert (found.fingerprint, found.stopped, found.writes) == (FINGERPRINT, 42, 4096)
-    assert found.stopped_tags == {"STOPPED_7", "STOPPED_42"}
-    assert found.writes_tags == {"WRITES_1", "WRITES_4096"}
+    assert (found.fingerprint, found.stopped, found.unneeded, found.writes) == (FINGERPRINT, 42, 43, 4096)
+    assert found.idle_tags == stops | marks
+    assert found.unneeded_tags == marks
+    assert found.writes_tags == writes
+    assert (found.erase, found.aside_name) == ("", "")
     assert not found.is_open
+    assert not found.is_aside
 
 
-def test_a_malformed_stop_is_taken_away_with_the_others() -> None:
-    assert local_disk(volume(tags("STOPPED_x"))).stopped_tags == {"STOPPED_x"}
+def test_fields_that_are_not_there() -> None:
+    found = local_disk(volume(tags()))
+    assert (found.stopped, found.unneeded, found.writes, found.erase) == (None, None, 0, "")
+    assert found.idle_tags == found.unneeded_tags == found.writes_tags == frozenset()
+
+
+def test_a_mark_does_not_change_the_state() -> None:
+    assert local_disk(volume(tags("UNNEEDED_5"))).state is State.READY
+    assert local_disk(volume(tags("UNNEEDED_5", "STOPPED_5"))).state is State.STOPPED
+    assert local_disk(volume(tags(life.unneeded_tag(7.9)))).unneeded == 7
+    assert local_disk(volume(tags(life.stopped_tag(7.9)))).stopped == 7
+
+
+# -- disks that are set aside
+
+
+@pytest.mark.parametrize("how", ["discard", "zero"])
+@pytest.mark.parametrize("ours", [True, False])
+def test_a_disk_that_is_set_aside_is_nobodys(how: str, ours: bool) -> None:
+    found = local_disk(volume(tags("UPDATING", "WRITES_5", "STOPPED_5", "UNNEEDED_5", "x", ours=ours)))
+    add, remove = life.aside_tags(found, how, OTHER_VOLUME)
+    aside = local_disk(volume((found.lv.lv_tags - remove) | add))
+    assert aside.lv.lv_tags == {"localdisk", "DELETING", f"ERASE_{how}", f"ASIDE_{OTHER_VOLUME}"}
+    assert (aside.vm_id, aside.image_id, aside.fingerprint, aside.stopped, aside.unneeded) == (
+        *("", "", "", None, None),
+    )
+    assert (aside.is_aside, aside.state, aside.erase) == (True, State.DELETING, how)
+    assert aside.aside_name == OTHER_VOLUME
+    assert life.aside_tags(aside, how, OTHER_VOLUME) == (frozenset(), frozenset())
+    renamed = frozenset({f"ASIDE_{VOLUME}"}), frozenset({f"ASIDE_{OTHER_VOLUME}"})
+    assert life.aside_tags(aside, how, VOLUME) == renamed
+    life.require_owner(aside, VM, IMAGE, "vg")
+    life.require_owner(aside, OTHER_VM, OTHER_IMAGE, "vg")
+
+
+def test_how_a_disk_is_to_be_erased() -> None:
+    """What a later version may say is not taken for anything that it is not."""
+    for tag, erase in (
+        ("ERASE_zero", "zero"),
+        ("ERASE_discard", "discard"),
+        ("ERASE_none", ""),
+        ("ERASE_x", ""),
+    ):
+        assert local_disk(volume({"localdisk", "DELETING", tag})).erase == erase
+    assert local_disk(volume(tags("ERASE_zero"))).erase == "zero"
+
+
+@pytest.mark.parametrize(
+    ("names", "name"),
+    [
+        ((), ""),
+        ((OTHER_VOLUME,), OTHER_VOLUME),
+        ((VOLUME,), VOLUME),
+        ((VOLUME, OTHER_VOLUME), ""),
+        (("x",), ""),
+        ((OTHER_VOLUME.upper().replace("2", "A"),), ""),
+        ((f"{OTHER_VOLUME}x",), ""),
+        (("",), ""),
+    ],
+    ids=str,
+)
+def test_the_name_that_a_disk_gets(names: tuple[str, ...], name: str) -> None:
+    """It becomes an argument of lvrename: a name of ours, and no doubt which."""
+    lv_tags = {"localdisk", "DELETING", "ERASE_zero", *(f"ASIDE_{each}" for each in names)}
+    assert local_disk(volume(lv_tags)).aside_name == name
 
 
 def test_two_fingerprints_are_none() -> None:
@@ -151,6 +221,13 @@ def test_two_fingerprints_are_none() -> None:
         tags(vm="{" + VM + "}"),
         tags(vm=VM, image="x"),
         {"localdisk", f"vm_{VM}", f"IU_{IMAGE}"},
+        {"DELETING", "ERASE_zero"},
+        {"localdisk", "UPDATING"},
+        {"localdisk", "DELETING", f"VM_{VM}"},
+        {"localdisk", "DELETING", f"IU_{IMAGE}"},
+        {"localdisk", "DELETING", "VM_x", "IU_x"},
+        {"localdisk", "DELETING", "ERASE_zero", "VM_"},
+        tags("DELETING", f"VM_{OTHER_VM}"),
     ],
     ids=lambda given: " ".join(sorted(given)),
 )
@@ -163,6 +240,7 @@ def test_volumes_that_are_not_ours_to_touch(lv_tags: set[str]) -> None:
 )
 def test_names_that_no_local_disk_has(lv_name: str) -> None:
     assert LocalDisk.from_lv(volume(tags(), lv_name=lv_name)) is None
+    assert LocalDisk.from_lv(volume({"localdisk", "DELETING"}, lv_name=lv_name)) is None
 
 
 def test_a_pool_named_like_a_volume_is_none() -> None:
@@ -195,8 +273,12 @@ def test_local_disks_of_a_real_report() -> None:
 def test_any_tags_make_a_disk_of_one_vm_or_none(lv_tags: frozenset[str]) -> None:
     found = LocalDisk.from_lv(volume(lv_tags))
     if found:
-        assert [t for t in lv_tags if t.startswith("VM_")] == [f"VM_{found.vm_id}"]
-        assert [t for t in lv_tags if t.startswith("IU_")] == [f"IU_{found.image_id}"]
+        owners = {t for t in lv_tags if t.startswith(("VM_", "IU_"))}
+        if found.is_aside:
+            assert owners == set()
+            assert {"localdisk", "DELETING"} <= lv_tags
+        else:
+            assert owners == {f"VM_{found.vm_id}", f"IU_{found.image_id}"}
         assert found.stopped is None or found.stopped >= 0
 
 

@@ -1,48 +1,73 @@
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
+import os
 import time
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from localdisk import config, gc, lock
-from localdisk.config import Config
-from localdisk.disk import LocalDisk, State
-from localdisk.errors import NoVolumeGroup
-from localdisk.gc import Action, Finding, Verdict, Witnesses
+from localdisk import cli, config, gc, lock
+from localdisk.config import Config, Policy
+from localdisk.disk import LocalDisk, unneeded_tag
+from localdisk.errors import CommandFailed, Interrupted, NoVolumeGroup
+from localdisk.gc import Action, Collection, Verdict, Witnesses
 from localdisk.lvm import VolumeGroup
+from localdisk.session import Session
 from tests.fakes import (
+    FINGERPRINT,
     FULLREPORT,
     IMAGE,
-    OTHER_IMAGE,
     OTHER_VM,
     OTHER_VOLUME,
     VM,
     VOLUME,
     FakeHost,
+    Killed,
+    Volume,
+    aside,
+    report,
     tags,
 )
 
 NOW = 1_760_000_000
-KEEP_FOR = 7 * 86400
+GRACE, KEEP_FOR = 600, 7 * 86400  # the defaults
 SIZE = 64 << 20
 LOOK = f"{FULLREPORT} ovirt-local"
 LIST = "virsh --readonly --connect qemu:///system list --uuid --all"
-STATE_TAGS = {
-    State.READY: (),
-    State.STOPPED: ("STOPPED_5",),
-    State.UNFINISHED: ("UPDATING", "WRITES_5"),
-    State.DELETING: ("DELETING",),
-}
+NAME = f"ovirt-local/{VOLUME}"
+KEEP = "retention: {on_stop: keep}"
+ERASE = "retention: {erase: discard}"
+ASIDE = aside("discard", VOLUME)
+NOT_RENAMED = aside("discard", OTHER_VOLUME)  # killed before it could be, or LVM refused
+LONG_MARKED = f"UNNEEDED_{NOW - GRACE}"
+LONG_STOPPED = f"STOPPED_{NOW - KEEP_FOR}"
+LV = VolumeGroup.from_report(report("mixed")).lvs[0]
 
 
-@lru_cache(maxsize=20)
+@lru_cache(maxsize=50)
 def parsed(text: str = "") -> Config:
     return config.parse(text.encode(), "F")
+
+
+@lru_cache(maxsize=50)
+def policy(text: str = "") -> Policy:
+    return parsed(text).policy(VM)
+
+
+def disk(lv_tags: set[str] | frozenset[str], is_open: bool = False) -> LocalDisk:
+    lv = dataclasses.replace(LV, lv_name=VOLUME, lv_tags=frozenset(lv_tags), lv_device_open=is_open)
+    found = LocalDisk.from_lv(lv)
+    assert found
+    return found
 
 
 @pytest.fixture(name="host")
@@ -51,109 +76,295 @@ def fixture_host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeHost:
     return FakeHost().install(monkeypatch, tmp_path)
 
 
-def disk(state: State, is_open: bool = False, stopped: int | None = None) -> LocalDisk:
-    host = FakeHost()
-    host.add(VOLUME, tags(*STATE_TAGS[state]), SIZE, lv_device_open="open" if is_open else "")
-    lv = VolumeGroup.from_report(host.report()).find(VOLUME)
-    found = LocalDisk.from_lv(lv) if lv else None
-    assert found
-    return dataclasses.replace(found, stopped=stopped)
+# -- deciding: every combination
 
 
-# -- deciding
+class Case(NamedTuple):
+    state: str
+    is_open: bool
+    is_locked: bool
+    is_known: bool | None
+    may_start: bool
+    marked: int | None  # seconds ago; negative: in the future
+    stopped: int
+    on_stop: str
+
+    @property
+    def verdict(self) -> Verdict:
+        witnesses = Witnesses(self.is_locked, self.is_known, self.may_start)
+        return gc.decide(self.disk, witnesses, policy(f"retention: {{on_stop: {self.on_stop}}}"), NOW)
+
+    @property
+    def disk(self) -> LocalDisk:
+        more = {
+            "ready": set[str](),
+            "stopped": {f"STOPPED_{NOW - self.stopped}"},
+            "unfinished": {"UPDATING", "WRITES_5"},
+            "deleting": {"DELETING"},
+            "aside": ASIDE,
+        }[self.state]
+        mark = set() if self.marked is None else {f"UNNEEDED_{NOW - self.marked}"}
+        return disk((set() if self.state == "aside" else tags()) | more | mark, self.is_open)
 
 
-def decided(state: State, is_open: bool, is_locked: bool, is_known: bool | None, age: float) -> Verdict:
-    given = disk(state, is_open, stopped=NOW if state is State.STOPPED else None)
-    return gc.decide(given, Witnesses(is_locked, is_known), parsed().policy(VM), NOW + age)
+BOTH = (False, True)
+STATES = ("ready", "stopped", "unfinished", "deleting", "aside")
+MARKS = (None, -1, 0, GRACE - 1, GRACE, GRACE + 1)
+STOPS = (-1, 0, KEEP_FOR - 1, KEEP_FOR, KEEP_FOR + 1)
+CASES = [
+    Case(*values)
+    for values in itertools.product(
+        STATES, BOTH, BOTH, (None, False, True), BOTH, MARKS, STOPS, ("delete", "keep")
+    )
+    if values[0] == "stopped" or values[6] == 0
+]
 
 
-AGES = (-86400.0, -1.0, 0.0, 1.0, KEEP_FOR - 0.5, float(KEEP_FOR), KEEP_FOR * 100.0)
-CASES = list(itertools.product(State, (False, True), (False, True), (None, False, True), AGES))
+def expected(case: Case) -> tuple[Action, bool]:
+    """What DESIGN.md says: the action, and whether all that counts could be asked."""
+    can_go = not case.is_open and not case.is_locked and case.is_known is False
+    must_wait = can_go and case.state == "ready" and case.on_stop == "delete" and case.may_start
+    is_due = {
+        "unfinished": True,
+        "deleting": True,
+        "aside": case.may_start,
+        "stopped": case.stopped >= KEEP_FOR,
+        "ready": case.on_stop == "delete"
+        and (not case.may_start or (case.marked is not None and case.marked >= GRACE)),
+    }
+    actions = {
+        Action.REMOVE: can_go and is_due[case.state],
+        Action.STOP: can_go and case.state == "ready" and case.on_stop == "keep",
+        Action.MARK: must_wait and case.marked is None,
+        Action.UNMARK: case.marked is not None
+        and (case.is_open or (not case.is_locked and case.is_known is True)),
+    }
+    wanted = [action for action, holds in actions.items() if holds]
+    assert len(wanted) <= 1
+    was_silent = not case.is_open and not case.is_locked and case.is_known is None
+    mark_is_ahead = must_wait and case.marked is not None and case.marked < 0
+    stop_is_ahead = can_go and case.state == "stopped" and case.stopped < 0
+    return (*wanted, Action.KEEP)[0], not (was_silent or mark_is_ahead or stop_is_ahead)
 
 
-def test_decide_does_what_the_table_says() -> None:
-    for state, is_open, is_locked, is_known, age in CASES:
-        verdict = decided(state, is_open, is_locked, is_known, age)
-        if is_open or is_locked or state is State.READY:
-            expected, certain = Action.KEEP, True
-        elif state in (State.UNFINISHED, State.DELETING):
-            expected, certain = Action.REMOVE, True
-        else:
-            is_due = is_known is False and age >= KEEP_FOR
-            expected, certain = Action.REMOVE if is_due else Action.KEEP, is_known is not None
-        assert (verdict.action, verdict.is_certain) == (expected, certain), (state, is_open, is_locked)
-        assert verdict.reason
-
-
-def test_decide_never_breaks_a_promise() -> None:
-    for state, is_open, is_locked, is_known, age in CASES:
-        verdict = decided(state, is_open, is_locked, is_known, age)
-        if verdict.action is Action.REMOVE:
-            assert not is_open
-            assert not is_locked
-            assert state is not State.READY
-            if state is State.STOPPED:  # a complete copy that someone wanted to keep
-                assert is_known is False
-                assert age >= KEEP_FOR
+def test_decide_does_what_the_design_says() -> None:
+    assert len(CASES) > 2000
+    for case in CASES:
+        verdict = case.verdict
+        assert (verdict.action, verdict.is_certain) == expected(case), case
+        assert verdict.reason, case
 
 
 @pytest.mark.parametrize(
-    ("age", "reason"),
+    ("lv_tags", "text", "may_start", "reason"),
     [
-        (-1, "stopped in the future: the clock went backwards"),
-        (3600, "kept for another 6 d 23 h"),
-        (KEEP_FOR + 3600, "stopped 7 d 1 h ago, past keep_for"),
+        (tags(f"STOPPED_{NOW + 1}"), "", True, "stopped in the future, the clock went backwards"),
+        (tags(f"STOPPED_{NOW - 3600}"), "", True, "kept for another 6 d 23 h"),
+        (tags(f"STOPPED_{NOW - KEEP_FOR - 3600}"), "", True, "stopped 7 d 1 h ago, past keep_for"),
+        (tags(), "", True, "no VM needs it; removed if that is so after 10 min"),
+        (tags(f"UNNEEDED_{NOW - 61}"), "", True, "no VM needs it since 1 min 1 s, of 10 min (grace)"),
+        (tags(f"UNNEEDED_{NOW + 1}"), "", True, "unneeded since the future, the clock went backwards"),
+        (tags(LONG_MARKED), "", True, "no VM needs it since 10 min, past grace"),
+        (tags(LONG_MARKED), "", False, "its VM stopped while vdsm did not run"),
+        (tags(), KEEP, True, "its VM does not run, kept for 7 d from now"),
+        (tags("UPDATING"), "", True, "unfinished copy that nobody works on"),
+        (tags("DELETING"), "", True, "marked for removal when its VM stopped"),
+        (ASIDE, "", True, "set aside to be erased"),
+        (ASIDE, "", False, "set aside, the next gc erases it: vdsm does not wait for that"),
+        (NOT_RENAMED, "", False, "set aside, the next gc erases it: vdsm does not wait for that"),
     ],
 )
-def test_reasons(age: int, reason: str) -> None:
-    assert decided(State.STOPPED, False, False, False, age).reason == reason
+def test_reasons(lv_tags: set[str], text: str, may_start: bool, reason: str) -> None:
+    assert gc.decide(disk(lv_tags), Witnesses(False, False, may_start), policy(text), NOW).reason == reason
 
 
-def test_the_policy_is_the_vms_own() -> None:
-    policy = parsed(f"vms: {{{VM}: {{retention: {{keep_for: 1h}}}}}}").policy(VM)
-    verdict = gc.decide(disk(State.STOPPED, stopped=NOW), Witnesses(False, False), policy, NOW + 3600)
-    assert verdict.action is Action.REMOVE
+@pytest.mark.parametrize(
+    ("is_open", "is_locked", "is_known", "reason"),
+    [
+        (True, True, True, "in use, its device is open"),
+        (False, True, True, "a process works on it"),
+        (False, False, True, "libvirt knows its VM"),
+        (False, False, None, "libvirt cannot be asked about its VM"),
+    ],
+)
+def test_reasons_to_keep(is_open: bool, is_locked: bool, is_known: bool | None, reason: str) -> None:
+    witnesses = Witnesses(is_locked, is_known, may_start=True)
+    assert gc.decide(disk(tags("UPDATING"), is_open), witnesses, policy(), NOW).reason == reason
+
+
+# -- deciding: what never happens
+
+EPOCHS = st.integers(0, 2 * NOW)
+TAG_SETS = st.frozensets(
+    st.sampled_from(["UPDATING", "DELETING", "WRITES_5", "ERASE_zero"])
+    | st.builds("{}_{}".format, st.sampled_from(["STOPPED", "UNNEEDED"]), EPOCHS | st.just("x")),
+    max_size=4,
+)
+WITNESSES = st.builds(Witnesses, st.booleans(), st.none() | st.booleans(), st.booleans())
+POLICIES = st.builds(
+    lambda on_stop, keep_for, grace: dataclasses.replace(
+        policy(),
+        retention=dataclasses.replace(policy().retention, on_stop=on_stop, keep_for=keep_for, grace=grace),
+    ),
+    st.sampled_from(["delete", "keep"]),
+    st.integers(0, 2 * NOW),
+    st.integers(0, 2 * NOW),
+)
+properties = settings(max_examples=150, deadline=None, derandomize=True, database=None)
+
+
+@properties
+@given(TAG_SETS, st.booleans(), st.booleans(), WITNESSES, POLICIES, EPOCHS)
+def test_decide_never_breaks_a_promise(
+    more: frozenset[str], ours: bool, is_open: bool, witnesses: Witnesses, its: Policy, now: int
+) -> None:
+    found = disk(tags(*more, ours=ours), is_open)
+    verdict = gc.decide(found, witnesses, its, now)
+    if verdict.action is Action.REMOVE:
+        assert not is_open
+        assert not witnesses.is_locked
+        assert witnesses.vm_is_known is False
+        assert verdict.is_certain
+        if not more & {"UPDATING", "DELETING"}:  # a complete copy
+            assert found.stopped is None or now - found.stopped >= its.retention.keep_for
+            if found.stopped is None and witnesses.may_start:
+                assert found.unneeded is not None
+                assert now - found.unneeded >= its.retention.grace
+    if verdict.action is Action.MARK:
+        assert found.unneeded is None
+
+
+@properties
+@given(st.lists(st.tuples(st.integers(1, 400), st.integers(0, 5000)), min_size=1, max_size=8))
+def test_a_clock_that_went_backwards_never_deletes(sightings: list[tuple[int, int]]) -> None:
+    """gc sees a disk every so many seconds, by a clock that is behind by so much, after it was right once."""
+    lv_tags, true_time = tags(unneeded_tag(NOW)), NOW
+    for seconds, behind in sightings:
+        true_time += seconds
+        found = disk(lv_tags)
+        verdict = gc.decide(found, Witnesses(False, False, True), policy(), true_time - behind)
+        if verdict.action is Action.REMOVE:
+            assert true_time - NOW >= GRACE
+            return
+        if verdict.action in (Action.MARK, Action.UNMARK):
+            lv_tags -= found.unneeded_tags
+        if verdict.action is Action.MARK:
+            lv_tags |= {unneeded_tag(true_time - behind)}
 
 
 # -- collecting
 
 
-def outcome(findings: tuple[Finding, ...]) -> dict[str, str]:
+def outcome(collection: Collection) -> dict[str, str]:
     """The first digit of each disk -> what came of it."""
-    return {f.disk.volume_id[0]: "failed" if f.failure else f.verdict.action.value for f in findings}
+    return {
+        finding.disk.volume_id[0]: "failed" if finding.failure else finding.verdict.action.value
+        for finding in collection.findings
+    }
 
 
-def populate(host: FakeHost) -> None:
-    old, young = f"STOPPED_{NOW - KEEP_FOR}", f"STOPPED_{NOW - 5}"
-    for digit, more, vm in (
-        ("1", (), VM),
-        ("2", ("UPDATING",), VM),
-        ("3", ("DELETING",), VM),
-        ("4", (old,), VM),
-        ("5", (young,), VM),
-        ("6", (old,), OTHER_VM),
-    ):
-        host.add(VOLUME.replace("1", digit), tags(*more, vm=vm), SIZE)
+def name(digit: str) -> str:
+    return VOLUME.replace("1", digit)
+
+
+def new_name(volume: Volume) -> str:
+    """The name that a disk that is set aside gets, or has."""
+    (found,) = (tag[6:] for tag in volume.lv_tags if tag.startswith("ASIDE_"))
+    return found
+
+
+POPULATION = {
+    "1": tags(),
+    "2": tags("UPDATING"),
+    "3": tags("DELETING"),
+    "4": tags(LONG_STOPPED),
+    "5": tags(f"STOPPED_{NOW - 5}"),
+    "6": tags(LONG_STOPPED, vm=OTHER_VM),
+    "7": tags(LONG_MARKED),
+    "8": tags(LONG_MARKED, vm=OTHER_VM),
+    "9": aside("discard", name("9")),
+    "a": aside("discard", name("b")),
+}
+DIGITS = "".join(POPULATION)
+OUTCOME = {
+    "1": "mark",
+    "2": "remove",
+    "3": "remove",
+    "4": "remove",
+    "5": "keep",
+    "6": "keep",
+    "7": "remove",
+    "8": "unmark",
+    "9": "remove",
+    "a": "remove",
+}
+
+
+def populate(host: FakeHost, digits: str = DIGITS) -> None:
+    for digit in digits:
+        host.add(name(digit), POPULATION[digit], SIZE)
     host.add("data", {"localdisk"}, SIZE)
     host.defined = {OTHER_VM}
 
 
 def test_collect(host: FakeHost) -> None:
     populate(host)
-    findings = gc.collect(parsed())
-    assert outcome(findings) == {
-        "1": "keep",
-        "2": "remove",
-        "3": "remove",
-        "4": "remove",
-        "5": "keep",
-        "6": "keep",
+    collection = gc.collect(parsed())
+    assert outcome(collection) == OUTCOME
+    assert not collection.is_problem
+    assert {name[0]: volume.lv_tags for name, volume in host.volumes.items()} == {
+        "1": tags(f"UNNEEDED_{NOW}"),
+        "5": POPULATION["5"],
+        "6": POPULATION["6"],
+        "8": tags(vm=OTHER_VM),
+        "d": {"localdisk"},
+        "p": set(),
     }
-    assert [name[0] for name in sorted(host.volumes)] == ["1", "5", "6", "d", "p"]
-    assert not any(finding.is_problem for finding in findings)
-    removes = [f"lvremove --quiet --yes ovirt-local/{VOLUME.replace('1', digit)}" for digit in "234"]
-    assert host.commands == [LIST, LOOK, LOOK, removes[0], LOOK, removes[1], LOOK, removes[2]]
+    assert os.listdir(lock.RUN) == []
+
+
+def test_collect_is_one_look_for_all_and_one_for_each_that_is_changed(host: FakeHost) -> None:
+    for digit in "125":
+        host.add(name(digit), POPULATION[digit], SIZE)
+    gc.collect(parsed())
+    again = [LOOK, LIST]
+    assert host.commands == [
+        *(LIST, LOOK),
+        *(*again, f"lvchange --quiet --addtag UNNEEDED_{NOW} {NAME}"),
+        *(*again, f"lvremove --quiet --yes ovirt-local/{name('2')}"),
+    ]
+
+
+def test_the_second_sighting_removes(host: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    host.add(VOLUME, tags(), SIZE)
+    seen: list[str] = []
+    for seconds in (0, GRACE - 1, GRACE):
+        monkeypatch.setattr(time, "time", lambda now=NOW + seconds: float(now))
+        seen += outcome(gc.collect(parsed())).values()
+    assert seen == ["mark", "keep", "remove"]
+    assert VOLUME not in host.volumes
+
+
+def test_a_missed_stop_of_a_kept_disk(host: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    volume = host.add(VOLUME, tags("UNNEEDED_5"), SIZE)
+    assert outcome(gc.collect(parsed(KEEP))) == {"1": "stop"}
+    assert volume.lv_tags == tags(f"STOPPED_{NOW}")
+    monkeypatch.setattr(time, "time", lambda: float(NOW + KEEP_FOR))
+    assert outcome(gc.collect(parsed(KEEP))) == {"1": "remove"}
+
+
+def test_a_kept_disk_that_is_unmarked_stays_stopped(host: FakeHost) -> None:
+    volume = host.add(VOLUME, tags(LONG_STOPPED, LONG_MARKED), SIZE)
+    host.defined = {VM}
+    assert outcome(gc.collect(parsed(KEEP))) == {"1": "unmark"}
+    assert volume.lv_tags == tags(LONG_STOPPED)
+
+
+def test_before_vdsm_starts_one_sighting_is_enough(host: FakeHost) -> None:
+    populate(host)
+    collection = gc.collect(parsed(), may_start=False)
+    assert outcome(collection) == {**OUTCOME, "1": "remove", "9": "keep", "a": "keep"}
+    assert not collection.is_problem
 
 
 def test_dry_run_changes_nothing(host: FakeHost) -> None:
@@ -161,14 +372,13 @@ def test_dry_run_changes_nothing(host: FakeHost) -> None:
     held = lock.try_hold(lock.disk_lock("left"))
     assert held
     before = host.report()
-    findings = gc.collect(parsed(), dry_run=True)
-    assert outcome(findings)["2"] == "remove"
+    assert outcome(gc.collect(parsed(), dry_run=True)) == OUTCOME
     assert host.report() == before
     assert host.commands == [LIST, LOOK]
 
 
 def test_an_empty_group(host: FakeHost) -> None:
-    assert gc.collect(parsed()) == ()
+    assert gc.collect(parsed()) == Collection(())
     assert host.commands == [LIST, LOOK]
 
 
@@ -176,8 +386,8 @@ def test_an_empty_group(host: FakeHost) -> None:
 def test_a_disk_that_is_being_prepared(host: FakeHost, is_dry: bool) -> None:
     host.add(VOLUME, tags("UPDATING"), SIZE)
     with lock.holding(lock.disk_lock(VOLUME), lambda _: None):
-        (finding,) = gc.collect(parsed(), is_dry)
-    assert finding.verdict == Verdict(Action.KEEP, "being prepared")
+        (finding,) = gc.collect(parsed(), is_dry).findings
+    assert finding.verdict == Verdict(Action.KEEP, "a process works on it")
     assert VOLUME in host.volumes
 
 
@@ -185,89 +395,117 @@ def test_a_disk_that_is_claimed_after_the_look(host: FakeHost, monkeypatch: pyte
     host.add(VOLUME, tags("UPDATING"), SIZE)
     monkeypatch.setattr(lock, "is_held", lambda _path: False)
     with lock.holding(lock.disk_lock(VOLUME), lambda _: None):
-        (finding,) = gc.collect(parsed())
-    assert finding.verdict == Verdict(Action.KEEP, "being prepared")
-    assert VOLUME in host.volumes
+        (finding,) = gc.collect(parsed()).findings
+    assert finding.verdict == Verdict(Action.KEEP, "a process works on it")
+    assert host.commands == [LIST, LOOK]
 
 
 @pytest.mark.parametrize(
-    ("change", "reason"),
+    ("change", "action", "reason"),
     [
-        ({"lv_tags": tags()}, "not marked as stopped"),
-        ({"lv_device_open": "open"}, "in use"),
-        ({"lv_tags": tags(f"STOPPED_{NOW}")}, "kept for another 7 d"),
+        ({"lv_tags": tags()}, Action.MARK, "no VM needs it; removed if that is so after 10 min"),
+        ({"lv_device_open": "open"}, Action.KEEP, "in use, its device is open"),
+        ({"lv_tags": tags(f"STOPPED_{NOW}")}, Action.KEEP, "kept for another 7 d"),
+        ({"lv_tags": tags(LONG_MARKED, vm=OTHER_VM)}, Action.UNMARK, "libvirt knows its VM"),
     ],
 )
 def test_a_disk_that_changes_after_the_look_is_judged_again(
-    host: FakeHost, change: dict[str, object], reason: str
+    host: FakeHost, change: dict[str, object], action: Action, reason: str
 ) -> None:
     volume = host.add(VOLUME, tags("UPDATING"), SIZE)
-    on_second_look(host, lambda: vars(volume).update(change))
-    (finding,) = gc.collect(parsed())
-    assert (finding.verdict.action, finding.verdict.reason) == (Action.KEEP, reason)
+    host.defined = {OTHER_VM}
+    host.before_command(2, lambda: vars(volume).update(change))
+    (finding,) = gc.collect(parsed()).findings
+    assert (finding.verdict.action, finding.verdict.reason) == (action, reason)
     assert VOLUME in host.volumes
 
 
-def on_second_look(host: FakeHost, change: object) -> None:
-    looks = [0]
+@pytest.mark.parametrize("text", ["", KEEP])
+def test_a_vm_that_libvirt_knows_only_after_the_look(host: FakeHost, text: str) -> None:
+    """Its start has taken the disk and let go of the lock, all since gc has asked libvirt."""
+    volume = host.add(VOLUME, tags(), SIZE)
+    host.before_command(1, lambda: host.defined.add(VM))
+    (finding,) = gc.collect(parsed(text)).findings
+    assert (finding.verdict.action, finding.verdict.reason) == (Action.KEEP, "libvirt knows its VM")
+    assert volume.lv_tags == tags()
 
-    def look(_argv: list[str]) -> None:
-        looks[0] += 1
-        if looks[0] == 2 and callable(change):
-            change()
 
-    host.before["lvm"] = look
+def test_a_libvirt_that_is_silent_after_the_look(host: FakeHost) -> None:
+    host.add(VOLUME, tags("UPDATING"), SIZE)
+    host.before_command(1, lambda: vars(host).update(libvirt_is_silent=True))
+    (finding,) = gc.collect(parsed()).findings
+    assert finding.verdict == Verdict(Action.KEEP, "libvirt cannot be asked about its VM", is_certain=False)
+    assert VOLUME in host.volumes
 
 
 def test_a_disk_that_is_gone_after_the_look(host: FakeHost) -> None:
     host.add(VOLUME, tags("UPDATING"), SIZE)
-    on_second_look(host, lambda: host.volumes.pop(VOLUME))
-    (finding,) = gc.collect(parsed())
-    assert not finding.is_problem
+    host.before_command(2, lambda: host.volumes.clear())
+    assert not gc.collect(parsed()).is_problem
     assert host.commands == [LIST, LOOK, LOOK]
 
 
 def test_a_volume_that_is_not_ours_any_more_after_the_look(host: FakeHost) -> None:
     volume = host.add(VOLUME, tags("UPDATING"), SIZE)
-    on_second_look(host, volume.lv_tags.clear)
+    host.before_command(2, volume.lv_tags.clear)
     gc.collect(parsed())
     assert VOLUME in host.volumes
 
 
 def test_a_failure_does_not_stop_the_others(host: FakeHost) -> None:
-    for name in (VOLUME, OTHER_VOLUME):
-        host.add(name, tags("DELETING"), SIZE)
+    for volume in (VOLUME, OTHER_VOLUME):
+        host.add(volume, tags("DELETING"), SIZE)
     host.fail("lvremove", "  Cannot change VG\n", when=VOLUME)
-    first, second = gc.collect(parsed())
+    first, second = gc.collect(parsed()).findings
     assert "Cannot change VG" in first.failure
     assert (first.is_problem, second.is_problem) == (True, False)
     assert set(host.volumes) == {VOLUME, "pool0"}
+    assert os.listdir(lock.RUN) == []
 
 
+@pytest.mark.parametrize(
+    "lv_tags",
+    [tags("UPDATING"), tags(), ASIDE, NOT_RENAMED],
+    ids=["remove", "mark", "aside", "not renamed"],
+)
 @pytest.mark.parametrize("vg", [{"vg_partial": "partial"}, {"vg_exported": "exported"}], ids=str)
-def test_nothing_is_removed_from_an_unusable_group(host: FakeHost, vg: dict[str, str]) -> None:
-    host.add(VOLUME, tags("UPDATING"), SIZE)
+def test_nothing_is_changed_in_an_unusable_group(
+    host: FakeHost, vg: dict[str, str], lv_tags: set[str]
+) -> None:
+    before = host.add(VOLUME, lv_tags, SIZE).row
     host.vg.update(vg)
-    (finding,) = gc.collect(parsed())
+    (finding,) = gc.collect(parsed()).findings
     assert finding.failure.startswith("volume group ovirt-local is ")
-    assert VOLUME in host.volumes
+    assert host.volumes[VOLUME].row == before
 
 
-def test_without_libvirt(host: FakeHost) -> None:
+def test_without_libvirt_only_what_is_no_vms_goes(host: FakeHost) -> None:
     host.libvirt_is_silent = True
-    host.add(VOLUME, tags("STOPPED_5"), SIZE)
-    host.add(OTHER_VOLUME, tags("UPDATING"), SIZE)
-    kept, removed = gc.collect(parsed())
-    assert (kept.verdict.action, kept.is_problem) == (Action.KEEP, True)
-    assert (removed.verdict.action, removed.is_problem) == (Action.REMOVE, False)
-    assert set(host.volumes) == {VOLUME, "pool0"}
+    populate(host)
+    volume = host.add(name("c"), tags(), SIZE, lv_device_open="open")
+    collection = gc.collect(parsed())
+    kept = dict.fromkeys("12345678c", "keep")
+    assert outcome(collection) == {**kept, "9": "remove", "a": "remove"}
+    certain = {finding.disk.volume_id[0] for finding in collection.findings if not finding.is_problem}
+    assert certain == {"9", "a", "c"}
+    assert volume.lv_tags == tags()
+    assert all(host.volumes[name(digit)].lv_tags == POPULATION[digit] for digit in "12345678")
 
 
-@pytest.mark.parametrize("erase", ["discard", "zero"])
-def test_a_disk_is_erased_as_its_vm_wants(host: FakeHost, erase: str) -> None:
-    host.add(VOLUME, tags("DELETING"), SIZE, lv_active="")
-    gc.collect(parsed(f"vms: {{{VM}: {{retention: {{erase: {erase}}}}}}}"))
-    assert [command.split()[0] for command in host.commands[3:]] == ["lvchange", "blkdiscard", "lvremove"]
+@pytest.mark.parametrize("number", range(5))
+def test_gc_ends_when_it_is_told_to(host: FakeHost, number: int) -> None:
+    """A hook is told by a signal, once: it raises wherever it comes."""
+    for volume in (VOLUME, OTHER_VOLUME):
+        host.add(volume, tags("DELETING"), SIZE)
+
+    def interrupt() -> None:
+        raise Interrupted(signal="SIGTERM")
+
+    host.before_command(number, interrupt)
+    with pytest.raises(Interrupted):
+        gc.collect(parsed(TWO_GROUPS))
+    assert len(host.commands) == number + 1
+    assert not Path(lock.RUN).exists() or os.listdir(lock.RUN) == []
 
 
 def test_locks_that_nobody_holds_are_swept(host: FakeHost) -> None:
@@ -280,9 +518,449 @@ def test_locks_that_nobody_holds_are_swept(host: FakeHost) -> None:
         assert [path.name for path in Path(lock.RUN).iterdir()] == ["held.lock"]
 
 
-def test_without_the_group(host: FakeHost) -> None:
-    with pytest.raises(NoVolumeGroup):
-        gc.collect(parsed("volume_group: other"))
+# -- a VM's own policy
+
+
+@pytest.mark.parametrize(
+    ("override", "lv_tags", "with_it", "without"),
+    [
+        ("on_stop: keep", tags(), "stop", "mark"),
+        ("keep_for: 1h", tags(f"STOPPED_{NOW - 3600}"), "remove", "keep"),
+        ("keep_for: 8d", tags(LONG_STOPPED), "keep", "remove"),
+        ("grace: 1s", tags(f"UNNEEDED_{NOW - 1}"), "remove", "keep"),
+        ("grace: 11m", tags(LONG_MARKED), "keep", "remove"),
+    ],
+)
+def test_a_vms_own_retention(
+    host: FakeHost, override: str, lv_tags: set[str], with_it: str, without: str
+) -> None:
+    text = f"vms: {{{VM}: {{retention: {{{override}}}}}}}"
+    host.add(VOLUME, lv_tags, SIZE)
+    host.add(OTHER_VOLUME, (lv_tags - {f"VM_{VM}"}) | {f"VM_{OTHER_VM}"}, SIZE)
+    assert outcome(gc.collect(parsed(text), dry_run=True)) == {"1": with_it, "2": without}
+    assert outcome(gc.collect(parsed(text))) == {"1": with_it, "2": without}
+
+
+@pytest.mark.parametrize("erase", ["none", "discard", "zero"])
+def test_a_vms_own_erase(host: FakeHost, erase: str) -> None:
+    theirs = {"none": "discard"}.get(erase, "none")
+    text = f"{{retention: {{erase: {theirs}}}, vms: {{{VM}: {{retention: {{erase: {erase}}}}}}}}}"
+    ours = host.add(VOLUME, tags("DELETING"), SIZE)
+    other = host.add(OTHER_VOLUME, tags("DELETING", vm=OTHER_VM), SIZE)
+    gc.collect(parsed(text))
+    assert host.removed == [ours, other]
+    assert host.erased == {other.lv_uuid if erase == "none" else ours.lv_uuid}
+    assert all("--zeroout" in command for command in host.commands if "blkdiscard" in command) == (
+        erase == "zero"
+    )
+
+
+# -- erasing
+
+
+LOOKS = ("virsh", "fullreport", "fullreport", "virsh")  # for all, then for the one
+FINISH = ("fullreport", "lvchange", "blkdiscard", "lvremove")
+
+
+@pytest.mark.parametrize("erase", ["discard", "zero"])
+def test_a_disk_gives_its_name_back_before_it_is_erased(host: FakeHost, erase: str) -> None:
+    volume = host.add(VOLUME, tags("DELETING", "UNNEEDED_5"), SIZE, lv_active="")
+    seen: list[set[str]] = []
+    host.before["blkdiscard"] = lambda _argv: seen.append(set(volume.lv_tags))
+    assert outcome(gc.collect(parsed(f"retention: {{erase: {erase}}}"))) == {"1": "remove"}
+    assert seen == [aside(erase, volume.lv_name)]
+    assert volume.lv_name != VOLUME
+    assert host.tools == [*LOOKS, "lvchange", "lvrename", *FINISH]
+    assert host.removed == [volume]
+
+
+def test_one_that_has_its_new_name_is_only_erased(host: FakeHost) -> None:
+    volume = host.add(VOLUME, ASIDE, SIZE)
+    assert outcome(gc.collect(parsed())) == {"1": "remove"}
+    assert host.tools == [*LOOKS, *FINISH[1:]]
+    assert (host.removed, host.erased) == ([volume], {volume.lv_uuid})
+
+
+@pytest.mark.parametrize("text", ["", KEEP, ERASE, "retention: {erase: zero}"])
+def test_one_that_was_not_renamed_is_renamed_first(host: FakeHost, text: str) -> None:
+    volume = host.add(VOLUME, NOT_RENAMED, SIZE)
+    assert outcome(gc.collect(parsed(text))) == {"1": "remove"}
+    assert host.tools == [*LOOKS, "lvrename", *FINISH]
+    assert host.commands[4] == f"lvrename --quiet ovirt-local {VOLUME} {OTHER_VOLUME}"
+    assert host.commands[-2] == f"blkdiscard /dev/ovirt-local/{OTHER_VOLUME}"
+    assert (host.removed, host.erased) == ([volume], {volume.lv_uuid})
+
+
+@pytest.mark.parametrize("names", [(), (VOLUME, OTHER_VOLUME), ("x",)], ids=str)
+def test_one_that_lost_its_new_name_gets_another(host: FakeHost, names: tuple[str, ...]) -> None:
+    volume = host.add(VOLUME, ASIDE - {f"ASIDE_{VOLUME}"} | {f"ASIDE_{name}" for name in names}, SIZE)
+    assert outcome(gc.collect(parsed())) == {"1": "remove"}
+    assert host.tools == [*LOOKS, "lvchange", "lvrename", *FINISH]
+    assert volume.lv_name not in (VOLUME, OTHER_VOLUME)
+    assert (host.removed, host.erased) == ([volume], {volume.lv_uuid})
+
+
+@pytest.mark.parametrize(
+    "lv_tags",
+    [tags("DELETING"), tags("UPDATING"), NOT_RENAMED, ASIDE - {f"ASIDE_{VOLUME}"}],
+    ids=["deleting", "unfinished", "not renamed", "without a name"],
+)
+@pytest.mark.parametrize("tool", ["blkdiscard", "lvremove"])
+def test_a_start_does_not_wait_for_an_erase(host: FakeHost, lv_tags: set[str], tool: str) -> None:
+    """The old name is free, and its lock too, as long as it takes."""
+    old = host.add(VOLUME, lv_tags, SIZE)
+    seen: list[object] = []
+
+    def act(argv: list[str]) -> None:
+        host.before.clear()
+        seen.extend([argv[-1].rpartition("/")[2], os.listdir(lock.RUN), start(parsed(ERASE), VOLUME)])
+
+    host.before[tool] = act
+    assert outcome(gc.collect(parsed(ERASE))) == {"1": "remove"}
+    assert seen == [old.lv_name, [f"{old.lv_name}.lock"], True]
+    assert host.volumes[VOLUME].lv_tags == tags()
+    assert (host.removed, host.erased) == ([old], {old.lv_uuid})
+    assert os.listdir(lock.RUN) == []
+
+
+def test_an_erase_that_fails_is_finished_by_the_next_gc(host: FakeHost) -> None:
+    volume = host.add(VOLUME, tags("DELETING"), SIZE)
+    host.fail("blkdiscard", "blkdiscard: BLKDISCARD ioctl failed\n", times=2)
+    for policy_then in (ERASE, ""):
+        (finding,) = gc.collect(parsed(policy_then)).findings
+        assert "ioctl failed" in finding.failure
+        assert volume.lv_tags == aside("discard", volume.lv_name)
+        assert os.listdir(lock.RUN) == []
+    (finding,) = gc.collect(parsed("retention: {erase: zero}")).findings
+    assert not finding.failure
+    assert host.commands[-2].startswith("blkdiscard /dev/")  # as it was to be when it was set aside
+    assert host.tools.count("lvrename") == 1
+    assert host.removed == [volume]
+
+
+@pytest.mark.parametrize("lv_tags", [tags("DELETING"), NOT_RENAMED], ids=["deleting", "not renamed"])
+@pytest.mark.parametrize("next_is", ["gc", "start"])
+def test_a_rename_that_fails_is_done_by_whoever_comes_next(
+    host: FakeHost, lv_tags: set[str], next_is: str
+) -> None:
+    volume = host.add(VOLUME, lv_tags, SIZE)
+    host.fail("lvrename", "  Failed to write VG ovirt-local.\n", times=2)
+    for text in (ERASE, ""):
+        (finding,) = gc.collect(parsed(text)).findings
+        assert "Failed to write VG" in finding.failure
+        assert host.volumes[VOLUME] is volume
+        assert volume.lv_tags == aside("discard", new_name(volume))
+        assert os.listdir(lock.RUN) == []
+    assert outcome(gc.collect(parsed(), may_start=False)) == {"1": "keep"}
+    if next_is == "start":
+        assert start(parsed(), VOLUME)
+        assert host.volumes[VOLUME].lv_tags == tags()
+        host.defined = {VM}
+    assert not gc.collect(parsed()).is_problem
+    assert len({command for command in host.commands if "lvrename" in command}) == 1
+    assert volume.lv_name == new_name(volume)
+    assert (host.removed, host.erased) == ([volume], {volume.lv_uuid})
+
+
+@pytest.mark.parametrize("erase", ["discard", "zero"])
+def test_vdsm_does_not_wait_for_an_erase(host: FakeHost, erase: str) -> None:
+    populate(host)
+    volumes = {digit: host.volumes[name(digit)] for digit in DIGITS}
+    text = f"retention: {{erase: {erase}}}"
+    for _ in range(2):  # the next gc can be the next boot's
+        assert not gc.collect(parsed(text), may_start=False).is_problem
+        assert set(host.tools) == {"virsh", "fullreport", "lvchange", "lvrename"}
+        assert all(volumes[digit].lv_tags == aside(erase, volumes[digit].lv_name) for digit in "12347")
+        assert all(volumes[digit].lv_name != name(digit) for digit in "12347")
+        assert all(host.volumes[name(digit)].lv_tags == POPULATION[digit] for digit in "569a")
+    assert host.tools.count("lvrename") == len("12347")
+    assert os.listdir(lock.RUN) == []
+    assert not gc.collect(parsed()).is_problem
+    gone = sorted(volumes[digit].lv_uuid for digit in "123479a")
+    assert sorted(volume.lv_uuid for volume in host.removed) == sorted(host.erased) == gone
+
+
+def test_before_vdsm_starts_a_start_takes_what_was_set_aside(host: FakeHost) -> None:
+    old = host.add(VOLUME, tags("DELETING"), SIZE)
+    gc.collect(parsed(ERASE), may_start=False)
+    assert start(parsed(ERASE), VOLUME)
+    host.defined = {VM}
+    assert not gc.collect(parsed()).is_problem
+    assert left_on(host) == {"1": tags(), "p": set()}
+    assert (host.removed, host.erased) == ([old], {old.lv_uuid})
+
+
+def test_an_erase_that_another_gc_has_begun_is_left_to_it(host: FakeHost) -> None:
+    volume = host.add(VOLUME, tags("DELETING"), SIZE)
+    others: list[object] = []
+    host.before["lvrename"] = lambda argv: others.append(lock.try_hold(lock.disk_lock(argv[-1])))
+    assert not gc.collect(parsed(ERASE)).is_problem
+    (finding,) = gc.collect(parsed()).findings
+    assert finding.verdict == Verdict(Action.KEEP, "a process works on it")
+    assert volume.lv_tags == aside("discard", volume.lv_name)
+    assert (host.removed, host.erased) == ([], set())
+
+
+@pytest.mark.parametrize("is_named", BOTH)
+def test_a_disk_without_a_word_on_how_to_erase_it(host: FakeHost, is_named: bool) -> None:
+    """One that has its name is only removed; one that has none is treated as is wanted now."""
+    lost = {"ERASE_discard"} if is_named else {"ERASE_discard", f"ASIDE_{VOLUME}"}
+    for text in ("retention: {erase: none}", "retention: {erase: zero}"):
+        volume = host.add(VOLUME, ASIDE - lost, SIZE)
+        gc.collect(parsed(text))
+        assert host.removed.pop() is volume
+        assert (volume.lv_uuid in host.erased) == ("zero" in text and not is_named)
+        assert volume.lv_tags == (aside("zero", volume.lv_name) if host.erased else ASIDE - lost)
+
+
+@pytest.mark.parametrize("lv_tags", [ASIDE, NOT_RENAMED], ids=["renamed", "not renamed"])
+def test_an_aside_disk_that_is_open_is_left(host: FakeHost, lv_tags: set[str]) -> None:
+    before = host.add(VOLUME, lv_tags, SIZE, lv_device_open="open").row
+    assert outcome(gc.collect(parsed())) == {"1": "keep"}
+    assert host.volumes[VOLUME].row == before
+
+
+def test_tags_of_one_that_is_set_aside_do_not_make_it_so(host: FakeHost) -> None:
+    volume = host.add(VOLUME, tags(f"ASIDE_{VOLUME}", "ERASE_zero"), SIZE)
+    assert outcome(gc.collect(parsed())) == {"1": "mark"}
+    assert volume.lv_tags == tags(f"ASIDE_{VOLUME}", "ERASE_zero", f"UNNEEDED_{NOW}")
+
+
+def test_one_that_is_gone_before_it_is_erased(host: FakeHost) -> None:
+    host.add(VOLUME, tags("DELETING"), SIZE)
+    host.before_command(6, host.volumes.clear)
+    assert not gc.collect(parsed(ERASE)).is_problem
+    assert host.tools == [*LOOKS, "lvchange", "lvrename", "fullreport"]
+
+
+def test_what_is_no_longer_aside_is_not_erased(host: FakeHost) -> None:
+    volume = host.add(VOLUME, tags("DELETING"), SIZE)
+    host.before_command(6, lambda: vars(volume).update(lv_tags=tags()))
+    gc.collect(parsed(ERASE))
+    assert (host.removed, host.erased) == ([], set())
+
+
+# -- at the same time
+
+TEXTS = ["", KEEP, ERASE]
+
+
+def hosts(
+    tmp_path: Path, text: str, digits: str = DIGITS, may_start: bool = True
+) -> Iterator[tuple[int, FakeHost]]:
+    """A fresh populated host for each command that gc sends there."""
+    with fresh_host(tmp_path, digits) as first:
+        gc.collect(parsed(text), may_start=may_start)
+    for number in range(len(first.commands)):
+        with fresh_host(tmp_path, digits) as host:
+            yield number, host
+
+
+@contextlib.contextmanager
+def fresh_host(tmp_path: Path, digits: str = DIGITS) -> Iterator[FakeHost]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(time, "time", lambda: float(NOW))
+        host = FakeHost().install(patch, tmp_path)
+        populate(host, digits)
+        yield host
+
+
+def left_on(host: FakeHost) -> dict[str, set[str]]:
+    return {volume_id[0]: volume.lv_tags for volume_id, volume in host.volumes.items()}
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_two_gcs_at_once(tmp_path: Path, text: str) -> None:
+    """A second gc runs before any one command of the first: the same is left as by one, and no failure."""
+    with fresh_host(tmp_path) as alone:
+        gc.collect(parsed(text))
+    for number, host in hosts(tmp_path, text):
+        collections: list[Collection] = []
+
+        def collect(found: list[Collection] = collections) -> None:
+            found.append(gc.collect(parsed(text)))
+
+        host.before_command(number, collect)
+        collect()
+        assert [collection.is_problem for collection in collections] == [False, False]
+        assert left_on(host) == left_on(alone), number
+        assert host.erased == alone.erased
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("may_start", BOTH)
+def test_a_gc_that_is_killed_is_finished_by_the_next(tmp_path: Path, text: str, may_start: bool) -> None:
+    for number, host in hosts(tmp_path, text, may_start=may_start):
+        host.kill_before(number)
+        with pytest.raises(Killed):
+            gc.collect(parsed(text), may_start=may_start)
+        host.before = {}
+        assert may_start or not host.erased
+        assert not gc.collect(parsed(text)).is_problem
+        is_first_gone = not may_start and name("1") not in host.volumes
+        left = {*"1568dp", *("7" if text == KEEP else "")} - set("1" if is_first_gone else "")
+        assert left_on(host).keys() == left, number
+        aside = {volume.lv_uuid for volume in host.removed if "ERASE_discard" in volume.lv_tags}
+        assert len(aside) == (len(host.removed) if text == ERASE else len("9a"))
+        assert host.erased == aside
+        assert os.listdir(lock.RUN) == []
+
+
+@pytest.mark.parametrize("may_start", BOTH)
+def test_what_a_killed_gc_left_under_its_old_name_is_renamed_first(tmp_path: Path, may_start: bool) -> None:
+    """A start while the next gc erases what it left: nothing of that is in its way."""
+    left: list[set[str]] = []
+    for number, host in hosts(tmp_path, ERASE, "3", may_start):
+        host.kill_before(number)
+        with pytest.raises(Killed):
+            gc.collect(parsed(ERASE), may_start=may_start)
+        old = host.volumes.get(name("3"))
+        if old is None or old.lv_tags == POPULATION["3"]:
+            continue
+        left.append(old.lv_tags)
+        taken: list[bool] = []
+
+        def act(_argv: object, host: FakeHost = host, taken: list[bool] = taken) -> None:
+            host.before = {}
+            taken.append(start(parsed(ERASE), name("3")))
+
+        host.before = {"blkdiscard": act}
+        sent = len(host.commands)
+        assert not gc.collect(parsed(ERASE)).is_problem
+        assert taken == [True]
+        changes = [tool for tool in host.tools[sent:] if tool not in ("virsh", "fullreport")]
+        assert changes[:3] == ["lvrename", "lvchange", "blkdiscard"]
+        assert old.lv_name == new_name(old)
+        assert left_on(host) == {"3": tags(), "d": {"localdisk"}, "p": set()}
+        assert (host.removed, host.erased) == ([old], {old.lv_uuid})
+    assert len(left) == 1  # between tagging and renaming
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("digit", "123457a")
+def test_a_start_while_gc_runs(tmp_path: Path, text: str, digit: str) -> None:
+    """A VM starts before any one command of gc: what it got is as it left it when gc has ended."""
+    for number, host in hosts(tmp_path, text, digit):
+        taken: list[bool] = []
+        renamed: list[bool] = []
+
+        def act(host: FakeHost = host, taken: list[bool] = taken, renamed: list[bool] = renamed) -> None:
+            host.defined.add(VM)
+            renamed.append("lvrename" in host.tools[:-1])
+            taken.append(start(parsed(text), name(digit)))
+
+        host.before_command(number, act)
+        assert not gc.collect(parsed(text)).is_problem
+        if taken == [True]:
+            assert host.volumes[name(digit)].lv_tags == tags(), number
+        assert taken >= renamed, number
+
+
+def start(settings: Config, volume_id: str) -> bool:
+    """Whether it could; False: gc has the lock, and it would wait."""
+
+    def give_up(_seconds: float) -> None:
+        raise Killed
+
+    session = Session(settings, give_up)
+
+    def ask(verb: str, **fields: object) -> dict[str, object]:
+        answer = session.serve(json.dumps({"verb": verb, **fields}).encode())
+        assert "error" not in answer, answer
+        return answer
+
+    try:
+        ask("claim", vm=VM, property="lvm", image=IMAGE, volume=volume_id)
+        if ask("prepare", size=SIZE, fingerprint=FINGERPRINT, writes=0)["target"]:
+            ask("commit")
+    except Killed:
+        return False
+    finally:
+        session.close()
+    return True
+
+
+# -- several volume groups
+
+TWO_GROUPS = f"vms: {{{OTHER_VM}: {{volume_group: other}}}}"
+
+
+def test_a_group_that_is_missing_does_not_keep_the_others_from_being_served(host: FakeHost) -> None:
+    host.add(VOLUME, tags("DELETING"), SIZE)
+    collection = gc.collect(parsed(TWO_GROUPS))
+    (problem,) = collection.problems
+    assert problem.startswith("no volume group other on this host : create it")
+    assert collection.is_problem
+    assert outcome(collection) == {"1": "remove"}
+    assert VOLUME not in host.volumes
+    assert host.commands[-1] == f"{FULLREPORT} other"
+
+
+@pytest.mark.parametrize("text", ["volume_group: b", f"{{volume_group: b, {TWO_GROUPS}}}"])
+@pytest.mark.usefixtures("host")
+def test_without_any_group(text: str) -> None:
+    with pytest.raises(NoVolumeGroup, match="no volume group b "):
+        gc.collect(parsed(text))
+
+
+# -- exit codes
+
+
+@pytest.fixture(name="run_gc")
+def fixture_run_gc(host: FakeHost, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], int]:
+    monkeypatch.setattr(os, "geteuid", os.getuid)
+    monkeypatch.setattr(cli, "_require_root", lambda _mode: None)
+    path = tmp_path / "localdisk.yaml"
+
+    def run_gc(text: str) -> int:
+        path.write_text(text)
+        path.chmod(0o600)
+        return cli.main(["gc", "--config", str(path)])
+
+    assert host
+    return run_gc
+
+
+@pytest.mark.parametrize(
+    ("text", "is_silent", "code", "said"),
+    [
+        ("", False, 0, ""),
+        (KEEP, False, 0, ""),
+        ("", True, 1, "libvirt does not say "),
+        (TWO_GROUPS, False, 1, "no volume group "),
+        ("volume_group: b", False, 2, "no volume group "),
+    ],
+)
+def test_exit_codes(
+    host: FakeHost,
+    run_gc: Callable[[str], int],
+    capsys: pytest.CaptureFixture[str],
+    text: str,
+    is_silent: bool,
+    code: int,
+    said: str,
+) -> None:
+    populate(host)
+    host.libvirt_is_silent = is_silent
+    assert run_gc(text) == code
+    out, err = capsys.readouterr()
+    assert out.count("\n") == (0 if code == 2 else len(POPULATION))
+    assert err.count("\n") == (1 if said else 0)
+    assert err.startswith(f"localdisk: {said}" if said else "")
+
+
+@pytest.mark.parametrize("tag", [f"STOPPED_{NOW + 60}", f"UNNEEDED_{NOW + 60}"])
+def test_a_clock_that_went_backwards_is_told(host: FakeHost, run_gc: Callable[[str], int], tag: str) -> None:
+    volume = host.add(VOLUME, tags(tag), SIZE)
+    assert run_gc("") == 1
+    assert volume.lv_tags == tags(tag)
+
+
+def test_a_failure_is_told(host: FakeHost, run_gc: Callable[[str], int]) -> None:
+    host.add(VOLUME, tags("DELETING"), SIZE)
+    host.fail("lvremove", "  Cannot change VG\n")
+    assert run_gc("") == 1
+    assert run_gc("") == 0
 
 
 # -- what the operator sees
@@ -290,32 +968,67 @@ def test_without_the_group(host: FakeHost) -> None:
 
 def test_lines(host: FakeHost) -> None:
     host.add(VOLUME, tags("DELETING"), SIZE)
-    host.add(OTHER_VOLUME, tags(image=OTHER_IMAGE), SIZE)
-    assert gc.as_lines(gc.collect(parsed(), dry_run=True), dry_run=True) == (
-        f"ovirt-local/{VOLUME}  VM {VM}  64 MiB  would be removed: marked for removal when its VM stopped\n"
-        f"ovirt-local/{OTHER_VOLUME}  VM {VM}  64 MiB  kept: not marked as stopped\n"
-    )
+    host.add(OTHER_VOLUME, tags(f"STOPPED_{NOW}"), SIZE)
+    host.add(name("3"), aside("zero", name("3")), SIZE)
+    host.add(name("4"), tags(), SIZE)
+    at_first, second, third, fourth = gc.as_lines(gc.collect(parsed(), dry_run=True), True).splitlines()
+    assert at_first == f"{NAME}  VM {VM}  64 MiB  would be removed: marked for removal when its VM stopped"
+    assert second == f"ovirt-local/{OTHER_VOLUME}  VM {VM}  64 MiB  kept: kept for another 7 d"
+    assert third == f"ovirt-local/{name('3')}  VM -  64 MiB  would be removed: set aside to be erased"
+    assert "  would be marked as unneeded: no VM needs it; " in fourth
     host.fail("lvremove", "  Cannot change VG\n")
-    first = gc.as_lines(gc.collect(parsed()), dry_run=False).splitlines()[0]
-    assert "  not removed, lvremove " in first
-    assert "Cannot change VG" in first
-    first = gc.as_lines(gc.collect(parsed()), dry_run=False).splitlines()[0]
-    assert first.endswith("  removed: marked for removal when its VM stopped")
+    at_first = gc.as_lines(gc.collect(parsed()), dry_run=False).splitlines()[0]
+    assert "  not removed, lvremove " in at_first
+    assert "Cannot change VG" in at_first
+    at_first = gc.as_lines(gc.collect(parsed()), dry_run=False).splitlines()[0]
+    assert at_first.endswith("  removed: marked for removal when its VM stopped")
+
+
+@pytest.mark.parametrize(
+    ("lv_tags", "text", "outcome_"),
+    [
+        (tags(), "", "marked as unneeded: "),
+        (tags(), KEEP, "marked as stopped: "),
+        (tags("UNNEEDED_5", vm=OTHER_VM), "", "unmarked: libvirt knows its VM"),
+    ],
+)
+def test_lines_of_marks(host: FakeHost, lv_tags: set[str], text: str, outcome_: str) -> None:
+    host.add(VOLUME, lv_tags, SIZE)
+    host.defined = {OTHER_VM}
+    assert f"  64 MiB  would be {outcome_}" in gc.as_lines(gc.collect(parsed(text), dry_run=True), True)
+    assert f"  64 MiB  {outcome_}" in gc.as_lines(gc.collect(parsed(text)), False)
 
 
 def test_json(host: FakeHost) -> None:
     host.add(VOLUME, tags("DELETING"), SIZE)
-    assert json.loads(gc.as_json(gc.collect(parsed()))) == [
-        {
-            "vg": "ovirt-local",
-            "volume": VOLUME,
-            "vm": VM,
-            "image": IMAGE,
-            "size": SIZE,
-            "action": "remove",
-            "reason": "marked for removal when its VM stopped",
-            "failure": "",
-        }
-    ]
-    assert gc.as_json(()) == "[]\n"
-    assert gc.as_lines((), dry_run=False) == ""
+    collection = gc.collect(parsed(TWO_GROUPS))
+    assert json.loads(gc.as_json(collection)) == {
+        "disks": [
+            {
+                "vg": "ovirt-local",
+                "volume": VOLUME,
+                "vm": VM,
+                "image": IMAGE,
+                "size": SIZE,
+                "action": "remove",
+                "reason": "marked for removal when its VM stopped",
+                "certain": True,
+                "failure": "",
+            }
+        ],
+        "problems": list(collection.problems),
+    }
+    assert json.loads(gc.as_json(Collection(()))) == {"disks": [], "problems": []}
+    assert gc.as_lines(Collection(()), dry_run=False) == ""
+
+
+def test_what_cannot_be_done_is_one_failure(host: FakeHost) -> None:
+    host.add(VOLUME, tags(), SIZE)
+
+    def fail(argv: list[str]) -> None:
+        raise CommandFailed(tuple(argv), 5, "  Failed to write VG\n")
+
+    host.before["lvchange"] = fail
+    (finding,) = gc.collect(parsed()).findings
+    assert (finding.verdict.action, finding.is_problem) == (Action.MARK, True)
+    assert "not marked as unneeded, lvchange --quiet failed" in gc.as_lines(gc.collect(parsed()), False)

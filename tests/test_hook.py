@@ -24,8 +24,9 @@ from localdisk.errors import (
     OperationRefused,
     SourceRefused,
 )
-from localdisk.helper import Ended, Session
+from localdisk.helper import Ended
 from localdisk.image import Source
+from localdisk.session import Session
 from tests.fakes import (
     EXTENT,
     FULLREPORT,
@@ -468,11 +469,16 @@ def test_hotplug(host_vdsm: Vdsm, text: str, element: str, is_refused: bool) -> 
 # -- before_vdsm_start
 
 
-def test_the_start_of_vdsm_collects_garbage(host_vdsm: Vdsm) -> None:
+@pytest.mark.parametrize("vdsm_runs", [False, True])
+def test_the_start_of_vdsm_collects_garbage(
+    host_vdsm: Vdsm, monkeypatch: pytest.MonkeyPatch, vdsm_runs: bool
+) -> None:
+    """Called by hand while vdsm runs, a VM may be starting."""
+    monkeypatch.setattr(vdsm, "is_running", lambda: vdsm_runs)
     host_vdsm.host.add(VOLUME, tags("UPDATING"), SIZE)
     host_vdsm.host.add(OTHER_VOLUME, tags(image=OTHER_IMAGE), SIZE)
     hook.run("before_vdsm_start", {"_hook_domxml": "/nonexistent"})
-    assert set(host_vdsm.host.volumes) == {"pool0", OTHER_VOLUME}
+    assert set(host_vdsm.host.volumes) == {"pool0", *([OTHER_VOLUME] if vdsm_runs else [])}
 
 
 # -- calls

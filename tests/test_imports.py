@@ -24,6 +24,7 @@ ORDER = (
     "gc",
     "client",
     "helper",
+    "session",
     "removal",
     "copy",
     "image",
@@ -117,7 +118,7 @@ def test_one_place_that_prints_and_exits(module: str) -> None:
 HEAVY = ("lxml", "yaml", "jsonschema", "argparse", "asyncio", "http", "email", "unittest")
 
 
-@pytest.mark.parametrize("module", ["hook", "helper", "gc", "cli"])
+@pytest.mark.parametrize("module", ["hook", "helper", "session", "gc", "cli"])
 def test_a_hook_run_imports_nothing_heavy(module: str) -> None:
     code = f"import sys, localdisk.{module}; print(*sorted({{name.split('.')[0] for name in sys.modules}}))"
     argv = [sys.executable, "-I", "-c", f"import sys; sys.path.insert(0, {str(PACKAGE.parent)!r}); {code}"]

@@ -186,6 +186,28 @@ def test_the_lock_is_let_go_on_an_exception(path: str) -> None:
     assert not lock.is_held(path)
 
 
+def test_trying(path: str, start: Start) -> None:
+    with lock.trying(path) as held:
+        assert held
+        assert held.path == path
+        assert lock.is_held(path)
+        with lock.trying(path) as again:
+            assert again is None
+        assert lock.is_held(path)
+    assert os.listdir(lock.RUN) == []
+    child = hold_elsewhere(start, path)
+    with lock.trying(path) as held:
+        assert held is None
+    assert lock.is_held(path)
+    assert child.join() == 0
+
+
+def test_trying_lets_go_on_an_exception(path: str) -> None:
+    with contextlib.suppress(GivenUp), lock.trying(path):
+        raise GivenUp
+    assert os.listdir(lock.RUN) == []
+
+
 def test_a_link_in_its_place_is_not_followed(path: str, tmp_path: Path) -> None:
     os.mkdir(lock.RUN)
     os.symlink(tmp_path / "victim", path)

@@ -211,7 +211,8 @@ def test_devices_go_to_every_command(monkeypatch: pytest.MonkeyPatch) -> None:
     vg.activate("a")
     vg.deactivate("a")
     vg.remove("a")
-    assert len(door.commands) == 7
+    vg.rename("a", "b")
+    assert len(door.commands) == 8
     assert all(" --devices /dev/vda,/dev/vdb " in command for command in door.commands)
 
 
@@ -224,6 +225,7 @@ def test_argument_lists(monkeypatch: pytest.MonkeyPatch) -> None:
     vg.activate("a")
     vg.deactivate("a", "b")
     vg.remove("a", "b")
+    vg.rename("a", "b")
     vg.discard("a")
     vg.zero("a")
     create = "lvcreate --quiet --yes --wipesignatures n --name"
@@ -235,6 +237,7 @@ def test_argument_lists(monkeypatch: pytest.MonkeyPatch) -> None:
         "lvchange --quiet --activate y --ignoreactivationskip ovirt-local/a",
         "lvchange --quiet --activate n ovirt-local/a ovirt-local/b",
         "lvremove --quiet --yes ovirt-local/a ovirt-local/b",
+        "lvrename --quiet ovirt-local a b",
         "blkdiscard /dev/ovirt-local/a",
         "blkdiscard --zeroout /dev/ovirt-local/a",
     ]

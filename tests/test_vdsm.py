@@ -3,6 +3,7 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,34 @@ def test_points_are_those_of_the_design() -> None:
         "before_disk_hotplug",
         "before_vdsm_start",
     } == vdsm.POINTS
+
+
+# -- whether vdsm runs
+
+
+@pytest.mark.parametrize(
+    ("words", "is_vdsm"),
+    [
+        (["/usr/bin/python3", "/usr/libexec/vdsm/vdsmd"], True),
+        (["/usr/bin/python3", "-x", "/usr/libexec/vdsm/vdsmd", "--more"], True),
+        (["/usr/bin/python", "/usr/share/vdsm/vdsmd"], True),
+        (["/usr/libexec/vdsm/vdsmd"], True),
+        (["/bin/sh", "/usr/libexec/vdsm/vdsmd_init_common.sh", "--pre-start"], False),
+        (["/usr/bin/python3", "/usr/libexec/vdsm/supervdsmd"], False),
+        (["vdsmd"], False),
+        ([""], False),
+    ],
+    ids=str,
+)
+def test_is_running(monkeypatch: pytest.MonkeyPatch, words: list[str], is_vdsm: bool) -> None:
+    argv = [words[0], "-c", "echo; read line", *words[1:]]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(argv, executable="/bin/sh", stdin=pipe, stdout=pipe) as process:
+        assert process.stdout
+        process.stdout.readline()
+        entries = ["self", "meminfo", "0", str(process.pid)]  # there is never a process 0
+        monkeypatch.setattr(os, "listdir", {"/proc": entries}.__getitem__)
+        assert vdsm.is_running() is is_vdsm
 
 
 def test_json_point() -> None:

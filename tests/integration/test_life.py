@@ -251,7 +251,7 @@ def test_kept_disk(volume_group: str, file_storage: FileStorage) -> None:
     before = seqno()
     assert "would be removed" in localdisk("gc", "--dry-run")
     assert seqno() == before
-    assert json.loads(localdisk("gc", "--json"))[0]["action"] == "remove"
+    assert json.loads(localdisk("gc", "--json"))["disks"][0]["action"] == "remove"
     assert host.logical_volumes() == {}
 
 
@@ -287,7 +287,7 @@ def test_running_vm_is_never_touched(volume_group: str, file_storage: FileStorag
         assert result.rc == 0, result.stderr
         assert json.loads(result.data)["path"] == str(device(image))
         assert (seqno(), digest(device(image), 8 * MIB)) == (before, content)
-        assert "kept: in use" in localdisk("gc")
+        assert "kept: in use, its device is open" in localdisk("gc")
         assert seqno() == before
         for point in ("before_vm_migrate_source", "before_vm_migrate_destination", "before_vm_hibernate"):
             refusal = run_point(point, vm.id, domain_xml(vm), THICK)
@@ -322,7 +322,7 @@ def test_disk_that_is_busy_at_the_stop(volume_group: str, file_storage: FileStor
     try:
         stop(vm_id, image)
         assert "DELETING" in tags(image)
-        assert "kept: in use" in localdisk("gc")
+        assert "kept: in use, its device is open" in localdisk("gc")
         starting(vm_id)
         result = run_point("after_disk_prepare", vm_id, disk_json(Disk("vda", image)), THICK)
         libvirt.undefine(vm_id)

@@ -1,0 +1,434 @@
+"""The privileged half: what root does for the hook, and nothing else.
+
+A request is one JSON object, a verb and its fields; the answer is one too, `{"error": "…"}` where it is
+refused.  The verbs:
+
+    look      {vm, property, disks: [{image, volume}]}    how these disks are; locks and changes nothing
+    claim     {vm, property, image, volume}               take the disk's lock, see whether it is in use
+    prepare   {size, fingerprint, writes}                 make the claimed disk, or take a kept one back
+    progress  {done, total}                               bytes copied so far, for status
+    commit    {}                                          the copy is complete: the claimed disk is ready
+    release   {vm, property}                              the VM has stopped: remove or keep its disks
+
+Everything else is decided here from the root-owned configuration: names, volume group, pool, sizes, tags.
+A request carries canonical UUIDs and bounded integers only.  The tags are read again, under the disk's
+lock, before every change.  `helper.py` is the process around it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+from localdisk import disk as life
+from localdisk import domains, lock, log
+from localdisk.config import Config, Policy
+from localdisk.disk import LocalDisk, Start, State, Stop
+from localdisk.errors import (
+    BadRequest,
+    CommandFailed,
+    Error,
+    ForeignVolume,
+    LibvirtSilent,
+    StillRuns,
+    VmRuns,
+)
+from localdisk.ids import is_uuid
+from localdisk.lvm import VolumeGroup
+from localdisk.removal import take_away
+from localdisk.units import MAX_DISK
+
+MAX_REQUEST = 64 * 1024  # bytes of one line
+MAX_DISKS = 256
+LOCK_TRIES = 3  # status and gc take a lock for a moment, to see whether it is free
+PROPERTY_VALUES = ("lvm", "lvmthin", "on")
+
+Request = Mapping[str, Any]
+Answer = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """The disk that this helper holds the lock of."""
+
+    vm_id: str
+    image_id: str
+    volume_id: str
+    policy: Policy
+    lock: lock.Lock
+    resources: ExitStack  # the lock, and from `prepare` on the turn to copy
+    found: LocalDisk | None  # what was there when the lock was taken; only its holder changes it
+    vg: VolumeGroup
+    made: str = ""  # device-mapper UUID of the unfinished disk that we made, "?" while it is being made
+
+
+class Session:
+    """One hook run.  `requests` are served in order; `close` removes what is unfinished."""
+
+    def __init__(self, config: Config, pause: lock.Pause) -> None:
+        self._config = config
+        self._pause = pause
+        self._claim: Claim | None = None
+        self._verbs: dict[str, tuple[Callable[[Request], Answer], frozenset[str]]] = {
+            "look": (self._look, frozenset({"vm", "property", "disks"})),
+            "claim": (self._claim_disk, frozenset({"vm", "property", "image", "volume"})),
+            "prepare": (self._prepare, frozenset({"size", "fingerprint", "writes"})),
+            "progress": (self._progress, frozenset({"done", "total"})),
+            "commit": (self._commit, frozenset()),
+            "release": (self._release, frozenset({"vm", "property"})),
+        }
+
+    def serve(self, line: bytes) -> Answer:
+        """The answer to one request.  A refused request ends the claim and removes what is unfinished."""
+        try:
+            verb, fields = self._parse(line)
+            return verb(fields)
+        except Error as error:
+            self.close()
+            log.problem("refused", why=error)
+            return {"error": str(error)}
+
+    def close(self) -> None:
+        """Remove the unfinished disk, if any, and let go of its lock."""
+        claim, self._claim = self._claim, None
+        if claim is None:
+            return
+        with claim.resources:
+            if claim.made:
+                self._remove_unfinished(claim)
+
+    # -- verbs
+
+    def _look(self, request: Request) -> Answer:
+        vm_id, policy = self._policy(request)
+        vg = _read(policy)
+        return {"disks": [_look_at(vg, policy, vm_id, pair) for pair in _disks(request)]}
+
+    def _claim_disk(self, request: Request) -> Answer:
+        self.close()
+        vm_id, policy = self._policy(request)
+        image_id, volume_id = _uuid(request, "image"), _uuid(request, "volume")
+        if not policy.is_local(image_id):
+            return {"stays": True, "path": "", "thin": False}
+        with ExitStack() as stack:
+            held = stack.enter_context(lock.holding(lock.disk_lock(volume_id), self._pause))
+            vg = _read(policy)
+            found = _find(vg, vm_id, image_id, volume_id)
+            stays, path = _running(vg, found, vm_id, volume_id)
+            if not (stays or path):  # else there is nothing to prepare
+                self._claim = Claim(vm_id, image_id, volume_id, policy, held, stack.pop_all(), found, vg)
+        return {"stays": stays, "path": path, "thin": policy.backend == "lvmthin"}
+
+    def _prepare(self, request: Request) -> Answer:
+        claim = self._claimed(unfinished=False)
+        size = _integer(request, "size", 512, MAX_DISK)
+        writes = _integer(request, "writes", 0, MAX_DISK)
+        fingerprint = request["fingerprint"]
+        if size % 512 or not life.is_fingerprint(fingerprint):
+            raise BadRequest(problem="size or fingerprint is malformed")
+        claim.vg.require_usable()
+        plan = life.plan_start(claim.found, fingerprint, size, claim.policy.retention, claim.vg.vg_name)
+        self._take_away_other_leaves(claim)
+        if plan is Start.REUSE and claim.found is not None:
+            return self._reuse(claim.vg, claim, claim.found, fingerprint)
+        if plan is Start.REPLACE:
+            self._remove_old(claim)
+        return self._create(claim, size, fingerprint, writes)
+
+    def _reuse(self, vg: VolumeGroup, claim: Claim, found: LocalDisk, fingerprint: str) -> Answer:
+        missing = {life.OURS, f"SOURCE_{fingerprint}"} - found.lv.lv_tags
+        if missing or found.idle_tags:
+            vg.change_tags(found.volume_id, add=missing, remove=found.idle_tags)
+        vg.activate(found.volume_id)
+        log.event("kept disk taken back", vm=claim.vm_id, disk=claim.volume_id)
+        self.close()
+        return {"path": vg.path(found.volume_id), "target": None}
+
+    def _create(self, claim: Claim, size: int, fingerprint: str, writes: int) -> Answer:
+        policy = claim.policy
+        with_margin = size + policy.margins.disk.of(size)
+        claim.resources.enter_context(lock.turn(policy.copy.parallel, self._pause))
+        # Asking for room and taking it is one step on this host.
+        with lock.holding(os.path.join(lock.RUN, "space.lock"), self._pause):
+            vg = _read(policy)
+            life.require_room(vg, policy, with_margin, writes)
+            self._claim = replace(claim, made="?")
+            tags = life.new_tags(claim.vm_id, claim.image_id, fingerprint, writes)
+            if policy.backend == "lvm":
+                vg.create_thick(claim.volume_id, with_margin, tags)
+            else:
+                vg.create_thin(claim.volume_id, with_margin, policy.thin_pool, tags)
+        dm_uuid = vg.dm_uuid(claim.volume_id)
+        self._claim = replace(claim, made=dm_uuid)
+        log.event("copy starts", vm=claim.vm_id, disk=claim.volume_id, bytes=size, backend=policy.backend)
+        bandwidth = policy.copy.bandwidth
+        return {
+            "path": vg.path(claim.volume_id),
+            "target": {
+                "path": vg.path(claim.volume_id),
+                "dm_uuid": dm_uuid,
+                "zeroed": policy.backend == "lvmthin",
+                # The limit is the host's: each of the copies that may run at once gets its share.
+                "bandwidth": max(1, bandwidth // policy.copy.parallel) if bandwidth else None,
+                "nice": policy.copy.nice,
+            },
+        }
+
+    def _progress(self, request: Request) -> Answer:
+        claim = self._claimed(unfinished=True)
+        done, total = _integer(request, "done", 0, MAX_DISK), _integer(request, "total", 1, MAX_DISK)
+        record = {"vm": claim.vm_id, "done": done, "total": total, "at": int(time.time())}
+        claim.lock.write(json.dumps(record))
+        return {}
+
+    def _commit(self, request: Request) -> Answer:
+        claim = self._claimed(unfinished=True)
+        vg = _read(claim.policy)
+        found = _find(vg, claim.vm_id, claim.image_id, claim.volume_id)
+        if found is None or not _is_made_by(claim, vg, found):
+            raise BadRequest(problem="the unfinished disk is not the one that was made")
+        vg.require_usable()
+        vg.change_tags(claim.volume_id, remove={life.UPDATING, *found.writes_tags})
+        self._claim = None
+        claim.resources.close()
+        log.event("disk ready", vm=claim.vm_id, disk=claim.volume_id)
+        return {}
+
+    def _release(self, request: Request) -> Answer:
+        self.close()
+        vm_id, policy = self._policy(request)
+        with ExitStack() as locks:
+            held = {d.volume_id for d in _of_vm(_read(policy), vm_id) if _try_hold(d.volume_id, locks)}
+            vg = _read(policy) if held else None
+            disks = [d for d in _of_vm(vg, vm_id) if d.volume_id in held] if vg else []
+            if any(disk.is_open for disk in disks) and vm_id in domains.active():
+                raise StillRuns(vm=vm_id)
+            if vg and disks:
+                vg.require_usable()
+                _stop(vg, policy, disks)
+        return {}
+
+    # -- steps
+
+    def _remove_old(self, claim: Claim) -> None:
+        vg = _read(claim.policy)
+        found = _find(vg, claim.vm_id, claim.image_id, claim.volume_id)
+        if found:
+            take_away(vg, found, claim.policy.retention.erase, self._pause)
+            log.event("old copy removed", vm=claim.vm_id, disk=claim.volume_id, state=found.state.value)
+
+    def _take_away_other_leaves(self, claim: Claim) -> None:
+        """Copies of what was the image's leaf before a snapshot was made or removed: no VM needs them."""
+        if not _other_leaves(claim, claim.vg):
+            return
+        with ExitStack() as locks:
+            held = {d.volume_id for d in _other_leaves(claim, claim.vg) if _try_hold(d.volume_id, locks)}
+            vg = _read(claim.policy)
+            for disk in _other_leaves(claim, vg):
+                if disk.volume_id in held and not disk.is_open:
+                    take_away(vg, disk, claim.policy.retention.erase, self._pause)
+                    log.event("copy of another leaf removed", vm=claim.vm_id, disk=disk.volume_id)
+
+    def _remove_unfinished(self, claim: Claim) -> None:
+        """Remove what we made and did not finish; what cannot be removed now is gc's."""
+        try:
+            vg = _read(claim.policy)
+            found = _find(vg, claim.vm_id, claim.image_id, claim.volume_id)
+            if found and found.state is State.UNFINISHED and _is_made_by(claim, vg, found):
+                vg.require_usable()
+                take_away(vg, found, claim.policy.retention.erase, time.sleep)
+                log.event("unfinished copy removed", vm=claim.vm_id, disk=claim.volume_id)
+        except Error as error:
+            log.problem("unfinished copy is left to gc", disk=claim.volume_id, why=error)
+
+    def _policy(self, request: Request) -> tuple[str, Policy]:
+        if request["property"] not in PROPERTY_VALUES:
+            raise BadRequest(problem="the property's value is not known")
+        vm_id = _uuid(request, "vm")
+        return vm_id, self._config.policy(vm_id, request["property"])
+
+    def _claimed(self, unfinished: bool) -> Claim:
+        if self._claim is None or bool(self._claim.made) != unfinished:
+            raise BadRequest(problem="the verbs come in the wrong order")
+        return self._claim
+
+    def _parse(self, line: bytes) -> tuple[Callable[[Request], Answer], Request]:
+        try:
+            request = json.loads(line)
+        except (ValueError, RecursionError):
+            raise BadRequest(problem="it is no JSON") from None
+        if not isinstance(request, dict) or not isinstance(request.get("verb"), str):
+            raise BadRequest(problem="it has no verb")
+        verb, fields = self._verbs.get(request["verb"], (None, frozenset[str]()))
+        if verb is None or request.keys() - {"verb"} != fields:
+            raise BadRequest(problem="its verb or its fields are not known")
+        return verb, request
+
+
+# -- stopping
+
+
+def _of_vm(vg: VolumeGroup, vm_id: str) -> list[LocalDisk]:
+    return [disk for disk in life.local_disks(vg) if disk.vm_id == vm_id]
+
+
+def _try_hold(volume_id: str, locks: ExitStack) -> bool:
+    """Take a disk's lock for as long as `locks`; False where it is being prepared for a new start."""
+    for _ in range(LOCK_TRIES):
+        held = lock.try_hold(lock.disk_lock(volume_id))
+        if held:
+            locks.callback(held.release)
+            return True
+        time.sleep(lock.POLL)
+    return False
+
+
+def _stop(vg: VolumeGroup, policy: Policy, disks: list[LocalDisk]) -> None:
+    """Do what a stop does with disks whose locks are held: one LVM command for each kind of change.
+
+    All is tried; raises the first failure.
+    """
+    planned: dict[Stop, list[LocalDisk]] = {plan: [] for plan in Stop}
+    for disk in disks:
+        plan = life.plan_stop(disk, policy.retention)
+        planned[plan].append(disk)
+        log.event("VM stopped", vm=disk.vm_id, disk=disk.volume_id, plan=plan.value)
+    failures = []
+    for step in (_drop, _keep):
+        try:
+            step(vg, planned)
+        except Error as error:
+            failures.append(error)
+    if failures:
+        raise failures[0]
+
+
+def _drop(vg: VolumeGroup, planned: Mapping[Stop, list[LocalDisk]]) -> None:
+    left = _remove_all(vg, [disk.volume_id for disk in planned[Stop.REMOVE]])
+    busy = left.union(disk.volume_id for disk in planned[Stop.MARK_DELETING])
+    if busy:
+        vg.change_tags(*sorted(busy), add={life.DELETING})
+
+
+def _keep(vg: VolumeGroup, planned: Mapping[Stop, list[LocalDisk]]) -> None:
+    ready = [disk for disk in planned[Stop.KEEP] if disk.state is State.READY]
+    closed = [disk.volume_id for disk in planned[Stop.KEEP] if not disk.is_open]
+    if ready:
+        seen = frozenset[str]().union(*(disk.unneeded_tags for disk in ready))
+        vg.change_tags(*(disk.volume_id for disk in ready), add={life.stopped_tag(time.time())}, remove=seen)
+    if closed:
+        vg.deactivate(*closed)
+
+
+def _remove_all(vg: VolumeGroup, names: list[str]) -> set[str]:
+    """Remove volumes; returns those that are still there because something has them open by now."""
+    if not names:
+        return set()
+    try:
+        vg.remove(*names)
+    except CommandFailed as error:
+        log.problem("left to gc", disks=" ".join(names), why=error)
+        left = VolumeGroup.read(vg.vg_name, vg.devices)
+        return {name for name in names if left.find(name)}
+    return set()
+
+
+# -- looking
+
+
+def _read(policy: Policy) -> VolumeGroup:
+    return VolumeGroup.read(policy.volume_group, policy.devices)
+
+
+def _find(vg: VolumeGroup, vm_id: str, image_id: str, volume_id: str) -> LocalDisk | None:
+    """This VM's local disk of that name, None if there is no such volume.
+
+    Raises ForeignVolume, OtherOwner: another's volume is never handed out.
+    """
+    lv = vg.find(volume_id)
+    if lv is None:
+        return None
+    found = LocalDisk.from_lv(lv)
+    if found is None:
+        raise ForeignVolume(vg=vg.vg_name, lv=volume_id)
+    life.require_owner(found, vm_id, image_id, vg.vg_name)
+    return found
+
+
+def _other_leaves(claim: Claim, vg: VolumeGroup) -> list[LocalDisk]:
+    """This VM's local disks of the claimed image that are copies of another volume than the claimed one."""
+    return [
+        d for d in _of_vm(vg, claim.vm_id) if d.image_id == claim.image_id and d.volume_id != claim.volume_id
+    ]
+
+
+def _running(vg: VolumeGroup, found: LocalDisk | None, vm_id: str, volume_id: str) -> tuple[bool, str]:
+    """Whether the disk stays where it is, and the path of the local disk that the VM runs from already.
+
+    vdsm, restarted, recovers running VMs by the same hook points; nothing of theirs may change.
+    """
+    found = None if found is not None and found.is_aside else found
+    is_open = found is not None and found.is_open
+    try:
+        runs = vm_id in domains.active()
+    except LibvirtSilent:
+        if not is_open:
+            raise
+        runs = True  # nothing says otherwise: an open disk is in use
+    if not runs:
+        return False, ""
+    if found is not None and found.state in (State.UNFINISHED, State.DELETING):
+        raise VmRuns(vg=vg.vg_name, lv=volume_id, vm=vm_id)
+    if found is not None and found.is_open:
+        if found.idle_tags:
+            vg.change_tags(volume_id, remove=found.idle_tags)
+        return False, vg.path(volume_id)
+    log.problem("VM runs, but not from a local disk; left as it is", vm=vm_id, disk=volume_id)
+    return True, ""
+
+
+def _look_at(vg: VolumeGroup, policy: Policy, vm_id: str, ids: tuple[str, str]) -> Answer:
+    image_id, volume_id = ids
+    found = _find(vg, vm_id, image_id, volume_id) if policy.is_local(image_id) else None
+    return {
+        "local": policy.is_local(image_id),
+        "ready": found is not None and found.state is State.READY and found.lv.lv_active,
+        "state": found.state.value if found else "absent",
+        "path": vg.path(volume_id),
+    }
+
+
+def _is_made_by(claim: Claim, vg: VolumeGroup, found: LocalDisk) -> bool:
+    made = "LVM-" + (vg.vg_uuid + found.lv.lv_uuid).replace("-", "")
+    return claim.made in (made, "?")
+
+
+# -- requests
+
+
+def _uuid(request: Request, name: str) -> str:
+    value = request.get(name)
+    if not is_uuid(value):
+        raise BadRequest(problem=f"{name} is no canonical UUID")
+    return str(value)
+
+
+def _integer(request: Request, name: str, low: int, high: int) -> int:
+    value = request.get(name)
+    if type(value) is not int or not low <= value <= high:
+        raise BadRequest(problem=f"{name} is no integer from {low} to {high}")
+    return value
+
+
+def _disks(request: Request) -> list[tuple[str, str]]:
+    rows = request["disks"]
+    if not isinstance(rows, list) or len(rows) > MAX_DISKS:
+        raise BadRequest(problem=f"disks is no list of at most {MAX_DISKS}")
+    if not all(isinstance(row, dict) and row.keys() == {"image", "volume"} for row in rows):
+        raise BadRequest(problem="a disk is not {image, volume}")
+    return [(_uuid(row, "image"), _uuid(row, "volume")) for row in rows]
