@@ -136,7 +136,8 @@ def helpers() -> list[int]:
 
 def copiers() -> list[int]:
     """The process ids of running qemu-img convert."""
-    return [pid for pid, words in processes() if words[:2] == ["qemu-img", "convert"]]
+    named = ((pid, [Path(words[0]).name, *words[1:2]]) for pid, words in processes())
+    return [pid for pid, words in named if words == ["qemu-img", "convert"]]
 
 
 def processes() -> list[tuple[int, list[str]]]:

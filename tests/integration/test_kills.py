@@ -1,7 +1,6 @@
-"""Killed at any moment on real LVM: the next start succeeds, and nothing is left behind.
+"""Killed while copying or waiting: the next start succeeds, and nothing is left behind.
 
-The moments between a hook's steps are found by a script in the place of `lvm`, which stops before or after
-a chosen command until it is told to go on; localdisk itself knows nothing of it.
+What is killed at a command of its own is in the crash matrix (tests/crash).
 """
 
 from __future__ import annotations
@@ -10,8 +9,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import contextmanager, suppress
 
 import pytest
 
@@ -19,12 +17,11 @@ from tests.bed import host, libvirt
 from tests.bed.player import Call, Result, run_point, start_point
 from tests.bed.shell import run
 from tests.bed.storage import FileStorage, Image, fill, new_id
-from tests.bed.vm import Disk, Vm, disk_json, domain_xml
+from tests.bed.vm import Disk, disk_json
 from tests.integration.steps import (
     LOCKS,
     MIB,
     THICK,
-    THIN,
     configure,
     copied,
     copiers,
@@ -38,40 +35,7 @@ from tests.integration.steps import (
     wait_for,
 )
 
-LVM = Path("/usr/sbin/lvm")
-REAL = Path("/run/bed-lvm")  # lvm itself, while the script is in its place
-HERE = Path("/run/bed-lvm-here")
 SLOW = "copy: {parallel: 1, bandwidth: 1MiB}\n"
-STOPPER = f"""\
-#!/bin/bash
-name=${{0##*/}}
-[ "$name" != lvm ] || name=$1
-halt() {{
-    if [ -e "/run/bed-lvm-$1-$name" ]; then
-        rm "/run/bed-lvm-$1-$name"
-        touch {HERE}
-        while [ -e {HERE} ]; do sleep 0.1; done
-    fi
-}}
-trap '' TERM
-halt before
-(trap - TERM; exec -a "$0" {REAL} "$@")
-code=$?
-halt after
-exit $code
-"""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def stopper() -> Iterator[None]:
-    """The script in the place of lvm."""
-    run("cp", str(LVM), str(REAL))
-    script = Path("/run/bed-lvm-stopper")
-    script.write_text(STOPPER)
-    script.chmod(0o755)
-    run("mount", "--bind", str(script), str(LVM))
-    yield
-    run("umount", str(LVM))
 
 
 @pytest.fixture(autouse=True)
@@ -87,14 +51,6 @@ def image(file_storage: FileStorage) -> Image:
     template = file_storage.template(48 * MIB, seed=1)
     fill(template.leaf, 48 * MIB)
     return file_storage.clone(template, seed=2)
-
-
-def stop_at(moment: str, command: str) -> None:
-    Path(f"/run/bed-lvm-{moment}-{command}").touch()
-
-
-def go_on() -> None:
-    HERE.unlink()
 
 
 def begin(image: Image, vm_id: str, backend: str = "lvm") -> Call:
@@ -115,22 +71,18 @@ def waited_for(call: Call) -> Iterator[list[Result]]:
 
 def kill(call: Call, how: str) -> None:
     assert call.process
-    if how == "group TERM":
-        call.kill(signal.SIGTERM)
-        for pid in helpers():  # systemd sends it to all of the control group
-            os.kill(pid, signal.SIGTERM)
-    elif how == "hook KILL":
-        os.kill(call.process.pid, signal.SIGKILL)
-    elif how == "helper KILL":
-        for pid in helpers():
-            os.kill(pid, signal.SIGKILL)
-    elif how == "all KILL":
-        for pid in helpers():
-            os.kill(pid, signal.SIGKILL)
-        call.kill(signal.SIGKILL)
-    elif how == "copier KILL":
-        for pid in copiers():
-            os.kill(pid, signal.SIGKILL)
+    group = call.process.pid
+    number = signal.SIGTERM if how == "group TERM" else signal.SIGKILL
+    victims = {
+        "group TERM": [-group, *helpers()],  # systemd sends it to all of the control group
+        "hook KILL": [group],
+        "helper KILL": helpers(),
+        "all KILL": [*helpers(), -group],
+        "copier KILL": copiers(),
+    }
+    for pid in victims[how]:
+        with suppress(ProcessLookupError):  # it has noticed another's end already
+            os.kill(pid, number)
 
 
 def nobody_is_left() -> bool:
@@ -164,59 +116,6 @@ def test_killed_while_copying(volume_group: str, image: Image, how: str) -> None
     libvirt.undefine(vm_id)
     if "helper" not in how and "all" not in how:
         assert host.logical_volumes() == {}, "what is unfinished goes at once"
-    comes_back(image, vm_id, THICK)
-
-
-@pytest.mark.parametrize(
-    ("moment", "command", "how"),
-    [
-        ("before", "lvcreate", "hook KILL"),
-        ("after", "lvcreate", "group TERM"),
-        ("after", "lvcreate", "helper KILL"),
-        ("before", "lvchange", "group TERM"),
-        ("before", "lvchange", "all KILL"),
-        ("after", "lvchange", "hook KILL"),
-    ],
-)
-def test_killed_between_steps_of_a_start(
-    volume_group: str, image: Image, moment: str, command: str, how: str
-) -> None:
-    vm_id = new_id()
-    stop_at(moment, command)
-    call = begin(image, vm_id)
-    with waited_for(call):
-        wait_for(HERE.exists, f"{command}")
-        kill(call, how)
-        go_on()
-    wait_for(nobody_is_left, "all processes to end")
-    libvirt.undefine(vm_id)
-    comes_back(image, vm_id, THICK)
-
-
-def test_killed_thin_start(thin_pool: str, image: Image) -> None:
-    vm_id = new_id()
-    stop_at("before", "lvchange")
-    call = begin(image, vm_id, "lvmthin")
-    with waited_for(call):
-        wait_for(HERE.exists, "lvchange")
-        kill(call, "all KILL")
-        go_on()
-    wait_for(nobody_is_left, "all processes to end")
-    libvirt.undefine(vm_id)
-    comes_back(image, vm_id, THIN)
-
-
-@pytest.mark.parametrize(("moment", "how"), [("before", "all KILL"), ("after", "hook KILL")])
-def test_killed_stop(volume_group: str, image: Image, moment: str, how: str) -> None:
-    vm_id = start(image)
-    stop_at(moment, "lvremove")
-    xml = domain_xml(Vm(vm_id, (Disk("vda", image),)))
-    call = start_point("after_vm_destroy", vm_id, xml, THICK)
-    with waited_for(call):
-        wait_for(HERE.exists, "lvremove")
-        kill(call, how)
-        go_on()
-    wait_for(nobody_is_left, "all processes to end")
     comes_back(image, vm_id, THICK)
 
 

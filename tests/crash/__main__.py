@@ -1,0 +1,119 @@
+"""python -m tests.crash [--all] [--every N]: runs the crash matrix in guests side by side, prints the table.
+
+Exit status: 0 where no case found a violation, else 1.  A selection is run unless `--all` is given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections import defaultdict
+from typing import Any
+
+from tests.bed.boot import GUEST_DIED
+from tests.bed.guest import ROOT, STATE
+
+SELECTION = 5  # one of five cases: more than 60
+DISK_MIB = 4096
+
+Row = dict[str, Any]
+
+
+def main() -> int:
+    options = parser().parse_args()
+    every = 1 if options.all else options.every
+    parts = min(options.guests, os.cpu_count() or 1)
+    shares = [Share(part, parts, every) for part in range(parts)]
+    for share in shares:
+        share.start()
+    for share in shares:
+        share.join()
+    rows = [row for share in shares for row in share.rows]
+    print(table(rows))
+    problems = [share.problem for share in shares if share.problem]
+    print("\n".join(problems), end="\n" if problems else "")
+    return 1 if problems or any(row["violations"] for row in rows) else 0
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m tests.crash", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--all", action="store_true", help="all cases")
+    parser.add_argument("--every", type=int, default=SELECTION, help="one of N cases")
+    parser.add_argument("--guests", type=int, default=2, help="side by side")
+    return parser
+
+
+class Share(threading.Thread):
+    """The cases of one guest, which is booted again whenever a case has stopped its kernel."""
+
+    def __init__(self, part: int, parts: int, every: int) -> None:
+        super().__init__()
+        self.rows: list[Row] = []
+        self.problem = ""
+        self._disks = f"crash-{os.getpid()}-{part}"
+        python = sys.executable
+        boot = [python, "-m", "tests.bed.boot", "--where", "guest", "--disk-file", self._disks, "--keep"]
+        boot += ["--disk-size", str(DISK_MIB), "--deadline", "7200"]
+        self._argv = [*boot, "--", python, "-m", "tests.crash.cases", *map(str, (part, parts, every))]
+
+    def run(self) -> None:
+        try:
+            while self._boot():
+                pass
+        finally:
+            for image in STATE.glob(f"{self._disks}-*.img"):
+                image.unlink()
+
+    def _boot(self) -> bool:
+        """One guest's life; True where a case has ended it as it should and there is more to do."""
+        said: list[str] = []
+        dies = False
+        pipe, out = subprocess.PIPE, subprocess.STDOUT
+        with subprocess.Popen(self._argv, cwd=ROOT, stdout=pipe, stderr=out, text=True) as guest:
+            for line in guest.stdout or ():
+                if line.startswith("{"):
+                    row = json.loads(line)
+                    dies = "dies" in row
+                    if not dies:
+                        self._tell(row)
+                else:
+                    said.append(line)
+        if guest.returncode == GUEST_DIED and dies:
+            return True
+        if guest.returncode:
+            self.problem = f"a guest ended with {guest.returncode}:\n" + "".join(said)
+        return False
+
+    def _tell(self, row: Row) -> None:
+        self.rows.append(row)
+        verdict = "; ".join(row["violations"]) or ("good" if row["reached"] else "good (ended before)")
+        where = f"{row['flow']}: {row['how']} {row['moment']} {row['number']} {row['call']}"
+        print(f"{where}: {verdict}", flush=True)
+
+
+def table(rows: list[Row]) -> str:
+    """A line for each flow, a column for each way to be killed: cases, and how many found a violation."""
+    ways = sorted({row["how"] for row in rows})
+    cells: dict[tuple[str, str], list[Row]] = defaultdict(list)
+    for row in rows:
+        cells[row["flow"], row["how"]].append(row)
+    flows = list(dict.fromkeys(row["flow"] for row in rows))
+    lines = [f"{'flow':<26}" + "".join(f"{way:>14}" for way in ways)]
+    for flow in flows:
+        lines.append(f"{flow:<26}" + "".join(f"{cell(cells[flow, way]):>14}" for way in ways))
+    bad = sum(bool(row["violations"]) for row in rows)
+    early = sum(not row["reached"] for row in rows)
+    return "\n".join([*lines, f"{len(rows)} cases, {bad} with violations; in {early} the flow ended before"])
+
+
+def cell(rows: list[Row]) -> str:
+    bad = sum(bool(row["violations"]) for row in rows)
+    return f"{len(rows)} / {bad}" if rows else "-"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,296 @@
+"""Runs its share of the cases, in a guest:  python -m tests.crash.cases PART PARTS EVERY
+
+Of all cases every EVERY-th is chosen, of these every PARTS-th from PART on is run.  What was found is on the
+shared disk, so that the next boot goes on where a case has stopped the kernel.  Each line of output is one
+JSON object: a result, or `{"dies": CASE}` just before the kernel is stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from tests.bed import host, libvirt
+from tests.bed.player import Call, Result
+from tests.bed.shell import attempt, run
+from tests.bed.storage import digest, is_zero
+from tests.crash import halt
+from tests.crash.flows import FLOWS, SIZE, Flow, Scene, new_scene, recover, start_thick
+from tests.crash.halt import MOMENTS, Point
+from tests.integration.steps import LOCKS, configure, device, helpers, processes, starting, wait_for
+
+STATE = host.SCRATCH / "crash"
+SCENE, POINTS, RESULTS, PENDING = (STATE / name for name in ("scene", "points", "results", "pending"))
+SLOW = "copy: {bandwidth: 8MiB}\n"  # of one copy: 4 MiB/s
+READS = ("lvm fullreport", "virsh", "qemu-img measure")  # commands that change nothing
+DEFINED = Path("/run/crash-defined")  # there while the VM is defined
+TEMPORARY = (Path("/tmp"), Path("/var/tmp"))
+HOOK_KILLS, GC_KILLS = ("TERM group", "KILL hook", "KILL helper"), ("TERM group", "KILL gc")
+POWER = "power cut"
+
+
+@dataclass(frozen=True)
+class Case:
+    flow: str
+    call: str
+    number: int
+    moment: str
+    how: str
+
+
+def main(part: int, parts: int, every: int) -> int:
+    host.setup()
+    libvirt.start()
+    host.thin_pool()
+    STATE.mkdir(exist_ok=True)
+    with halt.installed():
+        if not SCENE.exists():
+            prepare()
+        scene = Scene.load(SCENE)
+        for case in chosen(every)[part::parts][done() :]:
+            run_case(scene, case)
+    return 0
+
+
+def chosen(every: int) -> list[Case]:
+    """One of `every` cases, of all kinds, always the same, in their order."""
+    everything = cases()
+    numbers = random.Random(0).sample(range(len(everything)), -(-len(everything) // every))
+    return [everything[number] for number in sorted(numbers)]
+
+
+def done() -> int:
+    return len(RESULTS.read_text().splitlines()) if RESULTS.exists() else 0
+
+
+# -- the cases
+
+
+def cases() -> list[Case]:
+    """All of them, flow by flow."""
+    points = json.loads(POINTS.read_text())
+    return [
+        Case(flow.name, call, number, moment, how)
+        for flow in FLOWS
+        for number, call in enumerate(points[flow.name], 1)
+        for how in (*(HOOK_KILLS if flow.has_hook else GC_KILLS), POWER)
+        for moment in moments(number, call)
+    ]
+
+
+def moments(number: int, call: str) -> tuple[str, ...]:
+    """Those of a call that are not another's: before a command that changes nothing is after the last one."""
+    if call not in READS:
+        return MOMENTS
+    return MOMENTS[: MOMENTS.index("during") + 1] if number == 1 else ("during",)
+
+
+def prepare() -> None:
+    """The scene, and which tools each flow runs."""
+    configure()
+    scene = new_scene()
+    points = {}
+    for flow in FLOWS:
+        configure(flow.config)
+        set_up(flow, scene)
+        with halt.armed(None):
+            result = flow.do(scene).wait()
+            assert result.rc == 0, (flow.name, result)
+            points[flow.name] = halt.calls()
+        clear(flow, scene)
+    save(POINTS, json.dumps(points))
+    scene.save(SCENE)
+    os.sync()
+
+
+def set_up(flow: Flow, scene: Scene) -> None:
+    """What is there before the flow; libvirt knows the VM where it starts."""
+    flow.before(scene)
+    if flow.vm_starts:
+        be_known(scene)
+    elif not flow.vm_runs:
+        be_forgotten(scene)
+
+
+def be_known(scene: Scene) -> None:
+    """As vdsm does while a VM starts."""
+    if not DEFINED.exists():
+        starting(scene.vm_id)
+        DEFINED.touch()
+
+
+def be_forgotten(scene: Scene) -> None:
+    if DEFINED.exists():
+        libvirt.undefine(scene.vm_id)
+        DEFINED.unlink()
+
+
+def save(path: Path, text: str) -> None:
+    with open(path, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+# -- one case
+
+
+def run_case(scene: Scene, case: Case) -> None:
+    flow = next(flow for flow in FLOWS if flow.name == case.flow)
+    if not PENDING.exists():
+        is_copy = (case.call, case.moment) == ("qemu-img convert", "during")
+        configure(flow.config + SLOW * is_copy)
+        if not flow.vm_runs:
+            clear(flow, scene)
+        set_up(flow, scene)
+        if case.how == POWER:
+            os.sync()
+            save(PENDING, json.dumps(asdict(case)))
+        before = temporary_files()
+        reached = kill(flow, scene, case)
+    else:  # the kernel was stopped, and booted again
+        before = temporary_files()
+        reached = True
+    violations = list(look(flow, scene, case, before))
+    record = {**asdict(case), "reached": reached, "violations": violations}
+    with open(RESULTS, "a") as file:
+        file.write(json.dumps(record) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    PENDING.unlink(missing_ok=True)
+    print(json.dumps(record), flush=True)
+    if violations or case.how == POWER or not flow.vm_runs:
+        clear(flow, scene)
+
+
+def kill(flow: Flow, scene: Scene, case: Case) -> bool:
+    """Do the flow up to the case's point and kill it there; False where it ended before."""
+    with halt.armed(Point(case.number, case.moment)):
+        call = flow.do(scene)
+        results: list[Result] = []
+        waiter = threading.Thread(target=lambda: results.append(call.wait()))
+        waiter.start()
+        wait_for(lambda: halt.is_there() or not waiter.is_alive(), "the point", 120)
+        reached = halt.is_there()
+        if reached and case.how == POWER:
+            print(json.dumps({"dies": asdict(case)}), flush=True)
+            Path("/proc/sysrq-trigger").write_text("o")
+            time.sleep(60)
+        if reached:
+            send(call, case.how)
+            halt.go_on()
+    waiter.join(150)
+    return reached
+
+
+def send(call: Call, how: str) -> None:
+    assert call.process
+    with contextlib.suppress(ProcessLookupError):
+        if how == "TERM group":  # systemd sends it to all of the control group
+            for pid in (*helpers(), *halt.tools_that_run()):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGTERM)
+            call.kill(signal.SIGTERM)
+        elif how == "KILL helper":
+            for pid in helpers():
+                os.kill(pid, signal.SIGKILL)
+        else:
+            os.kill(call.process.pid, signal.SIGKILL)
+
+
+# -- what is left and what is wrong
+
+
+def look(flow: Flow, scene: Scene, case: Case, before: set[Path]) -> Iterator[str]:
+    """The violations: straight after the kill, then after one more start and one gc."""
+    try:
+        wait_for(lambda: not list(ours()), "all processes to end", 60)
+    except AssertionError:
+        yield f"still runs: {list(ours())}"
+    lvs = host.logical_volumes()
+    tags = lvs.get(scene.image.leaf.id, frozenset())
+    if "localdisk" in tags and not tags & {"UPDATING", "DELETING"}:
+        yield from wrong_bytes(scene, (scene.source, scene.kept), "a ready disk after the kill")
+    yield from suspended()
+    configure(flow.config)
+    vm_is_gone = case.how == POWER and flow.vm_runs
+    again, content = (start_thick, "source") if vm_is_gone else (flow.start_again, flow.content)
+    if again is not recover:
+        be_known(scene)
+    result = again(scene).wait(300)
+    if result.rc:
+        yield f"the next start fails: {result.stderr.strip()}"
+    else:
+        yield from wrong_bytes(
+            scene, ({"source": scene.source, "kept": scene.kept}[content],), "the next start"
+        )
+    collected = attempt(str(host.PROGRAM), "gc")
+    if collected.returncode:
+        yield f"gc fails: {collected.stdout}{collected.stderr}"
+    left = set(host.logical_volumes()) - {scene.image.leaf.id, host.THIN_POOL}
+    if left:
+        yield f"left: {left}, gc: {collected.stdout}"
+    yield from suspended()
+    yield from (f"mapping left: {name}" for name in mappings())
+    yield from (f"lock left: {path}" for path in LOCKS.glob("*"))
+    yield from (f"temporary file left: {path}" for path in temporary_files() - before)
+
+
+def wrong_bytes(scene: Scene, allowed: tuple[str, ...], when: str) -> Iterator[str]:
+    path = device(scene.image)
+    if not path.exists():  # kept, not active
+        run("lvchange", "-ay", "-K", f"{host.VOLUME_GROUP}/{scene.image.leaf.id}")
+    if digest(path, SIZE) not in allowed or not is_zero(path, SIZE):
+        yield f"wrong bytes: {when}"
+
+
+def ours() -> Iterator[list[str]]:
+    """The command lines of localdisk's processes and its tools that still run."""
+    for pid, words in processes():
+        is_ours = "/50_localdisk" in " ".join(words[:3]) or str(host.PROGRAM) in words[:3]
+        if is_ours or pid in halt.tools_that_run():
+            yield words
+
+
+def suspended() -> Iterator[str]:
+    for line in run("dmsetup", "info", "-c", "--noheadings", "-o", "name,suspended").splitlines():
+        if line.endswith("Suspended"):
+            yield f"suspended: {line}"
+
+
+def mappings() -> Iterator[str]:
+    """Those of the volume group that belong to no LV of it."""
+    report = run("lvs", "-a", "--noheadings", "-o", "lv_name", host.VOLUME_GROUP)
+    known = {word.strip("[]") for word in report.split()}
+    prefix = host.VOLUME_GROUP.replace("-", "--") + "-"
+    for line in run("dmsetup", "info", "-c", "--noheadings", "-o", "name").splitlines():
+        if line.startswith(prefix):
+            name = line[len(prefix) :].removesuffix("-tpool").replace("--", "-")
+            if name not in known:
+                yield line
+
+
+def temporary_files() -> set[Path]:
+    return {path for folder in TEMPORARY for path in folder.glob("*") if path.name[:4] != "tmp_"}
+
+
+def clear(flow: Flow, scene: Scene) -> None:
+    """Nothing of the scene but its source."""
+    if flow.vm_runs and scene.vm_id in libvirt.active():
+        libvirt.destroy(scene.vm_id)
+    host.remove(*(name for name in host.logical_volumes() if name != host.THIN_POOL))
+    for path in LOCKS.glob("*"):
+        path.unlink()
+
+
+if __name__ == "__main__":
+    sys.exit(main(*map(int, sys.argv[1:])))

@@ -1,0 +1,194 @@
+"""The flows: what localdisk does, each with what must be there before and what it should find after.
+
+All flows are those of one disk of one VM, on the volume group of the bed.  A flow's disk is made here, with
+LVM's own commands and the tags of `localdisk/disk.py`, so that nothing of localdisk runs before it counts.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from tests.bed import host, libvirt, vdsm
+from tests.bed.player import Call, start_point
+from tests.bed.shell import run
+from tests.bed.storage import FileStorage, Image, Volume, digest, fill, guest_bytes, link, new_id
+from tests.bed.vm import Disk, Vm, boot_sector, disk_json, domain_xml
+from tests.integration.steps import MIB, THICK, THIN, device, starting, tags
+
+SIZE = 24 * MIB
+LONG_AGO = 5  # seconds since the epoch
+KEEP = "retention: {on_stop: keep}\n"
+ERASE = "retention: {erase: zero}\n"
+
+
+@dataclass(frozen=True)
+class Scene:
+    """The VM and its disk.  It outlives the guest's kernel: everything of it is on the shared disk."""
+
+    vm_id: str
+    image: Image
+    fingerprint: str  # of the source, as the disk's tags say
+    source: str  # digest of what the guest sees of the source
+    kept: str  # digest of KEPT, the source with what the guest has written since
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps(asdict(self), default=str))
+
+    @classmethod
+    def load(cls, path: Path) -> Scene:
+        data = json.loads(path.read_text())
+        volumes = tuple(
+            Volume(**{**v, "path": Path(v["path"]), "lease_path": Path(v["lease_path"])})
+            for v in data["image"]["volumes"]
+        )
+        image = Image(**{**data["image"], "volumes": volumes})
+        folder = host.RUN_STORAGE / image.domain_id / image.id
+        if not folder.is_symlink():  # /run is empty after a boot
+            link(folder, host.STORAGE / image.domain_id / "images" / image.id)
+        return cls(**{**data, "image": image})
+
+
+KEPT = host.SCRATCH / "kept.raw"
+
+
+def new_scene() -> Scene:
+    storage = FileStorage()
+    template = storage.template(SIZE, seed=1, boot=boot_sector("crash"))
+    fill(template.leaf, SIZE // 2)
+    image = storage.clone(template, seed=2)
+    vm_id = starting(new_id())
+    call = start_point("after_disk_prepare", vm_id, disk_json(Disk("vda", image)), THICK)
+    result = call.wait()
+    assert result.rc == 0, result
+    (fingerprint,) = (tag for tag in tags(image) if tag.startswith("SOURCE_"))
+    run("qemu-io", "-f", "raw", "-c", f"write -P 7 {MIB} {2 * MIB}", str(device(image)))
+    run("dd", f"if={device(image)}", f"of={KEPT}", "bs=1M", "conv=fsync")
+    host.remove(image.leaf.id)
+    libvirt.undefine(vm_id)
+    return Scene(vm_id, image, fingerprint, guest_bytes(image.leaf), digest(KEPT, SIZE))
+
+
+# -- what is there before
+
+
+def nothing(scene: Scene) -> None:
+    del scene
+
+
+def make(scene: Scene, *more: str, active: bool = True, name: str = "", size: int = SIZE) -> None:
+    """A complete local disk of the scene's, with what its guest has written; `name`: a smaller, other one."""
+    words = ("localdisk", f"VM_{scene.vm_id}", f"IU_{scene.image.id}", scene.fingerprint, *more)
+    if name:
+        words = ("localdisk", f"VM_{new_id()}", f"IU_{new_id()}", *more)
+    options = [word for tag in words for word in ("--addtag", tag)]
+    lv = name or scene.image.leaf.id
+    run("lvcreate", "-y", "-Wn", "-ky", "-K", "-n", lv, "-L", f"{size}b", *options, host.VOLUME_GROUP)
+    if not name:
+        run("dd", f"if={KEPT}", f"of={device(scene.image)}", "bs=1M", "oflag=direct")
+    if not active:
+        run("lvchange", "-an", f"{host.VOLUME_GROUP}/{lv}")
+
+
+def ready(scene: Scene) -> None:
+    make(scene)
+
+
+def kept(scene: Scene) -> None:
+    make(scene, f"STOPPED_{int(time.time()) - 60}", active=False)
+
+
+def garbage(scene: Scene) -> None:
+    """One of each kind, of other VMs."""
+    for tag in ("UPDATING", "DELETING", f"STOPPED_{LONG_AGO}", f"UNNEEDED_{LONG_AGO}"):
+        make(scene, tag, name=new_id(), size=4 * MIB)
+
+
+def to_erase(scene: Scene) -> None:
+    make(scene, "DELETING")
+
+
+def running(scene: Scene) -> None:
+    """The VM runs from its local disk."""
+    if scene.vm_id in libvirt.active():
+        return
+    make(scene)
+    disk = vdsm.local(Disk("vda", scene.image), str(device(scene.image)))
+    libvirt.create(domain_xml(Vm(scene.vm_id, (disk,))))
+
+
+# -- what is done
+
+
+def start_thick(scene: Scene) -> Call:
+    return start_point("after_disk_prepare", scene.vm_id, disk_json(Disk("vda", scene.image)), THICK)
+
+
+def start_thin(scene: Scene) -> Call:
+    return start_point("after_disk_prepare", scene.vm_id, disk_json(Disk("vda", scene.image)), THIN)
+
+
+def recover(scene: Scene) -> Call:
+    data = disk_json(Disk("vda", scene.image), format="raw", diskType="block")
+    return start_point("after_disk_prepare", scene.vm_id, data, THICK)
+
+
+def stop(scene: Scene) -> Call:
+    xml = domain_xml(Vm(scene.vm_id, (Disk("vda", scene.image),)))
+    return start_point("after_vm_destroy", scene.vm_id, xml, THICK)
+
+
+def collect(scene: Scene) -> Call:
+    """gc, as cron runs it."""
+    del scene
+    process = subprocess.Popen(
+        [str(host.PROGRAM), "gc"],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    return Call("gc", {}, None, [host.PROGRAM], process)
+
+
+@dataclass(frozen=True)
+class Flow:
+    """`config` holds while it runs and after; `content` is what the disk has after the next start."""
+
+    name: str
+    before: Callable[[Scene], None]
+    do: Callable[[Scene], Call]
+    config: str = ""
+    content: str = "source"  # or kept
+    start_again: Callable[[Scene], Call] = start_thick
+
+    @property
+    def has_hook(self) -> bool:
+        """gc is one process; a hook has a helper."""
+        return self.do is not collect
+
+    @property
+    def vm_runs(self) -> bool:
+        return self.before is running
+
+    @property
+    def vm_starts(self) -> bool:
+        """vdsm has defined the VM by then; where its disk is to be erased by gc, it has not."""
+        return self.do in (start_thick, start_thin)
+
+
+FLOWS = (
+    Flow("first start thick", nothing, start_thick),
+    Flow("first start thin", nothing, start_thin, start_again=start_thin),
+    Flow("start of a kept disk", kept, start_thick, KEEP, "kept"),
+    Flow("stop, delete", ready, stop),
+    Flow("stop, keep", ready, stop, KEEP, "kept"),
+    Flow("gc", garbage, collect),
+    Flow("erase", to_erase, collect, ERASE),
+    Flow("recovery", running, recover, "", "kept", recover),
+)

@@ -1,0 +1,135 @@
+"""Stops localdisk at a chosen moment: a script in the place of the tools that it runs.
+
+While `armed` holds, calls of tools are counted.  The chosen one stops before or after the tool has run, or
+while it runs, until `go_on`.  localdisk itself knows nothing of it.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.bed.shell import run
+from tests.integration.steps import processes
+
+TOOLS = ("/usr/sbin/lvm", "/usr/bin/virsh", "/usr/bin/qemu-img", "/usr/sbin/blkdiscard")
+MOMENTS = ("before", "during", "after")
+PLACE = Path("/run/bed-halt")
+REAL, PLAN, CALLS, HERE = (PLACE / name for name in ("real", "plan", "calls", "here"))
+
+# During: an LVM command waits for the volume group's lock, which the script has; a copy is stopped when it
+# has run for a while, any other tool as soon as it runs.  A tool that must die with its parent does.
+SCRIPT = f"""\
+#!/bin/bash
+real={REAL}/${{0##*/}}
+[ -e {PLAN} ] || exec "$real" "$@"
+echo "${{0##*/}} $*" >>{CALLS}
+read -r number moment <{PLAN}
+[ "$(wc -l <{CALLS})" = "$number" ] || exec "$real" "$@"
+here() {{
+    touch {HERE}
+    while [ -e {HERE} ]; do sleep 0.1; done
+}}
+trap '' TERM
+case $moment in
+before)
+    here
+    trap - TERM
+    exec "$real" "$@"
+    ;;
+during)
+    if [ "$real" -ef {REAL}/lvm ]; then
+        exec 9>>/run/lock/lvm/V_ovirt-local
+        flock 9
+        (trap - TERM; exec "$real" "$@" 9>&-) &
+        sleep 0.3
+        here
+        exec 9>&-
+        wait $!
+        exit $?
+    fi
+    (
+        [ "$1" != convert ] || sleep 1
+        kill -STOP $$ && here
+        kill -CONT $$
+    ) >/dev/null 2>&1 </dev/null &
+    trap - TERM
+    exec "$real" "$@"
+    ;;
+after)
+    (trap - TERM; exec setpriv --pdeathsig KILL -- "$real" "$@") &
+    wait $!
+    code=$?
+    here
+    exit $code
+    ;;
+esac
+"""
+
+
+@dataclass(frozen=True)
+class Point:
+    """A moment of a flow: before, during or after its `number`-th call of a tool, counted from 1."""
+
+    number: int
+    moment: str
+
+
+@contextmanager
+def installed() -> Iterator[None]:
+    """The script in the place of the tools."""
+    shutil.rmtree(PLACE, ignore_errors=True)
+    REAL.mkdir(parents=True)
+    script = PLACE / "script"
+    script.write_text(SCRIPT)
+    script.chmod(0o755)
+    for tool in TOOLS:
+        shutil.copy(tool, REAL / Path(tool).name)
+    for link in Path("/usr/sbin").iterdir():
+        if link.is_symlink() and link.readlink().name == "lvm":
+            (REAL / link.name).symlink_to("lvm")  # which looks at the name that it was called by
+    for tool in TOOLS:
+        run("mount", "--bind", str(script), tool)
+    PLACE.chmod(0o777)  # qemu-img is vdsm's; not sticky, or fs.protected_regular keeps it out
+    try:
+        yield
+    finally:
+        for tool in TOOLS:
+            run("umount", tool)
+
+
+@contextmanager
+def armed(point: Point | None) -> Iterator[None]:
+    """Calls are counted, and the flow stops at the point."""
+    HERE.unlink(missing_ok=True)
+    CALLS.write_text("")
+    CALLS.chmod(0o666)
+    PLAN.write_text(f"{point.number} {point.moment}\n" if point else "0 never\n")
+    try:
+        yield
+    finally:
+        PLAN.unlink(missing_ok=True)
+        HERE.unlink(missing_ok=True)
+
+
+def calls() -> list[str]:
+    """The tools that were run since `armed`, each with its first argument if that is a word."""
+    lines = (line.split() for line in CALLS.read_text().splitlines())
+    return [" ".join(words[:1] + [w for w in words[1:2] if w.isalpha()]) for words in lines]
+
+
+def is_there() -> bool:
+    """Whether the flow has stopped at the point."""
+    return HERE.exists()
+
+
+def go_on() -> None:
+    HERE.unlink(missing_ok=True)
+
+
+def tools_that_run() -> list[int]:
+    """The process ids of real tools."""
+    return [pid for pid, words in processes() if words[0].startswith(f"{REAL}/")]
