@@ -3,7 +3,8 @@
 #
 #   ./build.sh          build dist/localdisk, the one file that is copied to a host
 #   ./build.sh demo     the whole life of a VM's local disk on real LVM and real libvirt, narrated
-#   ./build.sh test     lint, types, unit tests, then the tests that need a kernel
+#   ./build.sh test     lint, types, unit tests, then the tests that need a kernel; with --all, all of the crash
+#                       matrix instead of a selection
 #   ./build.sh bench    the table of measurements
 #
 # Each gets what it needs itself: Debian packages with apt (as root or through sudo), Python packages into
@@ -15,8 +16,12 @@ PYTHON=/usr/bin/python3
 
 # What Python needs to build; then what the test bed needs: a kernel, LVM, sudo and libvirt for it.
 BUILD_PACKAGES=(python3 python3-venv)
-BED_PACKAGES=(linux-image-amd64 qemu-system-x86 qemu-utils busybox-static file kmod udev e2fsprogs
+BED_PACKAGES=(qemu-system-x86 qemu-utils kmod udev e2fsprogs iproute2 hostname
   lvm2 thin-provisioning-tools sudo util-linux libvirt-daemon-system libvirt-clients dbus procps)
+# The guest's kernel where this machine's own will not do: the first is faster, the others come where it
+# cannot be had.
+GUEST_PACKAGES=(user-mode-linux)
+OTHER_GUEST_PACKAGES=(linux-image-amd64 busybox-static file)
 TEST_PACKAGES=(shellcheck)
 
 as_root() {
@@ -117,7 +122,7 @@ lint() {
   .venv/bin/ruff check --quiet localdisk tests
   .venv/bin/ruff format --check --quiet localdisk tests
   .venv/bin/mypy --no-error-summary
-  shellcheck build.sh .ci/run tests/bed/guest.sh
+  shellcheck build.sh .ci/run tests/bed/guest.sh tests/bed/usermode.sh
 }
 
 # bed COMMAND...: run it as root on a real kernel with device-mapper
@@ -125,12 +130,20 @@ bed() {
   as_root .venv/bin/python -m tests.bed.boot -- .venv/bin/python "$@"
 }
 
-prepare
-# The tests that need a kernel, in two halves: in two guests side by side, on the machine's own kernel one
-# after the other.
+# What the test bed needs, a guest's kernel included where the machine's own will not do.
+need_bed() {
+  need "${BED_PACKAGES[@]}"
+  .venv/bin/python -c 'import sys; from tests.bed import boot; sys.exit(boot.why_not_here() is None)' || return 0
+  need "${GUEST_PACKAGES[@]}" || true
+  as_root .venv/bin/python -c 'import sys; from tests.bed import boot; sys.exit(boot.why_not_usermode() is not None)' ||
+    need "${OTHER_GUEST_PACKAGES[@]}"
+}
+
+# The tests that need a kernel, in two halves that take equally long: in two guests side by side, on the
+# machine's own kernel one after the other.
 kernel_tests() {
-  local first=(test_life.py test_refusals.py) second=(test_bed.py test_kills.py) log=.bed/second-half
-  local verdict=0
+  local first=(test_life.py test_refusals.py test_model.py) second=(test_bed.py test_gc.py test_kills.py test_faults.py)
+  local log=.bed/second-half verdict=0
   if .venv/bin/python -c 'import sys; from tests.bed import boot; sys.exit(boot.why_not_here() is None)'; then
     mkdir -p .bed
     bed -m pytest -v "${second[@]/#/tests/integration/}" >$log 2>&1 &
@@ -143,22 +156,25 @@ kernel_tests() {
   return $verdict
 }
 
+prepare
 case "${1:-build}" in
   build) build ;;
   demo)
-    need "${BED_PACKAGES[@]}"
+    need_bed
     build
     bed -m tests.demo
     ;;
   test)
-    need "${BED_PACKAGES[@]}" "${TEST_PACKAGES[@]}"
+    need "${TEST_PACKAGES[@]}"
+    need_bed
     build
     lint
     .venv/bin/python -m pytest -q
     kernel_tests
+    as_root .venv/bin/python -m tests.crash "${@:2}"
     ;;
   bench)
-    need "${BED_PACKAGES[@]}"
+    need_bed
     build
     .venv/bin/python -m tests.bench here
     bed -m tests.bench bed

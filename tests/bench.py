@@ -10,6 +10,7 @@ every instruction of ours is emulated while the disks are not, so that what we a
 from __future__ import annotations
 
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -32,6 +33,7 @@ ROUNDS = 3
 CONFIG = Path("/etc/localdisk.yaml")
 CALLS = Path("/run/bench-lvm-calls")
 LVM = Path("/usr/sbin/lvm")
+MANY, ASIDE = host.VOLUME_GROUP, "bench-aside"
 
 
 def main() -> int:
@@ -56,7 +58,7 @@ def here() -> None:
 
 def timed(argv: Sequence[str]) -> float:
     started = time.perf_counter()
-    subprocess.run(argv, check=True, env={}, stdin=subprocess.DEVNULL)
+    subprocess.run(argv, check=True, env={}, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     return time.perf_counter() - started
 
 
@@ -81,6 +83,8 @@ def bed() -> None:
     for backend in ("lvm", "lvmthin"):
         first_start(backend, large, small)
     kept_start(large)
+    for count in (10, 100, 1000):
+        collect(count)
 
 
 def image(storage: FileStorage, size: int, data: int) -> Image:
@@ -120,6 +124,87 @@ def kept_start(large: Image) -> None:
     row("(c) restart of a kept disk / first start", again / first, detail, "")
     configure("delete")
     stop("lvm", vm_id, large)
+
+
+def collect(count: int) -> None:
+    """(e): gc over so many kept disks against one lvs over them and a bare interpreter."""
+    with many_disks(count):
+        lvs = [
+            "/usr/sbin/lvs",
+            "--reportformat",
+            "json",
+            "--units",
+            "b",
+            "-o",
+            "lv_name,lv_size,lv_tags",
+            MANY,
+        ]
+        bare = ["/usr/bin/python3", "-c", "pass"]
+        gc = [str(host.PROGRAM), "gc"]
+        for argv in (lvs, gc):
+            timed(argv)
+        plain, ours = alternate(lambda: timed(lvs) + timed(bare), lambda: timed(gc), rounds=5)
+        before = metadata()
+        for words in ([], ["--dry-run"]):
+            timed([*gc, *words])
+        assert metadata() == before, "gc has changed kept disks"
+    limit = "1.5" if count == 1000 else ""
+    row(f"(e) gc over {count} kept disks / lvs and interpreter", ours / plain, f"{ours:.2f} s", limit)
+
+
+@contextmanager
+def many_disks(count: int) -> Iterator[None]:
+    """The volume group is another one, with so many small kept disks, written into its metadata at once.
+
+    There is no configuration: reading one costs the same with any number of disks.
+    """
+    CONFIG.unlink(missing_ok=True)
+    run("vgrename", MANY, ASIDE)
+    file = host.SCRATCH / "many.pv"
+    with open(file, "wb") as pv:
+        pv.truncate((count + 100) * 4 * MIB)
+    loop = run("losetup", "--find", "--show", str(file)).strip()
+    run("vgcreate", "-y", "--metadatasize", "32m", MANY, loop)
+    text = Path("/run/many")
+    try:
+        run("lvcreate", "-y", "-an", "-Zn", "-Wn", "-l", "1", "-n", "first", MANY)
+        run("vgchange", "-an", MANY)
+        run("vgcfgbackup", "-f", str(text), MANY)
+        text.write_text(with_disks(text.read_text(), count))
+        run("vgcfgrestore", "-f", str(text), MANY)
+        yield
+    finally:
+        run("vgremove", "-f", "-y", MANY)
+        run("vgrename", ASIDE, MANY)
+        run("losetup", "--detach", loop)
+        file.unlink()
+
+
+def with_disks(text: str, count: int) -> str:
+    """LVM's metadata text with `count` kept disks in the place of its one volume."""
+    start = text.index("\t\tfirst {")
+    end = text.index("\n\t\t}\n", start) + len("\n\t\t}\n")
+    volume = text[start:end]
+    uuid = re.search(r'id = "([^"]+)"', volume)
+    extent = re.search(r'"pv0", (\d+)', volume)
+    assert uuid
+    assert extent
+    now = int(time.time())
+    volumes = []
+    for number in range(count):
+        tags = ("localdisk", f"VM_{new_id()}", f"IU_{new_id()}", f"SOURCE_{number:032x}", f"STOPPED_{now}")
+        listed = ", ".join(f'"{tag}"' for tag in tags)
+        one = volume.replace("first {", f"{new_id()} {{\n\t\t\ttags = [{listed}]")
+        one = one.replace(uuid[1], f"{uuid[1][:-6]}{number:06d}")
+        volumes.append(one.replace(extent[0], f'"pv0", {number}'))
+    return text[:start] + "".join(volumes) + text[end:]
+
+
+def metadata() -> str:
+    """All that LVM knows of the group of many disks."""
+    file = Path("/run/many-now")
+    run("vgcfgbackup", "-f", str(file), MANY)
+    return file.read_text().partition(f"{MANY} {{")[2]
 
 
 def convert(backend: str, disk: Image) -> float:
