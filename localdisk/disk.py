@@ -24,12 +24,14 @@ from __future__ import annotations
 
 import enum
 import re
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from localdisk.config import Margins, Policy, Retention
 from localdisk.errors import (
     DiskBusy,
+    Error,
     NoSpace,
     NoThinPool,
     OtherOwner,
@@ -49,6 +51,7 @@ DELETING = "DELETING"
 ERASES = ("discard", "zero")  # but for none, what `retention.erase` can say
 
 _FINGERPRINT = re.compile(r"[0-9a-f]{32}")
+_NUMBER = re.compile(r"[0-9]{1,18}")
 
 
 class State(enum.Enum):
@@ -80,12 +83,13 @@ class LocalDisk:
         Ours has a canonical UUID as its name, exactly one VM and one image, or none where it was set
         aside, and is no pool.  The tag `localdisk` is not asked for: vdsm's older hook did not set it.
         """
-        vm_id, image_id = _only_uuid(lv.lv_tags, "VM_"), _only_uuid(lv.lv_tags, "IU_")
-        has_owner = bool(vm_id and image_id) or _is_aside(lv.lv_tags)
+        values = _values(lv.lv_tags)
+        vm_id, image_id = _only_uuid(values["VM"]), _only_uuid(values["IU"])
+        is_aside = {OURS, DELETING} <= lv.lv_tags and not values["VM"] and not values["IU"]
+        has_owner = bool(vm_id and image_id) or is_aside
         if not (is_uuid(lv.lv_name) and has_owner) or "pool" in lv.lv_layout:
             return None
-        stopped = max(_numbers(lv.lv_tags, "STOPPED_"), default=None)
-        fingerprints = _values(lv.lv_tags, "SOURCE_")
+        stopped, fingerprints = max(_numbers(values["STOPPED"]), default=None), values["SOURCE"]
         return cls(
             lv=lv,
             vm_id=vm_id,
@@ -93,10 +97,10 @@ class LocalDisk:
             state=_state(lv.lv_tags, stopped),
             fingerprint=fingerprints[0] if len(fingerprints) == 1 else "",
             stopped=stopped,
-            unneeded=max(_numbers(lv.lv_tags, "UNNEEDED_"), default=None),
+            unneeded=max(_numbers(values["UNNEEDED"]), default=None),
             erase=next((how for how in ERASES if f"ERASE_{how}" in lv.lv_tags), ""),
-            aside_name=_only_uuid(lv.lv_tags, "ASIDE_"),
-            writes=max(_numbers(lv.lv_tags, "WRITES_"), default=0),
+            aside_name=_only_uuid(values["ASIDE"]),
+            writes=max(_numbers(values["WRITES"]), default=0),
         )
 
     @property
@@ -241,8 +245,7 @@ def _require_thin_room(vg: VolumeGroup, pool_name: str, margins: Margins, writes
     if not pool.zero:
         raise ThinPoolNotZeroing(vg=vg.vg_name, pool=pool_name)
     if pool.data_percent is None or pool.metadata_percent is None:
-        problem = ThinPoolBroken if pool.lv_active else ThinPoolInactive
-        raise problem(vg=vg.vg_name, pool=pool_name)
+        raise silent_pool(vg.vg_name, pool)
     promised = sum(_still_to_write(disk) for disk in local_disks(vg) if disk.lv.pool_lv == pool_name)
     would = pool.data_percent + 100 * (writes + promised) / pool.lv_size
     for limit, value, allowed in (
@@ -253,6 +256,11 @@ def _require_thin_room(vg: VolumeGroup, pool_name: str, margins: Margins, writes
             raise ThinPoolFull(
                 vg=vg.vg_name, pool=pool_name, limit=limit, would=f"{value:.1f} %", allowed=f"{allowed:g} %"
             )
+
+
+def silent_pool(vg: str, pool: LogicalVolume) -> Error:
+    """What is wrong with a thin pool that does not tell how full it is."""
+    return (ThinPoolBroken if pool.lv_active else ThinPoolInactive)(vg=vg, pool=pool.lv_name)
 
 
 def _still_to_write(disk: LocalDisk) -> float:
@@ -296,21 +304,21 @@ def _state(tags: frozenset[str], stopped: int | None) -> State:
     return State.READY if stopped is None else State.STOPPED
 
 
-def _is_aside(tags: frozenset[str]) -> bool:
-    return {OURS, DELETING} <= tags and not any(tag.startswith(("VM_", "IU_")) for tag in tags)
+def _values(tags: Iterable[str]) -> Mapping[str, list[str]]:
+    """The values of tags NAME_VALUE by their name."""
+    values: defaultdict[str, list[str]] = defaultdict(list)
+    for tag in tags:
+        name, _, value = tag.partition("_")
+        values[name].append(value)
+    return values
 
 
-def _values(tags: Iterable[str], prefix: str) -> list[str]:
-    return sorted(tag[len(prefix) :] for tag in tags if tag.startswith(prefix))
-
-
-def _only_uuid(tags: Iterable[str], prefix: str) -> str:
-    values = _values(tags, prefix)
+def _only_uuid(values: list[str]) -> str:
     return values[0] if len(values) == 1 and is_uuid(values[0]) else ""
 
 
-def _numbers(tags: Iterable[str], prefix: str) -> list[int]:
-    return [int(value) for value in _values(tags, prefix) if re.fullmatch(r"[0-9]{1,18}", value)]
+def _numbers(values: list[str]) -> list[int]:
+    return [int(value) for value in values if _NUMBER.fullmatch(value)]
 
 
 def is_fingerprint(text: object) -> bool:

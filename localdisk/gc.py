@@ -186,8 +186,9 @@ class _Group:
     dry_run: bool
 
     def collect(self) -> Iterator[Finding]:
+        held = lock.held()
         for disk in local_disks(self.vg):
-            verdict = self._judge(disk, lock.is_held(lock.disk_lock(disk.volume_id)), self.known)
+            verdict = self._judge(disk, lock.disk_lock(disk.volume_id) in held, self.known)
             if verdict.action is Action.KEEP or self.dry_run:
                 yield Finding(self.vg.vg_name, disk, verdict)
             else:

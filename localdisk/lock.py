@@ -86,6 +86,15 @@ def trying(path: str) -> Iterator[Lock | None]:
             lock.release()
 
 
+def held() -> frozenset[str]:
+    """The paths of all locks that a living process holds."""
+    try:
+        names = os.listdir(RUN)
+    except FileNotFoundError:
+        return frozenset()
+    return frozenset(filter(is_held, (os.path.join(RUN, name) for name in names)))
+
+
 def is_held(path: str) -> bool:
     """Whether a living process holds the lock.  Leaves nothing behind."""
     return read_held(path) is not None

@@ -10,7 +10,6 @@ every instruction of ours is emulated while the disks are not, so that what we a
 from __future__ import annotations
 
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -143,7 +142,7 @@ def collect(count: int) -> None:
         gc = [str(host.PROGRAM), "gc"]
         for argv in (lvs, gc):
             timed(argv)
-        plain, ours = alternate(lambda: timed(lvs) + timed(bare), lambda: timed(gc), rounds=5)
+        plain, ours = alternate(lambda: timed(lvs) + timed(bare), lambda: timed(gc), rounds=ROUNDS)
         before = metadata()
         for words in ([], ["--dry-run"]):
             timed([*gc, *words])
@@ -164,11 +163,9 @@ def many_disks(count: int) -> Iterator[None]:
     with open(file, "wb") as pv:
         pv.truncate((count + 100) * 4 * MIB)
     loop = run("losetup", "--find", "--show", str(file)).strip()
-    run("vgcreate", "-y", "--metadatasize", "32m", MANY, loop)
+    run("vgcreate", "-y", "--setautoactivation", "n", "--metadatasize", "32m", MANY, loop)
     text = Path("/run/many")
     try:
-        run("lvcreate", "-y", "-an", "-Zn", "-Wn", "-l", "1", "-n", "first", MANY)
-        run("vgchange", "-an", MANY)
         run("vgcfgbackup", "-f", str(text), MANY)
         text.write_text(with_disks(text.read_text(), count))
         run("vgcfgrestore", "-f", str(text), MANY)
@@ -181,23 +178,32 @@ def many_disks(count: int) -> Iterator[None]:
 
 
 def with_disks(text: str, count: int) -> str:
-    """LVM's metadata text with `count` kept disks in the place of its one volume."""
-    start = text.index("\t\tfirst {")
-    end = text.index("\n\t\t}\n", start) + len("\n\t\t}\n")
-    volume = text[start:end]
-    uuid = re.search(r'id = "([^"]+)"', volume)
-    extent = re.search(r'"pv0", (\d+)', volume)
-    assert uuid
-    assert extent
-    now = int(time.time())
-    volumes = []
+    """LVM's metadata text of an empty group, with `count` kept disks of one extent each."""
+    now, volumes = int(time.time()), []
     for number in range(count):
         tags = ("localdisk", f"VM_{new_id()}", f"IU_{new_id()}", f"SOURCE_{number:032x}", f"STOPPED_{now}")
+        uuid = f"bench0-many-many-many-many-many-{number:06d}"
         listed = ", ".join(f'"{tag}"' for tag in tags)
-        one = volume.replace("first {", f"{new_id()} {{\n\t\t\ttags = [{listed}]")
-        one = one.replace(uuid[1], f"{uuid[1][:-6]}{number:06d}")
-        volumes.append(one.replace(extent[0], f'"pv0", {number}'))
-    return text[:start] + "".join(volumes) + text[end:]
+        volumes.append(
+            f"""{new_id()} {{
+            id = "{uuid}"
+            status = ["READ", "WRITE", "VISIBLE"]
+            tags = [{listed}]
+            creation_host = "bench"
+            creation_time = {now}
+            segment_count = 1
+            segment1 {{
+                start_extent = 0
+                extent_count = 1
+                type = "striped"
+                stripe_count = 1
+                stripes = ["pv0", {number}]
+            }}
+        }}
+        """
+        )
+    end = text.rindex("\n}")
+    return f"{text[:end]}\n    logical_volumes {{\n{''.join(volumes)}\n    }}{text[end:]}"
 
 
 def metadata() -> str:
