@@ -26,6 +26,7 @@ for kept in /dev /proc /sys; do
 done
 mount -t tmpfs -o mode=755 run /mnt/root/run
 mount -t tmpfs -o mode=1777 tmp /mnt/root/tmp
+mount -t tmpfs -o mode=1777 tmp /mnt/root/var/tmp
 mkdir /mnt/root/.old
 cd /mnt/root
 pivot_root . .old

@@ -1,6 +1,6 @@
-"""python -m tests.crash [--all] [--every N]: runs the crash matrix in guests side by side, prints the table.
+"""python -m tests.crash [--all | --match TEXT]: runs the crash matrix in guests, prints the table.
 
-Exit status: 0 where no case found a violation, else 1.  A selection is run unless `--all` is given.
+Without either a selection is run.  Exit status: 0 where no case found a violation, else 1.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ Row = dict[str, Any]
 
 def main() -> int:
     options = parser().parse_args()
-    every = 1 if options.all else options.every
+    every = 1 if options.all or options.match else options.every
     parts = min(options.guests, os.cpu_count() or 1)
-    shares = [Share(part, parts, every) for part in range(parts)]
+    shares = [Share(part, parts, every, options.match) for part in range(parts)]
     for share in shares:
         share.start()
     for share in shares:
@@ -43,6 +43,7 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tests.crash", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--all", action="store_true", help="all cases")
     parser.add_argument("--every", type=int, default=SELECTION, help="one of N cases")
+    parser.add_argument("--match", default="", metavar="TEXT", help="of those with TEXT in their name")
     parser.add_argument("--guests", type=int, default=2, help="side by side")
     return parser
 
@@ -50,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
 class Share(threading.Thread):
     """The cases of one guest, which is booted again whenever a case has stopped its kernel."""
 
-    def __init__(self, part: int, parts: int, every: int) -> None:
+    def __init__(self, part: int, parts: int, every: int, match: str) -> None:
         super().__init__()
         self.rows: list[Row] = []
         self.problem = ""
@@ -58,7 +59,7 @@ class Share(threading.Thread):
         python = sys.executable
         boot = [python, "-m", "tests.bed.boot", "--where", "guest", "--disk-file", self._disks, "--keep"]
         boot += ["--disk-size", str(DISK_MIB), "--deadline", "7200"]
-        self._argv = [*boot, "--", python, "-m", "tests.crash.cases", *map(str, (part, parts, every))]
+        self._argv = [*boot, "--", python, "-m", "tests.crash.cases", *map(str, (part, parts, every)), match]
 
     def run(self) -> None:
         try:
@@ -91,8 +92,7 @@ class Share(threading.Thread):
     def _tell(self, row: Row) -> None:
         self.rows.append(row)
         verdict = "; ".join(row["violations"]) or ("good" if row["reached"] else "good (ended before)")
-        where = f"{row['flow']}: {row['how']} {row['moment']} {row['number']} {row['call']}"
-        print(f"{where}: {verdict}", flush=True)
+        print(f"{row['name']}: {verdict}", flush=True)
 
 
 def table(rows: list[Row]) -> str:

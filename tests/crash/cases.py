@@ -1,8 +1,8 @@
-"""Runs its share of the cases, in a guest:  python -m tests.crash.cases PART PARTS EVERY
+"""Runs its share of the cases, in a guest:  python -m tests.crash.cases PART PARTS EVERY MATCH
 
-Of all cases every EVERY-th is chosen, of these every PARTS-th from PART on is run.  What was found is on the
-shared disk, so that the next boot goes on where a case has stopped the kernel.  Each line of output is one
-JSON object: a result, or `{"dies": CASE}` just before the kernel is stopped.
+Of the cases with MATCH in their name one of EVERY is chosen, and of these every PARTS-th from PART on is
+run.  What was found is on the shared disk, so that the next boot goes on where a case has stopped the kernel.
+Each line of output is one JSON object: a result, or `{"dies": CASE}` just before the kernel is stopped.
 """
 
 from __future__ import annotations
@@ -46,8 +46,12 @@ class Case:
     moment: str
     how: str
 
+    @property
+    def name(self) -> str:
+        return f"{self.flow}: {self.how} {self.moment} {self.number} {self.call}"
 
-def main(part: int, parts: int, every: int) -> int:
+
+def main(part: int, parts: int, every: int, match: str) -> int:
     host.setup()
     libvirt.start()
     host.thin_pool()
@@ -56,14 +60,14 @@ def main(part: int, parts: int, every: int) -> int:
         if not SCENE.exists():
             prepare()
         scene = Scene.load(SCENE)
-        for case in chosen(every)[part::parts][done() :]:
+        for case in chosen(every, match)[part::parts][done() :]:
             run_case(scene, case)
     return 0
 
 
-def chosen(every: int) -> list[Case]:
-    """One of `every` cases, of all kinds, always the same, in their order."""
-    everything = cases()
+def chosen(every: int, match: str) -> list[Case]:
+    """Of the cases that `match` is in the name of one of `every`, of all kinds, always the same, in order."""
+    everything = [case for case in cases() if match in case.name]
     numbers = random.Random(0).sample(range(len(everything)), -(-len(everything) // every))
     return [everything[number] for number in sorted(numbers)]
 
@@ -161,7 +165,7 @@ def run_case(scene: Scene, case: Case) -> None:
         before = temporary_files()
         reached = True
     violations = list(look(flow, scene, case, before))
-    record = {**asdict(case), "reached": reached, "violations": violations}
+    record = {**asdict(case), "name": case.name, "reached": reached, "violations": violations}
     with open(RESULTS, "a") as file:
         file.write(json.dumps(record) + "\n")
         file.flush()
@@ -293,4 +297,4 @@ def clear(flow: Flow, scene: Scene) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*map(int, sys.argv[1:])))
+    sys.exit(main(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]))
