@@ -117,9 +117,11 @@ def _gc_mode(arguments: argparse.Namespace) -> int:
     from localdisk import gc
 
     _require_root("gc")
-    findings = gc.collect(_load(arguments), dry_run=arguments.dry_run)
-    print(gc.as_json(findings) if arguments.json else gc.as_lines(findings, arguments.dry_run), end="")
-    return PROBLEMS if any(finding.is_problem for finding in findings) else GOOD
+    found = gc.collect(_load(arguments), dry_run=arguments.dry_run)
+    print(gc.as_json(found) if arguments.json else gc.as_lines(found, arguments.dry_run), end="")
+    for problem in found.problems:
+        _report(problem, PROBLEMS)
+    return PROBLEMS if found.is_problem else GOOD
 
 
 def _status_mode(arguments: argparse.Namespace) -> int:
@@ -128,7 +130,9 @@ def _status_mode(arguments: argparse.Namespace) -> int:
     _require_root("status")
     snapshot = status.take(_load(arguments))
     print(status.as_json(snapshot) if arguments.json else status.as_table(snapshot), end="")
-    return GOOD
+    for problem in snapshot.problems:
+        _report(problem, PROBLEMS)
+    return PROBLEMS if snapshot.problems else GOOD
 
 
 def _check_mode(arguments: argparse.Namespace) -> int:

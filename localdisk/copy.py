@@ -5,6 +5,7 @@ Runs as vdsm.  qemu-img dies with us (setpriv --pdeathsig), so a killed hook lea
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import re
@@ -16,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from localdisk import run
-from localdisk.errors import CopyFailed, DeviceNotReady
+from localdisk.errors import CommandMissing, CopyFailed, DeviceNotReady, Error, PoolFilledUp
 from localdisk.image import Source
 from localdisk.lvm import read_dm_uuid
 
@@ -44,7 +45,7 @@ class Target:
 def copy(source: Source, target: Target, on_progress: OnProgress) -> None:
     """Fill `target` so that it equals the guest's view of `source`, zeros behind it, all on the device.
 
-    Raises CopyFailed, DeviceNotReady, and whatever `on_progress` raises.
+    Raises CopyFailed, PoolFilledUp, DeviceNotReady, CommandMissing, and whatever `on_progress` raises.
     """
     try:
         with _opened(target) as fd:
@@ -95,6 +96,8 @@ def _convert(source: Source, target: Target, fd: int, on_progress: OnProgress) -
         for fraction in _progress(process):
             on_progress(fraction)
         said = run.read_errors(process)
+        if process.returncode in (126, 127):  # what setpriv and nice say where they cannot run it
+            raise CommandMissing(tool="qemu-img")
         if process.returncode != 0:
             raise _failed(source, target, said or f"qemu-img ended with {process.returncode}")
     finally:
@@ -133,5 +136,7 @@ def _progress(process: run.Process[bytes]) -> Iterator[float]:
             yield fraction
 
 
-def _failed(source: Source, target: Target, problem: str) -> CopyFailed:
+def _failed(source: Source, target: Target, problem: str) -> Error:
+    if os.strerror(errno.ENOSPC) in problem:  # a preallocated volume never says so
+        return PoolFilledUp(volume=source.layers[0].path, path=target.path)
     return CopyFailed(volume=source.layers[0].path, path=target.path, problem=problem)

@@ -23,7 +23,7 @@ from typing import Any
 
 from localdisk import run
 from localdisk.definition import Disk
-from localdisk.errors import CommandFailed, SourceRefused
+from localdisk.errors import CommandFailed, CommandMissing, SourceRefused
 from localdisk.ids import is_uuid
 from localdisk.lvm import read_dm_uuid
 from localdisk.units import MAX_DISK
@@ -177,7 +177,7 @@ class Source:
     def writes(self, leaves_out_zeros: bool) -> int:
         """Bytes that a copy writes: all of them, or only data.  Reads the mapping, not the data.
 
-        Raises CommandFailed.
+        Raises CommandFailed, CommandMissing.
         """
         if not leaves_out_zeros:
             return self.virtual_size
@@ -185,7 +185,13 @@ class Source:
         argv = ["prlimit", "--as=2147483648", "--cpu=600", "--"]
         # Measured for qcow2: raw_measure() of QEMU counts every byte, zeros too.
         argv += ["qemu-img", "measure", "--output", "json", "-O", "qcow2", self.filename]
-        out = run.run(argv, deadline=3600, pass_fds=self.fds)
+        try:
+            out = run.run(argv, deadline=3600, pass_fds=self.fds)
+        except CommandFailed as error:
+            if error.returncode in (126, 127):  # what prlimit says where it cannot run it
+                raise CommandMissing(tool="qemu-img") from None
+            measure = ("qemu-img", "measure", self.layers[0].path)
+            raise CommandFailed(measure, error.returncode, error.stderr) from None
         try:
             found = json.loads(out)
             left_out = int(found["fully-allocated"]) - int(found["required"])

@@ -12,7 +12,7 @@ import os
 import subprocess
 from collections.abc import Iterable, Sequence
 
-from localdisk.errors import CommandFailed, CommandMissing, CommandTimeout
+from localdisk.errors import CommandFailed, CommandMissing, CommandTimeout, target
 
 DEADLINE = 120  # seconds; LVM waits for its own locks and for udev, both bounded below this
 
@@ -36,7 +36,7 @@ def run(argv: Sequence[str], *, deadline: float = DEADLINE, pass_fds: Iterable[i
         out, err = process.communicate(timeout=deadline)
     except subprocess.TimeoutExpired:
         end(process)
-        raise CommandTimeout(tool=" ".join(argv[:2]), seconds=round(deadline)) from None
+        raise CommandTimeout(tool=" ".join(argv[:2]) + target(argv), seconds=round(deadline)) from None
     except BaseException:
         end(process)
         raise

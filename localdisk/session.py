@@ -144,10 +144,23 @@ class Session:
         missing = {life.OURS, f"SOURCE_{fingerprint}"} - found.lv.lv_tags
         if missing or found.idle_tags:
             vg.change_tags(found.volume_id, add=missing, remove=found.idle_tags)
-        vg.activate(found.volume_id)
+        try:
+            vg.activate(found.volume_id)
+            vg.dm_uuid(found.volume_id)  # raises where the node is not there, or not the volume's
+        except Error:
+            self._keep_as_it_was(vg, found)
+            raise
         log.event("kept disk taken back", vm=claim.vm_id, disk=claim.volume_id)
         self.close()
         return {"path": vg.path(found.volume_id), "target": None}
+
+    def _keep_as_it_was(self, vg: VolumeGroup, found: LocalDisk) -> None:
+        try:
+            if found.idle_tags:
+                vg.change_tags(found.volume_id, add=found.idle_tags)
+            vg.deactivate(found.volume_id)
+        except Error as error:
+            log.problem("kept disk is left to gc", disk=found.volume_id, why=error)
 
     def _create(self, claim: Claim, size: int, fingerprint: str, writes: int) -> Answer:
         policy = claim.policy

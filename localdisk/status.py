@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass
 
 from localdisk import lock
 from localdisk.config import Config
-from localdisk.disk import LocalDisk, State, local_disks
+from localdisk.disk import LocalDisk, State, local_disks, silent_pool
+from localdisk.errors import CommandFailed, CommandTimeout, Error, NoVolumeGroup, VolumeGroupUnusable
 from localdisk.lvm import VolumeGroup
 from localdisk.units import format_duration, format_size
 
@@ -56,20 +57,42 @@ class Snapshot:
     at: int
     volume_groups: tuple[Group, ...]
     disks: tuple[Row, ...]
+    problems: tuple[str, ...] = ()  # groups and pools that cannot be used or looked at, one line each
 
 
 def take(config: Config) -> Snapshot:
-    """Look once: one LVM command for each volume group.  Raises NoVolumeGroup, CommandFailed."""
-    groups = [VolumeGroup.read(name, devices) for name, devices in config.volume_groups.items()]
+    """Look once: one LVM command for each volume group.
+
+    Raises NoVolumeGroup, CommandFailed and so on where no volume group can be looked at.
+    """
+    groups: list[VolumeGroup] = []
+    failures: list[Error] = []
+    for name, devices in config.volume_groups.items():
+        try:
+            groups.append(VolumeGroup.read(name, devices))
+            groups[-1].require_usable()
+            failures += _silent_pools(groups[-1], config.thin_pool)
+        except (CommandFailed, CommandTimeout, NoVolumeGroup, VolumeGroupUnusable) as error:
+            failures.append(error)
+    if not groups:
+        raise failures[0]
     return Snapshot(
         at=int(time.time()),
         volume_groups=tuple(_group(vg, config.thin_pool) for vg in groups),
         disks=tuple(_row(vg.vg_name, disk) for vg in groups for disk in local_disks(vg)),
+        problems=tuple(map(str, failures)),
     )
 
 
+def _silent_pools(vg: VolumeGroup, pool_name: str) -> Iterator[Error]:
+    pool = vg.find(pool_name)
+    if pool and pool.is_thin_pool and pool.data_percent is None:
+        yield silent_pool(vg.vg_name, pool)
+
+
 def as_json(snapshot: Snapshot) -> str:
-    return json.dumps(asdict(snapshot), indent=2) + "\n"
+    shown = {name: value for name, value in asdict(snapshot).items() if name != "problems"}
+    return json.dumps(shown, indent=2) + "\n"
 
 
 def as_table(snapshot: Snapshot) -> str:

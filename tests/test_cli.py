@@ -12,7 +12,7 @@ import pytest
 from localdisk import __version__, cli, config, gc, helper, hook, status
 from localdisk.disk import LocalDisk
 from localdisk.errors import BadProperty, ConfigRefused, NoVolumeGroup
-from localdisk.gc import Action, Finding, Verdict
+from localdisk.gc import Action, Collection, Finding, Verdict
 from localdisk.lvm import VolumeGroup
 from localdisk.vdsm import POINTS
 from tests.fakes import VOLUME, FakeHost, report, tags
@@ -184,27 +184,30 @@ def finding(**fields: object) -> Finding:
 
 
 @pytest.mark.parametrize(
-    ("findings", "code"),
+    ("collection", "code"),
     [
-        ((), 0),
-        ((finding(),), 0),
-        ((finding(verdict=Verdict(Action.REMOVE, "x")),), 0),
-        ((finding(), finding(failure="x")), 1),
-        ((finding(verdict=Verdict(Action.KEEP, "x", is_certain=False)),), 1),
+        (Collection(()), 0),
+        (Collection((finding(),)), 0),
+        (Collection((finding(verdict=Verdict(Action.REMOVE, "x")),)), 0),
+        (Collection((finding(), finding(failure="x"))), 1),
+        (Collection((finding(verdict=Verdict(Action.KEEP, "x", is_certain=False)),)), 1),
+        (Collection((), problems=("a : b", "c : d")), 1),
+        (Collection((finding(),), problems=("a : b",)), 1),
     ],
 )
 @pytest.mark.usefixtures("as_root")
-def test_gc(run: Run, monkeypatch: pytest.MonkeyPatch, findings: tuple[Finding, ...], code: int) -> None:
+def test_gc(run: Run, monkeypatch: pytest.MonkeyPatch, collection: Collection, code: int) -> None:
     asked: list[bool] = []
 
-    def collect(_config: object, dry_run: bool) -> tuple[Finding, ...]:
+    def collect(_config: object, dry_run: bool) -> Collection:
         asked.append(dry_run)
-        return findings
+        return collection
 
     monkeypatch.setattr(gc, "collect", collect)
-    assert run("gc") == (code, gc.as_lines(findings, dry_run=False), "")
-    assert run("gc", "--dry-run") == (code, gc.as_lines(findings, dry_run=True), "")
-    assert run("gc", "--json") == (code, gc.as_json(findings), "")
+    err = "".join(f"localdisk: {problem}\n" for problem in collection.problems)
+    assert run("gc") == (code, gc.as_lines(collection, dry_run=False), err)
+    assert run("gc", "--dry-run") == (code, gc.as_lines(collection, dry_run=True), err)
+    assert run("gc", "--json") == (code, gc.as_json(collection), err)
     assert asked == [False, True, False]
 
 

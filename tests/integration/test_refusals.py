@@ -7,11 +7,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.bed import host, libvirt, vdsm
+from tests.bed import host, vdsm
 from tests.bed.player import run_point
 from tests.bed.shell import attempt, run
 from tests.bed.storage import FileStorage, Image, new_id
-from tests.bed.vm import Disk, Vm, disk_json, disk_xml, domain_xml
+from tests.bed.vm import Disk, Vm, disk_xml, domain_xml
 from tests.integration.steps import (
     LOCKS,
     MIB,
@@ -142,34 +142,9 @@ def test_leaf_is_no_qcow2(volume_group: str, image: Image) -> None:
 # -- the host
 
 
-def test_no_volume_group(image: Image) -> None:
-    configure("volume_group: nosuch\n")
-    assert "vgcreate nosuch" in refused_disk(image)
-
-
-def test_no_thin_pool(volume_group: str, image: Image) -> None:
-    assert "no thin pool ovirt-local/pool0" in refused_disk(image, THIN)
-
-
-def test_thin_pool_that_does_not_zero(thin_pool: str, image: Image) -> None:
-    pool = f"{host.VOLUME_GROUP}/{host.THIN_POOL}"
-    run("lvchange", "--zero", "n", pool)
-    try:
-        assert "lvchange --zero y" in refused_disk(image, THIN)
-    finally:
-        run("lvchange", "--zero", "y", pool)
-
-
 def test_thin_pool_near_its_limit(thin_pool: str, image: Image) -> None:
     configure("margins: {thin_data: 0%}\n")
     assert "margins.thin_data" in refused_disk(image, THIN)
-
-
-def test_full_volume_group(volume_group: str, image: Image) -> None:
-    run("lvcreate", "-y", "-Wn", "-l", "100%FREE", "-n", "full", host.VOLUME_GROUP)
-    line = refused_disk(image)
-    assert "lacks 8 MiB" in line
-    host.remove("full")
 
 
 def test_reserve_and_margin(volume_group: str, image: Image) -> None:
@@ -209,17 +184,6 @@ def test_configuration(volume_group: str, image: Image) -> None:
     configure("retention: {on_stopp: keep}\ncopy: {parallel: 0}\n")
     line = refused_disk(image)
     assert "2 problem(s)" in line
-
-
-def test_libvirt_is_silent(volume_group: str, image: Image) -> None:
-    """Whether the VM runs cannot be asked, so nothing is copied."""
-    libvirt.stop()
-    try:
-        assert "libvirt does not say" in refused(
-            "after_disk_prepare", new_id(), disk_json(Disk("vda", image))
-        )
-    finally:
-        libvirt.start()
 
 
 # -- the helper, asked by vdsm directly
