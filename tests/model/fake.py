@@ -1,0 +1,642 @@
+"""A host in memory: the real hooks, helper and gc run on it, with fakes at the door.
+
+Hooks and gc run in threads, never two at once, so that they can be paused, or killed: what is dead runs no
+command any more, and its locks end with it while their files stay.  All that happens follows from the seed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from localdisk import config, copy, gc, hook, image, lock, removal, run, vdsm
+from localdisk.copy import OnProgress, Target
+from localdisk.errors import CommandFailed, Error
+from localdisk.helper import Ended as HelperEnded
+from localdisk.session import Session
+from tests.bed import vdsm as bed_vdsm
+from tests.bed.storage import COW
+from tests.bed.storage import Image as BedImage
+from tests.bed.storage import Volume as BedVolume
+from tests.bed.vm import Disk as BedDisk
+from tests.bed.vm import Vm as BedVm
+from tests.bed.vm import disk_json, domain_xml
+from tests.fakes import FakeHost
+from tests.model.predict import Call
+from tests.model.rules import MIB, Rules
+from tests.model.seen import Seen
+from tests.model.state import Room, Source, State
+from tests.model.world import FORBIDDEN, STRANGERS, Ended, Look, Trouble
+
+VG = "ovirt-local"
+NOW = 1_760_000_000
+POOL = 512 * MIB
+WAITS = 1000  # times that a call may wait while nobody else gets any further
+
+
+class Dead(BaseException):
+    """This process, or half of it, has been killed: nothing of it runs any more."""
+
+
+class Process:
+    """A hook with its helper, or gc: it runs in a thread of its own, and never while another one does."""
+
+    def __init__(self, state: State, call: Call, trouble: Trouble | None) -> None:
+        self.state, self.call, self.trouble = state, call, trouble
+        self.befell, self.moments = "", 0
+        self.is_hook_dead = self.is_helper_dead = False
+        self.locks: dict[int, TrackedLock] = {}  # by descriptor
+        self.answer = ""
+        self.says = ""  # why it has stopped running: waiting, paused, copying, ended
+        self.error: BaseException | None = None
+        self._turn, self._driver = threading.Semaphore(0), threading.Semaphore(0)
+
+    def start(self, work: Callable[[], None]) -> None:
+        threading.Thread(target=self._run, args=(work,), daemon=True).start()
+
+    def go(self) -> str:
+        """Let it run until it says why it stops."""
+        self._turn.release()
+        self._driver.acquire()
+        return self.says
+
+    def stop(self, why: str) -> None:
+        """Called by the process: let the others go on."""
+        self.says = why
+        self._driver.release()
+        self._turn.acquire()
+
+    def is_due(self, is_change: bool) -> bool:
+        """Count this moment; whether trouble comes now.  A copy is left alone elsewhere."""
+        if not self.trouble or self.trouble.kind == "copying" or (self.trouble.of_changes and not is_change):
+            return False
+        self.moments += 1
+        return self.moments == self.trouble.at
+
+    def postpone(self) -> None:
+        """The trouble is none at this moment: it may come at the next."""
+        if self.trouble:
+            self.trouble = replace(self.trouble, at=self.trouble.at + 1)
+
+    def kill_helper(self) -> None:
+        """Its locks end with it; their files stay."""
+        self.is_helper_dead = True
+        for fd in self.locks:
+            os.close(fd)
+        self.locks.clear()
+
+    def _run(self, work: Callable[[], None]) -> None:
+        self._turn.acquire()
+        try:
+            work()
+        except BaseException as error:  # noqa: BLE001 (it is raised where the process ends)
+            self.error = error
+        self.says = "ended"
+        self._driver.release()
+
+
+class TrackedLock(lock.Lock):
+    """A lock that is let go of as its process ends, without the process doing anything for it."""
+
+    process: Process | None = None  # that runs now
+
+    def __init__(self, path: str, fd: int) -> None:
+        super().__init__(path, fd)
+        self.fd, self.owner = fd, TrackedLock.process
+        if self.owner:
+            self.owner.locks[fd] = self
+
+    def release(self) -> None:
+        if self.owner and self.owner.locks.pop(self.fd, None) is not self:
+            return  # its process is dead
+        super().release()
+
+
+class Host(FakeHost):
+    """With the bytes of its volumes, and a moment for trouble before and after every command."""
+
+    def __init__(self, world: FakeWorld) -> None:
+        super().__init__()
+        self.world = world
+        self.holds: dict[str, tuple[str, ...]] = {}  # what is on it, by lv_uuid
+        self.wiped: dict[str, str] = {}  # how it was erased, by lv_uuid
+        self.written: dict[str, int] = {}  # bytes of data, by lv_uuid
+        self.gone: dict[str, str] = {}  # how it was erased, by lv_uuid
+        self.openers: dict[str, set[str]] = {}  # who has it open, by lv_uuid
+        self.volumes["pool0"].lv_size = POOL
+        self.of_running: dict[str, Seen] = {}  # volumes of running VMs, as they were when the VM started
+
+    def run(self, argv: Sequence[str], *, deadline: float = 0, pass_fds: object = ()) -> str:
+        words = list(argv)
+        is_change = words[0] not in ("lvm", "virsh")
+        self.world.moment(is_change)
+        names = [word for word in words[1:] if word.startswith(f"{VG}/")]
+        if len(names) > 1 and self.world.dies_within(is_change):
+            super().run([word for word in words if word not in names[1:]])
+            self.world.die()
+        answer = super().run(words)
+        self._check_running_vms()
+        self.world.moment(is_change)
+        return answer
+
+    def report(self) -> str:
+        total = sum(self.data(v.lv_uuid) for v in self.volumes.values() if v.pool_lv)
+        self.volumes["pool0"].data_percent = f"{100 * total / POOL:.2f}"
+        for volume in self.volumes.values():
+            if volume.pool_lv:
+                volume.data_percent = f"{100 * self.data(volume.lv_uuid) / volume.lv_size:.2f}"
+        return super().report()
+
+    def data(self, lv_uuid: str) -> int:
+        return self.written.get(lv_uuid, 0)
+
+    def open(self, name: str, who: str) -> None:
+        volume = self.volumes[name]
+        assert volume.lv_active, f"{who} cannot open {name}, it is not active"
+        self.openers.setdefault(volume.lv_uuid, set()).add(who)
+        volume.lv_device_open = "open"
+
+    def close(self, lv_uuid: str, who: str) -> None:
+        self.openers.get(lv_uuid, set()).discard(who)
+        for volume in self.volumes.values():
+            if volume.lv_uuid == lv_uuid and not self.openers.get(lv_uuid):
+                volume.lv_device_open = ""
+
+    def seen(self, name: str) -> Seen:
+        volume = self.volumes[name]
+        written = self.data(volume.lv_uuid) if volume.pool_lv else None
+        is_open, holds = volume.lv_device_open != "", self.holds.get(volume.lv_uuid, ())
+        tags = frozenset(volume.lv_tags)
+        return Seen(name, volume.lv_uuid, volume.lv_size, tags, is_open, bool(volume.pool_lv), holds, written)
+
+    def _check_running_vms(self) -> None:
+        """No command, of whatever process, changes a running VM's disk."""
+        there = {volume.lv_uuid: name for name, volume in self.volumes.items()}
+        for lv_uuid, before in self.of_running.items():
+            assert lv_uuid in there, f"a running VM's disk {before.name} is removed by {self.commands[-1]}"
+            now = self.seen(there[lv_uuid])
+            idle = {tag for tag in before.tags if tag.startswith(("STOPPED_", "UNNEEDED_"))}
+            is_same = replace(now, tags=before.tags, holds=before.holds, written=before.written) == before
+            is_same = is_same and before.tags - idle <= now.tags <= before.tags
+            assert is_same, f"a running VM's disk was\n{before}, after\n{self.commands[-1]}\nit is\n{now}"
+
+    def _lvcreate(self, argv: list[str]) -> str:
+        before = {*self.volumes}
+        answer = super()._lvcreate(argv)
+        for name in {*self.volumes} - before:
+            self.holds[self.volumes[name].lv_uuid] = ("what was there before",)
+        return answer
+
+    def _lvremove(self, argv: list[str]) -> str:
+        before = {volume.lv_uuid: volume for volume in self.volumes.values()}
+        answer = super()._lvremove(argv)
+        for lv_uuid in before.keys() - {volume.lv_uuid for volume in self.volumes.values()}:
+            self.gone[lv_uuid] = self.wiped.get(lv_uuid, "none")
+        return answer
+
+    def _blkdiscard(self, argv: list[str]) -> str:
+        answer = super()._blkdiscard(argv)
+        self.wipe(argv[-1], "zero" if "--zeroout" in argv else "discard")
+        return answer
+
+    def wipe(self, path: str, how: str) -> None:
+        volume = self.volumes[path.rpartition("/")[2]]
+        assert volume.lv_active
+        assert not volume.lv_device_open, "erased under whoever has it open"
+        self.holds[volume.lv_uuid], self.wiped[volume.lv_uuid] = (how,), how
+
+
+@dataclass(frozen=True)
+class FakeSource:
+    """What `image.opened` gives, of a source that exists in the model only."""
+
+    source: Source
+
+    @property
+    def virtual_size(self) -> int:
+        return self.source.size
+
+    @property
+    def fingerprint(self) -> str:
+        return sha256(self.source.version.encode()).hexdigest()[:32]
+
+    def writes(self, leaves_out_zeros: bool) -> int:
+        return self.source.data if leaves_out_zeros else self.source.size
+
+
+class Conversation:
+    """A helper in this process, in the place of the one behind sudo."""
+
+    stdin = stdout = stderr = None
+    returncode = 1
+
+    def __init__(self, world: FakeWorld) -> None:
+        self._world, self._process = world, world.running
+        self._session: Session | None = Session(world.config, world.pause)
+
+    def ask(self, line: bytes) -> bytes:
+        """As `run.ask`; the answer is lost on a hook that is dead by then."""
+        self._world.moment(is_hook=True)
+        answer = b""
+        if self._session and not self._process.is_helper_dead:
+            try:
+                answer = json.dumps(self._session.serve(line)).encode()
+            except Dead:
+                pass
+            except HelperEnded:
+                self.close()
+        self._world.moment(is_hook=True)
+        return answer
+
+    def close(self) -> None:
+        """Its input ends: it removes what is unfinished."""
+        session, self._session = self._session, None
+        if session and not self._process.is_helper_dead:
+            session.close()
+
+    def wait(self) -> int:
+        return self.returncode
+
+
+class FakeWorld:
+    """The host that walks are made on.  Everything that it does follows from the walk's seed."""
+
+    troubles: tuple[str, ...] = ("helper", "hook", "all", "term", "fail", "pause", "copying")
+    cannot: frozenset[str] = frozenset()
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, directory: Path, seed: int) -> None:
+        self.host = Host(self)
+        self.host.install(monkeypatch, directory)
+        self.directory, self.rng, self.clock = directory, random.Random(f"world {seed}"), NOW
+        self.other: Process | None = None  # that is paused or copying
+        self.current: Process | None = None
+        self.sources: Mapping[str, Source] = {}  # by image id
+        self.history: dict[str, list[str]] = {}  # by image, its earlier leaves
+        self.versions = 0
+        self.config = config.parse(b"", "F")
+        self.filled = 0
+        self.host.vg["vg_free"] = str(600 * MIB)
+        for module, attribute, value in (
+            (time, "time", lambda: float(self.clock)),
+            (uuid, "uuid4", lambda: uuid.UUID(int=self.rng.getrandbits(128), version=4)),
+            (config, "load", lambda _path=None: self.config),
+            (vdsm, "is_running", lambda: False),
+            (image, "opened", self._opened),
+            (copy, "copy", self._copy),
+            (run, "start_talking", lambda _argv: Conversation(self)),
+            (run, "ask", lambda helper, line: helper.ask(line)),
+            (run, "close_input", lambda helper: helper.close()),
+            (run, "read_errors", lambda _helper: ""),
+            (run, "end", lambda _helper: None),
+            (lock, "Lock", TrackedLock),
+            (removal, "_zero_what_is_not", lambda path: self._zero(path)),
+        ):
+            monkeypatch.setattr(module, attribute, value)
+        for name, tags in STRANGERS.items():
+            self.host.add(name, tags, 4 * MIB, lv_active="")
+
+    # -- what a walk asks for
+
+    def moments(self, call: Call) -> int:
+        return 14 if call.what == "gc" else 30
+
+    def look(self) -> Look:
+        volumes = tuple(self.host.seen(name) for name in self.host.volumes if name != "pool0")
+        locks = frozenset(os.listdir(lock.RUN)) if os.path.isdir(lock.RUN) else frozenset()
+        return Look(self.clock, volumes, locks, self.host.gone)
+
+    def room(self) -> Room:
+        return Room(int(self.host.vg["vg_free"]), POOL)
+
+    def new_image(self, rng: random.Random) -> tuple[str, Source]:
+        image_id = self._id(rng)
+        size = rng.choice((8 * MIB, 10 * MIB + 1536, 24 * MIB, 64 * MIB))
+        return image_id, self._new(self._id(rng), size, rng)
+
+    def _new(self, volume: str, size: int, rng: random.Random, content: str = "") -> Source:
+        self.versions += 1
+        data = rng.randint(0, size // MIB) * MIB
+        return Source(volume, f"v{self.versions}", content or f"c{self.versions}", size, data)
+
+    def change(self, image_id: str, source: Source, how: str, rng: random.Random) -> Source | None:
+        history = self.history.setdefault(image_id, [])
+        if how == "content":
+            return self._new(source.volume, source.size, rng)
+        if how == "snapshot":
+            history.append(source.volume)
+            return self._new(self._id(rng), source.size, rng, source.content)
+        if how == "merge":
+            return self._new(history.pop(), source.size, rng, source.content) if history else None
+        grown = self._new(source.volume, source.size + rng.choice((512, 4 * MIB)), rng, source.content)
+        return replace(grown, version=source.version) if rng.random() < 0.5 else grown
+
+    def _id(self, rng: random.Random) -> str:
+        return str(uuid.UUID(int=rng.getrandbits(128), version=4))
+
+    def configure(self, rules: Rules) -> None:
+        self.config = config.parse(rules.yaml().encode(), "F")
+
+    def set_clock(self, now: int) -> None:
+        self.clock = now
+
+    def fill(self, size: int) -> None:
+        self._take(size - self.filled)
+        self.filled = size
+
+    def _take(self, size: int) -> None:
+        """Of the room for preallocated volumes."""
+        self.host.vg["vg_free"] = str(int(self.host.vg["vg_free"]) - size)
+
+    def add(self, name: str, tags: frozenset[str], size: int) -> None:
+        volume = self.host.add(name, tags, size)
+        self.host.holds[volume.lv_uuid] = (f"of {name[:8]}",)
+        self._take(size)
+
+    def remove(self, name: str) -> None:
+        self._take(-self.host.volumes.pop(name).lv_size)
+
+    def write(self, name: str, token: str) -> None:
+        lv_uuid = self.host.volumes[name].lv_uuid
+        self.host.holds[lv_uuid] = (*self.host.holds[lv_uuid], token)
+        self.host.wiped.pop(lv_uuid, None)
+
+    def hold(self, lv_uuid: str) -> bool:
+        (volume,) = (volume for volume in self.host.volumes.values() if volume.lv_uuid == lv_uuid)
+        if volume.lv_active:
+            self.host.open(volume.lv_name, "somebody")
+        return bool(volume.lv_active)
+
+    def let_go(self, lv_uuid: str) -> None:
+        self.host.close(lv_uuid, "somebody")
+
+    def silence(self, is_silent: bool) -> None:
+        self.host.libvirt_is_silent = is_silent
+
+    def power_cut(self) -> None:
+        self.end()
+        self.host.active.clear()
+        self.host.of_running.clear()
+        self.host.openers.clear()
+        for volume in self.host.volumes.values():
+            if volume.lv_name != "pool0":
+                volume.lv_device_open, volume.lv_active = "", ""
+        for name in self.look().locks:
+            os.unlink(os.path.join(lock.RUN, name))
+
+    def end(self) -> None:
+        """Kill what runs."""
+        process, self.other = self.other, None
+        if process:
+            process.kill_helper()
+            process.is_hook_dead = True
+            self._switch(process)
+
+    # -- calls
+
+    def perform(self, state: State, call: Call, trouble: Trouble | None) -> Ended:
+        if call.what in ("define", "undefine", "create", "destroy"):
+            return self._libvirt(state, call.what, str(call.arguments[0]))
+        if call.what in ("finish", "give up", "lose"):
+            return self._end_copy(call.what)
+        self.sources = state.sources
+        process = Process(state, call, trouble)
+        process.start(self._work(process))
+        other = self._until_it_ends(process)
+        if process.says in ("paused", "copying"):
+            self.other = process
+        return replace(self._ended(process), other=other)
+
+    def resume(self) -> Ended:
+        """The paused call goes on to its end."""
+        process, self.other = self.other, None
+        assert process
+        self._until_it_ends(process)
+        return self._ended(process)
+
+    def _until_it_ends(self, process: Process) -> Ended | None:
+        """Or is left alone.  Where it has to wait, the other one goes on, to its end: how that ended."""
+        other, waits = self.other, 0
+        while self._switch(process) == "waiting":
+            waits += 1
+            assert waits < WAITS, f"it waits in vain: {sorted(self.look().locks)}"
+            if other and other.says != "ended":
+                self._switch(other)
+        if not (other and waits):
+            return None
+        self.other = None
+        if other.says != "ended":
+            self._until_it_ends(other)
+        return self._ended(other)
+
+    def _switch(self, process: Process) -> str:
+        before, self.current = self.current, process
+        TrackedLock.process = process
+        try:
+            return process.go()
+        finally:
+            self.current, TrackedLock.process = before, before
+
+    def _ended(self, process: Process) -> Ended:
+        error, befell = process.error, process.befell
+        if process.says in ("paused", "copying"):
+            return Ended(process.says, befell)
+        if isinstance(error, Dead):
+            return Ended("killed", befell)
+        if isinstance(error, Error):
+            return Ended("refused", befell, said=str(error))
+        if error:
+            raise error
+        return Ended("done", befell, self._paths(process), process.answer == "doubts")
+
+    def _paths(self, process: Process) -> Mapping[str, str] | None:
+        state, call = process.state, process.call
+        if call.what in ("gc", "gc --dry-run", "after_vm_destroy", *FORBIDDEN):
+            return None
+        vm = state.vms[str(call.arguments[0])]
+        paths = dict(vm.paths)
+        images = [str(call.arguments[1])] if len(call.arguments) > 1 else vm.images
+        for image_id in images:
+            volume = state.sources[image_id].volume
+            if f'"/dev/{VG}/{volume}"' in process.answer:
+                paths[image_id] = volume
+        return paths
+
+    def _libvirt(self, state: State, what: str, vm_id: str) -> Ended:
+        host, paths = self.host, state.vms[vm_id].paths
+        if what == "define":
+            host.defined.add(vm_id)
+        elif what == "undefine":
+            host.defined.discard(vm_id)
+        elif what == "destroy":
+            host.active.discard(vm_id)
+            for lv_uuid in [u for u, who in host.openers.items() if vm_id in who]:
+                host.close(lv_uuid, vm_id)
+                host.of_running.pop(lv_uuid, None)
+        elif host.libvirt_is_silent:
+            return Ended("refused", said="libvirt is silent")
+        else:
+            host.active.add(vm_id)
+            for volume in paths.values():
+                host.open(volume, vm_id)
+                host.of_running[host.volumes[volume].lv_uuid] = host.seen(volume)
+        return Ended("done")
+
+    def _end_copy(self, how: str) -> Ended:
+        process = self.other
+        assert process
+        if how == "give up":
+            process.is_hook_dead = True
+        elif how == "lose":
+            process.is_hook_dead = True
+            process.kill_helper()
+        return replace(self.resume(), trouble="")
+
+    def _work(self, process: Process) -> Callable[[], None]:
+        state, call = process.state, process.call
+        if call.what in ("gc", "gc --dry-run"):
+            return lambda: self._gc(call)
+        point = "after_disk_prepare" if call.what == "before copy" else call.what
+        vm_id = str(call.arguments[0])
+        vm = state.vms[vm_id]
+        if point == "after_disk_prepare":
+            disk = bed_disk(state, vm_id, str(call.arguments[1]))
+            running = {"format": "raw", "diskType": "block"} if vm.is_active else {}
+            text, variable = disk_json(disk, **running), "_hook_json"
+        else:
+            disks = (bed_disk(state, vm_id, image_id, number) for number, image_id in enumerate(vm.images))
+            local = (
+                bed_vdsm.local(disk, f"/dev/{VG}/{disk.image.leaf.id}") if disk.image.id in vm.paths else disk
+                for disk in disks
+            )
+            text, variable = domain_xml(BedVm(vm_id, tuple(local))), "_hook_domxml"
+        path = self.directory / f"data-{self.rng.getrandbits(32)}"
+        path.write_text(text)
+        environ = {"vmId": vm_id, "localdisk": vm.using, variable: str(path)}
+
+        def work() -> None:
+            try:
+                hook.run(point, environ)
+                process.answer = path.read_text()
+            finally:
+                path.unlink()
+
+        return work
+
+    def _gc(self, call: Call) -> None:
+        if call.arguments == (False,):
+            hook.run("before_vdsm_start", {})
+        else:
+            found = gc.collect(self.config, dry_run=call.what == "gc --dry-run")
+            assert gc.as_lines(found, call.what == "gc --dry-run").count("\n") == len(found.findings)
+            self.running.answer = "doubts" if found.is_problem else ""
+
+    # -- what a process meets
+
+    @property
+    def running(self) -> Process:
+        assert self.current
+        return self.current
+
+    def moment(self, is_change: bool = False, is_hook: bool = False) -> None:
+        """One moment of the running process: its trouble may come now."""
+        process = self.running
+        if process.is_due(is_change):
+            self._befall(process, process.trouble.kind if process.trouble else "", is_hook)
+        if process.is_hook_dead if is_hook else process.is_helper_dead:
+            raise Dead
+
+    def _befall(self, process: Process, kind: str, is_hook: bool) -> None:
+        if kind == "fail" and is_hook:  # there is no tool
+            process.postpone()
+            return
+        process.befell = kind
+        if kind == "pause":
+            process.stop("paused")
+        elif kind == "fail":
+            raise CommandFailed(("a tool",), 5, "  it failed\n")
+        elif kind in ("hook", "term"):
+            process.is_hook_dead = True
+        else:
+            process.is_hook_dead = kind == "all"
+            process.kill_helper()
+
+    def dies_within(self, is_change: bool) -> bool:
+        """Whether the running process is killed in the middle of a command."""
+        process = self.running
+        kind = process.trouble.kind if process.is_due(is_change) and process.trouble else ""
+        if kind not in ("", "helper", "all"):
+            process.postpone()
+        return kind in ("helper", "all")
+
+    def die(self) -> None:
+        process = self.running
+        assert process.trouble
+        self._befall(process, process.trouble.kind, is_hook=False)
+        raise Dead
+
+    def pause(self, _seconds: float) -> None:
+        """The helper waits, and notices that its hook is gone."""
+        if self.running.is_hook_dead:
+            raise HelperEnded
+        self.running.stop("waiting")
+        if self.running.is_helper_dead:
+            raise Dead
+
+    @contextmanager
+    def _opened(self, disk: Any) -> Iterator[FakeSource]:
+        source = self.sources[disk.image_id]
+        assert source.volume == disk.volume_id
+        yield FakeSource(source)
+
+    def _copy(self, source: FakeSource, target: Target, on_progress: OnProgress) -> None:
+        process, host = self.running, self.host
+        name = target.path.rpartition("/")[2]
+        assert target.dm_uuid == host.dm_uuid(name)
+        lv_uuid = host.volumes[name].lv_uuid
+        if process.trouble and process.trouble.kind == "copying" and process.trouble.at % 2:
+            self._leave_copying(process)
+        host.open(name, "copy")
+        try:
+            host.holds[lv_uuid] = ("half a copy",)
+            on_progress(0.5)
+            if process.trouble and process.trouble.kind == "copying" and not process.trouble.at % 2:
+                self._leave_copying(process)
+            assert name in host.volumes, f"{name} was removed while it was copied to"
+            assert host.volumes[name].lv_uuid == lv_uuid, f"{name} was replaced while it was copied to"
+            host.holds[lv_uuid] = (source.source.content,)
+            host.written[lv_uuid] = source.source.data
+            on_progress(1)
+        finally:
+            host.close(lv_uuid, "copy")
+
+    def _leave_copying(self, process: Process) -> None:
+        process.befell = "copying"
+        process.stop("copying")
+        process.befell = ""
+        if process.is_hook_dead:
+            raise Dead
+
+    def _zero(self, path: str) -> None:
+        self.moment(is_change=True)
+        self.host.wipe(path, "zero")
+        self.moment(is_change=True)
+
+
+def bed_disk(state: State, vm_id: str, image_id: str, number: int = 0) -> BedDisk:
+    """The disk as vdsm describes it."""
+    source = state.sources[image_id]
+    path = Path(f"/rhev/data-center/mnt/srv:_exp/{vm_id}/images/{image_id}/{source.volume}")
+    volume = BedVolume(source.volume, path, COW, source.size, path.with_suffix(".lease"), 0)
+    return BedDisk(f"vd{'abcdefgh'[number]}", BedImage(image_id, vm_id, vm_id, "file", (volume,)))

@@ -1,0 +1,164 @@
+"""Compares a host with a state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+from tests.model.predict import Call, Prediction, Stages
+from tests.model.seen import Seen, as_seen, unlike
+from tests.model.state import DELETING, READY, UNFINISHED, LocalDisk, State, is_newborn
+from tests.model.world import STARTS, Ended, Look, World
+
+
+@dataclass
+class Judge:
+    """What was learned of the host so far.  Its methods raise AssertionError."""
+
+    world: World
+    others: dict[str, Seen] = field(default_factory=dict)  # volumes that are not localdisk's, by name
+    fingerprints: dict[str, str] = field(default_factory=dict)  # version of a source -> its tag's value
+    locks: frozenset[str] = frozenset()
+
+    # -- a call
+
+    def after(self, state: State, call: Call, ended: Ended, p: Prediction) -> State:
+        """What is after a call that was to do `p`."""
+        if not ended.trouble or (ended.is_good and call.what in STARTS):
+            self._require_end(call, ended, p)
+            options: dict[str, Stages] = {key: [p.state.disks.get(key)] for key in _keys(state, p.state)}
+        else:
+            options = {key: p.options(key) for key in {*state.disks, *p.stages}}
+            if ended.trouble in ("hook", "term"):  # then what is unfinished goes at once
+                for key in filter(is_newborn, options):
+                    options[key] = [disk for disk in options[key] if not disk or disk.state != UNFINISHED]
+        after = self.match(
+            replace(p.state, disks=state.disks), options, {k: {e} for k, e in p.erased.items()}
+        )
+        if call.what == "before copy" and ended.result != "copying":
+            after = replace(after, flight=None)
+        return self.check(after, call, ended)
+
+    def _require_end(self, call: Call, ended: Ended, p: Prediction) -> None:
+        """It ended as it should."""
+        expected = "refused" if p.is_refused else "copying" if p.state.flight else "done"
+        if call.what in ("give up", "lose"):
+            expected = "killed"
+        elif call.what != "before copy" and not p.is_refused:
+            expected = "done"
+        assert ended.result == expected, f"{call} is {ended.result} and not {expected}: {ended.said}"
+        if call.what.startswith("gc") and call.arguments != (False,):
+            assert ended.has_doubts == p.has_doubts, f"{call} has{' no' * p.has_doubts} doubts: {ended.said}"
+        vm = p.state.vms.get(call.vm_id)
+        if vm and not vm.is_active and ended.paths is not None:
+            assert ended.paths == vm.paths, f"{call}: the VM is to run from {ended.paths}, not {vm.paths}"
+
+    # -- disks
+
+    def match(self, state: State, options: Mapping[str, Stages], erased: Mapping[str, set[str]]) -> State:
+        """`state` with its disks as they are, each one of its options.
+
+        Keys of the newborn become UUIDs; those that are not in `options` are as in `state`.
+        """
+        look = self.world.look()
+        during = range(state.now, look.now + 1)
+        left = {seen.uuid: seen for seen in look.volumes if seen.name not in self.others}
+        disks: dict[str, LocalDisk] = {}
+        new_keys: dict[str, str] = {}
+        for key in sorted(options, key=lambda key: (is_newborn(key), key)):
+            volumes = [left[key]] if key in left else [*left.values()] if is_newborn(key) else []
+            found = self._find(key, options[key], volumes, during)
+            if found:
+                seen, disk = found
+                disks[seen.uuid] = disk
+                new_keys[key] = left.pop(seen.uuid).uuid
+            elif key in look.erased and erased.get(key):
+                how, allowed = look.erased[key], erased[key]
+                assert how in allowed or "none" in allowed, f"{key} was erased by {how}, not {allowed}"
+        assert not left, f"nobody needs {[(seen.name, sorted(seen.tags)) for seen in left.values()]}"
+        flight = state.flight and replace(state.flight, key=new_keys.get(state.flight.key, state.flight.key))
+        return replace(state, now=look.now, disks=disks, flight=flight)
+
+    def _find(
+        self, key: str, options: Stages, volumes: list[Seen], during: range
+    ) -> tuple[Seen, LocalDisk] | None:
+        """The volume that is the disk, and which option that is; None: it is not there, as it may be."""
+        problems = []
+        for option in reversed(options):
+            for seen in volumes if option else ():
+                assert option
+                problem = [*unlike(option, seen, during)] or [*self._unlike_source(option, seen)]
+                if not problem:
+                    return seen, as_seen(option, seen)
+                problems.append(
+                    f"  {seen.name} {sorted(seen.tags)}\n  is not {option}:\n  {', '.join(problem)}"
+                )
+        is_there = bool(volumes) and not is_newborn(key)
+        text = "\n".join(problems) or f"  it is {'still' if is_there else 'not'} there"
+        is_good = None in options and not is_there
+        assert is_good, f"{key} is not as it should be\n{text}"
+        return None
+
+    def _unlike_source(self, disk: LocalDisk, seen: Seen) -> Iterable[str]:
+        """Sources that differ have tags that differ, and the same source has the same tag."""
+        values = seen.values("SOURCE")
+        if disk.state == DELETING or disk.is_aside:
+            return
+        if not disk.version or len(values) != 1:
+            if len(values) != bool(disk.version):
+                yield f"its source is {sorted(values)}"
+            return
+        (value,) = values
+        of_others = [
+            version for version, v in self.fingerprints.items() if v == value and version != disk.version
+        ]
+        known = self.fingerprints.setdefault(disk.version, value)
+        if value != known or of_others:
+            yield f"its source is {value}, of {of_others}, and not {known} of {disk.version}"
+
+    # -- all the rest
+
+    def check(self, state: State, call: Call | None = None, ended: Ended | None = None) -> State:
+        """What must be so at any time; returns the state as of now."""
+        look = self.world.look()
+        seen = {seen.name: seen for seen in look.volumes}
+        for name, before in self.others.items():
+            assert name in seen, f"{name}, which is not localdisk's, is gone"
+            now = replace(seen[name], is_open=before.is_open)
+            assert now == before, f"{name}, which is not localdisk's, was\n  {before} and is\n  {now}"
+        self._check_locks(state, look, call, ended)
+        return replace(state, now=look.now)
+
+    def _check_locks(self, state: State, look: Look, call: Call | None, ended: Ended | None) -> None:
+        """No lock file but of a living process; a killed one's lies there until gc comes, or a new start."""
+        flight = state.flight
+        own = {name for name in look.locks if flight and name.endswith(".turn")}
+        own |= {f"{state.disks[flight.key].name}.lock"} if flight else set()
+        left, befell = look.locks - own, ended.trouble if ended else ""
+        is_swept = call is not None and call.what == "gc" and not befell
+        is_killed = befell in ("helper", "all") or (call is not None and call.what == "lose")
+        left -= frozenset() if is_swept else self.locks
+        assert is_killed or not left, f"locks are left behind: {sorted(left)}"
+        self.locks = look.locks
+
+    def check_boot(self, state: State, vm_id: str) -> None:
+        """A VM that has just started runs from complete disks, its own and no one else's."""
+        vm, volumes = state.vms[vm_id], {seen.name: seen for seen in self.world.look().volumes}
+        for image_id, volume in vm.paths.items():
+            tags, holds = volumes[volume].tags, volumes[volume].holds
+            shown = f"VM {vm_id} runs from {volume}, {sorted(tags)}, which holds {holds}"
+            assert {f"VM_{vm_id}", f"IU_{image_id}"} <= tags, shown
+            assert not {"UPDATING", "DELETING"} & tags, shown
+            kept = (
+                disk.holds for disk in state.disks.values() if disk.name == volume and disk.state == READY
+            )
+            assert holds in (None, (state.sources[image_id].content,), *kept), shown
+        for other, its in state.vms.items():
+            shared = (
+                {*vm.paths.values()} & {*its.paths.values()} if its.is_active and other != vm_id else set()
+            )
+            assert not shared, f"VMs {vm_id} and {other} both run from {shared}"
+
+
+def _keys(*states: State) -> set[str]:
+    return {key for state in states for key in state.disks}

@@ -1,0 +1,131 @@
+"""The orders in which two calls at once may have happened.
+
+While a call is paused others are made.  What comes out must be as if its parts had happened one by one at
+some time among them.  `Branch` is one such order; all that fit what was seen are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+from tests.model.predict import Call, Prediction, predict
+from tests.model.state import State
+from tests.model.world import Ended
+
+
+@dataclass(frozen=True)
+class Branch:
+    """What is, if the calls have happened in one order.
+
+    `left` are the parts of the paused call that have not happened yet.  Of gc it is empty: it deals with one
+    disk after the other, and passes over what somebody works on.
+    """
+
+    state: State
+    paused: Call
+    left: tuple[Call, ...]
+    is_refused: bool = False
+    erased: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def key(self) -> Hashable:
+        """What tells it from others."""
+        vms = tuple(
+            (vm.is_defined, vm.is_active, frozenset(vm.paths.items())) for vm in self.state.vms.values()
+        )
+        return frozenset(self.state.disks.items()), vms, len(self.left), self.is_refused
+
+    def next(self, vm_id: str) -> Iterator[Branch]:
+        """The same when the paused call has gone on, as far as that can matter to this VM."""
+        for part in _parts_of_gc(self.state, vm_id) if self.paused.what == "gc" else self.left[:1]:
+            p = predict(self.state, part)
+            left = () if p.is_refused else self.left[1:]
+            yield replace(self.after(p), left=left, is_refused=p.is_refused)
+
+    def after(self, p: Prediction) -> Branch:
+        return replace(self, state=p.state, erased={**self.erased, **p.erased})
+
+
+def begin(state: State, call: Call) -> list[Branch]:
+    """`call` has begun."""
+    return [Branch(state, call, tuple(_parts(state, call)))]
+
+
+def go_on(branches: list[Branch], call: Call, ended: Ended) -> list[Branch]:
+    """`call` was made meanwhile, and ended so; where it had to wait, the paused one has gone on during it."""
+    found: list[Branch] = []
+    for part in [*_parts(branches[0].state, call)] if ended.other else [call]:
+        if ended.is_refused:
+            found += _made(branches, part, is_refused=True)
+        branches = _made(branches, part, is_refused=False)
+    return _different(found if ended.is_refused else branches)
+
+
+def _made(branches: list[Branch], call: Call, is_refused: bool) -> list[Branch]:
+    """`call` was made, with that outcome."""
+    vm_id = "" if call.what.startswith("gc") else call.vm_id
+    found = []
+    for branch in _continued(branches, vm_id):
+        predictions = _passing_over(branch.state, call, branch.paused)
+        found += [branch.after(p) for p in predictions if p.is_refused == is_refused]
+    return _different(found)
+
+
+def end(branches: list[Branch], ended: Ended) -> list[Branch]:
+    """The paused call has gone on, and ended so."""
+    return [b for b in _continued(branches, "") if not b.left and b.is_refused == ended.is_refused]
+
+
+def _continued(branches: list[Branch], vm_id: str) -> list[Branch]:
+    """These, and those where the paused call has gone on."""
+    found: dict[Hashable, Branch] = {}
+    while branches:
+        new = _different(b for b in branches if b.key not in found)
+        found.update((b.key, b) for b in new)
+        branches = [after for b in new for after in b.next(vm_id)]
+    return [*found.values()]
+
+
+def _different(branches: Iterable[Branch]) -> list[Branch]:
+    return [*{b.key: b for b in branches}.values()]
+
+
+def _parts(state: State, call: Call) -> Iterator[Call]:
+    """What the call does, in steps between which others may act."""
+    images = [*call.arguments[1:]]
+    if call.what == "before_vm_start":
+        yield Call("look", (call.vm_id,))
+        images = [i for i in state.vms[call.vm_id].images if i not in state.vms[call.vm_id].paths]
+    for image_id in images:
+        yield Call("make way", (call.vm_id, image_id))
+        yield Call("after_disk_prepare", (call.vm_id, image_id))
+    if call.what in ("before_vm_start", "after_vm_destroy"):
+        yield call
+
+
+def _parts_of_gc(state: State, vm_id: str) -> Iterator[Call]:
+    """The disks that this VM may meet, each set aside first; of the others only the room matters."""
+    volumes = {state.sources[image_id].volume for image_id in state.vms[vm_id].images} if vm_id else set()
+    met = [key for key, disk in state.disks.items() if disk.vm == vm_id or disk.name in volumes]
+    for key in met:
+        yield Call("gc of some", ((key,), False))
+        yield Call("gc of some", ((key,),))
+    yield Call("gc of some", (tuple(key for key in state.disks if key not in met),))
+
+
+def _passing_over(state: State, call: Call, paused: Call) -> Iterator[Prediction]:
+    """What the call does; also where it passes over what the paused call may be working on."""
+    whole = predict(state, call)
+    yield whole
+    changed = [key for key in whole.stages if key in state.disks]
+    if paused.what == "gc":  # one after the other
+        locks = [frozenset({key}) for key in changed]
+    else:
+        names = {state.sources[image_id].volume for image_id in state.vms[paused.vm_id].images}
+        disks = {key: state.disks[key] for key in changed}
+        locks = [frozenset(k for k, d in disks.items() if d.vm == paused.vm_id or d.name in names)]
+    for locked in filter(None, locks):
+        p = predict(replace(state, locked=locked), call)
+        p.state = replace(p.state, locked=frozenset())
+        yield p

@@ -1,0 +1,419 @@
+"""What a call should do: the state afterwards, whether it is refused, every stage of every disk on the way.
+
+A call that ends well leaves each disk at its last stage.  One that is killed leaves each disk at *some*
+stage: that is the promise "everything is found again", and what comes next is predicted from there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from tests.model.rules import Policy
+from tests.model.state import (
+    ASIDE,
+    COMPLETE,
+    DELETING,
+    READY,
+    STOPPED,
+    UNFINISHED,
+    Flight,
+    LocalDisk,
+    Source,
+    State,
+    newborn,
+)
+
+Stages = list["LocalDisk | None"]  # None: it is not there
+
+
+@dataclass(frozen=True)
+class Call:
+    """One of CALLS, with its arguments: ids first."""
+
+    what: str
+    arguments: tuple[Any, ...] = ()
+
+    def __str__(self) -> str:
+        return " ".join((self.what, *(str(argument)[:8] for argument in self.arguments)))
+
+    @property
+    def vm_id(self) -> str:
+        """The VM that it is about, "" for gc."""
+        first = self.arguments[0] if self.arguments else ""
+        return first if isinstance(first, str) else ""
+
+
+class Refused(Exception):
+    """The call ends with an error."""
+
+
+@dataclass
+class Prediction:
+    """What a call does, while it is being worked out.
+
+    `stages` are those of each disk that changes, the first one included; `instead` are others at which it
+    may be left when the call is killed or a tool fails; `erased` says how a disk that is gone must have been
+    erased.
+    """
+
+    state: State
+    is_refused: bool = False
+    has_doubts: bool = False  # gc must end with 1
+    stages: dict[str, Stages] = field(default_factory=dict)
+    instead: dict[str, Stages] = field(default_factory=dict)
+    erased: dict[str, str] = field(default_factory=dict)
+
+    def becomes(self, key: str, disk: LocalDisk | None) -> None:
+        self.stages.setdefault(key, [self.state.disks.get(key)]).append(disk)
+        self.state = self.state.with_disk(key, disk)
+
+    def goes(self, key: str, erase: str) -> None:
+        """It is removed, or if it must be erased first, set aside: its name is free at once.
+
+        What was set aside before must still be erased as was promised then.
+        """
+        disk = self.state.disks[key]
+        erase = disk.erase if disk.is_aside else erase
+        if erase == "none":
+            self.erased[key] = erase
+            self.becomes(key, None)
+        elif disk.name:
+            aside = replace(disk, state=ASIDE, erase=erase, stopped=None, unneeded=None)
+            self.becomes(key, aside)
+            self.becomes(key, replace(aside, name=""))
+
+    def options(self, key: str) -> Stages:
+        """What may be left of a disk when the call is killed, the least likely first."""
+        return [*self.instead.get(key, ()), *self.stages.get(key, [self.state.disks.get(key)])]
+
+
+def predict(state: State, call: Call) -> Prediction:
+    """What this call does in this state."""
+    prediction = Prediction(state)
+    try:
+        CALLS[call.what](prediction, *call.arguments)
+    except Refused:
+        prediction.is_refused = True
+    return prediction
+
+
+# -- libvirt, as vdsm uses it
+
+
+def _define(p: Prediction, vm_id: str) -> None:
+    """A placeholder, there as long as vdsm deals with the VM."""
+    p.state = p.state.with_vm(vm_id, is_defined=True, using=p.state.vms[vm_id].value, paths={})
+
+
+def _create(p: Prediction, vm_id: str) -> None:
+    if p.state.is_silent:
+        raise Refused
+    p.state = p.state.with_vm(vm_id, is_active=True)
+
+
+def _destroy(p: Prediction, vm_id: str) -> None:
+    p.state = p.state.with_vm(vm_id, is_active=False)
+
+
+def _undefine(p: Prediction, vm_id: str) -> None:
+    p.state = p.state.with_vm(vm_id, is_defined=False)
+
+
+# -- starting
+
+
+def _after_disk_prepare(p: Prediction, vm_id: str, image_id: str) -> None:
+    policy = _make_way(p, vm_id, image_id)
+    if policy:
+        _copied(p, vm_id, image_id, _begin_copy(p, vm_id, image_id, policy))
+
+
+def _before_copy(p: Prediction, vm_id: str, image_id: str) -> None:
+    """after_disk_prepare, left alone while it copies, if it does."""
+    policy = _make_way(p, vm_id, image_id)
+    if policy:
+        key = _begin_copy(p, vm_id, image_id, policy)
+        p.state = replace(p.state, flight=Flight(vm_id, image_id, key, policy.erase))
+
+
+def _finish(p: Prediction) -> None:
+    """The copy that was left alone ends well."""
+    flight = _landed(p)
+    _copied(p, flight.vm, flight.image, flight.key)
+
+
+def _give_up(p: Prediction) -> None:
+    """It is ended, and what is unfinished goes at once."""
+    flight = _landed(p)
+    p.goes(flight.key, flight.erase)
+    raise Refused
+
+
+def _lose(p: Prediction) -> None:
+    """It is killed, the half that cleans up too."""
+    _landed(p)
+    raise Refused
+
+
+def _landed(p: Prediction) -> Flight:
+    flight = p.state.flight
+    assert flight
+    p.state = replace(p.state, flight=None)
+    return flight
+
+
+def _before_vm_start(p: Prediction, vm_id: str) -> None:
+    """Each disk that must be local is, or is made so, in the order of the VM's disks."""
+    _look(p, vm_id)
+    for image_id in _local_images(p.state, vm_id):
+        volume = p.state.sources[image_id].volume
+        if p.state.vms[vm_id].paths.get(image_id) != volume:
+            _after_disk_prepare(p, vm_id, image_id)
+        elif volume not in (disk.name for disk in p.state.disks.values() if disk.state == READY):
+            raise Refused
+
+
+def _look(p: Prediction, vm_id: str) -> None:
+    """before_vm_start to begin with: whose disks they are."""
+    for image_id in _local_images(p.state, vm_id):
+        _owned(p.state, vm_id, image_id)
+
+
+def _local_images(state: State, vm_id: str) -> list[str]:
+    """The VM's images that must run from a local disk."""
+    vm = state.vms[vm_id]
+    if vm.using == "off":
+        return []
+    policy = state.rules.of(vm_id, vm.using)
+    return [image_id for image_id in vm.images if policy.is_local(image_id)]
+
+
+def _owned(state: State, vm_id: str, image_id: str) -> str:
+    """The key of what has the name of the image's leaf, "" if nothing has; refused if it is anyone else's."""
+    volume = state.sources[image_id].volume
+    key = state.named(volume)
+    disk = state.disks.get(key)
+    is_others = disk is not None and not disk.is_aside and (disk.vm, disk.image) != (vm_id, image_id)
+    if is_others or volume in state.foreign:
+        raise Refused
+    return key
+
+
+def _make_way(p: Prediction, vm_id: str, image_id: str) -> Policy | None:
+    """DESIGN.md, "Preparing one disk", up to the copy; returns the policy for that, None if there is none."""
+    state, source = p.state, p.state.sources[image_id]
+    if image_id not in _local_images(state, vm_id):
+        return None
+    policy = state.rules.of(vm_id, state.vms[vm_id].using)
+    key = _owned(state, vm_id, image_id)
+    disk = state.disks.get(key)
+    if _runs(state, vm_id, key):
+        _leave_running(p, vm_id, image_id, key)
+        return None
+    if disk:
+        _require_idle(state, policy, source, key, disk)
+    for other, copy in state.disks.items():
+        is_other = (copy.vm, copy.image) == (vm_id, image_id) and not copy.is_aside and other != key
+        if is_other and not (state.is_open(other) or state.is_locked(other)):
+            p.goes(other, policy.erase)
+    if disk and _is_good(policy, source, disk):
+        _take_back(p, key, disk, source)
+        _local(p, vm_id, image_id)
+        return None
+    if disk:
+        p.goes(key, policy.erase)
+    return policy
+
+
+def _runs(state: State, vm_id: str, key: str) -> bool:
+    """By libvirt; where it cannot be asked, an open disk is in use, and otherwise the start is refused."""
+    is_in_use = key != "" and not state.disks[key].is_aside and state.is_open(key)
+    if is_in_use and (state.is_silent or state.is_flaky):
+        return True
+    if state.is_silent:
+        raise Refused
+    return state.vms[vm_id].is_active
+
+
+def _leave_running(p: Prediction, vm_id: str, image_id: str, key: str) -> None:
+    """vdsm recovers a VM: no write, no tag but bookkeeping."""
+    disk = p.state.disks.get(key)
+    if disk and disk.state in (UNFINISHED, DELETING):
+        raise Refused
+    if disk and not disk.is_aside and p.state.is_open(key):
+        p.becomes(key, replace(disk, state=READY, stopped=None, unneeded=None))
+        if not p.state.vms[vm_id].is_active:
+            _local(p, vm_id, image_id)
+
+
+def _require_idle(state: State, policy: Policy, source: Source, key: str, disk: LocalDisk) -> None:
+    """Raise Refused for a disk that something has open, or whose source changed and nobody may decide."""
+    is_kept = disk.state in COMPLETE and policy.on_stop == "keep"
+    is_changed = is_kept and not _is_good(policy, source, disk)
+    if state.is_open(key) or (is_changed and policy.on_source_change == "refuse"):
+        raise Refused
+
+
+def _is_good(policy: Policy, source: Source, disk: LocalDisk) -> bool:
+    """A kept disk that the VM can go on with; nothing says that the source of an older hook's changed."""
+    is_same = disk.version == source.version or (disk.is_older and not disk.version)
+    return disk.state in COMPLETE and policy.on_stop == "keep" and is_same and disk.size >= source.size
+
+
+def _take_back(p: Prediction, key: str, disk: LocalDisk, source: Source) -> None:
+    named = replace(disk, version=disk.version or source.version, is_older=False)
+    p.instead[key] = [named]  # it could not be activated, and is as idle as before
+    p.becomes(key, replace(named, state=READY, stopped=None, unneeded=None))
+
+
+def _begin_copy(p: Prediction, vm_id: str, image_id: str, policy: Policy) -> str:
+    """An unfinished disk, if there is room for it; returns its key."""
+    source, room = p.state.sources[image_id], p.state.room
+    size = -(-(source.size + policy.disk) // room.extent) * room.extent
+    is_thin = policy.backend == "lvmthin"
+    writes = source.data if is_thin else source.size
+    if is_thin:
+        is_full = 100 * (p.state.pool_used + writes) / room.pool > policy.thin_data
+    else:
+        is_full = size + policy.reserve > p.state.free
+    if is_full:
+        raise Refused
+    key, volume = newborn(vm_id, image_id), source.volume
+    made = LocalDisk(volume, vm_id, image_id, UNFINISHED, source.version, (), size, is_thin, writes)
+    p.becomes(key, made)
+    if policy.erase != "none":
+        aside = replace(made, state=ASIDE, erase=policy.erase)
+        p.instead[key] = [aside, replace(aside, name="")]
+    return key
+
+
+def _copied(p: Prediction, vm_id: str, image_id: str, key: str) -> None:
+    content = p.state.sources[image_id].content
+    p.becomes(key, replace(p.state.disks[key], state=READY, holds=(content,)))
+    _local(p, vm_id, image_id)
+
+
+def _local(p: Prediction, vm_id: str, image_id: str) -> None:
+    paths = {**p.state.vms[vm_id].paths, image_id: p.state.sources[image_id].volume}
+    p.state = p.state.with_vm(vm_id, paths=paths)
+
+
+# -- stopping
+
+
+def _after_vm_destroy(p: Prediction, vm_id: str) -> None:
+    """Every disk of the VM is removed or kept; what cannot be removed at once is left to gc."""
+    state, vm = p.state, p.state.vms[vm_id]
+    if vm.using == "off":
+        return
+    policy = state.rules.of(vm_id, vm.using)
+    own = {key: disk for key, disk in state.disks.items() if disk.vm == vm_id and not disk.is_aside}
+    own = {key: disk for key, disk in own.items() if not state.is_locked(key)}
+    if any(map(state.is_open, own)) and (state.is_silent or vm.is_active):
+        raise Refused
+    for key, disk in own.items():
+        if policy.on_stop == "keep" and disk.state in COMPLETE:
+            stopped = state.now if disk.state == READY else disk.stopped
+            p.becomes(key, replace(disk, state=STOPPED, stopped=stopped, unneeded=None))
+        elif state.is_open(key) or policy.erase != "none":
+            p.becomes(key, replace(disk, state=DELETING))
+        else:
+            p.instead[key] = [replace(disk, state=DELETING)]  # it could not be removed
+            p.goes(key, "none")
+
+
+# -- gc
+
+
+def _gc(p: Prediction, may_start: bool = True) -> None:
+    """Removes what no VM needs, one disk at a time; `may_start` as before_vdsm_start is not."""
+    for key in [*p.state.disks]:
+        _collect(p, key, may_start, may_start)
+
+
+def _gc_of_some(p: Prediction, keys: Iterable[str], does_erase: bool = True) -> None:
+    """What gc does with these disks, or what it has done before it erases them."""
+    for key in keys:
+        _collect(p, key, True, does_erase)
+
+
+def _gc_dry_run(p: Prediction) -> None:
+    """Only says so."""
+    tried = Prediction(p.state)
+    _gc(tried)
+    p.has_doubts = tried.has_doubts
+
+
+def _collect(p: Prediction, key: str, may_start: bool, does_erase: bool) -> None:
+    """DESIGN.md, "gc"; in doubt a disk stays."""
+    disk, now = p.state.disks[key], p.state.now
+    policy = p.state.rules.of(disk.vm)
+    if p.state.is_locked(key):
+        return
+    if p.state.is_open(key) or (not disk.is_aside and p.state.is_known(disk.vm)):
+        if disk.state in COMPLETE and disk.unneeded is not None:
+            p.becomes(key, replace(disk, unneeded=None))
+        return
+    if not disk.is_aside and p.state.is_silent:
+        p.has_doubts = True
+    elif disk.is_aside and not may_start:
+        return  # vdsm does not wait for an erase
+    elif disk.state not in COMPLETE:
+        _erase_and_remove(p, key, policy, does_erase)
+    elif disk.state == STOPPED:
+        if _is_due(p, now - (disk.stopped or 0), policy.keep_for):
+            _erase_and_remove(p, key, policy, does_erase)
+    elif policy.on_stop == "keep":
+        p.becomes(key, replace(disk, state=STOPPED, stopped=now, unneeded=None))
+    elif may_start and disk.unneeded is None:
+        p.becomes(key, replace(disk, unneeded=now))
+    elif not may_start or _is_due(p, now - (disk.unneeded or 0), policy.grace):
+        _erase_and_remove(p, key, policy, does_erase)
+
+
+def _is_due(p: Prediction, age: int, due: int) -> bool:
+    p.has_doubts = p.has_doubts or age < 0  # the clock went backwards
+    return 0 <= age >= due
+
+
+def _erase_and_remove(p: Prediction, key: str, policy: Policy, does_erase: bool) -> None:
+    """What must be erased is set aside for that; where vdsm waits for gc, the next gc erases it."""
+    p.goes(key, policy.erase)
+    if does_erase and key in p.state.disks:
+        p.erased[key] = p.state.disks[key].erase
+        p.becomes(key, None)
+
+
+# -- what a VM with local disks must not do
+
+
+def _forbidden(p: Prediction, vm_id: str) -> None:
+    vm = p.state.vms[vm_id]
+    if vm.using != "off" and p.state.rules.of(vm_id, vm.using).enabled:
+        raise Refused
+
+
+CALLS: Mapping[str, Callable[..., object]] = {
+    "define": _define,
+    "create": _create,
+    "destroy": _destroy,
+    "undefine": _undefine,
+    "after_disk_prepare": _after_disk_prepare,
+    "before_vm_start": _before_vm_start,
+    "after_vm_destroy": _after_vm_destroy,
+    "before_vm_migrate_source": _forbidden,
+    "before_vm_migrate_destination": _forbidden,
+    "before_vm_hibernate": _forbidden,
+    "gc": _gc,
+    "gc --dry-run": _gc_dry_run,
+    # parts of those above
+    "look": _look,
+    "make way": _make_way,
+    "gc of some": _gc_of_some,
+    "before copy": _before_copy,
+    "finish": _finish,
+    "give up": _give_up,
+    "lose": _lose,
+}

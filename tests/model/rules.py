@@ -1,0 +1,109 @@
+"""A configuration as the model understands it, and as YAML for the product."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What holds for one VM, in the configuration's names; sizes in bytes, times in seconds."""
+
+    backend: str = "lvm"
+    on_stop: str = "delete"
+    keep_for: int = 7 * 86400
+    grace: int = 600
+    on_source_change: str = "refuse"
+    erase: str = "none"
+    disk: int = 0  # margins.disk
+    reserve: int = 0  # margins.reserve
+    thin_data: int = 90  # margins.thin_data, percent
+    enabled: bool = True
+    disks: tuple[str, ...] | None = None  # image ids; None: all
+
+    @classmethod
+    def random(cls, rng: random.Random, durations: tuple[int, ...], images: tuple[str, ...]) -> Policy:
+        grace = rng.choice(durations)
+        return cls(
+            backend=rng.choice(("lvm", "lvm", "lvmthin")),
+            on_stop=rng.choice(("delete", "keep")),
+            keep_for=rng.choice((grace, 2 * grace, 86400, 7 * 86400)),
+            grace=grace,
+            on_source_change=rng.choice(("refuse", "recopy")),
+            erase=rng.choice(("none", "none", "discard", "zero")),
+            disk=rng.choice((0, 0, MIB + 512, 9 * MIB)),
+            reserve=rng.choice((0, 0, 20 * MIB)),
+            thin_data=rng.choice((20, 90, 90)),
+            enabled=rng.random() < 0.9,
+            disks=None if rng.random() < 0.7 or not images else images[:1],
+        )
+
+    def is_local(self, image_id: str) -> bool:
+        return self.enabled and (self.disks is None or image_id in self.disks)
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What the configuration says in general, and what its `vms` override: VM -> key -> value."""
+
+    general: Policy = Policy()
+    vms: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    parallel: int = 2
+
+    @classmethod
+    def random(
+        cls, rng: random.Random, durations: tuple[int, ...], vms: Mapping[str, tuple[str, ...]]
+    ) -> Rules:
+        """Any rules for these VMs, given with their images."""
+        overrides = {}
+        for vm_id, images in vms.items():
+            if rng.random() < 0.4:
+                chosen = vars(Policy.random(rng, durations, images))
+                overrides[vm_id] = {
+                    name: chosen[name] for name in rng.sample(sorted(chosen), rng.randint(1, 4))
+                }
+        general = replace(Policy.random(rng, durations, ()), enabled=True, disks=None)
+        return cls(general, overrides, rng.choice((1, 2, 2)))
+
+    def of(self, vm_id: str, value: str = "on") -> Policy:
+        """The VM's own section wins over its property `value`, the property over the rest of the file."""
+        asked = {} if value == "on" else {"backend": value}
+        return replace(self.general, **{**asked, **self.vms.get(vm_id, {})})
+
+    def with_general(self, name: str, value: object) -> Rules:
+        changes: dict[str, Any] = {name: value}
+        return replace(self, general=replace(self.general, **changes))
+
+    def with_own(self, vm_id: str, name: str, value: object) -> Rules:
+        return replace(self, vms={**self.vms, vm_id: {**self.vms.get(vm_id, {}), name: value}})
+
+    def yaml(self) -> str:
+        """The file, which is JSON too."""
+        general = {k: v for k, v in vars(self.general).items() if k not in ("enabled", "disks")}
+        vms = {vm_id: _section(own) for vm_id, own in self.vms.items()}
+        return json.dumps({**_section(general), "copy": {"parallel": self.parallel}, "vms": vms})
+
+
+_SECTIONS = {
+    "retention": ("on_stop", "keep_for", "grace", "on_source_change", "erase"),
+    "margins": ("disk", "reserve", "thin_data"),
+}
+_UNITS = {"keep_for": "s", "grace": "s", "thin_data": "%"}
+
+
+def _section(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of `Policy` where the file has them."""
+    shown = {name: f"{value}{_UNITS[name]}" if name in _UNITS else value for name, value in values.items()}
+    if "disks" in shown:
+        shown["disks"] = "all" if shown["disks"] is None else list(shown["disks"])
+    for section, names in _SECTIONS.items():
+        inner = {name: shown.pop(name) for name in names if name in shown}
+        if inner:
+            shown[section] = inner
+    return shown
