@@ -142,7 +142,7 @@ need_bed() {
 # The tests that need a kernel, in two halves that take equally long: in two guests side by side, on the
 # machine's own kernel one after the other.
 kernel_tests() {
-  local first=(test_life.py test_refusals.py test_model.py) second=(test_bed.py test_gc.py test_kills.py test_faults.py)
+  local first=(test_life.py test_refusals.py test_kills.py test_model.py) second=(test_bed.py test_gc.py test_faults.py)
   local log=.bed/second-half verdict=0
   if .venv/bin/python -c 'import sys; from tests.bed import boot; sys.exit(boot.why_not_here() is None)'; then
     mkdir -p .bed
