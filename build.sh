@@ -22,7 +22,8 @@ BED_PACKAGES=(qemu-system-x86 qemu-utils kmod udev e2fsprogs iproute2 hostname
 # cannot be had.
 GUEST_PACKAGES=(user-mode-linux)
 OTHER_GUEST_PACKAGES=(linux-image-amd64 busybox-static file)
-TEST_PACKAGES=(shellcheck)
+# Prometheus' promtool and node_exporter read the metrics and their alert rules.
+TEST_PACKAGES=(shellcheck prometheus prometheus-node-exporter)
 
 as_root() {
   if [ "$(id -u)" = 0 ]; then "$@"; else sudo "$@"; fi
@@ -78,7 +79,7 @@ build() {
   pip_quietly install --target "$tree" --no-deps --only-binary=:all: --no-compile "${PINS[@]}"
   cp -r localdisk "$tree/"
   mkdir -p "$tree/localdisk/schema"
-  cp schema/*.json "$tree/localdisk/schema/"
+  cp schema/localdisk.schema.json "$tree/localdisk/schema/"
   rm -rf "${tree:?}/bin" "$tree"/localdisk/{first,front}.py
   # What run time does not need: headers and sources of lxml, tests, caches, type stubs of packages.
   find "$tree" \( -name '*.pxd' -o -name '*.pxi' -o -name '*.pyx' -o -name '*.h' -o -name '*.c' -o -name '*.pyi' \

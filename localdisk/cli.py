@@ -9,12 +9,13 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 from localdisk import __version__
-from localdisk.errors import Error, Interrupted, RootNeeded, UsageError, plain
+from localdisk.errors import Error, HelperRefused, Interrupted, RootNeeded, UsageError, plain
 from localdisk.vdsm import POINTS
 
 if TYPE_CHECKING:
@@ -79,11 +80,18 @@ def _report(message: str, exit_code: int) -> int:
 
 
 def _hook(point: str) -> int:
-    from localdisk import hook
+    from localdisk import hook, log
 
     signal.signal(signal.SIGTERM, _interrupt)
     signal.signal(signal.SIGHUP, _interrupt)
-    hook.run(point, os.environ)
+    try:
+        hook.run(point, os.environ)
+    except HelperRefused:  # it has logged why
+        raise
+    except Error as error:
+        vm_id = os.environ.get("vmId", "")  # noqa: SIM112 (vdsm's name)
+        log.problem("refused", point=point, vm=vm_id, why=str(error).splitlines()[-1])
+        raise
     return GOOD
 
 
@@ -125,26 +133,68 @@ def _gc_mode(arguments: argparse.Namespace) -> int:
 
 
 def _status_mode(arguments: argparse.Namespace) -> int:
+    from localdisk import snapshot, status
+
+    if arguments.prometheus is not None:
+        return _metrics(arguments)
+    settings = _load(arguments)
+    if arguments.watch:
+        return _watch(status.frames(settings, arguments.full))
+    found = snapshot.take(settings)
+    print(status.as_json(found) if arguments.json else status.as_table(found, arguments.full), end="")
+    return PROBLEMS if found.problems else GOOD
+
+
+def _watch(frames: Iterator[str]) -> int:
     from localdisk import status
 
-    _require_root("status")
-    snapshot = status.take(_load(arguments))
-    print(status.as_json(snapshot) if arguments.json else status.as_table(snapshot), end="")
-    for problem in snapshot.problems:
-        _report(problem, PROBLEMS)
-    return PROBLEMS if snapshot.problems else GOOD
+    if not sys.stdout.isatty():
+        raise UsageError(problem="--watch needs a terminal")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        print(status.ENTER, end="")
+        for frame in frames:
+            print(frame, end="", flush=True)
+            time.sleep(status.INTERVAL)
+    except KeyboardInterrupt:
+        pass
+    finally:
+        print(status.LEAVE, end="", flush=True)
+    return GOOD
+
+
+def _metrics(arguments: argparse.Namespace) -> int:
+    """Where the configuration is refused, or nothing can be looked at, the metrics tell that, too."""
+    from localdisk import counters, metrics, snapshot
+
+    _require_root("status --prometheus")
+    settings, found, refusal = None, None, None
+    try:
+        settings = _load(arguments)
+        found = snapshot.take(settings)
+    except Error as error:
+        refusal = error
+    _put(arguments.prometheus, metrics.render(found, counters.read(), config_valid=settings is not None))
+    if refusal:
+        raise refusal
+    return PROBLEMS if found and found.problems else GOOD
+
+
+def _put(path: str, text: str) -> None:
+    from localdisk import metrics
+
+    if path == "-":
+        print(text, end="")
+    else:
+        metrics.write(path, text)
 
 
 def _check_mode(arguments: argparse.Namespace) -> int:
-    from localdisk.config import DEFAULT_PATH
+    from localdisk import check
 
-    settings = _load(arguments)
-    path = arguments.config or DEFAULT_PATH
-    if settings.cache.templates:
-        print(f"{path}: cache.templates: this version copies in full regardless : set it to off")
-        return PROBLEMS
-    print(f"{path}: good" if os.path.exists(path) else f"{path}: not there, the built-in defaults hold")
-    return GOOD
+    report = check.check(_load(arguments), arguments.config, os.path.realpath(sys.argv[0]))
+    print(check.as_json(report) if arguments.json else check.as_lines(report), end="")
+    return PROBLEMS if report.is_problem else GOOD
 
 
 def _schema_mode(_arguments: argparse.Namespace) -> int:
@@ -198,9 +248,24 @@ def parser() -> argparse.ArgumentParser:
     gc_mode = mode("gc", _gc_mode, "remove what no VM needs, and say why (cron, root)")
     gc_mode.add_argument("--dry-run", action="store_true", help="only say what would be removed")
     gc_mode.add_argument("--json", action="store_true", help="print JSON")
-    status_mode = mode("status", _status_mode, "show what is local, for whom and in what state (root)")
-    status_mode.add_argument("--json", action="store_true", help="print JSON")
-    mode("check", _check_mode, "validate the configuration")
+    status_mode = mode(
+        "status", _status_mode, "show what is local, for whom, in what state, and what is wrong"
+    )
+    form = status_mode.add_mutually_exclusive_group()
+    form.add_argument(
+        "--json", action="store_true", help="print JSON, as schema/status.schema.json describes it"
+    )
+    form.add_argument("--watch", action="store_true", help="draw it anew every second, until Ctrl-C")
+    form.add_argument(
+        "--prometheus",
+        nargs="?",
+        const="-",
+        metavar="FILE",
+        help="print metrics, or write them to FILE at once, for node_exporter's textfile collector",
+    )
+    status_mode.add_argument("--full", action="store_true", help="whole ids and names, however wide")
+    check_mode = mode("check", _check_mode, "say what is wrong with the configuration and this host")
+    check_mode.add_argument("--json", action="store_true", help="print JSON")
     mode("helper", _helper_mode, "the privileged half of hook (vdsm, through sudo)")
     mode("schema", _schema_mode, "print the JSON schema of the configuration")
     return top

@@ -94,9 +94,12 @@ class Helper:
             target = answer["target"]
             return Prepared(path=str(answer["path"]), target=None if target is None else Target(**target))
 
-    def progress(self, done: int, total: int) -> None:
-        """Tell how many bytes of the copy are done; it also notices that the helper is gone."""
-        self._ask("progress", done=done, total=total)
+    def progress(self, done: int, written: int) -> None:
+        """Tell how many bytes of the guest's view are done and how many the disk has got.
+
+        It also notices that the helper is gone.
+        """
+        self._ask("progress", done=done, written=written)
 
     def commit(self) -> None:
         """The copy is complete and on the device: make the claimed disk ready."""

@@ -129,7 +129,12 @@ class Config(Settings):
             raise BadProperty(value=property_value)
         override = self.vms.get(vm_id.lower(), self.others)
         asked = property_value if property_value in _BACKENDS else None
-        return replace(override.policy, backend=override.backend or asked or self.backend)
+        backend = override.backend or asked or self.backend
+        return (
+            override.policy
+            if override.policy.backend == backend
+            else replace(override.policy, backend=backend)
+        )
 
     @property
     def volume_groups(self) -> Mapping[str, tuple[str, ...]]:
@@ -160,6 +165,12 @@ def parse(data: bytes, path: str) -> Config:
     if problems:
         raise ConfigRefused(path, _lines(path, problems))
     return _build(tree.value)
+
+
+def places(path: str) -> Mapping[str, str]:
+    """Where each key of a file stands, `FILE:LINE:COLUMN` by dotted key.  Raises ConfigUnreadable."""
+    keys = read_tree(_read_file(path)).keys.items()
+    return {".".join(map(str, steps)): f"{path}:{place.line}:{place.column}" for steps, place in keys}
 
 
 # -- the schema

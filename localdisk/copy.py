@@ -28,7 +28,8 @@ _BLKZEROOUT = 0x127F  # linux/fs.h; takes offset and length in bytes
 _ZERO_CHUNK = 64 << 20  # bytes a call; the ioctl can't be interrupted
 _PROGRESS = re.compile(rb"\((\d+(?:\.\d+)?)/100%\)")
 
-OnProgress = Callable[[float], None]  # fraction done, 0 to 1; raises to end the copy
+# The fraction done, 0 to 1, and the bytes written so far; raises to end the copy.
+OnProgress = Callable[[float, int], None]
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def _zero_tail(fd: int, start: int, on_progress: OnProgress) -> None:
     while start < end:
         size = min(_ZERO_CHUNK, end - start)
         fcntl.ioctl(fd, _BLKZEROOUT, struct.pack("QQ", start, size))
-        on_progress(0.0)
+        on_progress(0.0, 0)
         start += size
 
 
@@ -94,7 +95,8 @@ def _convert(source: Source, target: Target, fd: int, on_progress: OnProgress) -
     process = run.start_reporting(_command(source, target, fd), (*source.fds, fd))
     try:
         for fraction in _progress(process):
-            on_progress(fraction)
+            written = _written(process.pid)
+            on_progress(fraction, int(fraction * source.virtual_size) if written is None else written)
         said = run.read_errors(process)
         if process.returncode in (126, 127):  # what setpriv and nice say where they cannot run it
             raise CommandMissing(tool="qemu-img")
@@ -120,7 +122,7 @@ def _command(source: Source, target: Target, fd: int) -> list[str]:
 
 
 def _progress(process: run.Process[bytes]) -> Iterator[float]:
-    """The fraction done, about once a second until the tool closes its standard output."""
+    """The fraction done, about once a second until the tool closes its standard output, and then."""
     assert process.stdout is not None  # noqa: S101 (started with a pipe)
     fd, fraction, told = process.stdout.fileno(), 0.0, time.monotonic()
     yield fraction
@@ -128,12 +130,22 @@ def _progress(process: run.Process[bytes]) -> Iterator[float]:
         if select.select([fd], [], [], HEARTBEAT)[0]:
             text = os.read(fd, 65536)
             if not text:
+                yield fraction
                 return
             found = _PROGRESS.findall(text)
             fraction = float(found[-1]) / 100 if found else fraction
         if time.monotonic() - told >= HEARTBEAT:
             told = time.monotonic()
             yield fraction
+
+
+def _written(pid: int) -> int | None:
+    """Bytes that a process has had written to devices; None where the kernel does not count them."""
+    try:
+        with open(f"/proc/{pid}/io", encoding="ascii") as file:
+            return int(re.findall(r"^write_bytes: (\d+)$", file.read(), re.M)[0])
+    except (OSError, IndexError):
+        return None
 
 
 def _failed(source: Source, target: Target, problem: str) -> Error:

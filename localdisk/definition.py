@@ -266,6 +266,32 @@ def localize_domain(xml: str, paths: Mapping[str, str]) -> str:
     return _edited(xml, root, changes)
 
 
+@dataclass(frozen=True)
+class Running:
+    """A VM that runs, from the domain XML that libvirt has of it."""
+
+    vm_id: str
+    name: str
+    property_value: str  # of the custom property localdisk, "" where it has none
+    disks: tuple[Disk, ...]
+
+
+@_refused_as(BadDomain)
+def read_running(xml: str) -> Running:
+    """The VM of libvirt's live domain XML.  Raises BadDomain as `read_domain`.
+
+    vdsm writes custom properties to `<ovirt-vm:vm><ovirt-vm:custom>` (vdsm, tests/virt/metadata_test.py).
+    """
+    root = _parse(xml, "domain")
+    (custom,) = root.findall(f"metadata/{_VM}vm/{_VM}custom")[:1] or (None,)
+    return Running(
+        vm_id=_uuid("the domain's uuid", _child_text(root, "uuid")),
+        name=_child_text(root, "name"),
+        property_value="" if custom is None else _child_text(custom, f"{_VM}localdisk"),
+        disks=tuple(disk for _, disk in _disks(root)),
+    )
+
+
 @_refused_as(BadDomain)
 def read_disk_element(xml: str) -> Disk:
     """The disk in the XML of `before_disk_hotplug`, one `<disk>` element.

@@ -70,6 +70,11 @@ class ConfigRefused(Error):
         return "\n".join((*(plain(p) for p in self.problems), super().__str__()))
 
 
+class MetricsUnwritable(Error):
+    what = "cannot write metrics to {path}: {problem}"
+    fix = "make its directory, or name another file"
+
+
 # -- what vdsm hands us
 
 
@@ -148,6 +153,11 @@ class CommandTimeout(Error):
 class CommandMissing(Error):
     what = "{tool} is not installed, or not for this user to run"
     fix = "install the package that has it"
+
+
+class Unseen(Error):
+    what = "{path} cannot be looked at: {problem}"
+    fix = "ls -ld {path}"
 
 
 class HelperUnavailable(Error):

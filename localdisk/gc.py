@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from localdisk import domains, lock, log
+from localdisk import counters, domains, lock, log, lvm
 from localdisk.config import Config, Policy
 from localdisk.disk import LocalDisk, State, local_disks, stopped_tag, unneeded_tag
 from localdisk.errors import Error, Interrupted, LibvirtSilent
@@ -44,6 +44,7 @@ class Verdict:
     action: Action
     reason: str
     is_certain: bool = True  # False: a witness could not be asked, or the clock is wrong
+    due: float | None = None  # seconds since the epoch; kept until then as far as can be seen now
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def _decide_stopped(disk: LocalDisk, policy: Policy, now: float) -> Verdict:
         return Verdict(Action.KEEP, "stopped in the future, the clock went backwards", is_certain=False)
     left = policy.retention.keep_for - since
     if left > 0:
-        return Verdict(Action.KEEP, f"kept for another {format_duration(int(left))}")
+        return Verdict(Action.KEEP, f"kept for another {format_duration(int(left))}", due=now + left)
     return Verdict(Action.REMOVE, f"stopped {format_duration(int(since))} ago, past keep_for")
 
 
@@ -124,16 +125,19 @@ def _decide_ready(disk: LocalDisk, witnesses: Witnesses, policy: Policy, now: fl
     grace = policy.retention.grace
     if policy.retention.on_stop == "keep":
         kept = format_duration(policy.retention.keep_for)
-        return Verdict(Action.STOP, f"its VM does not run, kept for {kept} from now")
+        why = f"its VM does not run, kept for {kept} from now"
+        return Verdict(Action.STOP, why, due=now + policy.retention.keep_for)
     if not witnesses.may_start:
         return Verdict(Action.REMOVE, "its VM stopped while vdsm did not run")
     if disk.unneeded is None:
-        return Verdict(Action.MARK, f"no VM needs it; removed if that is so after {format_duration(grace)}")
+        why = f"no VM needs it; removed if that is so after {format_duration(grace)}"
+        return Verdict(Action.MARK, why, due=now + grace)
     if disk.unneeded > now:  # not marked anew, for the same reason
         return Verdict(Action.KEEP, "unneeded since the future, the clock went backwards", is_certain=False)
     since = format_duration(int(now - disk.unneeded))
     if now - disk.unneeded < grace:
-        return Verdict(Action.KEEP, f"no VM needs it since {since}, of {format_duration(grace)} (grace)")
+        why = f"no VM needs it since {since}, of {format_duration(grace)} (grace)"
+        return Verdict(Action.KEEP, why, due=disk.unneeded + grace)
     return Verdict(Action.REMOVE, f"no VM needs it since {since}, past grace")
 
 
@@ -146,33 +150,36 @@ def collect(config: Config, dry_run: bool = False, may_start: bool = True) -> Co
     `may_start` says whether vdsm can be starting VMs.  Raises NoVolumeGroup, CommandFailed and so on where
     no volume group can be looked at.
     """
-    known, silence = _known_vms()
-    findings: list[Finding] = []
-    failures: list[Error] = []
-    for name, devices in config.volume_groups.items():
-        try:
-            group = _Group(config, VolumeGroup.read(name, devices), known, may_start, dry_run)
-            findings += group.collect()
-        except Interrupted:
-            raise
-        except Error as error:
-            failures.append(error)
-    if failures and len(failures) == len(config.volume_groups):
-        raise failures[0]
+    asked = domains.ask_known()
+    groups, failed = lvm.read_all(config.volume_groups)
+    known, silence = _answer(asked)
+    findings = tuple(
+        finding for vg in groups for finding in _Group(config, vg, known, may_start, dry_run).collect()
+    )
+    failures = [*failed, *([silence] if silence and any(not f.verdict.is_certain for f in findings) else [])]
+    found = Collection(findings, tuple(map(str, failures)))
     if not dry_run:
         lock.sweep()
-    if silence and any(not finding.verdict.is_certain for finding in findings):
-        failures.append(silence)
-    return Collection(tuple(findings), tuple(map(str, failures)))
+        _count(found)
+    return found
 
 
-def _known_vms() -> tuple[frozenset[str] | None, LibvirtSilent | None]:
+def _answer(asked: domains.Question) -> tuple[frozenset[str] | None, LibvirtSilent | None]:
     """What libvirt knows, or why it does not say."""
     try:
-        return domains.known(), None
+        return asked.answer(), None
     except LibvirtSilent as error:
         log.problem("gc asks libvirt in vain", why=error)
         return None, error
+
+
+def _count(found: Collection) -> None:
+    removed = [f.disk for f in found.findings if f.verdict.action is Action.REMOVE and not f.failure]
+    counters.gc_ran(
+        removed=len(removed),
+        removed_bytes=sum(disk.lv.lv_size for disk in removed),
+        is_good=not found.is_problem,
+    )
 
 
 @dataclass(frozen=True)
@@ -212,7 +219,7 @@ class _Group:
                 if again is None:  # somebody else has just removed it
                     return Finding(name, disk, verdict)
                 # Libvirt, too, is asked again: since the first look, the VM may have taken the disk.
-                disk, verdict = again, self._judge(again, False, _known_vms()[0])
+                disk, verdict = again, self._judge(again, False, _answer(domains.ask_known())[0])
                 aside = self._carry_out(vg, disk, verdict)
             if aside and self.may_start:
                 self._finish(aside)

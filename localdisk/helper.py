@@ -43,7 +43,7 @@ def main(load: Callable[[], Config]) -> int:
         return error.exit_code
     finally:
         if session:
-            session.close()
+            session.end()
     return 0
 
 

@@ -6,7 +6,6 @@ where nothing changes; it raises to refuse.  `vdsm.py` is the contract, `session
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
@@ -16,7 +15,6 @@ from localdisk.copy import Target
 from localdisk.definition import Disk
 from localdisk.errors import BadDomain, DiskRefused, HotplugRefused, NotLocal, OperationRefused
 from localdisk.image import Source
-from localdisk.units import format_size
 from localdisk.vdsm import Call
 
 if TYPE_CHECKING:
@@ -147,7 +145,7 @@ def _make_local(helper: Helper, disk: Disk) -> str:
     with image.opened(disk) as source:
         prepared = helper.prepare(source.virtual_size, source.fingerprint, source.writes(claimed.is_thin))
         if prepared.target:
-            _copy(helper, disk, source, prepared.target)
+            _copy(helper, source, prepared.target)
     return prepared.path
 
 
@@ -163,14 +161,9 @@ def _require_copyable(disk: Disk) -> None:
         raise DiskRefused(disk=disk.name or disk.image_id or disk.path, problem=problem)
 
 
-def _copy(helper: Helper, disk: Disk, source: Source, target: Target) -> None:
-    total, started = source.virtual_size, time.monotonic()
-
-    def on_progress(fraction: float) -> None:
-        helper.progress(int(fraction * total), total)
+def _copy(helper: Helper, source: Source, target: Target) -> None:
+    def on_progress(fraction: float, written: int) -> None:
+        helper.progress(int(fraction * source.virtual_size), written)
 
     copy.copy(source, target, on_progress)
     helper.commit()
-    took = time.monotonic() - started
-    rate = f"{format_size(int(total / max(took, 0.001)))}/s"
-    log.event("disk copied", disk=disk.volume_id, bytes=total, took=f"{took:.1f}s", rate=rate)

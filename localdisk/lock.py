@@ -88,11 +88,16 @@ def trying(path: str) -> Iterator[Lock | None]:
 
 def held() -> frozenset[str]:
     """The paths of all locks that a living process holds."""
+    return frozenset(filter(is_held, (os.path.join(RUN, name) for name in names())))
+
+
+def names() -> list[str]:
+    """The names of all lock files and tickets, sorted; some may be nobody's."""
     try:
-        names = os.listdir(RUN)
+        found = os.listdir(RUN)
     except FileNotFoundError:
-        return frozenset()
-    return frozenset(filter(is_held, (os.path.join(RUN, name) for name in names)))
+        return []
+    return sorted(name for name in found if name.endswith((".turn", ".lock")))
 
 
 def is_held(path: str) -> bool:
@@ -136,17 +141,13 @@ def turn(parallel: int, pause: Pause) -> Iterator[None]:
 
 def _older_tickets(mine: str) -> int:
     """How many tickets older than `mine` are held; those that nobody holds are removed."""
-    names = sorted(n for n in os.listdir(RUN) if n.endswith(".turn") and n < os.path.basename(mine))
-    return sum(not _swept(os.path.join(RUN, name)) for name in names)
+    older = (name for name in names() if name.endswith(".turn") and name < os.path.basename(mine))
+    return sum(not _swept(os.path.join(RUN, name)) for name in older)
 
 
 def sweep() -> int:
     """Remove the lock files and tickets that nobody holds (a process was killed); returns how many."""
-    try:
-        names = sorted(os.listdir(RUN))
-    except FileNotFoundError:
-        return 0
-    return sum(_swept(os.path.join(RUN, name)) for name in names if name.endswith((".turn", ".lock")))
+    return sum(_swept(os.path.join(RUN, name)) for name in names())
 
 
 def _swept(path: str) -> bool:

@@ -10,14 +10,17 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from localdisk import run
 from localdisk.errors import (
     CommandFailed,
+    CommandMissing,
+    CommandTimeout,
     DeviceNotReady,
+    Error,
     NoVolumeGroup,
     ThinPoolAtThreshold,
     VolumeGroupUnusable,
@@ -230,6 +233,25 @@ class VolumeGroup:
 
     def _full_name(self, lv_name: str) -> str:
         return f"{self.vg_name}/{lv_name}"
+
+
+def read_all(
+    groups: Mapping[str, tuple[str, ...]],
+) -> tuple[tuple[VolumeGroup, ...], tuple[Error, ...]]:
+    """Those of `groups`, names with their devices, that can be looked at, and why the others cannot.
+
+    Raises the first of these reasons where there is no other group.
+    """
+    found: list[VolumeGroup] = []
+    failures: list[Error] = []
+    for name, devices in groups.items():
+        try:
+            found.append(VolumeGroup.read(name, devices))
+        except (CommandFailed, CommandMissing, CommandTimeout, NoVolumeGroup, VolumeGroupUnusable) as error:
+            failures.append(error)
+    if not found:
+        raise failures[0]
+    return tuple(found), tuple(failures)
 
 
 def _shared(vg_name: str, lock_type: str) -> VolumeGroupUnusable:

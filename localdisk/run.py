@@ -25,24 +25,45 @@ ENVIRONMENT = {
 Process = subprocess.Popen  # what `start` returns, for annotations elsewhere
 
 
+class Begun:
+    """A tool that runs while its caller does something else; `output` waits for its end."""
+
+    def __init__(self, argv: Sequence[str], pass_fds: Iterable[int] = ()) -> None:
+        self._argv = argv
+        # In a session of its own, so that a signal to our process group ends us, who then tidy up, and not
+        # the tool in the middle.
+        self._process = start(argv, stdout=subprocess.PIPE, pass_fds=pass_fds, new_session=True)
+
+    def output(self, deadline: float = DEADLINE) -> str:
+        """Its standard output, when it has ended, at most `deadline` seconds from now.
+
+        Raises CommandFailed, CommandTimeout.
+        """
+        process, argv = self._process, self._argv
+        try:
+            out, err = process.communicate(timeout=deadline)
+        except subprocess.TimeoutExpired:
+            end(process)
+            raise CommandTimeout(tool=" ".join(argv[:2]) + target(argv), seconds=round(deadline)) from None
+        except BaseException:
+            end(process)
+            raise
+        if process.returncode:
+            raise CommandFailed(tuple(argv), process.returncode, err.decode(errors="replace"))
+        return out.decode(errors="replace")
+
+
+def begin(argv: Sequence[str]) -> Begun:
+    """Start `argv`, whose output is short: nobody reads it until it is asked for.  Raises CommandMissing."""
+    return Begun(argv)
+
+
 def run(argv: Sequence[str], *, deadline: float = DEADLINE, pass_fds: Iterable[int] = ()) -> str:
     """Run `argv` to its end, at most `deadline` seconds, and return its standard output.
 
-    It runs in a session of its own, so that a signal to our process group ends us, who then tidy up,
-    and not the tool in the middle.  Raises CommandFailed, CommandTimeout, CommandMissing.
+    Raises CommandFailed, CommandTimeout, CommandMissing.
     """
-    process = start(argv, stdout=subprocess.PIPE, pass_fds=pass_fds, new_session=True)
-    try:
-        out, err = process.communicate(timeout=deadline)
-    except subprocess.TimeoutExpired:
-        end(process)
-        raise CommandTimeout(tool=" ".join(argv[:2]) + target(argv), seconds=round(deadline)) from None
-    except BaseException:
-        end(process)
-        raise
-    if process.returncode:
-        raise CommandFailed(tuple(argv), process.returncode, err.decode(errors="replace"))
-    return out.decode(errors="replace")
+    return Begun(argv, pass_fds).output(deadline)
 
 
 def start(

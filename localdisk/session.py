@@ -6,7 +6,7 @@ refused.  The verbs:
     look      {vm, property, disks: [{image, volume}]}    how these disks are; locks and changes nothing
     claim     {vm, property, image, volume}               take the disk's lock, see whether it is in use
     prepare   {size, fingerprint, writes}                 make the claimed disk, or take a kept one back
-    progress  {done, total}                               bytes copied so far, for status
+    progress  {done, written}                             bytes of the guest's view, and of the disk, so far
     commit    {}                                          the copy is complete: the claimed disk is ready
     release   {vm, property}                              the VM has stopped: remove or keep its disks
 
@@ -25,8 +25,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
+from localdisk import counters, domains, lock, log
 from localdisk import disk as life
-from localdisk import domains, lock, log
 from localdisk.config import Config, Policy
 from localdisk.disk import LocalDisk, Start, State, Stop
 from localdisk.errors import (
@@ -40,8 +40,9 @@ from localdisk.errors import (
 )
 from localdisk.ids import is_uuid
 from localdisk.lvm import VolumeGroup
+from localdisk.progress import COPYING, PREPARING, WAITING, Progress
 from localdisk.removal import take_away
-from localdisk.units import MAX_DISK
+from localdisk.units import MAX_DISK, format_size
 
 MAX_REQUEST = 64 * 1024  # bytes of one line
 MAX_DISKS = 256
@@ -65,6 +66,18 @@ class Claim:
     found: LocalDisk | None  # what was there when the lock was taken; only its holder changes it
     vg: VolumeGroup
     made: str = ""  # device-mapper UUID of the unfinished disk that we made, "?" while it is being made
+    began: float = 0.0  # to copy, time.monotonic()
+    progress: Progress | None = None
+
+    def tell(self, phase: str, size: int = 0) -> Claim:
+        """Say that this phase begins now."""
+        now = int(time.time())
+        return self.write(Progress(self.vm_id, self.image_id, phase, now, now, size))
+
+    def write(self, progress: Progress) -> Claim:
+        """Say it to whoever reads the lock."""
+        self.lock.write(progress.as_text())
+        return replace(self, progress=progress)
 
 
 class Session:
@@ -78,7 +91,7 @@ class Session:
             "look": (self._look, frozenset({"vm", "property", "disks"})),
             "claim": (self._claim_disk, frozenset({"vm", "property", "image", "volume"})),
             "prepare": (self._prepare, frozenset({"size", "fingerprint", "writes"})),
-            "progress": (self._progress, frozenset({"done", "total"})),
+            "progress": (self._progress, frozenset({"done", "written"})),
             "commit": (self._commit, frozenset()),
             "release": (self._release, frozenset({"vm", "property"})),
         }
@@ -89,9 +102,18 @@ class Session:
             verb, fields = self._parse(line)
             return verb(fields)
         except Error as error:
+            claim = self._claim
             self.close()
-            log.problem("refused", why=error)
+            log.problem("refused", **_who(claim), why=error)
+            counters.failed(error)
             return {"error": str(error)}
+
+    def end(self) -> None:
+        """The hook has ended; what it has claimed and not completed, it has given up."""
+        if self._claim:
+            log.problem("start broken off", **_who(self._claim))
+            counters.failed("copy_broken_off" if self._claim.made else "preparation_broken_off")
+        self.close()
 
     def close(self) -> None:
         """Remove the unfinished disk, if any, and let go of its lock."""
@@ -121,7 +143,8 @@ class Session:
             found = _find(vg, vm_id, image_id, volume_id)
             stays, path = _running(vg, found, vm_id, volume_id)
             if not (stays or path):  # else there is nothing to prepare
-                self._claim = Claim(vm_id, image_id, volume_id, policy, held, stack.pop_all(), found, vg)
+                claim = Claim(vm_id, image_id, volume_id, policy, held, stack.pop_all(), found, vg)
+                self._claim = claim.tell(PREPARING)
         return {"stays": stays, "path": path, "thin": policy.backend == "lvmthin"}
 
     def _prepare(self, request: Request) -> Answer:
@@ -150,7 +173,7 @@ class Session:
         except Error:
             self._keep_as_it_was(vg, found)
             raise
-        log.event("kept disk taken back", vm=claim.vm_id, disk=claim.volume_id)
+        log.event("kept disk taken back", **_who(claim))
         self.close()
         return {"path": vg.path(found.volume_id), "target": None}
 
@@ -165,6 +188,7 @@ class Session:
     def _create(self, claim: Claim, size: int, fingerprint: str, writes: int) -> Answer:
         policy = claim.policy
         with_margin = size + policy.margins.disk.of(size)
+        claim.tell(WAITING, size)
         claim.resources.enter_context(lock.turn(policy.copy.parallel, self._pause))
         # Asking for room and taking it is one step on this host.
         with lock.holding(os.path.join(lock.RUN, "space.lock"), self._pause):
@@ -177,8 +201,8 @@ class Session:
             else:
                 vg.create_thin(claim.volume_id, with_margin, policy.thin_pool, tags)
         dm_uuid = vg.dm_uuid(claim.volume_id)
-        self._claim = replace(claim, made=dm_uuid)
-        log.event("copy starts", vm=claim.vm_id, disk=claim.volume_id, bytes=size, backend=policy.backend)
+        self._claim = replace(claim, made=dm_uuid, began=time.monotonic()).tell(COPYING, size)
+        log.event("copy starts", **_who(claim), bytes=size, backend=policy.backend)
         bandwidth = policy.copy.bandwidth
         return {
             "path": vg.path(claim.volume_id),
@@ -194,9 +218,13 @@ class Session:
 
     def _progress(self, request: Request) -> Answer:
         claim = self._claimed(unfinished=True)
-        done, total = _integer(request, "done", 0, MAX_DISK), _integer(request, "total", 1, MAX_DISK)
-        record = {"vm": claim.vm_id, "done": done, "total": total, "at": int(time.time())}
-        claim.lock.write(json.dumps(record))
+        done, written = (_integer(request, name, 0, MAX_DISK) for name in ("done", "written"))
+        old = claim.progress
+        assert old  # noqa: S101 (since the disk was made)
+        now = replace(old, at=int(time.time()), done=min(done, old.size), written=written)
+        self._claim = claim.write(now)
+        if int(now.fraction * 10) > int(old.fraction * 10) or now.at // 30 > old.at // 30:
+            log.event("copying", **_who(claim), done=f"{now.fraction:.0%}", **_speed(claim, written))
         return {}
 
     def _commit(self, request: Request) -> Answer:
@@ -209,7 +237,9 @@ class Session:
         vg.change_tags(claim.volume_id, remove={life.UPDATING, *found.writes_tags})
         self._claim = None
         claim.resources.close()
-        log.event("disk ready", vm=claim.vm_id, disk=claim.volume_id)
+        written = claim.progress.written if claim.progress else 0
+        log.event("disk ready", **_who(claim), **_speed(claim, written))
+        counters.copied(written, time.monotonic() - claim.began)
         return {}
 
     def _release(self, request: Request) -> Answer:
@@ -233,7 +263,7 @@ class Session:
         found = _find(vg, claim.vm_id, claim.image_id, claim.volume_id)
         if found:
             take_away(vg, found, claim.policy.retention.erase, self._pause)
-            log.event("old copy removed", vm=claim.vm_id, disk=claim.volume_id, state=found.state.value)
+            log.event("old copy removed", **_who(claim), state=found.state.value)
 
     def _take_away_other_leaves(self, claim: Claim) -> None:
         """Copies of what was the image's leaf before a snapshot was made or removed: no VM needs them."""
@@ -255,7 +285,7 @@ class Session:
             if found and found.state is State.UNFINISHED and _is_made_by(claim, vg, found):
                 vg.require_usable()
                 take_away(vg, found, claim.policy.retention.erase, time.sleep)
-                log.event("unfinished copy removed", vm=claim.vm_id, disk=claim.volume_id)
+                log.event("unfinished copy removed", **_who(claim))
         except Error as error:
             log.problem("unfinished copy is left to gc", disk=claim.volume_id, why=error)
 
@@ -281,6 +311,18 @@ class Session:
         if verb is None or request.keys() - {"verb"} != fields:
             raise BadRequest(problem="its verb or its fields are not known")
         return verb, request
+
+
+# -- telling
+
+
+def _who(claim: Claim | None) -> dict[str, str]:
+    return {"vm": claim.vm_id, "disk": claim.volume_id} if claim else {}
+
+
+def _speed(claim: Claim, written: int) -> dict[str, str]:
+    took = max(time.monotonic() - claim.began, 0.001)
+    return {"bytes": str(written), "took": f"{took:.1f}s", "rate": f"{format_size(int(written / took))}/s"}
 
 
 # -- stopping

@@ -7,7 +7,6 @@ hold ends it with exit code 1.
 from __future__ import annotations
 
 import json
-import os
 import sys
 import threading
 import time
@@ -82,7 +81,7 @@ def life(vm: Vm, storage: FileStorage, backend: str, keep: bool) -> None:
         stops(vm, custom, keep)
         show(str(host.PROGRAM), "gc")
     promise(not local_volumes(), "nothing is left behind: no local disk in the volume group")
-    promise(not os.listdir("/run/localdisk"), "and no lock in /run/localdisk")
+    promise(not list(Path("/run/localdisk").glob("*.*")), "and no lock in /run/localdisk")
 
 
 def starts(vm: Vm, storage: FileStorage, custom: dict[str, str], name: str, expect_copy: bool = True) -> Vm:
@@ -175,8 +174,8 @@ def copied(disk: Disk) -> float | None:
     """The fraction of a copy that is under way, from the record in the disk's lock."""
     try:
         record = json.loads(Path(f"/run/localdisk/{disk.image.leaf.id}.lock").read_text())
-        return float(record["done"] / record["total"])
-    except (OSError, ValueError, KeyError):
+        return float(record["done"] / record["size"])
+    except (OSError, ValueError, ArithmeticError):
         return None
 
 

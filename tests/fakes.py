@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from localdisk import lock, lvm, removal, run
-from localdisk.errors import CommandFailed
+from localdisk.errors import CommandFailed, CommandTimeout, Error
 
 if TYPE_CHECKING:
     import pytest
@@ -94,6 +94,22 @@ class Volume:
         return {**columns, "lv_tags": ",".join(sorted(self.lv_tags)), "lv_device_open": is_open}
 
 
+class Begun:
+    """A tool that was started and answers later: as it was then."""
+
+    def __init__(self, host: FakeHost, argv: Sequence[str]) -> None:
+        self._failure: Error | None = None
+        try:
+            self._out = host.run(argv)
+        except (CommandFailed, CommandTimeout) as error:
+            self._failure = error
+
+    def output(self, deadline: float = 0) -> str:
+        if self._failure:
+            raise self._failure
+        return self._out
+
+
 class FakeHost:
     """One volume group, made from a captured report, and the VMs of libvirt.
 
@@ -113,6 +129,8 @@ class FakeHost:
             self.volumes[row["lv_name"]] = Volume(**values)
         self.active: set[str] = set()
         self.defined: set[str] = set()
+        self.names: dict[str, str] = {}  # of VMs; without one it is vm-XXXXXXXX
+        self.xmls: dict[str, str] = {}  # of VMs that run
         self.libvirt_is_silent = False
         self.commands: list[str] = []
         self.before: dict[str, Callable[[list[str]], None]] = {}
@@ -124,6 +142,7 @@ class FakeHost:
     def install(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeHost:
         """Stand in for the host: its tools, its device nodes, and /run/localdisk."""
         monkeypatch.setattr(run, "run", self.run)
+        monkeypatch.setattr(run, "begin", lambda argv: Begun(self, argv))
         monkeypatch.setattr(lvm.VolumeGroup, "dm_uuid", lambda _vg, lv_name: self.dm_uuid(lv_name))
         monkeypatch.setattr(lock, "RUN", str(tmp_path / "run"))
         monkeypatch.setattr(lock, "POLL", 0)
@@ -310,12 +329,26 @@ class FakeHost:
         return ""
 
     def _virsh(self, argv: list[str]) -> str:
-        assert argv[1:6] == ["--readonly", "--connect", "qemu:///system", "list", "--uuid"]
+        assert argv[1:4] == ["--readonly", "--connect", "qemu:///system"]
         if self.libvirt_is_silent:
             said = "error: failed to connect to the hypervisor\nerror: Failed to connect socket"
             raise CommandFailed(tuple(argv), 1, said)
-        shown = self.active | self.defined if argv[6:] == ["--all"] else self.active
-        return "".join(f"{vm_id}\n" for vm_id in sorted(shown)) + "\n"
+        script = " ".join(argv[4:]).split("; ")
+        return "".join(self._virsh_command(words.split()) for words in script)
+
+    def _virsh_command(self, words: list[str]) -> str:
+        if words[0] == "echo":
+            return " ".join(words[1:]) + "\n"
+        if words[0] == "dumpxml":
+            return self.xmls[words[1]] + "\n" if words[1] in self.xmls else ""
+        options = {"list", "--uuid", "--all", "--name"}
+        assert words[0] == "list"
+        assert options.issuperset(words)
+        shown = sorted(self.active | self.defined if "--all" in words else self.active)
+        if "--name" not in words:
+            return "".join(f"{vm_id}\n" for vm_id in shown) + "\n"
+        named = ((vm_id, self.names.get(vm_id, f"vm-{vm_id[:8]}")) for vm_id in shown)
+        return "".join(f"{vm_id:<36} {name:<30}\n" for vm_id, name in named) + "\n"
 
     def _new_uuid(self) -> str:
         self._count = getattr(self, "_count", 0) + 1

@@ -7,14 +7,14 @@ import os
 import re
 from pathlib import Path
 
-from localdisk import cli, config
+from localdisk import cli, config, metrics
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 
 
 def generated() -> dict[str, str]:
     """Each reference by its name."""
-    return {"configuration": config.reference(), "help": modes()}
+    return {"configuration": config.reference(), "help": modes(), "metrics": metrics.reference()}
 
 
 def modes() -> str:

@@ -52,7 +52,9 @@ def test_check(example: str, tmp_path: Path) -> None:
     config = tmp_path / "localdisk.yaml"
     config.write_text((ROOT / "examples" / example).read_text())
     done = run(str(ARTIFACT), "check", "--config", str(config))
-    assert (done.returncode, done.stdout) == (0, f"{config}: good\n")
+    assert done.returncode in (0, 1), "whether the host is good, too, is another question"
+    assert f"{config}: good\n" in done.stdout
+    assert done.stderr == ""
     config.write_text("copy: {paralel: 2}\n")
     done = run(str(ARTIFACT), "--config", str(config), "check")
     assert done.returncode == 2

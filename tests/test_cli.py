@@ -5,15 +5,18 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from localdisk import __version__, cli, config, gc, helper, hook, status
+from localdisk import __version__, check, cli, config, gc, helper, hook, host, snapshot, status
 from localdisk.disk import LocalDisk
+from localdisk.drift import Problem
 from localdisk.errors import BadProperty, ConfigRefused, NoVolumeGroup
 from localdisk.gc import Action, Collection, Finding, Verdict
 from localdisk.lvm import VolumeGroup
+from localdisk.snapshot import Snapshot
 from localdisk.vdsm import POINTS
 from tests.fakes import VOLUME, FakeHost, report, tags
 
@@ -111,29 +114,46 @@ def test_bad_usage(run: Run, argv: tuple[str, ...], problem: str) -> None:
 # -- the configuration
 
 
+HOST = "this host: good\n"
+
+
+@pytest.fixture(name="good_host")
+def fixture_good_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "look", lambda _config, _program: None)
+    monkeypatch.setattr(check, "strangers", lambda *_: ())
+    monkeypatch.setattr(check, "check_host", lambda *_: ())
+
+
+@pytest.mark.usefixtures("good_host")
 def test_check(run: Run, tmp_path: Path) -> None:
     path = tmp_path / "localdisk.yaml"
     path.write_text("backend: lvmthin\n")
-    good = (0, f"{path}: good\n", "")
+    good = (0, f"{path}: good\n{HOST}", "")
     assert run("check", "--config", str(path)) == good
     assert run("--config", str(path), "check") == good
     assert run("--config", "/nonexistent", "check", "--config", str(path)) == good
+    code, out, err = run("check", "--json", "--config", str(path))
+    assert (code, json.loads(out), err) == (0, {"configuration": str(path), "problems": []}, "")
 
 
+@pytest.mark.usefixtures("good_host")
 def test_check_of_the_default_file(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "localdisk.yaml"
     monkeypatch.setattr(config, "DEFAULT_PATH", str(path))
-    assert run("check") == (0, f"{path}: not there, the built-in defaults hold\n", "")
+    assert run("check") == (0, f"{path}: not there, the built-in defaults hold\n{HOST}", "")
     path.write_text("")
-    assert run("check") == (0, f"{path}: good\n", "")
+    assert run("check") == (0, f"{path}: good\n{HOST}", "")
 
 
+@pytest.mark.usefixtures("good_host")
 def test_check_tells_what_this_version_does_not_do(run: Run, tmp_path: Path) -> None:
     path = tmp_path / "localdisk.yaml"
     path.write_text("cache: {templates: on}\n")
     code, out, _ = run("check", "--config", str(path))
-    assert (code, out.count("\n")) == (1, 1)
-    assert f"{path}: cache.templates: " in out
+    assert (code, out.count("\n")) == (1, 2)
+    assert out.startswith(f"{path}:1:9: cache.templates is on, ")
+    code, out, _ = run("check", "--json", "--config", str(path))
+    assert (code, len(json.loads(out)["problems"])) == (1, 1)
 
 
 def test_check_shows_all_problems(run: Run, tmp_path: Path) -> None:
@@ -162,7 +182,7 @@ def test_hook_and_helper_take_no_configuration(run: Run, argv: tuple[str, ...]) 
 # -- modes that need root
 
 
-@pytest.mark.parametrize("mode", ["helper", "gc", "status"])
+@pytest.mark.parametrize("mode", ["helper", "gc"])
 def test_modes_of_root(run: Run, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 36)
     assert run.refused(mode) == f"{mode} needs root : run it with sudo"
@@ -213,11 +233,14 @@ def test_gc(run: Run, monkeypatch: pytest.MonkeyPatch, collection: Collection, c
 
 @pytest.mark.usefixtures("as_root")
 def test_status(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    snapshot = status.Snapshot(at=0, volume_groups=(), disks=())
-    monkeypatch.setattr(status, "take", lambda _config: snapshot)
-    assert run("status") == (0, status.as_table(snapshot), "")
-    code, out, _ = run("status", "--json")
-    assert (code, json.loads(out)) == (0, {"at": 0, "volume_groups": [], "disks": []})
+    found = Snapshot(at=0, volume_groups=(), disks=())
+    monkeypatch.setattr(snapshot, "take", lambda _config: found)
+    assert run("status") == (0, "no local disks\n", "")
+    assert run("status", "--full") == (0, "no local disks\n", "")
+    assert run("status", "--json") == (0, status.as_json(found), "")
+    found = replace(found, problems=(Problem("clock", "what", "fix"),))
+    assert run("status")[0] == 1
+    assert run.refused("status", "--watch") == "--watch needs a terminal : see localdisk --help"
 
 
 # -- hooks
@@ -284,13 +307,13 @@ def test_a_refused_hook(run: Run, monkeypatch: pytest.MonkeyPatch, points: list[
 def test_errors_are_one_line(
     run: Run, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, line: str
 ) -> None:
-    monkeypatch.setattr(status, "take", raising(error))
+    monkeypatch.setattr(snapshot, "take", raising(error))
     assert run.refused("status", code=code).startswith(line)
 
 
 @pytest.mark.usefixtures("as_root")
 def test_debug_shows_the_traceback(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(status, "take", raising(ValueError("x")))
+    monkeypatch.setattr(snapshot, "take", raising(ValueError("x")))
     monkeypatch.setenv("LOCALDISK_DEBUG", "1")
     code, out, err = run("status")
     assert (code, out) == (2, "")
@@ -302,7 +325,7 @@ def test_debug_shows_the_traceback(run: Run, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.usefixtures("as_root")
 def test_several_lines_have_one_prefix(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(status, "take", raising(ConfigRefused("F", ("F:1:1: a", "F:2:1: b"))))
+    monkeypatch.setattr(snapshot, "take", raising(ConfigRefused("F", ("F:1:1: a", "F:2:1: b"))))
     _, _, err = run("status")
     assert err.splitlines()[:2] == ["F:1:1: a", "F:2:1: b"]
     assert err.splitlines()[2].startswith("localdisk: configuration F is refused")

@@ -89,7 +89,7 @@ def test_a_whole_conversation(sudo: Sudo) -> None:
         {"verb": "look", **VM_FIELDS, "disks": [IDS, others]},
         {"verb": "claim", **VM_FIELDS, **IDS},
         prepare,
-        {"verb": "progress", "done": 1, "total": 2},
+        {"verb": "progress", "done": 1, "written": 2},
         {"verb": "commit"},
         prepare,
         {"verb": "release", **VM_FIELDS},

@@ -13,10 +13,16 @@ class Libvirt:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, out: str = "\n", error: Error | None = None) -> None:
         self.commands: list[tuple[str, float]] = []
         self.out, self.error = out, error
-        monkeypatch.setattr(run, "run", self.run)
+        monkeypatch.setattr(run, "begin", self.begin)
 
-    def run(self, argv: list[str], *, deadline: float) -> str:
-        self.commands.append((" ".join(argv), deadline))
+    def begin(self, argv: list[str]) -> Libvirt:
+        self.argv = argv
+        if isinstance(self.error, CommandMissing):
+            raise self.error
+        return self
+
+    def output(self, deadline: float) -> str:
+        self.commands.append((" ".join(self.argv), deadline))
         if self.error:
             raise self.error
         return self.out
@@ -56,3 +62,39 @@ def test_a_libvirt_that_cannot_be_asked(monkeypatch: pytest.MonkeyPatch, error: 
     Libvirt(monkeypatch, error=error)
     with pytest.raises(LibvirtSilent, match=f"{said}[^:]* : check that libvirt runs"):
         domains.active()
+
+
+# Output of virsh 9.0 (captured): UUID and name in columns.
+NAMES = f"""\
+{VM} web one                       \n{OTHER_VM} 1                             \n
+====
+{VM}
+
+"""
+
+
+def test_names_and_who_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    libvirt = Libvirt(monkeypatch, NAMES)
+    found = domains.read_names(domains.ask_names().text())
+    assert found == ({VM: "web one", OTHER_VM: "1"}, frozenset({VM}))
+    script = "list --all --uuid --name; echo ====; list --uuid"
+    assert libvirt.commands == [(f"virsh --readonly --connect qemu:///system {script}", 30)]
+
+
+@pytest.mark.parametrize("text", ["nonsense", f"{VM} a\nerror x\n====\n", f"{VM} a\n====\nerror\n"])
+def test_names_that_are_no_answer(text: str) -> None:
+    with pytest.raises(LibvirtSilent, match="virsh list --uuid printed"):
+        domains.read_names(text)
+
+
+def test_the_xml_of_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = "<domain type='kvm'>\n  <name>a</name>\n</domain>\n", "<domain id='2'>\n</domain>\n"
+    libvirt = Libvirt(monkeypatch, f"{one}\n{other}\n\n")
+    assert domains.xmls({OTHER_VM, VM, "; undefine x"}) == (one, other)
+    assert libvirt.commands[0][0].endswith(f" dumpxml {VM}; dumpxml {OTHER_VM}; echo")
+
+
+def test_no_vm_no_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    libvirt = Libvirt(monkeypatch)
+    assert domains.xmls(()) == ()
+    assert libvirt.commands == []

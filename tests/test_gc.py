@@ -320,7 +320,7 @@ def test_collect(host: FakeHost) -> None:
         "d": {"localdisk"},
         "p": set(),
     }
-    assert os.listdir(lock.RUN) == []
+    assert lock.names() == []
 
 
 def test_collect_is_one_look_for_all_and_one_for_each_that_is_changed(host: FakeHost) -> None:
@@ -460,7 +460,7 @@ def test_a_failure_does_not_stop_the_others(host: FakeHost) -> None:
     assert "Cannot change VG" in first.failure
     assert (first.is_problem, second.is_problem) == (True, False)
     assert set(host.volumes) == {VOLUME, "pool0"}
-    assert os.listdir(lock.RUN) == []
+    assert lock.names() == []
 
 
 @pytest.mark.parametrize(
@@ -505,7 +505,7 @@ def test_gc_ends_when_it_is_told_to(host: FakeHost, number: int) -> None:
     with pytest.raises(Interrupted):
         gc.collect(parsed(TWO_GROUPS))
     assert len(host.commands) == number + 1
-    assert not Path(lock.RUN).exists() or os.listdir(lock.RUN) == []
+    assert lock.names() == []
 
 
 def test_locks_that_nobody_holds_are_swept(host: FakeHost) -> None:
@@ -515,7 +515,7 @@ def test_locks_that_nobody_holds_are_swept(host: FakeHost) -> None:
         gc.collect(parsed(), dry_run=True)
         assert len(list(Path(lock.RUN).iterdir())) == 2
         gc.collect(parsed())
-        assert [path.name for path in Path(lock.RUN).iterdir()] == ["held.lock"]
+        assert lock.names() == ["held.lock"]
 
 
 # -- a VM's own policy
@@ -613,14 +613,14 @@ def test_a_start_does_not_wait_for_an_erase(host: FakeHost, lv_tags: set[str], t
 
     def act(argv: list[str]) -> None:
         host.before.clear()
-        seen.extend([argv[-1].rpartition("/")[2], os.listdir(lock.RUN), start(parsed(ERASE), VOLUME)])
+        seen.extend([argv[-1].rpartition("/")[2], lock.names(), start(parsed(ERASE), VOLUME)])
 
     host.before[tool] = act
     assert outcome(gc.collect(parsed(ERASE))) == {"1": "remove"}
     assert seen == [old.lv_name, [f"{old.lv_name}.lock"], True]
     assert host.volumes[VOLUME].lv_tags == tags()
     assert (host.removed, host.erased) == ([old], {old.lv_uuid})
-    assert os.listdir(lock.RUN) == []
+    assert lock.names() == []
 
 
 def test_an_erase_that_fails_is_finished_by_the_next_gc(host: FakeHost) -> None:
@@ -630,7 +630,7 @@ def test_an_erase_that_fails_is_finished_by_the_next_gc(host: FakeHost) -> None:
         (finding,) = gc.collect(parsed(policy_then)).findings
         assert "ioctl failed" in finding.failure
         assert volume.lv_tags == aside("discard", volume.lv_name)
-        assert os.listdir(lock.RUN) == []
+        assert lock.names() == []
     (finding,) = gc.collect(parsed("retention: {erase: zero}")).findings
     assert not finding.failure
     assert host.commands[-2].startswith("blkdiscard /dev/")  # as it was to be when it was set aside
@@ -650,7 +650,7 @@ def test_a_rename_that_fails_is_done_by_whoever_comes_next(
         assert "Failed to write VG" in finding.failure
         assert host.volumes[VOLUME] is volume
         assert volume.lv_tags == aside("discard", new_name(volume))
-        assert os.listdir(lock.RUN) == []
+        assert lock.names() == []
     assert outcome(gc.collect(parsed(), may_start=False)) == {"1": "keep"}
     if next_is == "start":
         assert start(parsed(), VOLUME)
@@ -674,7 +674,7 @@ def test_vdsm_does_not_wait_for_an_erase(host: FakeHost, erase: str) -> None:
         assert all(volumes[digit].lv_name != name(digit) for digit in "12347")
         assert all(host.volumes[name(digit)].lv_tags == POPULATION[digit] for digit in "569a")
     assert host.tools.count("lvrename") == len("12347")
-    assert os.listdir(lock.RUN) == []
+    assert lock.names() == []
     assert not gc.collect(parsed()).is_problem
     gone = sorted(volumes[digit].lv_uuid for digit in "123479a")
     assert sorted(volume.lv_uuid for volume in host.removed) == sorted(host.erased) == gone
@@ -803,7 +803,7 @@ def test_a_gc_that_is_killed_is_finished_by_the_next(tmp_path: Path, text: str, 
         aside = {volume.lv_uuid for volume in host.removed if "ERASE_discard" in volume.lv_tags}
         assert len(aside) == (len(host.removed) if text == ERASE else len("9a"))
         assert host.erased == aside
-        assert os.listdir(lock.RUN) == []
+        assert lock.names() == []
 
 
 @pytest.mark.parametrize("may_start", BOTH)
@@ -893,7 +893,7 @@ def test_a_group_that_is_missing_does_not_keep_the_others_from_being_served(host
     assert collection.is_problem
     assert outcome(collection) == {"1": "remove"}
     assert VOLUME not in host.volumes
-    assert host.commands[-1] == f"{FULLREPORT} other"
+    assert f"{FULLREPORT} other" in host.commands
 
 
 @pytest.mark.parametrize("text", ["volume_group: b", f"{{volume_group: b, {TWO_GROUPS}}}"])

@@ -17,7 +17,7 @@ from tests.fakes import EXTENT, FINGERPRINT, IMAGE, VM, VOLUME
 
 CLAIM = {"verb": "claim", "vm": VM, "property": "lvm", "image": IMAGE, "volume": VOLUME}
 PREPARE = {"verb": "prepare", "size": 10 * EXTENT, "fingerprint": FINGERPRINT, "writes": 4096}
-PROGRESS = {"verb": "progress", "done": 5, "total": 10}
+PROGRESS = {"verb": "progress", "done": 5, "written": 3}
 COMMIT_IT = {"verb": "commit"}
 TO_PREPARE = {"stays": False, "path": "", "thin": False}
 
@@ -96,12 +96,12 @@ def test_the_process_serves_until_its_input_ends(tmp_path: Path) -> None:
     assert (process.answer(), process.answer()) == ({}, {})
     process.send(b'{"verb": "release", "cut off')
     assert process.end() == (0, [*STARTED, "fullreport", "lvchange"])
-    assert os.listdir(tmp_path / "run") == []
+    assert os.listdir(tmp_path / "run") == ["counters"]
 
 
 def test_the_process_tidies_up_when_its_input_ends(tmp_path: Path) -> None:
     assert started(tmp_path).end() == (0, [*STARTED, "fullreport", "lvremove"])
-    assert os.listdir(tmp_path / "run") == []
+    assert os.listdir(tmp_path / "run") == ["counters"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
@@ -109,7 +109,7 @@ def test_the_process_tidies_up_on_a_signal(tmp_path: Path, number: int) -> None:
     process = started(tmp_path)
     process.signal(number)
     assert process.end() == (0, [*STARTED, "fullreport", "lvremove"])
-    assert os.listdir(tmp_path / "run") == []
+    assert os.listdir(tmp_path / "run") == ["counters"]
 
 
 def test_a_line_that_is_too_long_ends_the_process(tmp_path: Path) -> None:

@@ -105,7 +105,7 @@ class Vdsm:
 
     @property
     def locks(self) -> list[str]:
-        return os.listdir(lock.RUN) if os.path.exists(lock.RUN) else []
+        return lock.names()
 
     @property
     def verbs(self) -> list[list[str]]:
@@ -122,7 +122,7 @@ class Vdsm:
         return json.dumps(process.session.serve(line)).encode()
 
     def _copy(self, source: Source, target: Target, on_progress: OnProgress) -> None:
-        on_progress(0.5)
+        on_progress(0.5, 1)
         if self.copy_fails:
             raise self.copy_fails
         assert os.pread(source.fds[0], 1, 0) == b"x"

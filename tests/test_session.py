@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
+import syslog
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from localdisk import config, gc, lock
+from localdisk import config, counters, gc, lock, progress
 from localdisk.config import Config
+from localdisk.counters import Counters
 from localdisk.errors import CommandFailed
 from localdisk.lvm import VolumeGroup
+from localdisk.progress import Progress
 from localdisk.session import Session
 from tests.fakes import (
     EXTENT,
@@ -58,7 +61,7 @@ KEEP = "retention: {on_stop: keep}"
 
 CLAIM = {"verb": "claim", "vm": VM, "property": "lvm", "image": IMAGE, "volume": VOLUME}
 PREPARE = {"verb": "prepare", "size": SIZE, "fingerprint": FINGERPRINT, "writes": 4096}
-PROGRESS = {"verb": "progress", "done": 5, "total": 10}
+PROGRESS = {"verb": "progress", "done": 5, "written": 3}
 COMMIT_IT = {"verb": "commit"}
 RELEASE = {"verb": "release", "vm": VM, "property": "lvm"}
 TO_PREPARE = {"stays": False, "path": "", "thin": False}
@@ -111,9 +114,7 @@ def fixture_host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeHost:
 
 
 def locks() -> list[str]:
-    with contextlib.suppress(FileNotFoundError):
-        return sorted(os.listdir(lock.RUN))
-    return []
+    return lock.names()
 
 
 def lv_tags(host: FakeHost, name: str = VOLUME) -> set[str]:
@@ -901,12 +902,81 @@ def test_a_copy_waits_for_its_turn_and_can_end_there(host: FakeHost) -> None:
 
 def test_progress_is_in_the_lock(host: FakeHost) -> None:
     hook = Hook(host)
-    hook.start()
-    assert lock.read_held(lock.disk_lock(VOLUME)) == ""
+    hook.ask(CLAIM)
+    assert record() == Progress(VM, IMAGE, "preparing", 0, 0)
+    hook.ask(PREPARE)
+    assert record() == Progress(VM, IMAGE, "copying", 0, 0, size=SIZE)
     hook.ask(PROGRESS)
-    record = json.loads(lock.read_held(lock.disk_lock(VOLUME)) or "")
-    assert abs(record.pop("at") - time.time()) < 60
-    assert record == {"vm": VM, "done": 5, "total": 10}
+    assert record() == Progress(VM, IMAGE, "copying", 0, 0, size=SIZE, done=5, written=3)
+
+
+@pytest.fixture(name="logged")
+def fixture_logged(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    lines: list[str] = []
+    monkeypatch.setattr(syslog, "syslog", lambda _level, text: lines.append(text))
+    return lines
+
+
+def test_a_copy_is_logged_and_counted(
+    monkeypatch: pytest.MonkeyPatch, host: FakeHost, logged: list[str]
+) -> None:
+    """One line at the start, one each tenth or half minute, one at the end with the rate."""
+    now = [1_760_000_000.0]
+    monkeypatch.setattr(time, "time", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    hook = Hook(host)
+    hook.start()
+    for seconds, percent in ((1, 4), (2, 9), (3, 10), (4, 19), (5, 19), (41, 19), (50, 35), (51, 100)):
+        now[0] = 1_760_000_000.0 + seconds
+        hook.ask(PROGRESS, done=SIZE * percent // 100 + 1, written=percent << 20)
+    hook.ask(COMMIT_IT)
+    who = f"vm={VM} disk={VOLUME}"
+    assert logged == [
+        f"copy starts {who} bytes={SIZE} backend=lvm",
+        f"copying {who} done=10% bytes={10 << 20} took=3.0s rate=3.3 MiB/s",
+        f"copying {who} done=19% bytes={19 << 20} took=41.0s rate=474.5 KiB/s",
+        f"copying {who} done=35% bytes={35 << 20} took=50.0s rate=716.8 KiB/s",
+        f"copying {who} done=100% bytes={100 << 20} took=51.0s rate=2 MiB/s",
+        f"disk ready {who} bytes={100 << 20} took=51.0s rate=2 MiB/s",
+    ]
+    assert counters.read() == Counters(copies=1, copied_bytes=100 << 20, copy_seconds=51)
+
+
+def test_refusals_are_logged_and_counted(host: FakeHost, logged: list[str]) -> None:
+    Hook(host).refused(CLAIM, vm="x")
+    full = Hook(host, "margins: {reserve: 100%}")
+    full.ask(CLAIM)
+    full.refused(PREPARE)
+    assert [line.split(" why=")[0] for line in logged] == ["refused", f"refused vm={VM} disk={VOLUME}"]
+    assert counters.read().failures == {"bad_request": 1, "no_space": 1}
+
+
+def test_a_hook_that_ends_in_the_middle_is_logged_and_counted(host: FakeHost, logged: list[str]) -> None:
+    idle, claimed, copying = Hook(host), Hook(host), Hook(host)
+    idle.session.end()
+    claimed.ask(CLAIM)
+    claimed.session.end()
+    copying.start()
+    copying.session.end()
+    assert counters.read().failures == {"preparation_broken_off": 1, "copy_broken_off": 1}
+    broken = f"start broken off vm={VM} disk={VOLUME}"
+    assert [line for line in logged if "broken off" in line] == [broken, broken]
+
+
+def test_a_kept_disk_that_is_taken_back_is_no_failure(host: FakeHost) -> None:
+    host.add(VOLUME, tags("STOPPED_5"), SIZE, lv_active="")
+    hook = Hook(host, "retention: {on_stop: keep}")
+    assert hook.start()["target"] is None
+    hook.session.end()
+    assert counters.read() == Counters()
+
+
+def record() -> Progress | None:
+    """What the lock says; its times are checked here, and 0 in what is returned."""
+    found = progress.parse(lock.read_held(lock.disk_lock(VOLUME)) or "")
+    assert found
+    assert found.since <= found.at <= time.time() < found.since + 60
+    return replace(found, since=0, at=0)
 
 
 # -- stopping
@@ -1190,7 +1260,7 @@ def test_bad_prepares(host: FakeHost, changes: dict[str, object]) -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [*({"done": value} for value in NUMBERS), *({"total": value} for value in [*NUMBERS, 0])],
+    [*({"done": value} for value in NUMBERS), *({"written": value} for value in NUMBERS)],
     ids=str,
 )
 def test_bad_progress(host: FakeHost, changes: dict[str, object]) -> None:
@@ -1210,7 +1280,7 @@ def test_bad_progress(host: FakeHost, changes: dict[str, object]) -> None:
         b"[" * 60000,
         b'{"verb":' * 5000,
         b'{"verb": "commit"} {"verb": "commit"}',
-        b'{"verb": "progress", "done": ' + b"9" * 60000 + b', "total": 5}',
+        b'{"verb": "progress", "done": ' + b"9" * 60000 + b', "written": 5}',
         json.dumps(COMMIT_IT).encode("utf-16"),
         b"NaN",
         b'{"verb": "\\ud800"}',
@@ -1280,10 +1350,10 @@ fields = {
     "fingerprint": st.sampled_from([FINGERPRINT, OTHER_FINGERPRINT]) | garbage,
     "writes": st.integers(0, SIZE) | garbage,
     "done": st.integers(0, SIZE) | garbage,
-    "total": st.integers(0, SIZE) | garbage,
+    "written": st.integers(0, SIZE) | garbage,
 }
 VERBS = {"look": "vm property disks", "claim": "vm property image volume", "release": "vm property"}
-VERBS.update({"prepare": "size fingerprint writes", "progress": "done total", "commit": ""})
+VERBS.update({"prepare": "size fingerprint writes", "progress": "done written", "commit": ""})
 sound = st.sampled_from([CLAIM, PREPARE, PROGRESS, COMMIT_IT, RELEASE, {**CLAIM, "volume": NEW}]).map(
     json.dumps
 )

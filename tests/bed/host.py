@@ -30,6 +30,7 @@ PROGRAM = Path("/usr/local/libexec/localdisk")
 TREES = Path("/var/cache/localdisk")  # where the program extracts itself
 HOOKS = Path("/usr/libexec/vdsm/hooks")
 SUDOERS = Path("/etc/sudoers.d/50_localdisk")
+CRON = Path("/etc/cron.d/localdisk")
 RULE = Path("/etc/udev/rules.d/90-localdisk.rules")
 STORAGE_RULE = Path("/etc/udev/rules.d/90-bed-storage.rules")
 DATA_CENTER = Path("/rhev/data-center")
@@ -171,7 +172,7 @@ def rules() -> None:
 
 
 def install() -> None:
-    """The program, its hook links and its sudo rule."""
+    """The program, its hook links, its sudo rule and its line for cron, which does not run here."""
     if throwaway():
         # What this machine has extracted shows through; a host that gets the file has nothing yet.
         shutil.rmtree(TREES, ignore_errors=True)
@@ -189,6 +190,9 @@ def install() -> None:
     shutil.copyfile(ROOT / "examples/host/sudoers", SUDOERS)
     SUDOERS.chmod(0o440)
     run("visudo", "-c")
+    CRON.parent.mkdir(exist_ok=True)
+    CRON.write_text(f"*/10 * * * * root {PROGRAM} gc\n")
+    CRON.chmod(0o644)
 
 
 def hook_links() -> tuple[Path, ...]:
@@ -201,7 +205,7 @@ def hook_links() -> tuple[Path, ...]:
 def leave() -> None:
     """Undoes `setup` but for the users, whatever of it is there."""
     libvirt.stop()
-    for path in (RULE, STORAGE_RULE, SUDOERS, PROGRAM, *hook_links()):
+    for path in (RULE, STORAGE_RULE, SUDOERS, CRON, PROGRAM, *hook_links()):
         path.unlink(missing_ok=True)
     run("udevadm", "control", "--reload")
     for loop, file in loop_devices():

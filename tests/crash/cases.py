@@ -245,7 +245,7 @@ def look(flow: Flow, scene: Scene, case: Case, before: set[Path]) -> Iterator[st
         yield f"left: {left}, gc: {collected.stdout}"
     yield from suspended()
     yield from (f"mapping left: {name}" for name in mappings())
-    yield from (f"lock left: {path}" for path in LOCKS.glob("*"))
+    yield from (f"lock left: {path}" for path in LOCKS.glob("*.*"))
     yield from (f"temporary file left: {path}" for path in temporary_files() - before)
 
 
@@ -292,7 +292,7 @@ def clear(flow: Flow, scene: Scene) -> None:
     if flow.vm_runs and scene.vm_id in libvirt.active():
         libvirt.destroy(scene.vm_id)
     host.remove(*(name for name in host.logical_volumes() if name != host.THIN_POOL))
-    for path in LOCKS.glob("*"):
+    for path in LOCKS.glob("*.*"):
         path.unlink()
 
 

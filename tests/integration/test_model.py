@@ -148,7 +148,7 @@ class RealWorld:
         for vm_id in libvirt.known():
             libvirt.undefine(vm_id)
         host.remove(*(name for name in host.logical_volumes() if name != host.THIN_POOL))
-        for path in LOCKS.glob("*"):
+        for path in LOCKS.glob("*.*"):
             path.unlink()
 
     # -- what a walk asks for
@@ -163,7 +163,7 @@ class RealWorld:
         rows = json.loads(report)["report"][0]["lv"]
         volumes = tuple(self._seen(row) for row in rows if row["lv_name"] not in (host.THIN_POOL, FILLER))
         self.looked = {seen.uuid: seen for seen in volumes}
-        return Look(int(time.time()), volumes, frozenset(path.name for path in LOCKS.glob("*")))
+        return Look(int(time.time()), volumes, frozenset(path.name for path in LOCKS.glob("*.*")))
 
     def _seen(self, row: Mapping[str, str]) -> Seen:
         tags = frozenset(filter(None, row["lv_tags"].split(",")))

@@ -34,7 +34,7 @@ def defaults(libvirt: None) -> Iterator[None]:
     configure()
     yield
     configure()
-    assert not list(LOCKS.glob("*")), "a lock is left behind"
+    assert not list(LOCKS.glob("*.*")), "a lock is left behind"
 
 
 @pytest.fixture
@@ -262,7 +262,6 @@ def test_nobody_else_runs_the_helper(volume_group: str) -> None:
         ("vdsm", ["sudo", "-n", str(host.PROGRAM), "--config", "/tmp/x", "helper"]),
         ("vdsm", [str(host.PROGRAM), "helper"]),
         ("vdsm", [str(host.PROGRAM), "gc"]),
-        ("nobody", [str(host.PROGRAM), "status"]),
     ):
         done = attempt(*words, user=user)
         assert done.returncode != 0, words

@@ -314,7 +314,7 @@ class FakeWorld:
 
     def look(self) -> Look:
         volumes = tuple(self.host.seen(name) for name in self.host.volumes if name != "pool0")
-        locks = frozenset(os.listdir(lock.RUN)) if os.path.isdir(lock.RUN) else frozenset()
+        locks = frozenset(lock.names())
         return Look(self.clock, volumes, locks, self.host.gone)
 
     def room(self) -> Room:
@@ -610,14 +610,14 @@ class FakeWorld:
         host.open(name, "copy")
         try:
             host.holds[lv_uuid] = ("half a copy",)
-            on_progress(0.5)
+            on_progress(0.5, 1)
             if process.trouble and process.trouble.kind == "copying" and not process.trouble.at % 2:
                 self._leave_copying(process)
             assert name in host.volumes, f"{name} was removed while it was copied to"
             assert host.volumes[name].lv_uuid == lv_uuid, f"{name} was replaced while it was copied to"
             host.holds[lv_uuid] = (source.source.content,)
             host.written[lv_uuid] = source.source.data
-            on_progress(1)
+            on_progress(1, 2)
         finally:
             host.close(lv_uuid, "copy")
 

@@ -1,0 +1,131 @@
+"""What has happened on this host since it booted, added up for the metrics: one small file in /run/localdisk.
+
+The file is JSON, `{"copies": 3, "failures": {"no_space": 1}, …}`, the fields of `Counters`.  It is root's
+alone, written in place under a lock on itself: nothing is left of a process that is killed.  Counting never
+fails what is counted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
+
+from localdisk import lock, log
+from localdisk.errors import Error
+
+_LIMIT = 4096  # bytes of the file
+_REASONS = 64  # different ones that are counted
+
+
+@dataclass(frozen=True)
+class Counters:
+    """Sums since boot; bytes, seconds, and times in seconds since the epoch (0: never)."""
+
+    copies: int = 0
+    copied_bytes: int = 0
+    copy_seconds: float = 0.0
+    failures: dict[str, int] = field(default_factory=dict)  # by reason, the error's name in snake case
+    gc_runs: int = 0
+    gc_last_run: int = 0
+    gc_last_success: int = 0
+    gc_removed: int = 0
+    gc_removed_bytes: int = 0
+
+
+def read() -> Counters:
+    """What has been counted; zeros where there is nothing, or nothing that is understood."""
+    try:
+        with _opened(os.O_RDONLY, fcntl.LOCK_SH) as fd:
+            return _parse(os.pread(fd, _LIMIT, 0))
+    except OSError:
+        return Counters()
+
+
+def copied(written: int, seconds: float) -> None:
+    """A copy of so many bytes has been completed."""
+    _change(
+        lambda old: replace(
+            old,
+            copies=old.copies + 1,
+            copied_bytes=old.copied_bytes + written,
+            copy_seconds=round(old.copy_seconds + seconds, 3),
+        )
+    )
+
+
+def failed(error: Error | str) -> None:
+    """A start or stop was refused or broken off; counted by the name of the error."""
+    name = error if isinstance(error, str) else type(error).__name__
+    reason = re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
+
+    def add(old: Counters) -> Counters:
+        known = reason if reason in old.failures or len(old.failures) < _REASONS else "other"
+        return replace(old, failures={**old.failures, known: old.failures.get(known, 0) + 1})
+
+    _change(add)
+
+
+def gc_ran(removed: int, removed_bytes: int, is_good: bool) -> None:
+    """gc has come to its end; `is_good` where it had no doubts and no failures."""
+    now = int(time.time())
+    _change(
+        lambda old: replace(
+            old,
+            gc_runs=old.gc_runs + 1,
+            gc_last_run=now,
+            gc_last_success=now if is_good else old.gc_last_success,
+            gc_removed=old.gc_removed + removed,
+            gc_removed_bytes=old.gc_removed_bytes + removed_bytes,
+        )
+    )
+
+
+def _change(change: Callable[[Counters], Counters]) -> None:
+    try:
+        os.makedirs(lock.RUN, mode=0o755, exist_ok=True)
+        with _opened(os.O_RDWR | os.O_CREAT, fcntl.LOCK_EX) as fd:
+            old = _parse(os.pread(fd, _LIMIT, 0))
+            os.pwrite(fd, json.dumps(asdict(change(old))).encode().ljust(_LIMIT), 0)
+    except OSError as error:
+        log.problem("cannot count", why=error)
+
+
+@contextmanager
+def _opened(flags: int, operation: int) -> Iterator[int]:
+    path = os.path.join(lock.RUN, "counters")
+    fd = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(fd, operation)
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _parse(text: bytes) -> Counters:
+    """Each field that is as it should be; the others begin anew."""
+    values: dict[str, Any] = {}
+    with contextlib.suppress(ValueError, RecursionError):
+        found = json.loads(text)
+        values = found if isinstance(found, dict) else {}
+    return Counters(
+        **{each.name: values[each.name] for each in fields(Counters) if _is_good(each.name, values)}
+    )
+
+
+def _is_good(name: str, values: dict[str, Any]) -> bool:
+    value = values.get(name)
+    if name == "failures":
+        return isinstance(value, dict) and all(_is_number(count) for count in value.values())
+    return _is_number(value)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0

@@ -1,0 +1,189 @@
+"""Where this host is not as it should be: pure functions of what was seen, but for who has a disk open.
+
+A `Problem` has a kind, one of the words below, by which the metrics count it; what it is; and what to do.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from localdisk import gc
+from localdisk.config import Config
+from localdisk.definition import Disk, Running
+from localdisk.disk import LocalDisk, State
+from localdisk.errors import Error, plain
+from localdisk.gc import Action, Witnesses
+from localdisk.lvm import VolumeGroup
+from localdisk.progress import Progress
+from localdisk.units import format_duration, format_size
+from localdisk.vms import Vms
+
+NEAR = 0.9  # of a limit
+
+NOT_USABLE = "not_usable"  # a volume group or thin pool
+NEAR_LIMIT = "near_limit"
+NOT_LOCAL = "not_local"
+OPEN_ELSEWHERE = "open_elsewhere"
+UNKNOWN_VM = "unknown_vm"
+NO_COPIER = "no_copier"
+CLOCK = "clock"
+UNREAD = "unread"
+KINDS = (NOT_USABLE, NEAR_LIMIT, NOT_LOCAL, OPEN_ELSEWHERE, UNKNOWN_VM, NO_COPIER, CLOCK, UNREAD)
+
+Disks = Iterable[tuple[VolumeGroup, LocalDisk]]
+Held = Mapping[str, "Progress | None"]
+
+
+@dataclass(frozen=True)
+class Problem:
+    kind: str
+    what: str
+    fix: str
+
+    def __str__(self) -> str:
+        return f"{self.what} : {self.fix}"
+
+
+def told(error: Error) -> Problem:
+    """A volume group or pool that cannot be looked at or used, as its error tells it."""
+    what, _, fix = str(error).partition(" : ")
+    return Problem(NOT_USABLE, what, fix)
+
+
+# -- room
+
+
+def of_groups(groups: Iterable[VolumeGroup], config: Config) -> Iterator[Problem]:
+    """Volume groups and thin pools that are near the point where no new disk is made."""
+    for vg in groups:
+        yield from _reserve(vg, config)
+        yield from _limits(vg, config)
+
+
+def _reserve(vg: VolumeGroup, config: Config) -> Iterator[Problem]:
+    reserve = config.margins.reserve.of(vg.vg_size)
+    if vg.vg_free < reserve:
+        what = f"volume group {vg.vg_name} has {format_size(vg.vg_free)} free, less than its reserve"
+        yield Problem(NEAR_LIMIT, f"{what} of {format_size(reserve)}", f"vgextend {vg.vg_name} DEVICE")
+
+
+def _limits(vg: VolumeGroup, config: Config) -> Iterator[Problem]:
+    pool, margins = vg.find(config.thin_pool), config.margins
+    if pool is None or not pool.is_thin_pool:
+        return
+    name = f"{vg.vg_name}/{pool.lv_name}"
+    for what, used, limit, fix in (
+        ("data", pool.data_percent, margins.thin_data, f"lvextend --size +SIZE {name}"),
+        (
+            "metadata",
+            pool.metadata_percent,
+            margins.thin_metadata,
+            f"lvextend --poolmetadatasize +SIZE {name}",
+        ),
+    ):
+        if used is not None and used >= NEAR * limit:
+            yield Problem(NEAR_LIMIT, f"thin pool {name}: {what} {used:.1f} % of {limit:g} % allowed", fix)
+
+
+# -- disks
+
+
+def of_disks(disks: Disks, held: Held, vms: Vms | None, config: Config, now: float) -> Iterator[Problem]:
+    """Local disks that nobody looks after, or somebody that should not, and VMs that do not use theirs."""
+    found = tuple(disks)
+    for vg, disk in found:
+        name = f"local disk {vg.vg_name}/{disk.volume_id}"
+        if disk.volume_id in held:
+            continue
+        if disk.is_open:
+            yield from _who_has_it(vg, disk, name, vms)
+        elif disk.state is State.UNFINISHED:
+            yield Problem(NO_COPIER, f"{name} is an unfinished copy that nobody works on", "localdisk gc")
+        else:
+            yield from _uncertain(disk, name, vms, config, now)
+    if vms:
+        for vm in vms.running:
+            yield from _of_vm(vm, found, config)
+        for vm_id in vms.unread:
+            what = f"the domain XML of VM {vm_id} is not understood, nor what it runs from"
+            yield Problem(UNREAD, what, f"virsh --readonly dumpxml {vm_id}")
+
+
+def _who_has_it(vg: VolumeGroup, disk: LocalDisk, name: str, vms: Vms | None) -> Iterator[Problem]:
+    if vms is None or vms.unread or vms.user_of(disk.volume_id):
+        return
+    users = ", ".join(who_has_open(vg.path(disk.volume_id))) or "something in the kernel"
+    yield Problem(
+        OPEN_ELSEWHERE,
+        f"{name} is open, but by no VM: {users}",
+        f"end it; fuser -v {vg.path(disk.volume_id)}",
+    )
+
+
+def _uncertain(disk: LocalDisk, name: str, vms: Vms | None, config: Config, now: float) -> Iterator[Problem]:
+    if vms is None:
+        return
+    witnesses = Witnesses(False, disk.vm_id in vms.names, may_start=True)
+    verdict = gc.decide(disk, witnesses, config.policy(disk.vm_id), now)
+    if not verdict.is_certain:
+        yield Problem(CLOCK, f"{name}: {verdict.reason}", "set the clock of this host (chronyc makestep)")
+    elif disk.state is State.READY and disk.vm_id not in vms.names:
+        due = f"removes it in {format_duration(max(0, int((verdict.due or now) - now)))}"
+        kept = verdict.action is Action.STOP
+        what = f"{name} is of VM {disk.vm_id}, which libvirt does not know"
+        yield Problem(UNKNOWN_VM, what, "localdisk gc keeps it as stopped" if kept else f"localdisk gc {due}")
+
+
+def _of_vm(
+    vm: Running, disks: tuple[tuple[VolumeGroup, LocalDisk], ...], config: Config
+) -> Iterator[Problem]:
+    """Disks of a VM that should run from local disks and does not."""
+    own = {disk.image_id: (group, disk) for group, disk in disks if disk.vm_id == vm.vm_id}
+    asked = vm.property_value if vm.property_value in ("on", "lvm", "lvmthin") else ""
+    policy = config.policy(vm.vm_id, asked or "on")
+    for disk in vm.disks:
+        expected = f"/dev/{policy.volume_group}/{disk.volume_id}"
+        wanted = asked and policy.hotplug == "refuse" and policy.is_local(disk.image_id)
+        if not _can_be_local(disk) or not (wanted or disk.image_id in own) or _is_at(disk, expected):
+            continue
+        name = plain(vm.name or vm.vm_id)
+        what = f"VM {name} ({vm.vm_id}): {disk.name} runs from {plain(disk.path)}, not from {expected}"
+        yield Problem(NOT_LOCAL, what, "what it wrote since is there; shut it down, and start it anew")
+
+
+def _can_be_local(disk: Disk) -> bool:
+    return disk.is_vdsm_image and disk.device == "disk"
+
+
+def _is_at(disk: Disk, expected: str) -> bool:
+    return disk.path == expected or os.path.realpath(disk.path) == os.path.realpath(expected)
+
+
+def who_has_open(path: str) -> Iterator[str]:
+    """`NAME (PID)` of each process that has the device open, as far as this user can see."""
+    try:
+        device = os.stat(path).st_rdev
+    except OSError:
+        return
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        if device in _open_devices(pid):
+            yield f"{_command(pid)} ({pid})"
+
+
+def _open_devices(pid: str) -> Iterator[int]:
+    directory = f"/proc/{pid}/fd"
+    try:
+        for fd in os.listdir(directory):
+            yield os.stat(os.path.join(directory, fd)).st_rdev
+    except OSError:
+        return
+
+
+def _command(pid: str) -> str:
+    try:
+        with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as file:
+            return plain(file.read().strip())
+    except OSError:
+        return "?"

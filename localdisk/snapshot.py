@@ -1,0 +1,320 @@
+"""What is local on this host, for whom, in what state, and what is wrong: looked at once, frozen.
+
+`take` asks LVM one command a volume group and libvirt at the same time, and reads what locks say.  All that
+is made of it is a pure function of these answers.  `table.py`, `metrics.py` and `status.py` show it.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from localdisk import domains, drift, gc, lvm, progress, sysfs
+from localdisk import vms as libvirt
+from localdisk.config import Config, Policy
+from localdisk.disk import LocalDisk, State, local_disks, silent_pool
+from localdisk.drift import Problem
+from localdisk.errors import LibvirtSilent, VolumeGroupUnusable
+from localdisk.gc import Action, Verdict, Witnesses
+from localdisk.lvm import VolumeGroup
+from localdisk.progress import Progress
+from localdisk.units import format_duration
+from localdisk.vms import Vms
+
+
+@dataclass(frozen=True)
+class Pool:
+    """A thin pool: what is used of it, None where it does not tell, and the margins, all in percent."""
+
+    name: str
+    size: int
+    data_percent: float | None
+    metadata_percent: float | None
+    data_limit: float
+    metadata_limit: float
+
+
+@dataclass(frozen=True)
+class Group:
+    """A volume group; `reserve` are the bytes of `free` that no new disk gets."""
+
+    name: str
+    size: int
+    free: int
+    reserve: int
+    pool: Pool | None
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A disk that is being prepared; `done` from 0 to 1, `rate` in bytes written per second."""
+
+    phase: str  # preparing | waiting | copying
+    since: int
+    done: float
+    written: int
+    rate: int
+    seconds_left: int | None
+
+
+@dataclass(frozen=True)
+class Next:
+    """What happens to a disk if nothing else does, and when, None: that depends on others."""
+
+    action: str  # copy | remove | keep | close
+    at: int | None
+    text: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """One local disk, or one that is about to be made."""
+
+    vg: str
+    vm: str
+    vm_name: str  # "" where libvirt does not know it
+    disk: str  # its name in the VM that runs, such as vda; "" otherwise
+    image: str
+    volume: str
+    size: int
+    backend: str
+    state: str  # preparing | waiting | copying | ready | running | stopped | unfinished | deleting | active
+    open: bool
+    used: int | None  # bytes of a thin disk that hold data
+    stopped: int | None  # since then
+    copy: Copy | None
+    next: Next
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """All of it.  Sizes in bytes, times in seconds since the epoch."""
+
+    at: int
+    volume_groups: tuple[Group, ...]
+    disks: tuple[Row, ...]
+    problems: tuple[Problem, ...] = ()
+    unseen: tuple[str, ...] = ()  # what could not be looked at, one line each
+
+
+def take(config: Config) -> Snapshot:
+    """Look once.  Raises NoVolumeGroup, CommandFailed and so on where no volume group can be looked at."""
+    asked = domains.ask_names()
+    if os.geteuid() != 0:
+        return _without_root(config, asked)
+    groups, failures = lvm.read_all(config.volume_groups)
+    held, now = progress.read_all(), time.time()
+    vms, unseen = _answered(asked)
+    disks = tuple((vg, disk) for vg in groups for disk in local_disks(vg))
+    view = _View(config, vms, held, now)
+    rows = [view.row(vg, disk) for vg, disk in disks]
+    rows += view.rows_without_volume({disk.volume_id for _, disk in disks})
+    found = [*map(drift.told, failures), *(p for vg in groups for p in _unusable(vg, config))]
+    found += drift.of_groups(groups, config)
+    found += drift.of_disks(disks, held, vms, config, now)
+    return Snapshot(int(now), tuple(_group(vg, config) for vg in groups), tuple(rows), tuple(found), unseen)
+
+
+def _answered(asked: domains.Question) -> tuple[Vms | None, tuple[str, ...]]:
+    try:
+        return libvirt.answer(asked), ()
+    except LibvirtSilent as error:
+        return None, (f"which VMs run: {error}",)
+
+
+# -- volume groups
+
+
+def _group(vg: VolumeGroup, config: Config) -> Group:
+    pool, margins = vg.find(config.thin_pool), config.margins
+    return Group(
+        name=vg.vg_name,
+        size=vg.vg_size,
+        free=vg.vg_free,
+        reserve=margins.reserve.of(vg.vg_size),
+        pool=Pool(
+            name=pool.lv_name,
+            size=pool.lv_size,
+            data_percent=pool.data_percent,
+            metadata_percent=pool.metadata_percent,
+            data_limit=margins.thin_data,
+            metadata_limit=margins.thin_metadata,
+        )
+        if pool and pool.is_thin_pool
+        else None,
+    )
+
+
+def _unusable(vg: VolumeGroup, config: Config) -> Iterator[Problem]:
+    try:
+        vg.require_usable()
+    except VolumeGroupUnusable as error:
+        yield drift.told(error)
+    pool = vg.find(config.thin_pool)
+    if pool and pool.is_thin_pool and pool.data_percent is None:
+        yield drift.told(silent_pool(vg.vg_name, pool))
+
+
+# -- disks
+
+
+@dataclass(frozen=True)
+class _View:
+    """From where the disks are looked at."""
+
+    config: Config
+    vms: Vms | None
+    held: Mapping[str, Progress | None]
+    now: float
+
+    def row(self, vg: VolumeGroup, disk: LocalDisk) -> Row:
+        policy, name = self.config.policy(disk.vm_id), vg.vg_name
+        record = self.held.get(disk.volume_id)
+        state = _state(disk, disk.volume_id in self.held)
+        percent = disk.lv.data_percent
+        return Row(
+            vg=name,
+            vm=disk.vm_id,
+            vm_name=self._name(disk.vm_id),
+            disk=self.vms.disk_name(disk.vm_id, disk.volume_id) if self.vms else "",
+            image=disk.image_id,
+            volume=disk.volume_id,
+            size=disk.lv.lv_size,
+            backend=disk.backend,
+            state=state,
+            open=disk.is_open,
+            used=None if percent is None else round(disk.lv.lv_size * percent / 100),
+            stopped=disk.stopped,
+            copy=_copy(record) if state == "copying" and record else None,
+            next=self._next(disk, state, record, policy),
+        )
+
+    def rows_without_volume(self, there: set[str]) -> Iterator[Row]:
+        """Of starts that have not made their volume yet."""
+        for volume_id, record in self.held.items():
+            if record is None or volume_id in there:
+                continue
+            policy = self.config.policy(record.vm)
+            yield Row(
+                vg=policy.volume_group,
+                vm=record.vm,
+                vm_name=self._name(record.vm),
+                disk="",
+                image=record.image,
+                volume=volume_id,
+                size=record.size,
+                backend=policy.backend,
+                state=record.phase,
+                open=False,
+                used=None,
+                stopped=None,
+                copy=_copy(record),
+                next=Next("copy", None, _waiting(record, self.now)),
+            )
+
+    def _name(self, vm_id: str) -> str:
+        return self.vms.names.get(vm_id, "") if self.vms else ""
+
+    def _next(self, disk: LocalDisk, state: str, record: Progress | None, policy: Policy) -> Next:
+        if state == "copying":
+            return Next("copy", _due(record), _pace(record))
+        if disk.is_open:
+            return _when_closed(disk, policy)
+        vm_is_known = None if self.vms is None else disk.vm_id in self.vms.names and not disk.is_aside
+        witnesses = Witnesses(disk.volume_id in self.held, vm_is_known, may_start=True)
+        return _by_gc(gc.decide(disk, witnesses, policy, self.now), disk, policy, self.now)
+
+
+def _state(disk: LocalDisk, is_locked: bool) -> str:
+    if disk.state is State.UNFINISHED and is_locked:
+        return "copying"
+    if disk.state is State.READY and disk.is_open:
+        return "running"
+    return disk.state.value
+
+
+def _copy(record: Progress) -> Copy:
+    return Copy(
+        phase=record.phase,
+        since=record.since,
+        done=record.fraction,
+        written=record.written,
+        rate=record.rate,
+        seconds_left=record.seconds_left,
+    )
+
+
+# -- what happens next
+
+
+def _due(record: Progress | None) -> int | None:
+    left = record.seconds_left if record else None
+    return record.at + left if record and left is not None else None
+
+
+def _pace(record: Progress | None) -> str:
+    """`310 MiB/s 00:41 left`."""
+    if record is None or record.phase != progress.COPYING:
+        return "copy begins"
+    return progress.pace(record.rate, record.seconds_left)
+
+
+def _waiting(record: Progress, now: float) -> str:
+    since = format_duration(max(0, int(now - record.since)))
+    return f"waits {since} for turn" if record.phase == progress.WAITING else "copy begins"
+
+
+def _when_closed(disk: LocalDisk, policy: Policy) -> Next:
+    if disk.state is State.DELETING:
+        return Next("remove", None, "removed when closed")
+    if policy.retention.on_stop == "keep":
+        return Next("keep", None, f"kept {format_duration(policy.retention.keep_for)} when VM stops")
+    return Next("remove", None, "removed when VM stops")
+
+
+def _by_gc(verdict: Verdict, disk: LocalDisk, policy: Policy, now: float) -> Next:
+    """What gc, of which `verdict` is what it would say just now, will come to."""
+    removes = "erases" if policy.retention.erase != "none" or disk.is_aside else "removes"
+    if verdict.action is Action.REMOVE:
+        return Next("remove", int(now), f"gc {removes} it next")
+    if verdict.action is Action.STOP:
+        return Next("keep", None, f"kept {format_duration(policy.retention.keep_for)} by gc")
+    if verdict.due is not None:
+        left = format_duration(max(0, int(verdict.due - now)))
+        return Next("remove", int(verdict.due), f"gc {removes} in {left}")
+    if disk.state is State.READY and verdict.is_certain:
+        return Next("keep", None, "VM starts")
+    return Next("keep", None, "kept" if verdict.is_certain else "kept, see problems")
+
+
+# -- without root
+
+
+def _without_root(config: Config, asked: domains.Question) -> Snapshot:
+    """What an ordinary user can see: active volumes, and what libvirt says of the VMs that run."""
+    vms, unseen = _answered(asked)
+    rows = []
+    for volume in sysfs.logical_volumes(config.volume_groups):
+        vm_id = vms.user_of(volume.lv_name) if vms else ""
+        rows.append(
+            Row(
+                vg=volume.vg_name,
+                vm=vm_id,
+                vm_name=vms.names.get(vm_id, "") if vms else "",
+                disk=vms.disk_name(vm_id, volume.lv_name) if vms else "",
+                image="",
+                volume=volume.lv_name,
+                size=volume.size,
+                backend="",
+                state="running" if vm_id else "active",
+                open=bool(vm_id),
+                used=None,
+                stopped=None,
+                copy=None,
+                next=Next("keep", None, ""),
+            )
+        )
+    unseen += ("volume groups, closed disks, copies and problems: run it as root",)
+    return Snapshot(int(time.time()), (), tuple(rows), (), unseen)

@@ -1,0 +1,51 @@
+"""The VMs of this host as libvirt has them: their names, and what those that run run from."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from localdisk import definition, domains, log
+from localdisk.definition import Disk, Running
+from localdisk.errors import BadDomain
+
+
+@dataclass(frozen=True)
+class Vms:
+    """`names` by UUID of all VMs that libvirt knows in any state; `running` those that run."""
+
+    names: Mapping[str, str]
+    running: tuple[Running, ...]
+    unread: tuple[str, ...] = ()  # VMs that run and whose XML is not understood
+
+    def disk_name(self, vm_id: str, volume_id: str) -> str:
+        """What a volume is called in its VM that runs, such as `vda`; "" where it does not run from it."""
+        found = (disk.name for vm, disk in self._local() if (vm, _volume(disk)) == (vm_id, volume_id))
+        return next(found, "")
+
+    def user_of(self, volume_id: str) -> str:
+        """The VM that runs from the local disk of that name, "" if none."""
+        return next((vm for vm, disk in self._local() if _volume(disk) == volume_id), "")
+
+    def _local(self) -> Iterator[tuple[str, Disk]]:
+        return ((vm.vm_id, disk) for vm in self.running for disk in vm.disks if disk.disk_type == "block")
+
+
+def answer(asked: domains.Question) -> Vms:
+    """From the answer to `domains.ask_names`, and the XML of the VMs that run.  Raises LibvirtSilent."""
+    names, active = domains.read_names(asked.text())
+    running, unread = [], set(active)
+    for xml in domains.xmls(active):
+        try:
+            vm = definition.read_running(xml)
+        except BadDomain as error:
+            log.problem("a VM's XML is not understood", why=error)
+            continue
+        running.append(vm)
+        unread.discard(vm.vm_id)
+    return Vms(names, tuple(running), tuple(sorted(unread)))
+
+
+def _volume(disk: Disk) -> str:
+    return os.path.basename(disk.path)
