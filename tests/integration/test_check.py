@@ -76,6 +76,13 @@ def configuration() -> Iterator[None]:
     CONFIG.unlink(missing_ok=True)
 
 
+@pytest.fixture
+def throwaway() -> None:
+    """What is changed for the test is the whole machine's."""
+    if not host.throwaway():
+        pytest.skip("this machine's tools, users, clock and LVM configuration are left alone")
+
+
 # -- a good host
 
 
@@ -226,15 +233,16 @@ def test_a_program_outside_of_the_system() -> None:
 # -- users, tools, libvirt, the clock
 
 
+@pytest.mark.usefixtures("throwaway")
 def test_users() -> None:
     run("gpasswd", "-d", "vdsm", "qemu")
     fixed("user vdsm is not in group qemu")
-    if host.throwaway():
-        run("userdel", "vdsm")
-        run("userdel", "qemu")
-        fixed("there is no user vdsm", "there is no user qemu")
+    run("userdel", "vdsm")
+    run("userdel", "qemu")
+    fixed("there is no user vdsm", "there is no user qemu")
 
 
+@pytest.mark.usefixtures("throwaway")
 def test_tools() -> None:
     """The fix installs a package, which cannot be had here: the tool is put back."""
     virsh, aside = Path("/usr/bin/virsh"), Path("/usr/bin/virsh.aside")
@@ -257,9 +265,9 @@ def test_libvirt_is_silent() -> None:
     good()
 
 
+@pytest.mark.usefixtures("throwaway")
 def test_clock() -> None:
     """The fix asks a time server, which there is none of here: the clock is set by hand."""
-    volume = local_disk()
     before, since = time.time(), time.monotonic()
     run("date", "-s", "@1000000000")
     try:
@@ -267,6 +275,11 @@ def test_clock() -> None:
         assert fix.endswith(" # or date -s TIME")
     finally:
         run("date", "-s", f"@{before + time.monotonic() - since:.0f}")
+    good()
+
+
+def test_a_disk_marked_in_the_future() -> None:
+    volume = local_disk()
     future = int(time.time()) + 10**6
     run("lvchange", "--addtag", f"STOPPED_{future}", f"{host.VOLUME_GROUP}/{volume}")
     fixed(f"has the tag STOPPED_{future}, a time to come")
@@ -339,6 +352,7 @@ def test_a_device_is_missing() -> None:
         two.mend()
 
 
+@pytest.mark.usefixtures("throwaway")
 def test_devices_file() -> None:
     with (
         failing_device("bed-a", 64 * MIB) as one,
@@ -438,6 +452,7 @@ def test_a_broken_thin_pool() -> None:
         fixed(f"thin pool {full} is active and does not tell how full it is")
 
 
+@pytest.mark.usefixtures("throwaway")
 def test_a_thin_pool_that_grows() -> None:
     before = LVM_LOCAL.read_text() if LVM_LOCAL.exists() else ""
     full = f"{host.VOLUME_GROUP}/{host.THIN_POOL}"
