@@ -274,6 +274,7 @@ class Running:
     name: str
     property_value: str  # of the custom property localdisk, "" where it has none
     disks: tuple[Disk, ...]
+    backing: tuple[tuple[str, str], ...]  # disk name and path of what is below its top layer, as qemu has it
 
 
 @_refused_as(BadDomain)
@@ -289,7 +290,14 @@ def read_running(xml: str) -> Running:
         name=_child_text(root, "name"),
         property_value="" if custom is None else _child_text(custom, f"{_VM}localdisk"),
         disks=tuple(disk for _, disk in _disks(root)),
+        backing=tuple(_backing(root)),
     )
+
+
+def _backing(root: _Element) -> Iterator[tuple[str, str]]:
+    for element in root.findall("devices/disk"):
+        for source in element.iterfind(".//backingStore/source"):
+            yield _target(element), source.get("dev") or source.get("file") or ""
 
 
 @_refused_as(BadDomain)

@@ -388,4 +388,3 @@ def _removed_on_failure(path: str) -> Iterator[None]:
 def _remove(path: str) -> None:
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
-

@@ -55,6 +55,8 @@ def pace(rate: int, seconds_left: int | None) -> str:
     """`310 MiB/s 00:41 left`, hours where there are any."""
     if seconds_left is None:
         return f"{format_size(rate)}/s"
+    if not seconds_left:  # what is left is to get it onto the device
+        return f"{format_size(rate)}/s, finishing"
     minutes, seconds = divmod(seconds_left, 60)
     hours, minutes = divmod(minutes, 60)
     clock = f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes:02}:{seconds:02}"

@@ -172,7 +172,7 @@ class _View:
     def row(self, vg: VolumeGroup, disk: LocalDisk) -> Row:
         policy, name = self.config.policy(disk.vm_id), vg.vg_name
         record = self.held.get(disk.volume_id)
-        state = _state(disk, disk.volume_id in self.held)
+        state = _state(disk, disk.volume_id in self.held, self._has_it_open(disk))
         percent = disk.lv.data_percent
         return Row(
             vg=name,
@@ -214,25 +214,30 @@ class _View:
                 next=Next("copy", None, _waiting(record, self.now)),
             )
 
+    def _has_it_open(self, disk: LocalDisk) -> bool:
+        """Whether its VM runs from it, as far as can be seen."""
+        doubt = self.vms is None or disk.vm_id in self.vms.unread
+        return disk.is_open and bool(doubt or (self.vms and self.vms.user_of(disk.volume_id)))
+
     def _name(self, vm_id: str) -> str:
         return self.vms.names.get(vm_id, "") if self.vms else ""
 
     def _next(self, disk: LocalDisk, state: str, record: Progress | None, policy: Policy) -> Next:
         if state == "copying":
             return Next("copy", _due(record), _pace(record))
-        if disk.is_open:
+        if state == "running" or (disk.is_open and disk.state is not State.READY):
             return _when_closed(disk, policy)
+        if disk.is_open:
+            return Next("keep", None, "kept while open")
         vm_is_known = None if self.vms is None else disk.vm_id in self.vms.names and not disk.is_aside
         witnesses = Witnesses(disk.volume_id in self.held, vm_is_known, may_start=True)
         return _by_gc(gc.decide(disk, witnesses, policy, self.now), disk, policy, self.now)
 
 
-def _state(disk: LocalDisk, is_locked: bool) -> str:
+def _state(disk: LocalDisk, is_locked: bool, runs: bool) -> str:
     if disk.state is State.UNFINISHED and is_locked:
         return "copying"
-    if disk.state is State.READY and disk.is_open:
-        return "running"
-    return disk.state.value
+    return "running" if disk.state is State.READY and runs else disk.state.value
 
 
 def _copy(record: Progress) -> Copy:

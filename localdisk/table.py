@@ -29,7 +29,7 @@ _COLOURS = {
     "deleting": _YELLOW,
 }
 _HEAD = ("VM", "DISK", "SIZE", "USED", "BACKEND", "STATE", "NEXT")
-_USED, _VM = _HEAD.index("USED"), _HEAD.index("VM")
+_USED, _VM, _STATE = _HEAD.index("USED"), _HEAD.index("VM"), _HEAD.index("STATE")
 _RIGHT = {_HEAD.index("SIZE"), _USED}
 
 
@@ -56,17 +56,24 @@ def render(snapshot: Snapshot, look: Look) -> str:
 
 
 def _disks(snapshot: Snapshot, look: Look) -> list[str]:
-    rows = sorted(snapshot.disks, key=lambda row: (row.vm_name or "~", row.vm, row.disk, row.volume))
+    rows = _sorted(snapshot.disks)
     if not rows:
         return ["no local disks"]
     cells = [_cells(row, snapshot.at, look) for row in rows]
     columns = [i for i, _ in enumerate(_HEAD) if i != _USED or any(row[i] for row in cells)]
     widths = {i: max(len(row[i]) for row in [_HEAD, *cells]) for i in columns}
+    if any(row.state == "copying" for row in rows):
+        widths[_STATE] = max(widths[_STATE], len("copying 100%"))  # or columns would jump
     spare = look.width - sum(widths.values()) - 2 * (len(columns) - 1)
     if spare < 0 and not look.full:
         widths[_VM] = max(SHORT, widths[_VM] + spare)
     head = look.paint(_line(_HEAD, columns, widths), _BOLD)
     return [head, *(_painted(_line(row, columns, widths), each, look) for row, each in zip(cells, rows))]
+
+
+def _sorted(rows: Iterable[Row]) -> list[Row]:
+    """Those of VMs that have a name first."""
+    return sorted(rows, key=lambda row: (row.vm_name or "~", row.vm, row.disk, row.volume))
 
 
 def _cells(row: Row, now: int, look: Look) -> tuple[str, ...]:
@@ -114,7 +121,7 @@ def _painted(line: str, row: Row, look: Look) -> str:
 
 
 def _bars(rows: Sequence[Row], look: Look) -> Iterator[str]:
-    for row in rows:
+    for row in _sorted(rows):
         if row.copy and row.copy.phase == progress.COPYING:
             name = plain(row.vm_name) or row.vm[:SHORT]
             bar = look.paint(_bar(row.copy.done), _CYAN)
@@ -170,7 +177,8 @@ def _bar(share: float, limit: float = 1.0) -> str:
 
 def _problems(snapshot: Snapshot, look: Look) -> Iterator[str]:
     if snapshot.problems:
-        yield look.paint(f"{len(snapshot.problems)} problem(s):", _RED)
+        count = len(snapshot.problems)
+        yield look.paint(f"{count} problem{'s' * (count > 1)}:", _RED)
     for problem in snapshot.problems:
         yield from _wrapped("  ", [problem.what], look)
         yield "      " + look.paint(problem.fix, _BOLD)  # whole: it is there to be copied

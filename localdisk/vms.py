@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from localdisk import definition, domains, log
-from localdisk.definition import Disk, Running
+from localdisk.definition import Running
 from localdisk.errors import BadDomain
 
 
@@ -21,15 +21,19 @@ class Vms:
 
     def disk_name(self, vm_id: str, volume_id: str) -> str:
         """What a volume is called in its VM that runs, such as `vda`; "" where it does not run from it."""
-        found = (disk.name for vm, disk in self._local() if (vm, _volume(disk)) == (vm_id, volume_id))
+        found = (disk for vm, disk, volume in self._local() if (vm, volume) == (vm_id, volume_id))
         return next(found, "")
 
     def user_of(self, volume_id: str) -> str:
         """The VM that runs from the local disk of that name, "" if none."""
-        return next((vm for vm, disk in self._local() if _volume(disk) == volume_id), "")
+        return next((vm for vm, _, volume in self._local() if volume == volume_id), "")
 
-    def _local(self) -> Iterator[tuple[str, Disk]]:
-        return ((vm.vm_id, disk) for vm in self.running for disk in vm.disks if disk.disk_type == "block")
+    def _local(self) -> Iterator[tuple[str, str, str]]:
+        """VM, name of its disk, volume: what VMs have open, also below a snapshot that was made since."""
+        for vm in self.running:
+            paths = [(disk.name, disk.path) for disk in vm.disks if disk.disk_type == "block"]
+            for name, path in [*paths, *vm.backing]:
+                yield vm.vm_id, name, os.path.basename(path)
 
 
 def answer(asked: domains.Question) -> Vms:
@@ -45,7 +49,3 @@ def answer(asked: domains.Question) -> Vms:
         running.append(vm)
         unread.discard(vm.vm_id)
     return Vms(names, tuple(running), tuple(sorted(unread)))
-
-
-def _volume(disk: Disk) -> str:
-    return os.path.basename(disk.path)

@@ -552,7 +552,7 @@ def test_what_is_no_volume(tmp_path: Path, kind: str, image_format: str) -> None
         expected = "Too many levels of symbolic links"
     else:
         path = tmp_path / "a\0b"
-        expected = "embedded null byte"
+        expected = "embedded null "  # byte or character
     assert expected in refusal(disk(path, image_format))
 
 

@@ -156,7 +156,7 @@ def test_a_running_vms_disk(host: FakeHost) -> None:
     ("more", "is_open", "state"),
     [
         ((), "", "ready"),
-        ((), "open", "running"),
+        ((), "open", "ready"),  # something else has it open
         (("UPDATING",), "", "unfinished"),
         (("UPDATING",), "open", "unfinished"),
         (("STOPPED_5",), "", "stopped"),
@@ -291,7 +291,7 @@ def test_rate_and_rest(fields: dict[str, int], fraction: float, rate: int, left:
     ("left", "text"),
     [
         (None, "2 KiB/s"),
-        (0, "2 KiB/s 00:00 left"),
+        (0, "2 KiB/s, finishing"),
         (61, "2 KiB/s 01:01 left"),
         (7325, "2 KiB/s 2:02:05 left"),
     ],
@@ -324,7 +324,13 @@ ERASE = "retention: {erase: zero}"
     ],
 )
 def test_next(host: FakeHost, text: str, more: tuple[str, ...], is_open: str, expected: Next) -> None:
+    if is_open:
+        runs(host, (IMAGE, VOLUME, LOCAL))
     assert row(host, *more, text=text, lv_device_open=is_open).next == expected
+
+
+def test_a_disk_that_something_else_has_open(host: FakeHost) -> None:
+    assert row(host, lv_device_open="open").next == Next("keep", None, "kept while open")
 
 
 def test_a_disk_that_was_set_aside(host: FakeHost) -> None:
@@ -372,6 +378,18 @@ def test_a_vm_that_runs_from_elsewhere(
     assert [problem.what for problem in problems] == is_problem * [
         f"VM web ({VM}): vda runs from {MOVED}, not from /dev/ovirt-local/{OTHER_VOLUME}"
     ]
+
+
+def test_below_a_live_snapshot_it_is_still_the_vms(host: FakeHost) -> None:
+    """Nobody shall be told to end the VM."""
+    host.add(VOLUME, tags(), SIZE, lv_device_open="open")
+    runs(host, (IMAGE, OTHER_VOLUME, MOVED))
+    chain = f"<backingStore type='block'><source dev='{LOCAL}'/><backingStore/></backingStore>"
+    host.xmls[VM] = host.xmls[VM].replace("<backingStore/>", chain)
+    taken = take()
+    assert kinds(taken) == [drift.NOT_LOCAL]
+    (found,) = taken.disks
+    assert (found.state, found.disk, found.next.text) == ("running", "vda", "removed when VM stops")
 
 
 def test_a_disk_that_is_open_by_no_vm(monkeypatch: pytest.MonkeyPatch, host: FakeHost) -> None:

@@ -75,19 +75,19 @@ ROWS = (
 )
 SNAPSHOT = Snapshot(NOW, (GROUP,), ROWS, (PROBLEM,), ("which VMs run: nobody says",))
 EXPECTED = """\
-VM                         DISK             SIZE   USED  BACKEND  STATE        NEXT
-2111f97c db-xxxxxxxxxxxx…  2b845a9c       20 GiB         lvm      copying 42%  310 MiB/s 00:41 left
-1111f97c web1              1b845a9c vda   20 GiB         lvm      running      removed when VM stops
-1111f97c web1              77b845a9 vdb  100 GiB  3 GiB  lvmthin  running      removed when VM stops
--                          6b845a9c       20 GiB         lvm      deleting     gc erases it next
-4111f97c                   4b845a9c       20 GiB         lvm      stopped 3 d  gc removes in 4 d 2 h
+VM                        DISK             SIZE   USED  BACKEND  STATE         NEXT
+2111f97c db-xxxxxxxxxxx…  2b845a9c       20 GiB         lvm      copying 42%   310 MiB/s 00:41 left
+1111f97c web1             1b845a9c vda   20 GiB         lvm      running       removed when VM stops
+1111f97c web1             77b845a9 vdb  100 GiB  3 GiB  lvmthin  running       removed when VM stops
+-                         6b845a9c       20 GiB         lvm      deleting      gc erases it next
+4111f97c                  4b845a9c       20 GiB         lvm      stopped 3 d   gc removes in 4 d 2 h
 
 [#######---------]  42% of 20 GiB  310 MiB/s 00:41 left  db-xxxxxxxxxxxxxxxxxxxxxxxxxxx 2b845a9c
 
 volume group ovirt-local  [########-------|] 53% of 1.8 TiB used, 850 GiB free (reserve 90 GiB)
 pool ovirt-local/pool0    [#############-|-] 83% of 400 GiB used (limit 90%), metadata 11% (80%)
 
-1 problem(s):
+1 problem:
   VM web1: vdb runs from /rhev/data-center/x, not from there not from there not from there not from
     there not from there not from there
       stop it
@@ -126,7 +126,7 @@ def test_colours_say_nothing_more() -> None:
     assert re.sub(r"\033\[\d*m", "", text) == EXPECTED
     assert "\033[32mrunning\033[0m" in text
     assert "\033[36mcopying\033[0m 42%" in text
-    assert "\033[31m1 problem(s):\033[0m" in text
+    assert "\033[31m1 problem:\033[0m" in text
 
 
 def test_a_stop_in_the_future_and_a_pool_that_does_not_tell() -> None:

@@ -61,7 +61,7 @@ def test_points_are_those_of_the_design() -> None:
         (["/bin/sh", "/usr/libexec/vdsm/vdsmd_init_common.sh", "--pre-start"], False),
         (["/usr/bin/python3", "/usr/libexec/vdsm/supervdsmd"], False),
         (["vdsmd"], False),
-        ([""], False),
+        (["-"], False),
     ],
     ids=str,
 )

@@ -119,7 +119,7 @@ def test_a_live_snapshot_went_past_us(volume_group: str, file_storage: FileStora
             "--diskspec", f"vda,file={overlay}",
         )  # fmt: skip
         expected = f"VM vm-{vm.id[:8]} ({vm.id}): vda runs from {overlay}, not from {device(image)}"
-        assert problems()["not_local"] == expected
+        assert problems() == {"not_local": expected}
     overlay.unlink()
 
 
