@@ -6,6 +6,8 @@
 #   ./build.sh test     lint, types, unit tests, then the tests that need a kernel; with --all, all of the crash
 #                       matrix instead of a selection
 #   ./build.sh bench    the table of measurements
+#   ./build.sh pictures docs/*.svg of the README, drawn from a real run
+#   ./build.sh pins     pins.txt anew, after a version in pyproject.toml was changed
 #
 # Each gets what it needs itself: Debian packages with apt (as root or through sudo), Python packages into
 # .venv.  Tests and demo run in a throw-away kernel unless this machine has device-mapper and we are root.
@@ -13,6 +15,7 @@ set -euo pipefail
 cd "$(dirname "$(readlink -f "$0")")"
 
 PYTHON=/usr/bin/python3
+PYTHONS=(3.9 3.10 3.11 3.12 3.13) # the file runs on each
 
 # What Python needs to build; then what the test bed needs: a kernel, LVM, sudo and libvirt for it.
 BUILD_PACKAGES=(python3 python3-venv)
@@ -56,6 +59,32 @@ pip_quietly() {
   .venv/bin/python -m pip --disable-pip-version-check -qq "$@"
 }
 
+# pip_for PYTHON COMMAND...: pip, choosing wheels for that Python on x86-64; manylinux is what EL9's glibc has
+pip_for() {
+  pip_quietly "${@:2}" --no-deps --only-binary=:all: --implementation cp --python-version "$1" \
+    --platform manylinux2014_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux_2_28_x86_64
+}
+
+# Write pins.txt anew: the run-time packages of pyproject.toml with the hashes of their wheels.
+write_pins() {
+  local wheels=build/wheels python
+  rm -rf "$wheels"
+  for python in "${PYTHONS[@]}"; do
+    pip_for "$python" download -d "$wheels" "${PINS[@]}"
+  done
+  "$PYTHON" - "$wheels" "${PINS[@]}" >pins.txt <<'EOF'
+import hashlib, pathlib, sys
+print("# What is packed into dist/localdisk, for each Python; `./build.sh pins` writes this file.")
+files = list(pathlib.Path(sys.argv[1]).iterdir())
+for pin in sys.argv[2:]:
+    stem = pin.replace("==", "-").replace("_", "-").lower() + "-"
+    wheels = [file for file in files if file.name.replace("_", "-").lower().startswith(stem)]
+    hashes = sorted(hashlib.sha256(file.read_bytes()).hexdigest() for file in wheels)
+    print(" \\\n    ".join([pin, *(f"--hash=sha256:{each}" for each in hashes)]))
+EOF
+  rm -rf build
+}
+
 # The run-time packages, as pyproject.toml pins them.
 pins() {
   "$PYTHON" - <<'EOF'
@@ -72,15 +101,28 @@ prepare() {
   venv
 }
 
+# merge FROM INTO: what two Pythons' packages both have must be the same; what is compiled has names of its own
+merge() {
+  local file
+  while IFS= read -r -d '' file; do
+    [ ! -e "$2/$file" ] || cmp "$1/$file" "$2/$file"
+  done < <(cd "$1" && find . -type f ! -path '*.dist-info/*' -print0)
+  cp -r "$1/." "$2/"
+}
+
 build() {
-  local tree=build/tree
+  local tree=build/tree python
   rm -rf build
   mkdir -p "$tree" dist
-  pip_quietly install --target "$tree" --no-deps --only-binary=:all: --no-compile "${PINS[@]}"
+  for python in "${PYTHONS[@]}"; do
+    pip_for "$python" install --target "build/$python" --no-compile --require-hashes -r pins.txt
+    rm -rf "build/$python/bin"
+    merge "build/$python" "$tree"
+  done
   cp -r localdisk "$tree/"
   mkdir -p "$tree/localdisk/schema"
   cp schema/localdisk.schema.json "$tree/localdisk/schema/"
-  rm -rf "${tree:?}/bin" "$tree"/localdisk/{first,front}.py
+  rm -f "$tree"/localdisk/{first,front}.py
   # What run time does not need: headers and sources of lxml, tests, caches, type stubs of packages.
   find "$tree" \( -name '*.pxd' -o -name '*.pxi' -o -name '*.pyx' -o -name '*.h' -o -name '*.c' -o -name '*.pyi' \
     -o -name '*.rng' -o -name '*.xsl' \) -delete
@@ -94,23 +136,25 @@ build() {
   find "$tree" -type d -empty -delete
   # -I: nothing from the environment; -S: nothing from the host's site-packages, whose .pth files and
   # sitecustomize would otherwise run as root.  It also saves a tenth of a hook run without the property.
-  .venv/bin/shiv --reproducible --compile-pyc --site-packages "$tree" --entry-point localdisk.cli:main \
+  .venv/bin/shiv --reproducible --site-packages "$tree" --entry-point localdisk.cli:main \
     --python "$PYTHON -IS" --output-file build/localdisk.shiv
   "$PYTHON" - <<'EOF'
-# shiv's own __main__.py gives way to ours; everything else, times included, stays as shiv made it.
+# shiv's own __main__.py and bootstrap give way to ours; everything else, times included, stays as shiv made it.
 import json, os, zipfile
+OURS = (("__main__.py", "first.py"), ("front.py", "front.py"), ("unpack.py", "unpack.py"))
+SHIVS = ("__main__.py", "_bootstrap/", "environment.json")
 with open("build/localdisk.shiv", "rb") as file:
     shebang = file.readline()
 with zipfile.ZipFile("build/localdisk.shiv") as old, open("build/localdisk", "wb") as file:
     file.write(shebang)
     build_id = json.loads(old.read("environment.json"))["build_id"]
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as new:
-        for name, source in (("__main__.py", "first.py"), ("front.py", "front.py")):
+        for name, source in OURS:
             info = zipfile.ZipInfo(name, old.infolist()[0].date_time)  # stored: no zlib is imported
             info.external_attr = 0o644 << 16
             new.writestr(info, open(f"localdisk/{source}").read().replace("@BUILD_ID@", build_id))
         for info in old.infolist():
-            if not info.is_dir() and info.filename != "__main__.py":
+            if not info.is_dir() and not info.filename.startswith(SHIVS):
                 new.writestr(info, old.read(info), info.compress_type)
 os.chmod("build/localdisk", 0o755)
 EOF
@@ -143,7 +187,8 @@ need_bed() {
 # The tests that need a kernel, in two halves that take equally long: in two guests side by side, on the
 # machine's own kernel one after the other.
 kernel_tests() {
-  local first=(test_life.py test_refusals.py test_kills.py test_model.py) second=(test_bed.py test_gc.py test_faults.py)
+  local first=(test_life.py test_refusals.py test_kills.py test_status.py test_model.py)
+  local second=(test_bed.py test_gc.py test_faults.py test_check.py)
   local log=.bed/second-half verdict=0
   if .venv/bin/python -c 'import sys; from tests.bed import boot; sys.exit(boot.why_not_here() is None)'; then
     mkdir -p .bed
@@ -160,6 +205,7 @@ kernel_tests() {
 prepare
 case "${1:-build}" in
   build) build ;;
+  pins) write_pins ;;
   demo)
     need_bed
     build
@@ -169,10 +215,19 @@ case "${1:-build}" in
     need "${TEST_PACKAGES[@]}"
     need_bed
     build
+    sha256sum dist/localdisk >.venv/built
+    build
+    sha256sum --check --quiet .venv/built # built twice, it is the same file
     lint
     .venv/bin/python -m pytest -q
     kernel_tests
     as_root .venv/bin/python -m tests.crash "${@:2}"
+    ;;
+  pictures)
+    need tmux
+    need_bed
+    build
+    bed -m tests.pictures.record | .venv/bin/python -m tests.pictures.draw
     ;;
   bench)
     need_bed

@@ -1,7 +1,8 @@
 """The zipapp's `__main__`: the few lines that run for every VM, also for those that have no local disks.
 
-build.sh puts this file in the place of shiv's own `__main__.py`, and front.py beside it.  It is compiled
-anew in every run, so it is as short as can be and imports nothing that Python has not imported already.
+build.sh puts this file in the place of shiv's own `__main__.py`, and front.py and unpack.py beside it.  It is
+compiled anew in every run, so it is as short as can be and imports nothing that Python has not imported
+already.  Python 3.6 must be able to read it, too, to be told that it is the wrong one.
 """
 
 import os
@@ -17,19 +18,34 @@ POINTS_OF_A_VM = (
     "before_vm_hibernate",
     "before_disk_hotplug",
 )
+PYTHONS = ((3, 9), (3, 10), (3, 11), (3, 12), (3, 13))  # build.sh packs for these
+MACHINE = "x86_64"
 
 
-def called_point(argv: list[str]) -> str:
+def called_point(argv):  # type: (list[str]) -> str
     """The hook point of a VM that we are called for, by vdsm's link or by `hook POINT`; "" if none."""
     by_link = os.path.basename(os.path.dirname(argv[0]))
     named = argv[2] if len(argv) == 3 and argv[1] == "hook" else by_link
     return named if named in POINTS_OF_A_VM else ""
 
 
+def wrong_host(version, machine):  # type: (tuple[object, ...], str) -> str
+    """Why we cannot run here, in one line; "" where we can."""
+    if tuple(version[:2]) in PYTHONS and machine == MACHINE:
+        return ""
+    here = f"Python {version[0]}.{version[1]} on {machine}"
+    fix = "use another host, or build it for this one"
+    return f"localdisk: this file is for Python 3.9 to 3.13 on {MACHINE}, this is {here} : {fix}"
+
+
 # vdsm hands a custom property over as a variable of its name.
 if __name__ == "__main__" and not (
     called_point(sys.argv) and os.environ.get("localdisk", "off") == "off"  # noqa: SIM112
 ):
+    problem = wrong_host(sys.version_info, os.uname().machine)
+    if problem:
+        sys.stderr.write(problem + "\n")
+        sys.exit(2)
     import front  # type: ignore[import-not-found]
 
     front.main(called_by_vdsm=bool(called_point(sys.argv)))

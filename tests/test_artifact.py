@@ -4,17 +4,34 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from localdisk import __version__
+from localdisk import __version__, first
 
 ROOT = Path(__file__).resolve().parents[1]
 ARTIFACT = ROOT / "dist/localdisk"
 VM = "11111111-2222-3333-4444-555555555555"
+
+
+def pythons() -> Iterator[str]:
+    """Those that it is packed for, as far as this machine has them, pyenv's included."""
+    for version in first.PYTHONS:
+        name = "python{}.{}".format(*version)
+        managed = Path.home().glob(f".pyenv/versions/*/bin/{name}")
+        for path in (shutil.which(name), *map(str, managed)):
+            if path and "/shims/" not in path:
+                yield path
+                break
+
+
+PYTHONS = list(pythons())
 
 
 def run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -34,6 +51,37 @@ def link(tmp_path: Path) -> str:
 
 def test_version() -> None:
     assert run(str(ARTIFACT), "--version").stdout == f"localdisk {__version__}\n"
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+def test_every_python(python: str, tmp_path: Path) -> None:
+    """It starts, its compiled packages are there for this Python, and it refuses in one line."""
+    start = [python, "-IS", str(ARTIFACT)]
+    assert run(*start, "--version").stdout == f"localdisk {__version__}\n"
+    assert json.loads(run(*start, "schema").stdout)["title"]
+    config = tmp_path / "localdisk.yaml"
+    config.write_text("copy: {paralel: 2}\n")
+    done = run(*start, "check", "--config", str(config))
+    assert done.returncode == 2
+    assert f"{config}:1:8: copy.paralel: unknown key; did you mean parallel?" in done.stderr
+    data = tmp_path / "domain.xml"
+    data.write_text("<domain>")
+    environment = {"localdisk": "lvm", "vmId": VM, "_hook_domxml": str(data)}
+    done = run(*start, "hook", "before_vm_start", **environment)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert done.stderr.startswith("localdisk: domain XML from vdsm is refused: not XML, ")
+
+
+def test_this_machine_has_one_of_the_pythons() -> None:
+    assert PYTHONS
+
+
+def test_compiled_packages_for_every_python() -> None:
+    names = zipfile.ZipFile(ARTIFACT).namelist()
+    tags = {tag for name in names for tag in re.findall(r"/etree\.(cpython-[0-9]+)-", name)}
+    assert tags == {"cpython-{}{}".format(*version) for version in first.PYTHONS}
+    for module in ("lxml/_elementpath", "yaml/_yaml", "rpds/rpds"):
+        assert sum(name.startswith(f"site-packages/{module}.cpython-") for name in names) == 5
 
 
 def test_help_names_every_mode() -> None:
@@ -95,6 +143,7 @@ def test_environment_does_not_bend_it(tmp_path: Path) -> None:
 
 def test_only_what_run_time_needs_is_inside() -> None:
     names = zipfile.ZipFile(ARTIFACT).namelist()
+    assert not [name for name in names if name.startswith(("_bootstrap", "environment.json", "."))]
     assert not [name for name in names if name.endswith((".pxd", ".h", ".pyc", ".pyi")) or "/tests/" in name]
     assert "site-packages/localdisk/schema/localdisk.schema.json" in names
     assert ARTIFACT.read_bytes().startswith(b"#!/usr/bin/python3 -IS\n")

@@ -1,15 +1,17 @@
 from __future__ import annotations
 
+import ast
 import os
+import shutil
 import subprocess
 import sys
-import types
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from localdisk import first, front, vdsm
+from localdisk import first, front, unpack, vdsm
 
 FIRST = Path(first.__file__)
 POINT = "after_disk_prepare"
@@ -91,6 +93,36 @@ def test_a_vm_without_the_property_imports_nothing(tmp_path: Path) -> None:
     assert names(done.stderr) == names(bare.stderr)
 
 
+@pytest.mark.parametrize(
+    ("version", "machine", "is_right"),
+    [
+        *((version, "x86_64", True) for version in first.PYTHONS),
+        ((3, 8), "x86_64", False),
+        ((3, 14), "x86_64", False),
+        ((3, 6), "x86_64", False),
+        ((3, 11), "aarch64", False),
+    ],
+)
+def test_the_wrong_host_is_told_in_one_line(version: tuple[int, int], machine: str, is_right: bool) -> None:
+    line = first.wrong_host((*version, 5), machine)
+    if is_right:
+        assert line == ""
+    else:
+        said = f"this is Python {version[0]}.{version[1]} on {machine} : use another host"
+        assert line.startswith("localdisk: this file is for Python 3.9 to 3.13 on x86_64, " + said)
+
+
+def test_older_pythons_read_the_first_lines() -> None:
+    ast.parse(FIRST.read_text(), feature_version=(3, 6))
+
+
+def test_the_wrong_machine(tmp_path: Path) -> None:
+    text = FIRST.read_text().replace('MACHINE = "x86_64"', 'MACHINE = "s390x"')
+    (tmp_path / "__main__.py").write_text(text)
+    done = subprocess.run([sys.executable, str(tmp_path), "gc"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+
+
 # -- front.py
 
 
@@ -142,82 +174,178 @@ def test_what_is_roots_alone(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, owner: int, mode: int, trusted: bool
 ) -> None:
     monkeypatch.setattr(os, "lstat", status(tmp_path, owner, mode))
-    assert front.is_roots_alone(str(tmp_path)) is trusted
+    assert front.is_alone(str(tmp_path), 0) is trusted
 
 
-def test_what_is_not_there_is_not_roots(tmp_path: Path) -> None:
-    assert not front.is_roots_alone(str(tmp_path / "missing"))
-    assert not front.is_roots_alone("/dev/null/x")
+def test_what_is_no_directory_is_nobodys(tmp_path: Path) -> None:
+    link, file = tmp_path / "link", tmp_path / "file"
+    link.symlink_to(tmp_path)
+    file.touch()
+    for path in (link, file, tmp_path / "missing", Path("/dev/null/x")):
+        assert not front.is_alone(str(path), os.geteuid())
 
 
-def test_a_link_is_not_roots(tmp_path: Path) -> None:
-    link = tmp_path / "link"
-    link.symlink_to("/usr")
-    assert not front.is_roots_alone(str(link))
+@pytest.mark.parametrize(
+    ("part", "owner", "mode", "trusted"),
+    [
+        ("a/b/program", 0, 0o755, True),
+        ("a/b/program", 0, 0o775, False),
+        ("a/b/program", 0, 0o757, False),
+        ("a/b/program", 0, 0o1777, False),  # sticky says nothing of a file
+        ("a/b/program", 1000, 0o755, False),
+        ("a/b", 0, 0o777, False),
+        ("a/b", 0, 0o1777, True),  # as /tmp: nobody removes what is root's
+        ("a/b", 1000, 0o755, False),
+        ("a", 0, 0o770, False),
+        ("a", 36, 0o700, False),
+    ],
+)
+def test_what_root_runs(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    part: str,
+    owner: int,
+    mode: int,
+    trusted: bool,
+) -> None:
+    program = tmp_path / "a/b/program"
+    program.parent.mkdir(parents=True)
+    program.touch()
+    bent = status(tmp_path / part, owner, mode)
+    mine = {str(tmp_path / name) for name in ("a", "a/b", "a/b/program")}
+
+    def lstat(path: str) -> os.stat_result:
+        if path == str(tmp_path / part):
+            return bent(path)
+        kind = 0o100000 if path == str(program) else 0o040000
+        real = os.stat(path)  # all others are root's
+        return os.stat_result((kind | 0o755 if path in mine else kind | 0o1755, *real[1:4], 0, *real[5:10]))
+
+    monkeypatch.setattr(os, "lstat", lstat)
+    if trusted:
+        front.require_trusted(str(program))
+        return
+    with pytest.raises(SystemExit) as caught:
+        front.require_trusted(str(program))
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == (
+        f"localdisk: {tmp_path / part} could be written by others than root, who will not run {program}"
+        f" : install -m 0755 {program} /usr/local/libexec/localdisk, and run that\n"
+    )
 
 
 @pytest.fixture(name="trees")
 def fixture_trees(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """Where root extracts, trusted whoever runs the tests."""
-    trees = tmp_path / "trees"
-    monkeypatch.setattr(front, "SYSTEM_TREES", str(trees))
+    """Where root extracts, of whoever runs the tests; the zipapp holds one module."""
+    monkeypatch.setattr(front, "TREES", str(tmp_path / "trees"))
     monkeypatch.setattr(front, "BUILD_ID", "abc")
+    monkeypatch.setattr(front, "_in_use", [])
     monkeypatch.setattr(sys, "argv", [str(tmp_path / "link")])
+    monkeypatch.setitem(sys.modules, "unpack", unpack)
     (tmp_path / "link").symlink_to(tmp_path / "localdisk")
-    monkeypatch.setattr(front, "is_roots_alone", os.path.isdir)
-    return trees
+    with zipfile.ZipFile(tmp_path / "localdisk", "w") as packed:
+        packed.writestr("site-packages/some/module.py", "NAME = 'x'\n")
+    return tmp_path / "trees"
 
 
-def test_the_tree_of_this_build(trees: Path) -> None:
-    packages = trees / "localdisk_abc" / "site-packages"
-    assert front.extracted_tree() == ""
-    packages.parent.mkdir(parents=True)
-    assert front.extracted_tree() == ""
-    packages.mkdir()
-    assert front.extracted_tree() == str(packages)
-    packages.parent.rename(trees / "localdisk_abd")
-    assert front.extracted_tree() == ""
+ME = os.geteuid()
+NAME = f"abc-{sys.implementation.cache_tag}"
 
 
-@pytest.mark.parametrize("untrusted", ["", "localdisk_abc"])
-def test_a_tree_that_others_could_write(monkeypatch: pytest.MonkeyPatch, trees: Path, untrusted: str) -> None:
-    (trees / "localdisk_abc" / "site-packages").mkdir(parents=True)
-    bad = str(trees / untrusted) if untrusted else str(trees)
-    monkeypatch.setattr(front, "is_roots_alone", lambda path: path != bad)
-    assert front.extracted_tree() == ""
+def test_the_tree_of_this_build(monkeypatch: pytest.MonkeyPatch, trees: Path) -> None:
+    assert front.ready(str(trees), ME) == ""
+    packages = front.unpacked(str(trees), ME)
+    assert packages == str(trees / NAME / "site-packages") == front.ready(str(trees), ME)
+    assert front.ready(str(trees), ME + 1) == ""
+    monkeypatch.setattr(front, "BUILD_ID", "abd")
+    assert front.ready(str(trees), ME) == ""
 
 
-def test_root_extracts_to_its_own_place(monkeypatch: pytest.MonkeyPatch, trees: Path) -> None:
-    monkeypatch.setattr(os, "geteuid", lambda: 0)
-    assert front.place_to_extract() == str(trees)
-    trees.mkdir()
-    assert front.place_to_extract() == str(trees)
+@pytest.mark.parametrize("part", ["", NAME])
+def test_a_tree_that_others_could_write(trees: Path, part: str) -> None:
+    front.unpacked(str(trees), ME)
+    (trees / part).chmod(0o777)
+    assert front.ready(str(trees), ME) == ""
 
 
-@pytest.mark.parametrize("kind", ["directory", "link"])
-def test_root_does_not_extract_where_others_could_write(
-    monkeypatch: pytest.MonkeyPatch, trees: Path, capsys: pytest.CaptureFixture[str], kind: str
-) -> None:
-    monkeypatch.setattr(os, "geteuid", lambda: 0)
-    monkeypatch.setattr(front, "is_roots_alone", lambda _path: False)
-    if kind == "directory":
-        trees.mkdir()
-    else:
-        trees.symlink_to("/nonexistent")
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "emptied": lambda tree: (tree / "site-packages/some/module.py").write_text(""),
+    "removed": lambda tree: (tree / "site-packages/some/module.py").unlink(),
+    "compiled removed": lambda tree: shutil.rmtree(tree / "site-packages/some/__pycache__"),
+    "no list": lambda tree: (tree / "files").unlink(),
+    "empty list": lambda tree: (tree / "files").write_text(""),
+    "nonsense": lambda tree: (tree / "files").write_text("x y\n"),
+    "cut list": lambda tree: (tree / "files").write_text("12"),
+    "all": shutil.rmtree,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_tree_is_noticed_and_replaced(trees: Path, damage: str) -> None:
+    front.unpacked(str(trees), ME)
+    DAMAGES[damage](trees / NAME)
+    assert front.ready(str(trees), ME) == ""
+    packages = Path(front.unpacked(str(trees), ME))
+    assert (packages / "some/module.py").read_text() == "NAME = 'x'\n"
+    assert sorted(path.name for path in trees.iterdir()) == [".lock", NAME]
+    assert sorted(path.name for path in (trees / NAME).iterdir()) == ["files", "site-packages"]
+
+
+def refused(capsys: pytest.CaptureFixture[str], call: Callable[[], object]) -> str:
     with pytest.raises(SystemExit) as caught:
-        front.place_to_extract()
+        call()
     assert caught.value.code == 2
-    assert capsys.readouterr().err == (
-        f"localdisk: {trees} could be written by others than root : rm -r {trees}\n"
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+def test_not_where_others_could_write(trees: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trees.mkdir()
+    trees.chmod(0o777)
+    line = refused(capsys, lambda: front.unpacked(str(trees), ME))
+    assert line == f"localdisk: {trees} could be written by others : rm -r {trees}"
+    assert list(trees.iterdir()) == []
+
+
+def test_not_through_a_link(trees: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    elsewhere = trees.parent / "elsewhere"
+    elsewhere.mkdir()
+    trees.symlink_to(elsewhere)
+    assert "could be written by others" in refused(capsys, lambda: front.unpacked(str(trees), ME))
+    assert list(elsewhere.iterdir()) == []
+
+
+def test_a_user_who_cannot_extract(trees: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = refused(capsys, lambda: front.unpacked("/dev/null/.cache", ME))
+    assert line == (
+        "localdisk: cannot extract to /dev/null/.cache, Not a directory"
+        f" : make room, or run {trees.parent}/localdisk once as root"
     )
 
 
-def test_an_ordinary_user_extracts_to_its_cache(monkeypatch: pytest.MonkeyPatch, trees: Path) -> None:
-    monkeypatch.setattr(os, "geteuid", lambda: 36)
-    home(monkeypatch, trees.parent / "home")
-    assert front.place_to_extract() == str(trees.parent / "home/.cache/localdisk")
-    assert (trees.parent / "home/.cache/localdisk").is_dir()
-    assert front.place_to_extract()
+def test_a_full_disk(
+    monkeypatch: pytest.MonkeyPatch, trees: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(_fd: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert "No space left on device" in refused(capsys, lambda: front.unpacked(str(trees), ME))
+    assert [path.name for path in trees.iterdir()] == [".lock"]
+
+
+def test_what_is_still_damaged_is_not_run(
+    monkeypatch: pytest.MonkeyPatch, trees: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(unpack, "unpack", lambda *_: None)
+    line = refused(capsys, lambda: front.unpacked(str(trees), ME))
+    assert line.startswith(f"localdisk: what was extracted to {trees} is damaged : ")
+
+
+def test_an_ordinary_users_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    home(monkeypatch, Path("/home/x"))
+    assert front.own_trees() == "/home/x/.cache/localdisk"
 
 
 def home(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
@@ -225,20 +353,6 @@ def home(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
         pw_dir = str(path)
 
     monkeypatch.setattr("pwd.getpwuid", lambda _uid: Entry)
-
-
-def test_a_user_who_cannot_extract(
-    monkeypatch: pytest.MonkeyPatch, trees: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(os, "geteuid", lambda: 36)
-    home(monkeypatch, Path("/dev/null"))
-    with pytest.raises(SystemExit) as caught:
-        front.place_to_extract()
-    assert caught.value.code == 2
-    assert capsys.readouterr().err == (
-        "localdisk: cannot extract to /dev/null/.cache/localdisk, Not a directory"
-        f" : run {trees.parent}/localdisk --version once as root\n"
-    )
 
 
 # -- starting
@@ -263,18 +377,24 @@ def fixture_started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(os, "environ", {"PYTHONPATH": "/evil"})
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr("localdisk.cli.main", program)
-    bootstrap = types.ModuleType("_bootstrap")
-    bootstrap.bootstrap = lambda: started.append(f"bootstrap to {os.environ['SHIV_ROOT']}")  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "_bootstrap", bootstrap)
+    # The tests' user in root's place, and everything its own.
+    monkeypatch.setattr(front, "is_alone", lambda path, _user: os.path.isdir(path))
+    monkeypatch.setattr(front, "require_trusted", lambda path: started.append(f"trusts {path}"))
     return started
 
 
-def test_the_program_runs_from_the_tree(trees: Path, started: list[str]) -> None:
-    packages = trees / "localdisk_abc" / "site-packages"
-    packages.mkdir(parents=True)
+def runs() -> None:
     with pytest.raises(SystemExit) as caught:
         front.main(called_by_vdsm=True)
     assert caught.value.code == 5
+
+
+def test_the_program_runs_from_roots_tree(
+    monkeypatch: pytest.MonkeyPatch, trees: Path, started: list[str]
+) -> None:
+    packages = front.unpacked(str(trees), ME)
+    monkeypatch.setattr(os, "geteuid", lambda: 36)
+    runs()
     assert started == ["umask 22", f"program on {packages}"]
 
 
@@ -289,27 +409,27 @@ def test_without_a_tree(
     called_by_vdsm: bool,
     asks_root: bool,
 ) -> None:
+    program = trees.parent / "localdisk"
     monkeypatch.setattr(os, "geteuid", lambda: user)
     home(monkeypatch, trees.parent / "home")
-    front.main(called_by_vdsm)
+    with pytest.raises(SystemExit):
+        front.main(called_by_vdsm)
     place = trees if user == 0 else trees.parent / "home/.cache/localdisk"
-    asked = [f"/usr/bin/sudo: sudo -n {trees.parent}/localdisk helper"] if asks_root else []
-    assert started == ["umask 22", *asked, f"bootstrap to {place}"]
+    asked = [f"/usr/bin/sudo: sudo -n {program} helper"] if asks_root else []
+    trusts = [f"trusts {program}"] if user == 0 else []
+    assert started == ["umask 22", *trusts, *asked, f"program on {place / NAME / 'site-packages'}"]
     assert "PYTHONPATH" not in os.environ
 
 
 def test_root_extracts_for_vdsm(monkeypatch: pytest.MonkeyPatch, trees: Path, started: list[str]) -> None:
-    packages = trees / "localdisk_abc" / "site-packages"
-
     def extract(_path: str, _argv: list[str], _environ: object, file_actions: object) -> int:
-        packages.mkdir(parents=True)
         child = os.fork()
         if child == 0:
+            front.unpacked(str(trees), 0)
             os._exit(0)
         return child
 
     monkeypatch.setattr(os, "geteuid", lambda: 36)
     monkeypatch.setattr(os, "posix_spawn", extract)
-    with pytest.raises(SystemExit):
-        front.main(called_by_vdsm=True)
-    assert started == ["umask 22", f"program on {packages}"]
+    runs()
+    assert started == ["umask 22", f"program on {trees / NAME / 'site-packages'}"]
