@@ -7,6 +7,7 @@
 #                       matrix instead of a selection
 #   ./build.sh bench    the table of measurements
 #   ./build.sh pictures docs/*.svg of the README, drawn from a real run
+#   ./build.sh fuzz N   broken input for everything that reads what others wrote, N seconds long
 #   ./build.sh pins     pins.txt anew, after a version in pyproject.toml was changed
 #
 # Each gets what it needs itself: Debian packages with apt (as root or through sudo), Python packages into
@@ -120,8 +121,9 @@ build() {
     merge "build/$python" "$tree"
   done
   cp -r localdisk "$tree/"
-  mkdir -p "$tree/localdisk/schema"
+  mkdir -p "$tree/localdisk/schema" "$tree/localdisk/examples"
   cp schema/localdisk.schema.json "$tree/localdisk/schema/"
+  cp examples/minimal.yaml "$tree/localdisk/examples/"
   rm -f "$tree"/localdisk/{first,front}.py
   # What run time does not need: headers and sources of lxml, tests, caches, type stubs of packages.
   find "$tree" \( -name '*.pxd' -o -name '*.pxi' -o -name '*.pyx' -o -name '*.h' -o -name '*.c' -o -name '*.pyi' \
@@ -170,6 +172,36 @@ lint() {
   shellcheck build.sh .ci/run tests/bed/guest.sh tests/bed/usermode.sh
 }
 
+# The unit tests under each of the Pythons that the file is for and this machine has.
+units() {
+  local python job jobs=()
+  .venv/bin/python -m pytest -q
+  for python in $(.venv/bin/python -m tests.pythons); do
+    units_under "$python" &
+    jobs+=($!)
+  done
+  for job in "${jobs[@]}"; do
+    wait "$job"
+  done
+}
+
+units_under() {
+  local venv log
+  venv=.venv/$(basename "$1")
+  log=$venv/log
+  if [ ! -e "$venv/ready" ]; then
+    "$1" -m venv "$venv"
+    grep -E '^(pytest|hypothesis)==' tests/requirements.txt >"$venv/requirements.txt"
+    "$venv/bin/python" -m pip --disable-pip-version-check -qq install -r "$venv/requirements.txt" "${PINS[@]}"
+    touch "$venv/ready"
+  fi
+  if ! "$venv/bin/python" -m pytest -q -p no:cacheprovider >"$log" 2>&1; then
+    tail -n 50 "$log"
+    return 1
+  fi
+  echo "$1: $(tail -n 1 "$log")"
+}
+
 # bed COMMAND...: run it as root on a real kernel with device-mapper
 bed() {
   as_root .venv/bin/python -m tests.bed.boot -- .venv/bin/python "$@"
@@ -206,6 +238,10 @@ prepare
 case "${1:-build}" in
   build) build ;;
   pins) write_pins ;;
+  fuzz)
+    pip_quietly install atheris==3.0.0
+    .venv/bin/python -m tests.fuzz --seconds "${2:-600}"
+    ;;
   demo)
     need_bed
     build
@@ -219,7 +255,7 @@ case "${1:-build}" in
     build
     sha256sum --check --quiet .venv/built # built twice, it is the same file
     lint
-    .venv/bin/python -m pytest -q
+    units
     kernel_tests
     as_root .venv/bin/python -m tests.crash "${@:2}"
     ;;

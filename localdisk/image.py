@@ -195,10 +195,12 @@ class Source:
         try:
             found = json.loads(out)
             left_out = int(found["fully-allocated"]) - int(found["required"])
-        except (ValueError, KeyError, TypeError, RecursionError):
+            if not 0 <= left_out <= self.virtual_size + _MEASURED:
+                raise ValueError
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             raise CommandFailed(tuple(argv), 0, f"qemu-img measure printed {out[:80]!r}") from None
         # Both count the last cluster, of 64 KiB, as a whole.
-        return min(self.virtual_size, -(-self.virtual_size // _MEASURED) * _MEASURED - left_out)
+        return max(0, min(self.virtual_size, -(-self.virtual_size // _MEASURED) * _MEASURED - left_out))
 
 
 @contextmanager

@@ -60,7 +60,7 @@ class LogicalVolume:
         return cls(
             lv_name=row["lv_name"],
             lv_uuid=row["lv_uuid"],
-            lv_size=int(row["lv_size"]),
+            lv_size=_bytes(row["lv_size"]),
             lv_tags=_words(row["lv_tags"]),
             # "unknown" for an inactive volume, which cannot be open; for an active one it counts as open.
             lv_device_open=row["lv_active"] != "" and row["lv_device_open"] != "",
@@ -121,9 +121,9 @@ class VolumeGroup:
             return cls(
                 vg_name=vg["vg_name"],
                 vg_uuid=vg["vg_uuid"],
-                vg_size=int(vg["vg_size"]),
-                vg_free=int(vg["vg_free"]),
-                vg_extent_size=int(vg["vg_extent_size"]),
+                vg_size=_bytes(vg["vg_size"]),
+                vg_free=_bytes(vg["vg_free"]),
+                vg_extent_size=_bytes(vg["vg_extent_size"]),
                 vg_partial=vg["vg_partial"] != "",
                 vg_exported=vg["vg_exported"] != "",
                 vg_lock_type=vg["vg_lock_type"],
@@ -280,6 +280,13 @@ def _repeat(option: str, values: Iterable[str]) -> list[str]:
 
 def _words(column: Any) -> frozenset[str]:
     return frozenset(word for word in column.split(",") if word)
+
+
+def _bytes(column: str) -> int:
+    """A size of LVM's, which counts in 64 bits."""
+    if not re.fullmatch("[0-9]{1,19}", column):
+        raise ValueError(f"{column[:40]!r} is no size")
+    return int(column)
 
 
 def _percent(column: str) -> float | None:

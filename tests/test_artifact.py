@@ -5,30 +5,18 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import subprocess
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from localdisk import __version__, first
+from tests.pythons import pythons
 
 ROOT = Path(__file__).resolve().parents[1]
 ARTIFACT = ROOT / "dist/localdisk"
 VM = "11111111-2222-3333-4444-555555555555"
-
-
-def pythons() -> Iterator[str]:
-    """Those that it is packed for, as far as this machine has them, pyenv's included."""
-    for version in first.PYTHONS:
-        name = "python{}.{}".format(*version)
-        managed = Path.home().glob(f".pyenv/versions/*/bin/{name}")
-        for path in (shutil.which(name), *map(str, managed)):
-            if path and "/shims/" not in path:
-                yield path
-                break
 
 
 PYTHONS = list(pythons())
@@ -86,7 +74,7 @@ def test_compiled_packages_for_every_python() -> None:
 
 def test_help_names_every_mode() -> None:
     out = run(str(ARTIFACT), "--help").stdout
-    assert all(f"\n    {mode} " in out for mode in ("hook", "gc", "status", "check", "helper", "schema"))
+    assert all(f"\n    {mode} " in out for mode in ("hook", "gc", "status", "check", "install", "uninstall", "helper", "schema"))
 
 
 def test_schema_is_the_projects() -> None:

@@ -1,0 +1,268 @@
+"""The parsers, each as a function of bytes; `judge` says what came of one input."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+from localdisk import config, counters, definition, domains, gc, image, lock, progress, run, snapshot, status
+from localdisk.definition import Disk
+from localdisk.disk import local_disks
+from localdisk.errors import Error
+from localdisk.image import Header
+from localdisk.lvm import VolumeGroup
+from localdisk.session import Session
+from tests.fakes import IMAGE, OTHER_VM, OTHER_VOLUME, REPORTS, VM, VOLUME, FakeHost, tags
+
+ROOT = Path(__file__).parents[2]
+DEFINITIONS = ROOT / "tests" / "data" / "definition"
+LINES, LINE = 120, 2000  # of one refusal, and characters of one line
+PATH = f"/rhev/images/{IMAGE}/{VOLUME}"
+
+
+@dataclass(frozen=True)
+class Target:
+    name: str
+    read: Callable[[bytes], object]  # False: refused without an error raised
+    seeds: tuple[bytes, ...]
+    words: tuple[bytes, ...] = ()  # that mean something to it
+
+
+@dataclass(frozen=True)
+class Outcome:
+    refused: bool
+    crash: str  # "" where it was taken or refused as it should be
+    seconds: float
+
+
+def judge(target: Target, data: bytes) -> Outcome:
+    """Give it to the parser."""
+    began, refused, crash = time.perf_counter(), False, ""
+    try:
+        refused = target.read(data) is False
+    except Error as error:
+        refused, crash = True, _wrong(str(error))
+    except Exception as error:  # noqa: BLE001 (that is what we look for)
+        crash = f"{type(error).__name__}: {error}"
+    return Outcome(refused, crash, time.perf_counter() - began)
+
+
+def _wrong(message: str) -> str:
+    lines = message.splitlines()
+    if not lines or " : " not in lines[-1]:
+        return f"it does not say what to do: {message[:200]!r}"
+    if len(lines) > LINES or max(map(len, lines)) > LINE or not all(map(str.isprintable, lines)):
+        return f"it is not plain: {message[:200]!r}"
+    return ""
+
+
+def _text(data: bytes) -> str:
+    return data.decode(errors="replace")
+
+
+# -- what vdsm hands over
+
+
+def _disk_json(data: bytes) -> None:
+    definition.read_disk(_text(data))
+    definition.localize_disk(_text(data), f"/dev/ovirt-local/{VOLUME}")
+
+
+def _domain(data: bytes) -> None:
+    _, disks = definition.read_domain(_text(data))
+    for disk in disks:
+        definition.localize_domain(_text(data), {disk.name: f"/dev/ovirt-local/{VOLUME}"})
+
+
+def _file(data: bytes) -> int:
+    fd = os.memfd_create("fuzz")
+    os.pwrite(fd, data, 0)
+    return fd
+
+
+def _qcow2(data: bytes) -> None:
+    """The header, then a chain whose leaf it is and whose parent is the same bytes."""
+    with contextlib.suppress(ValueError):
+        Header.parse(data)
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:
+        leaf, parent = Path(directory) / VOLUME, Path(directory) / OTHER_VOLUME
+        leaf.write_bytes(data)
+        parent.write_bytes(data)
+        volumes = tuple(definition.Volume(path.name, str(path)) for path in (leaf, parent))
+        with image.opened(_disk(str(leaf), volumes)) as source:
+            assert json.loads(source.filename.partition(":")[2])
+            assert 0 < source.virtual_size <= 64 << 40
+
+
+def _disk(path: str, volumes: tuple[definition.Volume, ...]) -> Disk:
+    return Disk("vda", "disk", path, "cow", "file", IMAGE, VOLUME, "none", volumes)
+
+
+def _measure(data: bytes) -> None:
+    source = image.Source((image.Layer(PATH, "raw", 0, False, 1 << 30, ""),))
+    with mock.patch.object(run, "run", return_value=_text(data)):
+        assert 0 <= source.writes(leaves_out_zeros=True) <= 1 << 30
+
+
+# -- what the hook asks of the helper
+
+
+class _Helper:
+    """One helper with a claimed disk; requests come one after the other, as lines."""
+
+    def __init__(self) -> None:
+        self._patch = pytest.MonkeyPatch()
+        directory = tempfile.mkdtemp(dir="/dev/shm")
+        self.host = FakeHost().install(self._patch, Path(directory))
+        self.host.add(VOLUME, tags("STOPPED_5"), 64 << 20)
+        self.host.add(OTHER_VOLUME, tags(vm=OTHER_VM), 64 << 20)
+
+    def read(self, data: bytes) -> bool:
+        """Whether any request was carried out."""
+        session, done = Session(config.parse(b"", "F"), lambda _: None), 0
+        for line in data.split(b"\n")[:8]:
+            answer = session.serve(line[: 64 << 10])
+            assert json.dumps(answer)
+            done += "error" not in answer
+            if "error" in answer:
+                assert not _wrong(str(answer["error"])), answer
+        session.end()
+        assert self.host.volumes[OTHER_VOLUME].lv_tags == tags(vm=OTHER_VM)
+        assert "pool0" in self.host.volumes
+        return done > 0
+
+
+def _requests(data: bytes) -> bool:
+    global _helper
+    if _helper is None:
+        _helper = _Helper()
+    return _helper.read(data)
+
+
+_helper: _Helper | None = None
+
+
+# -- what tools print
+
+
+def _report(data: bytes) -> None:
+    vg = VolumeGroup.from_report(_text(data))
+    for disk in local_disks(vg):
+        verdict = gc.decide(disk, gc.Witnesses(False, False, True), config.parse(b"", "F").others.policy, 1e9)
+        assert verdict.reason
+    with ExitStack() as stack:
+        for owner, name, value in (
+            (VolumeGroup, "read", vg),
+            (domains, "ask_names", domains.Question(None, None)),
+            (os, "geteuid", 0),
+        ):
+            stack.enter_context(mock.patch.object(owner, name, return_value=value))
+        taken = snapshot.take(config.parse(b"", "F"))
+    status.as_table(taken)
+    status.as_json(taken)
+
+
+def _names(data: bytes) -> None:
+    names, running = domains.read_names(_text(data))
+    assert all(len(each) == 36 for each in (*names, *running))
+
+
+def _xmls(data: bytes) -> None:
+    question = mock.Mock()
+    question.text = lambda: _text(data)
+    with mock.patch.object(domains, "_ask", return_value=question):
+        for xml in domains.xmls([VM]):
+            definition.read_running(xml)
+
+
+def _record(data: bytes) -> None:
+    found = progress.parse(_text(data))
+    if found:
+        assert 0 <= found.fraction <= 1
+        progress.pace(found.rate, found.seconds_left)
+
+
+def _counters(data: bytes) -> None:
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as directory, mock.patch.object(lock, "RUN", directory):
+        (Path(directory) / "counters").write_bytes(data)
+        counters.read()
+        counters.copied(1, 1.0)
+
+
+# -- all
+
+
+def _files(*patterns: str) -> tuple[bytes, ...]:
+    return tuple(path.read_bytes() for pattern in patterns for path in sorted(DEFINITIONS.glob(pattern)))
+
+
+def _elements() -> tuple[bytes, ...]:
+    texts = (text[text.index(b"<disk") :] for text in _files("*.in.xml"))
+    return tuple(text[: text.index(b"</disk>") + 7] for text in texts)
+
+
+def _header() -> bytes:
+    """A qcow2 image of version 3 on a raw parent, as `qemu-img create` lays it out."""
+    name, format_name = OTHER_VOLUME.encode(), b"qcow2"
+    extension = b"\xe2\x79\x2a\xca" + len(format_name).to_bytes(4, "big") + format_name.ljust(8, b"\0")
+    head = b"QFI\xfb" + (3).to_bytes(4, "big") + (112 + len(extension) + 8).to_bytes(8, "big")
+    head += len(name).to_bytes(4, "big") + (16).to_bytes(4, "big") + (1 << 30).to_bytes(8, "big")
+    head += bytes(4) + (1).to_bytes(4, "big") + (0x30000).to_bytes(8, "big") + (0x10000).to_bytes(8, "big")
+    head += (1).to_bytes(4, "big") + bytes(4) + bytes(8) + bytes(24) + (4).to_bytes(4, "big")
+    head += (112).to_bytes(4, "big") + bytes(8)
+    return head + extension + bytes(8) + name
+
+
+CLAIM = {"verb": "claim", "vm": VM, "property": "lvm", "image": IMAGE, "volume": VOLUME}
+PREPARE = {"verb": "prepare", "size": 64 << 20, "fingerprint": "0123456789abcdef" * 2, "writes": 4096}
+REQUESTS = (
+    [CLAIM, PREPARE, {"verb": "progress", "done": 1, "written": 1}, {"verb": "commit"}],
+    [{"verb": "look", "vm": VM, "property": "on", "disks": [{"image": IMAGE, "volume": VOLUME}]}],
+    [{"verb": "release", "vm": VM, "property": "lvm"}],
+    [{**CLAIM, "volume": OTHER_VOLUME}, PREPARE],
+)
+MEASURED = {"required": 5 << 20, "fully-allocated": 1 << 30}
+
+TARGETS = (
+    Target(
+        "configuration",
+        lambda data: config.parse(data, "F"),
+        (
+            *((ROOT / "examples" / name).read_bytes() for name in ("full.yaml", "minimal.yaml")),
+            f"vms: {{{VM}: {{disks: [{IMAGE}]}}}}".encode(),
+            b"margins: {reserve: 5%}\n",
+        ),
+        (b"&a", b"*a", b"<<: ", b"!!python/object:os.system", b"---\n", b"10GiB", b"5%", b"7d", b"\t"),
+    ),
+    Target("disk JSON", _disk_json, _files("*.in.json"), (b'"volumeChain"', b"1e999", b"NaN", b"\\ud800")),
+    Target("domain XML", _domain, _files("*.in.xml"), (b"<!DOCTYPE x>", b"&x;", b"<!--", b"<![CDATA[")),
+    Target("disk element", lambda data: definition.read_disk_element(_text(data)), _elements()),
+    Target("qcow2 header", _qcow2, (_header(), _header()[:104], b"QFI\xfb"), (b"\xff" * 8, bytes(8))),
+    Target("qemu-img measure", _measure, (json.dumps(MEASURED).encode(),), (b"-1", b"1e9", b"null")),
+    Target(
+        "helper requests",
+        _requests,
+        tuple("\n".join(map(json.dumps, lines)).encode() for lines in REQUESTS),
+        (VM.encode(), OTHER_VM.encode(), OTHER_VOLUME.encode(), b"pool0", b"null", b"true", b"-1", b"\n"),
+    ),
+    Target(
+        "lvm fullreport",
+        _report,
+        tuple(path.read_bytes() for path in sorted(REPORTS.glob("*.json"))),
+        (b"UPDATING", b"STOPPED_9", b'"unknown"', b"WARNING: x\n", b"STOPPED_" + b"9" * 18, b"1,5"),
+    ),
+    Target("virsh list", _names, (f"{VM} web\n\n====\n{VM}\n\n".encode(),), (b"error: x\n", b"====")),
+    Target("virsh dumpxml", _xmls, tuple(b"\n" + each for each in _files("*.in.xml")), (b"</domain>\n",)),
+    Target("progress record", _record, (progress.Progress(VM, IMAGE, "copying", 1, 2).as_text().encode(),)),
+    Target("counters", _counters, (b'{"copies": 1, "failures": {"no_space": 2}}',), (b"Infinity", b"-1")),
+)

@@ -1,0 +1,26 @@
+"""The Pythons that the built file is for and that this machine has: all but the running one are printed."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from localdisk import first
+
+
+def pythons() -> Iterator[str]:
+    """Those that it is packed for, as far as this machine has them, pyenv's included."""
+    for version in first.PYTHONS:
+        name = "python{}.{}".format(*version)
+        managed = Path.home().glob(f".pyenv/versions/*/bin/{name}")
+        for path in (shutil.which(name), *map(str, managed)):
+            if path and "/shims/" not in path:
+                yield path
+                break
+
+
+if __name__ == "__main__":
+    own = "python{}.{}".format(*sys.version_info[:2])
+    print(*(path for path in pythons() if Path(path).name != own), sep="\n")
