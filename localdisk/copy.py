@@ -22,6 +22,7 @@ from localdisk.image import Source
 from localdisk.lvm import read_dm_uuid
 
 NODE_DEADLINE = 10.0  # seconds until udev has made the node and given it to us
+MEMORY = 4 << 30  # bytes of address space; the tables of 64 layers take at most 32 MiB each (qemu, L2 cache)
 HEARTBEAT = 1.0  # seconds between two calls of `on_progress`
 
 _BLKZEROOUT = 0x127F  # linux/fs.h; takes offset and length in bytes
@@ -98,7 +99,7 @@ def _convert(source: Source, target: Target, fd: int, on_progress: OnProgress) -
             written = _written(process.pid)
             on_progress(fraction, int(fraction * source.virtual_size) if written is None else written)
         said = run.read_errors(process)
-        if process.returncode in (126, 127):  # what setpriv and nice say where they cannot run it
+        if process.returncode in (126, 127):  # what setpriv, prlimit and nice say where they cannot run it
             raise CommandMissing(tool="qemu-img")
         if process.returncode != 0:
             raise _failed(source, target, said or f"qemu-img ended with {process.returncode}")
@@ -108,6 +109,9 @@ def _convert(source: Source, target: Target, fd: int, on_progress: OnProgress) -
 
 def _command(source: Source, target: Target, fd: int) -> list[str]:
     argv = ["setpriv", "--pdeathsig", "KILL", "--"]
+    # A forged image can make a tool eat memory; how long a copy takes is not bounded.  A crash leaves no
+    # file with a guest's data.
+    argv += ["prlimit", f"--as={MEMORY}", "--core=0", "--"]
     # vdsmd runs at nice -20 and we inherit that; the configured value is absolute.
     argv += ["nice", "-n", str(target.nice - os.getpriority(os.PRIO_PROCESS, 0))]
     argv += ["qemu-img", "convert", "-p", "-n", "-W", "-m", "8", "-t", "none"]

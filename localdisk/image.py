@@ -182,7 +182,7 @@ class Source:
         if not leaves_out_zeros:
             return self.virtual_size
         # Bounded: a forged image can make a tool eat memory or spin.
-        argv = ["prlimit", "--as=2147483648", "--cpu=600", "--"]
+        argv = ["prlimit", "--as=2147483648", "--cpu=600", "--core=0", "--"]
         # Measured for qcow2: raw_measure() of QEMU counts every byte, zeros too.
         argv += ["qemu-img", "measure", "--output", "json", "-O", "qcow2", self.filename]
         try:

@@ -32,6 +32,9 @@ PROGRESS = (
 )
 
 
+LIMITS = "prlimit --as=4294967296 --core=0 --"
+
+
 def silent(_fraction: float, _written: int) -> None:
     """A listener to progress that lets the copy go on."""
 
@@ -145,7 +148,7 @@ def test_command(monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], direc
     monkeypatch.setattr(os, "getpriority", lambda _which, _who: -20)
     target = Target(**{**vars(Target("/dev/vg/lv", DM_UUID, False, None, 10)), **changes})
     assert copy._command(one_layer(7), target, 9) == [
-        *f"setpriv --pdeathsig KILL -- nice -n 30 qemu-img convert -p -n -W -m 8 {words}".split(),
+        *f"setpriv --pdeathsig KILL -- {LIMITS} nice -n 30 qemu-img convert -p -n -W -m 8 {words}".split(),
         "--target-image-opts",
         'json:{"driver": "raw", "file": {"driver": "file", "filename": "/proc/self/fd/7"}}',
         "driver=raw,file.driver=host_device,file.filename=/proc/self/fd/9",

@@ -642,7 +642,7 @@ def test_a_measure_that_is_not_understood(monkeypatch: pytest.MonkeyPatch, tmp_p
     with image.opened(disk(tmp_path / LEAF, "raw")) as source:
         with pytest.raises(CommandFailed, match="qemu-img measure printed"):
             source.writes(leaves_out_zeros=True)
-        limited = ["prlimit", "--as=2147483648", "--cpu=600", "--"]
+        limited = ["prlimit", "--as=2147483648", "--cpu=600", "--core=0", "--"]
         assert commands == [
             [*limited, "qemu-img", "measure", "--output", "json", "-O", "qcow2", source.filename]
         ]

@@ -73,7 +73,7 @@ class Step:
     @property
     def lane(self) -> str:
         tool = Path(self.argv[0]).name
-        if self.point or tool in ("setpriv", "nice", "qemu-img"):
+        if self.point or tool in ("setpriv", "prlimit", "nice", "qemu-img"):
             return "hook"
         if tool == "virsh":
             return "helper" if "--readonly" in self.argv else "vdsm"
