@@ -214,11 +214,13 @@ def _chain(disk: Disk, stack: ExitStack) -> Iterator[Layer]:
     """Leaf to base."""
     parents = _Parents(disk)
     path, image_format = disk.path, {"raw": "raw", "cow": "qcow2"}[disk.format]
+    volume_id = disk.volume_id
     while True:
-        layer, header = _open_layer(path, image_format, stack)
+        layer, header = _open_layer(path, volume_id, image_format, stack)
         yield layer
         if header is None or not header.backing_name:
             return
+        volume_id = header.backing_name
         path, image_format = parents.next(path, header)
 
 
@@ -258,13 +260,16 @@ class _Parents:
         return path, header.backing_format
 
 
-def _open_layer(path: str, image_format: str, stack: ExitStack) -> tuple[Layer, Header | None]:
+def _open_layer(
+    path: str, volume_id: str, image_format: str, stack: ExitStack
+) -> tuple[Layer, Header | None]:
     fd = _open(path)
     stack.callback(os.close, fd)
     status = os.fstat(fd)
     is_block = stat.S_ISBLK(status.st_mode)
     if not is_block and not stat.S_ISREG(status.st_mode):
         raise SourceRefused(path, "it is no regular file and no block device")
+    _require_is_volume(path, volume_id, fd, status)
     file_size = os.lseek(fd, 0, os.SEEK_END)
     try:
         start = _read(fd, _IDENTITY_BYTES if is_block else _HEADER_BYTES)
@@ -278,6 +283,31 @@ def _open_layer(path: str, image_format: str, stack: ExitStack) -> tuple[Layer, 
         raise SourceRefused(path, f"its size is {virtual_size} bytes")
     identity = _identity(status, file_size, start)
     return Layer(path, image_format, fd, is_block, virtual_size, identity), header
+
+
+def _require_is_volume(path: str, volume_id: str, fd: int, status: os.stat_result) -> None:
+    """Whoever can write to shared storage can put a link in a volume's place, to what else vdsm can read.
+
+    A file volume is a file of its name in the directory that vdsm names; a block volume is a logical volume
+    of its name (which device-mapper has with its dashes doubled).
+    """
+    if stat.S_ISBLK(status.st_mode):
+        is_volume = _dm_name(status.st_rdev).endswith("-" + volume_id.replace("-", "--"))
+    else:
+        directory = os.path.realpath(os.path.dirname(path))
+        is_volume = os.readlink(f"/proc/self/fd/{fd}") == os.path.join(directory, volume_id)
+        named = os.path.basename(os.path.dirname(path))
+        is_volume = is_volume and (not is_uuid(named) or os.path.basename(directory) == named)
+    if not is_volume:
+        raise SourceRefused(path, f"it leads to something else than volume {volume_id}")
+
+
+def _dm_name(device: int) -> str:
+    try:
+        with open(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}/dm/name", encoding="ascii") as file:
+            return file.read().strip()
+    except OSError:
+        return ""
 
 
 def _open(path: str) -> int:

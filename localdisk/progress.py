@@ -82,5 +82,5 @@ def parse(text: str) -> Progress | None:
         return None
     ids_are_good = is_uuid(progress.vm) and is_uuid(progress.image)
     numbers = (progress.since, progress.at, progress.size, progress.done, progress.written)
-    numbers_are_good = all(type(number) is int and number >= 0 for number in numbers)
+    numbers_are_good = all(type(number) is int and 0 <= number < 1 << 63 for number in numbers)
     return progress if ids_are_good and numbers_are_good and isinstance(progress.phase, str) else None

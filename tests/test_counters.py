@@ -66,6 +66,8 @@ def test_a_gc_with_problems(monkeypatch: pytest.MonkeyPatch) -> None:
         '{"copies": -1}',
         '{"copies": "1"}',
         '{"copies": true}',
+        '{"copies": Infinity}',
+        '{"copies": NaN}',
         '{"failures": 3}',
         '{"failures": {"x": "y"}}',
         '{"unknown": 3}',

@@ -374,12 +374,47 @@ def test_a_leaf_without_parent_says_so(tmp_path: Path) -> None:
         assert view(source, tmp_path / "out") == bytes(MIB)
 
 
+def test_a_link_to_the_images_directory_is_followed(tmp_path: Path) -> None:
+    """vdsm has such in /run/vdsm/storage/DOMAIN/ and in /rhev/data-center/POOL/."""
+    (tmp_path / "images" / IMAGE).mkdir(parents=True)
+    (tmp_path / "images" / IMAGE / LEAF).write_bytes(bytes(MIB))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / IMAGE).symlink_to(tmp_path / "images" / IMAGE)
+    with image.opened(disk(tmp_path / "run" / IMAGE / LEAF, "raw")) as source:
+        assert source.virtual_size == MIB
+
+
+OTHER = "bbbbbbbb-9999-4000-8000-000000000000"
+
+
 @pytest.mark.parametrize("image_format", ["raw", "cow"])
-def test_a_link_to_a_volume_is_followed(tmp_path: Path, image_format: str) -> None:
-    target = tmp_path / "target"
-    qemu_img("create", "-f", {"raw": "raw", "cow": "qcow2"}[image_format], target, MIB)
-    (tmp_path / LEAF).symlink_to(target)
-    with image.opened(disk(tmp_path / LEAF, image_format)) as source:
+@pytest.mark.parametrize(
+    ("link", "target"),
+    [
+        (f"{IMAGE}/{LEAF}", "secret"),  # something that vdsm can read
+        (f"{IMAGE}/{LEAF}", f"{OTHER}/{BASE}"),  # another volume
+        (f"{IMAGE}/{LEAF}", f"{OTHER}/{LEAF}"),  # one of the same name, elsewhere
+        (IMAGE, OTHER),  # another image that has a volume of that name
+    ],
+)
+def test_a_link_in_a_volumes_place(tmp_path: Path, link: str, target: str, image_format: str) -> None:
+    """Whoever can write to shared storage can put it there."""
+    (tmp_path / OTHER).mkdir()
+    for name in ("secret", f"{OTHER}/{BASE}", f"{OTHER}/{LEAF}"):
+        qemu_img("create", "-f", {"raw": "raw", "cow": "qcow2"}[image_format], tmp_path / name, MIB)
+    if "/" in link:
+        (tmp_path / IMAGE).mkdir()
+    (tmp_path / link).symlink_to(tmp_path / target)
+    assert f"it leads to something else than volume {LEAF}" in refusal(
+        disk(tmp_path / IMAGE / LEAF, image_format)
+    )
+
+
+def test_a_hard_link_is_a_volume(tmp_path: Path) -> None:
+    """A template's base is one in the directory of each image that is made from it."""
+    (tmp_path / "template").write_bytes(bytes(MIB))
+    os.link(tmp_path / "template", tmp_path / LEAF)
+    with image.opened(disk(tmp_path / LEAF, "raw")) as source:
         assert source.virtual_size == MIB
 
 

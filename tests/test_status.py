@@ -259,6 +259,7 @@ def test_a_lock_that_nobody_holds_is_no_progress(host: FakeHost) -> None:
         record(written=1.5).as_text(),
         record(phase=3).as_text(),
         record(at=True).as_text(),
+        record(written=1 << 63).as_text(),
         record().as_text().replace("}", ', "more": 1}'),
     ],
 )
