@@ -311,6 +311,9 @@ def _dm_name(device: int) -> str:
 
 
 def _open(path: str) -> int:
+    # Not even opened: a link in a file volume's place.  vdsm's links to volumes lead to devices.
+    if os.path.islink(path) and not os.path.realpath(path).startswith("/dev/"):
+        raise SourceRefused(path, "it is a link to another file")
     try:
         # O_NONBLOCK: a FIFO in the place of a volume must not make us wait.
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)

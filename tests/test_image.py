@@ -405,9 +405,8 @@ def test_a_link_in_a_volumes_place(tmp_path: Path, link: str, target: str, image
     if "/" in link:
         (tmp_path / IMAGE).mkdir()
     (tmp_path / link).symlink_to(tmp_path / target)
-    assert f"it leads to something else than volume {LEAF}" in refusal(
-        disk(tmp_path / IMAGE / LEAF, image_format)
-    )
+    said = "it is a link to another file" if "/" in link else "it leads to something else than volume"
+    assert said in refusal(disk(tmp_path / IMAGE / LEAF, image_format))
 
 
 def test_a_hard_link_is_a_volume(tmp_path: Path) -> None:
@@ -578,13 +577,14 @@ def test_what_is_no_volume(tmp_path: Path, kind: str, image_format: str) -> None
         path.mkdir()
     elif kind == "link":
         path.symlink_to(tmp_path)
+        expected = "it is a link to another file"
     elif kind == "fifo":
         os.mkfifo(path)
     elif kind == "device":
         path.symlink_to("/dev/zero")
     elif kind == "loop":
         path.symlink_to(path)
-        expected = "Too many levels of symbolic links"
+        expected = "it is a link to another file"
     else:
         path = tmp_path / "a\0b"
         expected = "embedded null "  # byte or character

@@ -117,8 +117,9 @@ def localdisk(*words: str, code: int = 0) -> str:
 
 
 def status() -> dict[str, dict[str, Any]]:
-    """The rows of `status --json` by volume id."""
-    return {row["volume"]: row for row in json.loads(localdisk("status", "--json"))["disks"]}
+    """The rows of `status --json` by volume id; its exit code says whether there are problems."""
+    document = json.loads(attempt(str(host.PROGRAM), "status", "--json").stdout)
+    return {row["volume"]: row for row in document["disks"]}
 
 
 def copied(image: Image) -> int:

@@ -251,11 +251,12 @@ def told(*words: str) -> tuple[int, str, tuple[str, ...]]:
 
 
 def shown() -> tuple[str, ...]:
-    """The problems that `localdisk status` shows; its exit code says whether there are any."""
+    """The problems that `localdisk status` shows, but for that of VMs that libvirt does not know here."""
     code, out, _ = told("status", "--json")
-    problems = tuple(f"localdisk: {each['what']} : {each['fix']}" for each in json.loads(out)["problems"])
+    problems = json.loads(out)["problems"]
     assert code == bool(problems)
-    return problems
+    kinds = ("not_usable", "near_limit", "clock", "no_copier")
+    return tuple(f"localdisk: {each['what']} : {each['fix']}" for each in problems if each["kind"] in kinds)
 
 
 # -- a device of the group
