@@ -11,7 +11,7 @@ import os
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -261,7 +261,7 @@ def base_is_raw_by_its_child(given: Given) -> Image:
     """A guest wrote a qcow2 header into a raw disk, of which a snapshot was made then."""
     base = raw_with_a_header(given)
     leaf = given.storage.new_volume(base.id, COW, SIZE, base.leaf)
-    return given.storage.image(base.id, base.leaf, leaf)
+    return replace(base, volumes=(base.leaf, leaf))
 
 
 LEGITIMATE: dict[str, Callable[[Given], Image]] = {
