@@ -60,6 +60,17 @@ pip_quietly() {
   .venv/bin/python -m pip --disable-pip-version-check -qq "$@"
 }
 
+# Ansible, in an environment of its own, for examples/ansible.
+need_ansible() {
+  local pins=tests/requirements-ansible.txt
+  if ! cmp -s "$pins" .venv/ansible/pins; then
+    rm -rf .venv/ansible
+    "$PYTHON" -m venv .venv/ansible
+    .venv/ansible/bin/python -m pip --disable-pip-version-check -qq install -r "$pins"
+    cp "$pins" .venv/ansible/pins
+  fi
+}
+
 # pip_for PYTHON COMMAND...: pip, choosing wheels for that Python on x86-64; manylinux is what EL9's glibc has
 pip_for() {
   pip_quietly "${@:2}" --no-deps --only-binary=:all: --implementation cp --python-version "$1" \
@@ -112,7 +123,9 @@ merge() {
 }
 
 build() {
-  local tree=build/tree python
+  local tree=build/tree python lock
+  exec {lock}<build.sh
+  flock "$lock" # two at once would be in each other's way
   rm -rf build
   mkdir -p "$tree" dist
   for python in "${PYTHONS[@]}"; do
@@ -169,6 +182,7 @@ lint() {
   .venv/bin/ruff check --quiet localdisk tests
   .venv/bin/ruff format --check --quiet localdisk tests
   .venv/bin/mypy --no-error-summary
+  (cd examples/ansible && PATH="$OLDPWD/.venv/ansible/bin:$PATH" ansible-lint --offline -q --profile production .)
   shellcheck build.sh .ci/run tests/bed/guest.sh tests/bed/usermode.sh
 }
 
@@ -219,8 +233,9 @@ need_bed() {
 # The tests that need a kernel, in two halves that take equally long: in two guests side by side, on the
 # machine's own kernel one after the other.
 kernel_tests() {
-  local first=(test_life.py test_refusals.py test_kills.py test_status.py test_model.py)
-  local second=(test_bed.py test_gc.py test_faults.py test_check.py)
+  local first=(test_life.py test_refusals.py test_kills.py test_status.py test_stale.py test_hostile.py test_model.py)
+  local second=(test_bed.py test_gc.py test_faults.py test_check.py test_install.py privilege
+    test_ansible.py::test_the_life_of_a_host)
   local log=.bed/second-half verdict=0
   if .venv/bin/python -c 'import sys; from tests.bed import boot; sys.exit(boot.why_not_here() is None)'; then
     mkdir -p .bed
@@ -249,6 +264,7 @@ case "${1:-build}" in
     ;;
   test)
     need "${TEST_PACKAGES[@]}"
+    need_ansible
     need_bed
     build
     sha256sum dist/localdisk >.venv/built

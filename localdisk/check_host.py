@@ -13,7 +13,7 @@ from localdisk import places
 from localdisk.check_storage import check_group, unshare_command
 from localdisk.config import Config
 from localdisk.errors import CommandFailed, Error, LibvirtSilent, VolumeGroupUnusable
-from localdisk.finding import Finding, write_command
+from localdisk.finding import Finding
 from localdisk.host import PACKAGES, Entry, Host
 from localdisk.vdsm import POINTS
 
@@ -29,6 +29,7 @@ def check_host(config: Config, host: Host) -> Iterator[Finding]:
     yield from _tools(host)
     yield from _versions(config, host)
     yield from _accounts(host)
+    yield from _run_directory(host)
     ways = tuple(_program(host))
     yield from ways
     if not ways:
@@ -36,8 +37,8 @@ def check_host(config: Config, host: Host) -> Iterator[Finding]:
     yield from _hooks(host)
     yield from _cron(host)
     yield from _udev(config, host)
+    yield from _scan_lvs(host)
     yield from _clock(host)
-    yield from _run_directory(host)
     for group in host.groups:
         yield from check_group(group, config, host.lvm_settings, _program_time(host), host.now)
     yield from map(_failure, host.failures)
@@ -103,7 +104,8 @@ def _program(host: Host) -> Iterator[Finding]:
     why = "root runs this program, so whoever can change it is root"
     if others and not program.startswith(("/usr/", "/opt/")):
         what = f"{program} lies where others than root can write ({others[-1].path})"
-        fix = f"install -D -o root -g root -m 0755 {quoted} {places.PROGRAM} && {places.PROGRAM} check"
+        fix = f"install -D -o root -g root -m 0755 {quoted} {places.PROGRAM}"
+        fix += f" && {places.PROGRAM} install && {places.PROGRAM} check"
         yield Finding(what, why, fix)
         return
     for entry in others:
@@ -117,17 +119,22 @@ def _program(host: Host) -> Iterator[Finding]:
             yield Finding(f"{_owned(entry)} is not for others", "vdsm cannot run the program", fix)
 
 
+def _install_ours(host: Host) -> str:
+    """The command that puts the program in its place, and all of its rules and links."""
+    fix = f"{shlex.quote(host.program)} install"
+    return fix if host.program == places.PROGRAM else f"{fix} && {places.PROGRAM} check"
+
+
 def _owned(entry: Entry) -> str:
     return f"{entry.path} (user {entry.uid}, mode {stat.S_IMODE(entry.mode):04o})"
 
 
 def _sudo(host: Host) -> Iterator[Finding]:
-    rule = places.sudo_rule(host.program)
-    fix = write_command(places.SUDOERS, rule, "0440")
+    fix = _install_ours(host)
     if host.sudo_problem:
         what = f"vdsm cannot run `sudo {host.program} helper` ({host.sudo_problem})"
         yield Finding(what, "without it no local disk is made", fix)
-    elif host.sudoers and _rules(host.sudoers.text) != {" ".join(line.split()) for line in rule}:
+    elif host.sudoers and _rules(host.sudoers.text) != _rules(places.sudoers(host.program)):
         why = "vdsm's environment, or more than one command of its, could reach root"
         yield Finding(f"{places.SUDOERS} is not the rule that localdisk needs, no more and no less", why, fix)
 
@@ -144,46 +151,35 @@ def _rules(text: str) -> set[str]:
 def _hooks(host: Host) -> Iterator[Finding]:
     ours = {hook.path: hook.point for hook in host.hooks if hook.target == host.program}
     missing = sorted(POINTS - set(ours.values()))
+    fix = _install_ours(host)
     if missing:
-        link = places.hook_link("$p")
-        fix = (
-            f"for p in {' '.join(missing)}; do mkdir -p {places.HOOKS}/$p && "
-            f"ln -sfT {shlex.quote(host.program)} {link}; done"
-        )
-        yield Finding(
-            f"no hook at {', '.join(missing)} leads to {host.program}", "vdsm does not call it there", fix
-        )
+        what = f"no hook at {', '.join(missing)} leads to {host.program}"
+        yield Finding(what, "vdsm does not call it there", fix)
     for path, point in ours.items():
         again = [other for other, its in ours.items() if its == point and other < path]
         if point not in POINTS:
-            yield Finding(
-                f"{path} leads to {host.program}", "it serves no such point", f"rm {shlex.quote(path)}"
-            )
+            yield Finding(f"{path} leads to {host.program}", "it serves no such point", fix)
         elif again:
-            yield Finding(
-                f"{path} does the work of {again[0]}", "vdsm calls it twice", f"rm {shlex.quote(path)}"
-            )
+            yield Finding(f"{path} does the work of {again[0]}", "vdsm calls it twice", fix)
     replaced = {places.hook_link(point) for point in missing}
     for hook in host.hooks:
         name = os.path.basename(hook.path)
         if hook.path not in ours and hook.path not in replaced and "localdisk" in name.lower():
-            aside = f"{places.HOOKS_ASIDE}/{hook.point}"
-            fix = f"mkdir -p {aside} && mv {shlex.quote(hook.path)} {aside}/"
-            fix += " # or dnf remove vdsm-hook-localdisk"
-            yield Finding(f"{hook.path} is another hook for local disks", "two of them copy twice", fix)
+            what = f"{hook.path} is another hook for local disks"
+            yield Finding(what, "two of them copy twice", f"{fix} # moves it to {places.HOOKS_ASIDE}")
 
 
 # -- cron, udev, the clock
 
 
 def _cron(host: Host) -> Iterator[Finding]:
-    fix = write_command(places.CRON, (places.cron_line(host.program),), "0644")
+    fix = _install_ours(host)
     why = "gc would remove nothing but when vdsm starts"
     if host.cron is None:
         if not _failed(host, places.CRON):
             yield Finding(f"there is no {places.CRON}", why, fix)
     elif not host.cron.is_roots_alone or not stat.S_ISREG(host.cron.mode):
-        yield Finding(f"cron ignores {_owned(host.cron)}", why, f"rm -f {places.CRON}; {fix}")
+        yield Finding(f"cron ignores {_owned(host.cron)}", why, fix)
     elif not any(_runs_gc(line, host.program) for line in host.cron.text.splitlines()):
         yield Finding(f"{places.CRON} does not run `{host.program} gc` as root", why, fix)
 
@@ -196,22 +192,29 @@ def _runs_gc(line: str, program: str) -> bool:
 
 
 def _udev(config: Config, host: Host) -> Iterator[Finding]:
-    names = tuple(config.volume_groups)
-    trigger = "udevadm control --reload && udevadm trigger --settle --action=change --sysname-match='dm-*'"
-    fix = f"{write_command(places.UDEV_RULE, places.udev_rule(names), '0644')} && {trigger}"
-    why = "the nodes of local disks must be vdsm's"
-    if host.udev_rule is None:
-        if not _failed(host, places.UDEV_RULE):
-            yield Finding(f"there is no {places.UDEV_RULE}", why, fix)
-        return
-    lacking = [name for name in names if not _names_group(host.udev_rule.text, name)]
-    if lacking:
-        yield Finding(f"{places.UDEV_RULE} does not name volume group {', '.join(lacking)}", why, fix)
+    there = {entry.path: entry.text for entry in host.udev_rules}
+    why, fix = "the nodes of local disks must be vdsm's, and hidden", _install_ours(host)
+    for path in places.UDEV_RULES:
+        text = there.get(path, "")
+        lacking = [name for name in config.volume_groups if not _names_group(text, name)]
+        if path not in there and not _failed(host, path):
+            yield Finding(f"there is no {path}", why, fix)
+        elif path in there and lacking:
+            yield Finding(f"{path} does not name volume group {', '.join(lacking)}", why, fix)
 
 
 def _names_group(rule: str, vg_name: str) -> bool:
     values = re.findall(r'^[^#\n]*ENV\{DM_VG_NAME\}[=!]="([^"]*)"', rule, re.M)
     return any(fnmatch.fnmatchcase(vg_name, pattern) for value in values for pattern in value.split("|"))
+
+
+def _scan_lvs(host: Host) -> Iterator[Finding]:
+    """udev's rules hide local disks from what goes by udev; LVM's own commands go by its configuration."""
+    settings = host.lvm_settings
+    if settings and settings.scan_lvs and not settings.use_devices_file:
+        what = "LVM looks for volume groups in logical volumes (devices/scan_lvs)"
+        why = "a guest's groups on local disks would be this host's"
+        yield Finding(what, why, "echo 'devices { scan_lvs = 0 }' >> /etc/lvm/lvmlocal.conf")
 
 
 def _clock(host: Host) -> Iterator[Finding]:

@@ -197,6 +197,35 @@ def _check_mode(arguments: argparse.Namespace) -> int:
     return PROBLEMS if report.is_problem else GOOD
 
 
+def _install_mode(arguments: argparse.Namespace) -> int:
+    from localdisk import install
+
+    _refuse_config(arguments)
+    _require_root("install")
+    return _tell(install.install(os.path.realpath(sys.argv[0]), _root(arguments), arguments.dry_run))
+
+
+def _uninstall_mode(arguments: argparse.Namespace) -> int:
+    from localdisk import uninstall
+
+    _refuse_config(arguments)
+    _require_root("uninstall")
+    return _tell(uninstall.uninstall(_root(arguments), arguments.dry_run, arguments.force))
+
+
+def _root(arguments: argparse.Namespace) -> str:
+    if arguments.root == "":
+        raise UsageError(problem="--root needs a directory")
+    return arguments.root or ""
+
+
+def _tell(lines: Iterator[str]) -> int:
+    """Print what is done as it is done."""
+    for line in lines:
+        print(line, flush=True)
+    return GOOD
+
+
 def _schema_mode(_arguments: argparse.Namespace) -> int:
     from localdisk import config
 
@@ -217,7 +246,7 @@ def _require_root(mode: str) -> None:
 
 def _refuse_config(arguments: argparse.Namespace) -> None:
     if arguments.config is not None:
-        raise UsageError(problem="hook and helper read /etc/localdisk.yaml and nothing else")
+        raise UsageError(problem="this mode reads /etc/localdisk.yaml and nothing else")
 
 
 # -- arguments
@@ -266,6 +295,16 @@ def parser() -> argparse.ArgumentParser:
     status_mode.add_argument("--full", action="store_true", help="whole ids and names, however wide")
     check_mode = mode("check", _check_mode, "say what is wrong with the configuration and this host")
     check_mode.add_argument("--json", action="store_true", help="print JSON")
+    install_mode = mode(
+        "install", _install_mode, "put it on this host, or bring up to date what is there (root)"
+    )
+    uninstall_mode = mode(
+        "uninstall", _uninstall_mode, "take it away, but for configuration and local disks (root)"
+    )
+    for each in (install_mode, uninstall_mode):
+        each.add_argument("--root", metavar="DIR", help="below DIR, an image's root directory")
+        each.add_argument("--dry-run", action="store_true", help="only say what would be done")
+    uninstall_mode.add_argument("--force", action="store_true", help="whatever runs or is unfinished")
     mode("helper", _helper_mode, "the privileged half of hook (vdsm, through sudo)")
     mode("schema", _schema_mode, "print the JSON schema of the configuration")
     return top

@@ -178,13 +178,22 @@ def places(path: str) -> Mapping[str, str]:
 
 def schema_text() -> str:
     """The JSON schema of the configuration, as text."""
+    return _packed("schema", _SCHEMA_FILE)
+
+
+def example_text() -> str:
+    """A configuration to start from, as text: it says the defaults."""
+    return _packed("examples", "minimal.yaml")
+
+
+def _packed(directory: str, name: str) -> str:
     package = os.path.dirname(os.path.abspath(__file__))
     loader: Any = __spec__.loader  # reads from a zip file, too
-    path = os.path.join("schema", _SCHEMA_FILE)
+    path = os.path.join(directory, name)
     try:
         text: bytes = loader.get_data(os.path.join(package, path))
     except OSError:
-        # Not installed but run from the source tree, where the schema lies beside the package.
+        # Not installed but run from the source tree, where they lie beside the package.
         text = loader.get_data(os.path.join(os.path.dirname(package), path))
     return text.decode()
 

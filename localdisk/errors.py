@@ -70,6 +70,16 @@ class ConfigRefused(Error):
         return "\n".join((*(plain(p) for p in self.problems), super().__str__()))
 
 
+class InstallRefused(Error):
+    what = "{problem}"
+    fix = "{fix}"
+
+
+class WorkUnfinished(Error):
+    what = "uninstall is refused, {what}"
+    fix = "stop the VMs, run localdisk gc until localdisk status shows nothing under way, or say --force"
+
+
 class MetricsUnwritable(Error):
     what = "cannot write metrics to {path}: {problem}"
     fix = "make its directory, or name another file"

@@ -46,6 +46,13 @@ if __name__ == "__main__" and not (
     if problem:
         sys.stderr.write(problem + "\n")
         sys.exit(2)
-    import front  # type: ignore[import-not-found]
+    try:
+        import front  # type: ignore[import-not-found]
+    except Exception:
+        # An update came between two looks at the file: Python opens it again for each import.
+        if len(os.environ.get("LOCALDISK_AGAIN", "")) > 50:
+            raise
+        os.environ["LOCALDISK_AGAIN"] = os.environ.get("LOCALDISK_AGAIN", "") + "x"
+        os.execv(sys.argv[0], sys.argv)  # noqa: S606 (ourselves)
 
     front.main(called_by_vdsm=bool(called_point(sys.argv)))

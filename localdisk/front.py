@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import fcntl
 import os
+import signal
 import sys
+import time
 from typing import NoReturn
 
 TREES = "/var/cache/localdisk"
@@ -26,6 +28,8 @@ def main(called_by_vdsm: bool) -> None:
     """Run the program from its extracted packages; extract them where that was not done."""
     clean(os.environ)
     os.umask(0o022)
+    # Inherited as ignored, it makes every command that fails look as if it had succeeded.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     user = os.geteuid()
     if user == 0:
         require_trusted(program())
@@ -75,11 +79,16 @@ def tree_name() -> str:
 
 
 def _holds(fd: int) -> bool:
-    """Whoever removes trees takes this lock for itself."""
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError:
-        return False
+    """Take the lock that keeps the tree; whoever removes it holds that for a moment, and removes the file.
+
+    Everybody can read the file, and so lock it: nobody who holds on to it shall keep us from running.
+    """
+    for _ in range(20):
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            break
+        except OSError:
+            time.sleep(0.02)
     return os.fstat(fd).st_nlink > 0
 
 
@@ -113,20 +122,30 @@ def have_root_unpack() -> None:
 
 def unpacked(trees: str, user: int) -> str:
     """The packages of this build's tree under `trees`, which is made where it is missing or damaged."""
-    import unpack  # type: ignore[import-not-found]
+    try:
+        import unpack  # type: ignore[import-not-found]
+    except Exception:  # noqa: BLE001 (an update came, whatever that looks like)
+        replaced()
 
     try:
         os.makedirs(trees, mode=0o755, exist_ok=True)
         require_alone(trees, user)
         with unpack.alone(trees):  # of many that start at once, one extracts
             if not ready(trees, user):
-                unpack.unpack(program(), trees, tree_name())
+                unpack.unpack(program(), trees, tree_name(), BUILD_ID)
         packages = ready(trees, user)
+    except unpack.Replaced:
+        replaced()
     except OSError as error:
         refuse(f"cannot extract to {trees}, {error.strerror}", f"make room, or run {program()} once as root")
     if not packages:
         refuse(f"what was extracted to {trees} is damaged", f"look for a failing disk, rm -r {trees}")
     return packages
+
+
+def replaced() -> NoReturn:
+    """A newer file took this one's place while it started."""
+    refuse(f"{program()} was replaced while it started", "try again")
 
 
 def own_trees() -> str:

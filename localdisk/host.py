@@ -91,7 +91,7 @@ class Host:
     accounts: Accounts
     way: tuple[Entry, ...]  # the program, and the directories above it
     hooks: tuple[Hook, ...]
-    udev_rule: Entry | None
+    udev_rules: tuple[Entry, ...]  # those of places.UDEV_RULES that are there
     cron: Entry | None
     sudoers: Entry | None
     run_directory: Entry | None
@@ -128,7 +128,9 @@ def look(config: Config, program: str) -> Host:
         accounts=accounts,
         way=tuple(filter(None, (asked(partial(entry, path)) for path in _way(program)))),
         hooks=asked(lambda: tuple(_hooks())) or (),
-        udev_rule=asked(partial(entry, places.UDEV_RULE, read=True)),
+        udev_rules=tuple(
+            filter(None, (asked(partial(entry, path, read=True)) for path in places.UDEV_RULES))
+        ),
         cron=asked(partial(entry, places.CRON, read=True)),
         sudoers=asked(partial(entry, places.SUDOERS, read=True)) if is_root else None,
         run_directory=asked(partial(entry, lock.RUN)),

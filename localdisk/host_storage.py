@@ -24,6 +24,7 @@ class LvmSettings:
 
     use_devices_file: bool
     autoextend_threshold: int  # percent; 100: thin pools do not grow by themselves
+    scan_lvs: bool = False  # whether LVM looks for volume groups inside of logical volumes
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ def settings() -> LvmSettings:
     return LvmSettings(
         use_devices_file=values.get("use_devicesfile", "0") == "1",  # absent before LVM 2.03.12
         autoextend_threshold=int(values.get("thin_pool_autoextend_threshold", "100")),
+        scan_lvs=values.get("scan_lvs", "1") == "1",  # absent before LVM 2.03, which does
     )
 
 

@@ -1,21 +1,38 @@
 """Where localdisk's parts are on a host, and what those of them say that are text.
 
-`examples/host/` has the same rules with their reasons; a test compares them.
+`examples/host/` shows these texts for the volume group ovirt-local; a test compares them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-PROGRAM = "/usr/local/libexec/localdisk"  # where README installs it; it may be anywhere that is root's alone
+PROGRAM = "/usr/local/libexec/localdisk"  # where install puts it; any place that is root's alone will do
+TREES = "/var/cache/localdisk"  # front.py's
 HOOKS = "/usr/libexec/vdsm/hooks"
 HOOKS_ASIDE = "/usr/libexec/vdsm/hooks.aside"  # for another program's hooks; vdsm does not look there
 LINK = "50_localdisk"
+CONFIG = "/etc/localdisk.yaml"
 SUDOERS = "/etc/sudoers.d/50_localdisk"
-UDEV_RULE = "/etc/udev/rules.d/90-localdisk.rules"
 CRON = "/etc/cron.d/localdisk"
 MULTIPATH = "/etc/multipath/conf.d"
 BLOCK = "/sys/class/block"
+
+# The same text twice, between the rules that name a logical volume and those that probe what is in it: on EL
+# 11-dm-lvm.rules and 13-dm-disk.rules, on Debian 56-lvm.rules and 60-persistent-storage-dm.rules.
+UDEV_RULES = ("/etc/udev/rules.d/12-localdisk.rules", "/etc/udev/rules.d/58-localdisk.rules")
+# Where it was put by hand, before there was install.
+UDEV_RULE_BEFORE = "/etc/udev/rules.d/90-localdisk.rules"
+
+# node_exporter's textfile collector reads here, on Debian and on EL.
+COLLECTORS = ("/var/lib/prometheus/node-exporter", "/var/lib/node_exporter/textfile_collector")
+METRICS = "localdisk.prom"
+
+# The older hook's (vdsm_hooks/localdisk/Makefile.am): vdsm may run its helper, which takes any LV name, as
+# root, and every LV of the group is vdsm's.
+OLDER_SUDOERS = "/etc/sudoers.d/50_vdsm_hook_localdisk"
+OLDER_UDEV_RULE = "/usr/lib/udev/rules.d/12-vdsm-localdisk.rules"
+ASIDE = ".aside"  # neither sudo nor udev reads a file whose name ends so
 
 _HEX = "[0-9a-f]"
 _UUID = "-".join(_HEX * length for length in (8, 4, 4, 4, 12))
@@ -26,29 +43,70 @@ def hook_link(point: str) -> str:
     return f"{HOOKS}/{point}/{LINK}"
 
 
-def sudo_rule(program: str) -> tuple[str, ...]:
-    """The lines of SUDOERS."""
-    return (
-        f"Defaults!{program} env_reset, !env_keep, !env_check",
-        f"Defaults!{program} secure_path = /usr/sbin:/usr/bin:/sbin:/bin",
-        f"Defaults!{program} !requiretty, !use_pty, !pam_session, !pam_setcred",
-        f"vdsm ALL=(root) NOPASSWD: {program} helper",
-    )
+def sudoers(program: str) -> str:
+    """The text of SUDOERS."""
+    return f"""\
+# Made by localdisk install: root:root, mode 0440.
+# vdsm may run exactly this one command as root: no wildcard, no other argument.
+#
+# Nothing of vdsm's environment reaches it.  Without a pty and a PAM session in between, sudo becomes
+# the helper instead of staying beside it: its standard input ends when the hook does.  Each run is
+# logged, although vdsm's own sudoers file has !syslog for everything that vdsm runs.
+
+Defaults!{program} env_reset, !env_keep, !env_check
+Defaults!{program} secure_path = /usr/sbin:/usr/bin:/sbin:/bin
+Defaults!{program} !requiretty, !use_pty, !pam_session, !pam_setcred
+Defaults!{program} syslog = authpriv
+vdsm ALL=(root) NOPASSWD: {program} helper
+"""
 
 
-def udev_rule(volume_groups: Iterable[str]) -> tuple[str, ...]:
-    """The lines of UDEV_RULE: the local disks in these volume groups are vdsm:qemu, mode 0660."""
-    return (
-        'ACTION=="remove", GOTO="localdisk_end"',
-        'SUBSYSTEM!="block", GOTO="localdisk_end"',
-        f'ENV{{DM_VG_NAME}}!="{"|".join(volume_groups)}", GOTO="localdisk_end"',
-        'ENV{DM_LV_LAYER}=="?*", GOTO="localdisk_end"',
-        f'ENV{{DM_LV_NAME}}!="{_UUID}", GOTO="localdisk_end"',
-        'RUN+="/usr/bin/chown vdsm:qemu $env{DEVNAME}", RUN+="/usr/bin/chmod 0660 $env{DEVNAME}"',
-        'LABEL="localdisk_end"',
-    )
+def udev_rule(volume_groups: Iterable[str]) -> str:
+    """The text of UDEV_RULES for the local disks in these volume groups."""
+    return f"""\
+# Made by localdisk install: the nodes of local disks belong to vdsm:qemu, mode 0660, and this host looks at
+# nothing that is in them.  They are the LVs of these volume groups whose name is a canonical UUID; no other
+# LV of a group (the thin pool and its parts, somebody's own) matches.
+#
+# What a guest writes to its disk is the guest's: a file system's UUID or label there must not become a link
+# below /dev/disk that this host mounts, nor a PV there a volume group that this host activates, nor a RAID
+# member an array.
+#
+# This file is there twice, as 12-localdisk.rules for EL, where 11-dm-lvm.rules names the LV and
+# 13-dm-disk.rules probes it, and as 58-localdisk.rules for Debian, where these are 56-lvm.rules and
+# 60-persistent-storage-dm.rules.  On EL the second does nothing.  Both are before 95-dm-notify.rules, which
+# lets lvcreate return: what runs after it leaves the node to root:disk for a moment.
+
+ACTION=="remove", GOTO="localdisk_end"
+SUBSYSTEM!="block", GOTO="localdisk_end"
+ENV{{.LOCALDISK}}=="1", GOTO="localdisk_end"
+ENV{{DM_VG_NAME}}!="{"|".join(volume_groups)}", GOTO="localdisk_end"
+ENV{{DM_LV_LAYER}}=="?*", GOTO="localdisk_end"
+ENV{{DM_LV_NAME}}!="{_UUID}", GOTO="localdisk_end"
+ENV{{.LOCALDISK}}="1"
+
+# RUN, because OWNER=, GROUP= and MODE= would reset the node's SELinux label and pause its VM.
+RUN+="/usr/bin/chown vdsm:qemu $env{{DEVNAME}}", RUN+="/usr/bin/chmod 0660 $env{{DEVNAME}}"
+
+# Device-mapper's own rules for what is in a disk (blkid, /dev/disk/by-uuid and so on) leave it out, and
+# everyone else's (LVM's 69-dm-lvm.rules and 69-lvm.rules, btrfs, MD, multipath, kpartx) do, too.
+ENV{{DM_UDEV_DISABLE_DISK_RULES_FLAG}}="1", ENV{{DM_UDEV_DISABLE_OTHER_RULES_FLAG}}="1"
+# No event when it is closed after writing: nobody is to look at it then, or has it open when it is removed.
+OPTIONS:="nowatch"
+# systemd starts nothing that waits for it, udisks does not show it.
+ENV{{SYSTEMD_READY}}="0", ENV{{UDISKS_IGNORE}}="1"
+
+LABEL="localdisk_end"
+"""
+
+
+def cron(program: str, collectors: Iterable[str]) -> str:
+    """The text of CRON, with metrics for each of these directories of a textfile collector."""
+    lines = ["# Made by localdisk install.", cron_line(program)]
+    lines += [f"* * * * * root {program} status --prometheus {path}/{METRICS}" for path in collectors]
+    return "".join(f"{line}\n" for line in lines)
 
 
 def cron_line(program: str) -> str:
-    """The line of CRON."""
-    return f"*/10 * * * * root {program} gc"
+    """The line of CRON that removes local disks; what gc prints is in the log, too, problems are mailed."""
+    return f"*/10 * * * * root {program} gc >/dev/null"

@@ -34,18 +34,22 @@ def alone(trees: str) -> Iterator[None]:
         os.close(fd)
 
 
-def unpack(archive: str, trees: str, name: str) -> None:
+class Replaced(Exception):
+    """The archive is of another build than the code that reads it: an update came in between."""
+
+
+def unpack(archive: str, trees: str, name: str, build_id: str) -> None:
     """Make the tree `name` from `archive`, in the place of whatever has that name.
 
     It appears when all of it is on the disk.  The lock of `trees` is held, so that what another one has
-    begun is nobody's.  Raises OSError.
+    begun is nobody's.  Raises OSError, Replaced.
     """
     for left in os.listdir(trees):
         if left.startswith(".new-"):
             shutil.rmtree(os.path.join(trees, left))
     new, tree = tempfile.mkdtemp(prefix=".new-", dir=trees), os.path.join(trees, name)
     try:
-        _fill(archive, new, tree)
+        _fill(archive, new, tree, build_id)
         if os.path.lexists(tree):
             os.rename(tree, os.path.join(new, "damaged"))
         os.rename(new, tree)
@@ -80,8 +84,10 @@ def _remove_unused(tree: str) -> bool:
     return True
 
 
-def _fill(archive: str, new: str, tree: str) -> None:
+def _fill(archive: str, new: str, tree: str, build_id: str) -> None:
     with zipfile.ZipFile(archive) as packed:
+        if build_id.encode() not in packed.read("front.py"):
+            raise Replaced
         names = [name for name in packed.namelist() if name.startswith(f"{PACKAGES}/")]
         packed.extractall(new, [name for name in names if not _OTHER.search(name)])
     # What is compiled is believed unseen: the tree changes as a whole only.

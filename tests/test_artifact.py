@@ -74,7 +74,10 @@ def test_compiled_packages_for_every_python() -> None:
 
 def test_help_names_every_mode() -> None:
     out = run(str(ARTIFACT), "--help").stdout
-    assert all(f"\n    {mode} " in out for mode in ("hook", "gc", "status", "check", "install", "uninstall", "helper", "schema"))
+    assert all(
+        f"\n    {mode} " in out
+        for mode in ("hook", "gc", "status", "check", "install", "uninstall", "helper", "schema")
+    )
 
 
 def test_schema_is_the_projects() -> None:
@@ -134,4 +137,5 @@ def test_only_what_run_time_needs_is_inside() -> None:
     assert not [name for name in names if name.startswith(("_bootstrap", "environment.json", "."))]
     assert not [name for name in names if name.endswith((".pxd", ".h", ".pyc", ".pyi")) or "/tests/" in name]
     assert "site-packages/localdisk/schema/localdisk.schema.json" in names
+    assert "site-packages/localdisk/examples/minimal.yaml" in names
     assert ARTIFACT.read_bytes().startswith(b"#!/usr/bin/python3 -IS\n")

@@ -57,7 +57,8 @@ WAY = (
 )
 HOOKS = tuple(Hook(point, places.hook_link(point), PROGRAM) for point in sorted(POINTS))
 ACCOUNTS = Accounts({"vdsm": 36, "qemu": 107}, {"kvm": 36, "qemu": 107}, frozenset({"kvm", "qemu"}))
-RULE = a_file(places.UDEV_RULE, text="\n".join(places.udev_rule(["ovirt-local"])))
+RULES = tuple(a_file(path, text=places.udev_rule(["ovirt-local"])) for path in places.UDEV_RULES)
+INSTALL = f"{PROGRAM} install"
 SETTINGS = LvmSettings(use_devices_file=False, autoextend_threshold=100)
 
 
@@ -80,9 +81,9 @@ GOOD = Host(
     accounts=ACCOUNTS,
     way=WAY,
     hooks=HOOKS,
-    udev_rule=RULE,
+    udev_rules=RULES,
     cron=a_file(places.CRON, text=places.cron_line(PROGRAM)),
-    sudoers=a_file(places.SUDOERS, 0o440, (ROOT / "examples/host/sudoers").read_text()),
+    sudoers=a_file(places.SUDOERS, 0o440, places.sudoers(PROGRAM)),
     run_directory=a_directory(lock.RUN),
     lvm_settings=SETTINGS,
     groups=(a_group(),),
@@ -219,8 +220,15 @@ def test_a_program_outside_of_the_system() -> None:
     assert first == (
         "/tmp/local disk lies where others than root can write (/tmp), root runs this program, so whoever can"
         f" change it is root : install -D -o root -g root -m 0755 '/tmp/local disk' {PROGRAM} &&"
-        f" {PROGRAM} check"
+        f" {PROGRAM} install && {PROGRAM} check"
     )
+
+
+def test_a_program_that_is_not_where_install_puts_it() -> None:
+    program = "/opt/localdisk"
+    way = (a_file(program, 0o755), a_directory("/opt"), a_directory("/"))
+    fixes = {line.partition(" : ")[2] for line in lines(program=program, way=way)}
+    assert fixes == {f"{program} install && {PROGRAM} check"}
 
 
 def test_sudo() -> None:
@@ -230,26 +238,25 @@ def test_sudo() -> None:
         f"vdsm cannot run `sudo {PROGRAM} helper` (sudo: a password is required),"
         " without it no local disk is made"
     )
-    assert fix == write_command(places.SUDOERS, places.sudo_rule(PROGRAM), "0440")
+    assert fix == INSTALL
 
 
 @pytest.mark.parametrize(
     ("sudoers", "is_good"),
     [
-        ("\n".join(places.sudo_rule(PROGRAM)).replace(" ", "\t"), True),
+        (places.sudoers(PROGRAM).replace(" ", "\t"), True),
         (f"vdsm ALL=(root) NOPASSWD: {PROGRAM} helper\n", False),
-        ("\n".join((*places.sudo_rule(PROGRAM), f"vdsm ALL=(root) NOPASSWD: {PROGRAM} gc")), False),
-        ("\n".join((*places.sudo_rule(PROGRAM), f"#36 ALL=(root) NOPASSWD: {PROGRAM} gc")), False),
-        ("\n".join((*places.sudo_rule(PROGRAM), "#include /x")), False),
+        (f"{places.sudoers(PROGRAM)}vdsm ALL=(root) NOPASSWD: {PROGRAM} gc", False),
+        (f"{places.sudoers(PROGRAM)}#36 ALL=(root) NOPASSWD: {PROGRAM} gc", False),
+        (f"{places.sudoers(PROGRAM)}#include /x", False),
     ],
 )
 def test_sudo_rule_that_allows_more_or_less(sudoers: str, is_good: bool) -> None:
     found = lines(sudoers=a_file(places.SUDOERS, 0o440, sudoers))
-    fix = write_command(places.SUDOERS, places.sudo_rule(PROGRAM), "0440")
     line = (
         f"{places.SUDOERS} is not the rule that localdisk needs, no more and no less, vdsm's"
         " environment, or more"
-        f" than one command of its, could reach root : {fix}"
+        f" than one command of its, could reach root : {INSTALL}"
     )
     assert found == (["this host: good"] if is_good else [line])
     assert lines(sudoers=None) == ["this host: good"], "it may be in another file"
@@ -266,20 +273,18 @@ def test_a_written_file_says_what_was_meant(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("example", "made"),
     [
-        ("sudoers", places.sudo_rule(PROGRAM)),
-        ("90-localdisk.rules", places.udev_rule(["ovirt-local"])),
+        ("sudoers", places.sudoers(PROGRAM)),
+        ("12-localdisk.rules", places.udev_rule(["ovirt-local"])),
     ],
 )
-def test_the_examples_are_what_check_asks_for(example: str, made: Iterable[str]) -> None:
-    text = (ROOT / "examples/host" / example).read_text()
-    assert [line for line in text.splitlines() if line and not line.startswith("#")] == list(made)
+def test_the_examples_are_what_install_writes(example: str, made: str) -> None:
+    assert (ROOT / "examples/host" / example).read_text() == made
 
 
 def test_the_places_are_those_of_readme() -> None:
     text = (ROOT / "README.md").read_text()
-    for place in (places.PROGRAM, places.SUDOERS, "/etc/udev/rules.d/", places.CRON, places.HOOKS):
-        assert place in text
-    assert places.cron_line(PROGRAM) in text
+    made = (places.PROGRAM, places.SUDOERS, *places.UDEV_RULES, places.CRON, places.HOOKS, places.HOOKS_ASIDE)
+    assert [place for place in made if place not in text] == []
 
 
 # -- hooks
@@ -290,9 +295,7 @@ def test_hooks_that_are_missing() -> None:
     stale = Hook("before_vm_start", places.hook_link("before_vm_start"), "/opt/old/localdisk")
     assert lines(hooks=(*hooks, stale)) == [
         f"no hook at after_vm_destroy, before_vm_start leads to {PROGRAM}, vdsm does not call it"
-        " there : for p in"
-        " after_vm_destroy before_vm_start; do mkdir -p /usr/libexec/vdsm/hooks/$p && "
-        f"ln -sfT {PROGRAM} /usr/libexec/vdsm/hooks/$p/50_localdisk; done"
+        f" there : {INSTALL}"
     ]
 
 
@@ -306,14 +309,12 @@ def test_hooks_that_are_too_many() -> None:
         Hook("after_vm_start", f"{top}/after_vm_start/50_localdisk", PROGRAM),
         Hook("after_vm_start", f"{top}/after_vm_start/10_other", "/usr/libexec/other"),
     )
-    aside = places.HOOKS_ASIDE
     assert lines(hooks=HOOKS + more) == [
         f"{more[0].path} does the work of {places.hook_link('after_disk_prepare')}, vdsm calls it twice"
-        f" : rm {more[0].path}",
-        f"{more[2].path} leads to {PROGRAM}, it serves no such point : rm {more[2].path}",
-        f"{more[1].path} is another hook for local disks, two of them copy twice : mkdir -p"
-        f" {aside}/after_disk_prepare && mv {more[1].path} {aside}/after_disk_prepare/"
-        " # or dnf remove vdsm-hook-localdisk",
+        f" : {INSTALL}",
+        f"{more[2].path} leads to {PROGRAM}, it serves no such point : {INSTALL}",
+        f"{more[1].path} is another hook for local disks, two of them copy twice"
+        f" : {INSTALL} # moves it to {places.HOOKS_ASIDE}",
     ]
 
 
@@ -332,14 +333,13 @@ def test_cron_lines_that_run_gc(text: str) -> None:
     assert lines(cron=a_file(places.CRON, text=text)) == ["this host: good"]
 
 
-CRON_FIX = f"printf '%s\\n' '*/10 * * * * root {PROGRAM} gc' | install -D -o root -g root -m 0644 /dev/stdin"
 NOT_RUN = f"{places.CRON} does not run `{PROGRAM} gc` as root, "
 
 
 @pytest.mark.parametrize(
     ("cron", "what"),
     [
-        (None, f"there is no {places.CRON}, gc would remove nothing but when vdsm starts : {CRON_FIX}"),
+        (None, f"there is no {places.CRON}, gc would remove nothing but when vdsm starts : {INSTALL}"),
         (a_file(places.CRON, text=""), NOT_RUN),
         (a_file(places.CRON, text=f"# */10 * * * * root {PROGRAM} gc"), NOT_RUN),
         (a_file(places.CRON, text=f"*/10 * * * * vdsm {PROGRAM} gc"), NOT_RUN),
@@ -354,37 +354,54 @@ NOT_RUN = f"{places.CRON} does not run `{PROGRAM} gc` as root, "
 def test_cron(cron: Entry | None, what: str) -> None:
     (line,) = lines(cron=cron)
     assert line.startswith(what)
-    assert CRON_FIX in line
+    assert line.endswith(f" : {INSTALL}")
 
 
 @pytest.mark.parametrize(
-    ("rule", "what"),
+    ("rules", "whats"),
     [
-        (None, f"there is no {places.UDEV_RULE}, the nodes of local disks must be vdsm's : printf "),
-        (replace(RULE, text=""), f"{places.UDEV_RULE} does not name volume group ovirt-local, the nodes"),
+        ((), [f"there is no {path}" for path in places.UDEV_RULES]),
+        (RULES[:1], [f"there is no {places.UDEV_RULES[1]}"]),
+        (RULES[1:], [f"there is no {places.UDEV_RULES[0]}"]),
         (
-            replace(RULE, text=f"# {RULE.text}"),
-            f"{places.UDEV_RULE} does not name volume group ovirt-local, ",
+            (replace(RULES[0], text=""), RULES[1]),
+            [f"{places.UDEV_RULES[0]} does not name volume group ovirt-local"],
+        ),
+        (
+            (RULES[0], replace(RULES[1], text=RULES[1].text.replace("\n", "\n# "))),
+            [f"{places.UDEV_RULES[1]} does not name volume group ovirt-local"],
         ),
     ],
 )
-def test_udev_rule(rule: Entry | None, what: str) -> None:
-    rule = rule and replace(rule, text=rule.text.replace("\n", "\n# "))
-    (line,) = lines(udev_rule=rule)
-    assert line.startswith(what)
-    assert line.endswith(
-        " && udevadm control --reload && udevadm trigger --settle --action=change --sysname-match='dm-*'"
+def test_udev_rules(rules: tuple[Entry, ...], whats: list[str]) -> None:
+    why = "the nodes of local disks must be vdsm's, and hidden"
+    assert lines(udev_rules=rules) == [f"{what}, {why} : {INSTALL}" for what in whats]
+
+
+@pytest.mark.parametrize(
+    ("scans", "uses_devices_file", "is_good"),
+    [(False, False, True), (True, False, False), (True, True, True)],
+)
+def test_lvm_that_looks_into_local_disks(scans: bool, uses_devices_file: bool, is_good: bool) -> None:
+    line = (
+        "LVM looks for volume groups in logical volumes (devices/scan_lvs), a guest's groups on local disks"
+        " would be this host's : echo 'devices { scan_lvs = 0 }' >> /etc/lvm/lvmlocal.conf"
     )
+    found = lines(lvm_settings=LvmSettings(uses_devices_file, 100, scans))
+    assert found == (["this host: good"] if is_good else [line])
 
 
 def test_udev_rule_of_several_groups() -> None:
     text = f"vms:\n  {VM}: {{volume_group: fast}}\n"
     groups = (a_group(), replace(a_group(), name="fast"))
-    (line,) = lines(text, groups=groups)
-    assert f"{places.UDEV_RULE} does not name volume group fast, " in line
-    assert 'ENV{DM_VG_NAME}!="ovirt-local|fast"' in line
-    for good in ('ENV{DM_VG_NAME}!="ovirt-local|fast"', ' ENV{DM_VG_NAME}=="*"'):
-        assert lines(text, groups=groups, udev_rule=replace(RULE, text=good)) == ["this host: good"]
+    found = lines(text, groups=groups)
+    assert [line.split(", ")[0] for line in found] == [
+        f"{path} does not name volume group fast" for path in places.UDEV_RULES
+    ]
+    assert places.udev_rule(["ovirt-local", "fast"]).count('ENV{DM_VG_NAME}!="ovirt-local|fast"') == 1
+    for good in (places.udev_rule(["ovirt-local", "fast"]), ' ENV{DM_VG_NAME}=="*"'):
+        rules = tuple(replace(rule, text=good) for rule in RULES)
+        assert lines(text, groups=groups, udev_rules=rules) == ["this host: good"]
 
 
 # -- volume groups
@@ -580,8 +597,8 @@ def test_failures(failure: Exception, line: str) -> None:
 
 
 def test_what_could_not_be_seen_is_not_missing() -> None:
-    failures = tuple(Unseen(path=path, problem="x") for path in (places.CRON, places.UDEV_RULE))
-    assert len(lines(cron=None, udev_rule=None, failures=failures)) == 2
+    failures = tuple(Unseen(path=path, problem="x") for path in (places.CRON, *places.UDEV_RULES))
+    assert len(lines(cron=None, udev_rules=(), failures=failures)) == 3
 
 
 def test_an_ordinary_user() -> None:
@@ -746,7 +763,8 @@ LVS = json.dumps(
     {"report": [{"lv": [{"lv_name": "pool0", "lv_when_full": "error", "seg_monitor": "not monitored"}]}]}
 )
 LVMCONFIG = (
-    'devices {\n\tuse_devicesfile=0\n\tdir="/dev"\n}\nactivation {\n\tthin_pool_autoextend_threshold=80\n}\n'
+    'devices {\n\tscan_lvs=0\n\tuse_devicesfile=0\n\tdir="/dev"\n}\n'
+    "activation {\n\tthin_pool_autoextend_threshold=80\n}\n"
 )
 
 
@@ -775,8 +793,10 @@ def fixture_door(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Door:
     monkeypatch.setattr(run, "begin", door.begin)
     monkeypatch.setattr(run, "tool_exists", lambda _tool: True)
     monkeypatch.setattr(os, "geteuid", lambda: 0)
-    for name in ("HOOKS", "UDEV_RULE", "CRON", "SUDOERS", "BLOCK"):
+    for name in ("HOOKS", "CRON", "SUDOERS", "BLOCK"):
         monkeypatch.setattr(places, name, str(tmp_path / name.lower()))
+    rules = tuple(str(tmp_path / os.path.basename(path)) for path in places.UDEV_RULES)
+    monkeypatch.setattr(places, "UDEV_RULES", rules)
     monkeypatch.setattr(lock, "RUN", str(tmp_path / "run"))
     users = {"vdsm": (36, 36), "qemu": (107, 107)}
     monkeypatch.setattr(
@@ -800,8 +820,8 @@ def test_looking(door: Door) -> None:
     assert seen.failures == ()
     assert (seen.lvm_version, seen.qemu_img_version) == ((2, 3, 16), (7, 2))
     assert (seen.accounts, seen.known_vms, seen.sudo_problem) == (ACCOUNTS, frozenset({VM}), "")
-    assert (seen.hooks, seen.cron, seen.udev_rule, seen.run_directory) == ((), None, None, None)
-    assert seen.lvm_settings == LvmSettings(use_devices_file=False, autoextend_threshold=80)
+    assert (seen.hooks, seen.cron, seen.udev_rules, seen.run_directory) == ((), None, (), None)
+    assert seen.lvm_settings == LvmSettings(False, autoextend_threshold=80, scan_lvs=False)
     (group,) = seen.groups
     assert group.vg
     assert (group.hidden, group.multipaths, group.pools) == ((), (), {"pool0": PoolWatch(True, False)})
@@ -978,7 +998,8 @@ def test_mode_of_a_node(tmp_path: Path) -> None:
 def test_check(door: Door, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path = tmp_path / "localdisk.yaml"
     monkeypatch.setattr(config, "DEFAULT_PATH", str(path))
-    monkeypatch.setattr(host, "look", lambda _config, _program: GOOD)
+    rules = tuple(replace(rule, path=path) for rule, path in zip(RULES, places.UDEV_RULES))
+    monkeypatch.setattr(host, "look", lambda _config, _program: replace(GOOD, udev_rules=rules))
     found = check.check(config.load(), None, PROGRAM)
     assert as_lines(found) == f"{path}: not there, the built-in defaults hold\nthis host: good\n"
     path.write_text(f"vms:\n  {VM}: {{}}\n")

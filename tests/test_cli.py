@@ -80,7 +80,10 @@ def test_version(run: Run) -> None:
 def test_help_names_every_mode(run: Run) -> None:
     code, out, err = run("--help")
     assert (code, err) == (0, "")
-    assert all(f"\n    {mode} " in out for mode in ("hook", "gc", "status", "check", "helper", "schema"))
+    assert all(
+        f"\n    {mode} " in out
+        for mode in ("hook", "gc", "status", "check", "install", "uninstall", "helper", "schema")
+    )
 
 
 def test_schema(run: Run) -> None:
@@ -173,16 +176,18 @@ def test_a_named_configuration_must_be_there(run: Run) -> None:
         assert run.refused(mode, "--config", "/nonexistent").startswith("cannot read configuration /nonexist")
 
 
-@pytest.mark.parametrize("argv", [("hook", "after_disk_prepare"), ("helper",), ("hook",)])
-def test_hook_and_helper_take_no_configuration(run: Run, argv: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    "argv", [("hook", "after_disk_prepare"), ("helper",), ("hook",), ("install",), ("uninstall", "--force")]
+)
+def test_modes_that_take_no_configuration(run: Run, argv: tuple[str, ...]) -> None:
     for words in (("--config", "/x", *argv), (*argv, "--config", "/x")):
-        assert run.refused(*words).startswith("hook and helper read /etc/localdisk.yaml and nothing else")
+        assert run.refused(*words).startswith("this mode reads /etc/localdisk.yaml and nothing else")
 
 
 # -- modes that need root
 
 
-@pytest.mark.parametrize("mode", ["helper", "gc"])
+@pytest.mark.parametrize("mode", ["helper", "gc", "install", "uninstall"])
 def test_modes_of_root(run: Run, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 36)
     assert run.refused(mode) == f"{mode} needs root : run it with sudo"

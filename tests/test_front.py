@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import ast
+import fcntl
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import zipfile
@@ -121,6 +123,21 @@ def test_the_wrong_machine(tmp_path: Path) -> None:
     (tmp_path / "__main__.py").write_text(text)
     done = subprocess.run([sys.executable, str(tmp_path), "gc"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+
+
+def test_an_update_between_two_looks_at_the_file(tmp_path: Path) -> None:
+    """It begins again, with the new file."""
+    program = tmp_path / "program"
+    program.write_text(f"#!{sys.executable}\n" + FIRST.read_text())
+    program.chmod(0o755)
+    (tmp_path / "front.py").write_text("import os\nos.rename('new', 'front.py')\nraise ImportError\n")
+    (tmp_path / "new").write_text("def main(called_by_vdsm): print('new')\n")
+    argv = [str(program), "gc"]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert (done.stdout, done.stderr) == ("new\n", "")
+    (tmp_path / "front.py").write_text("raise ImportError('broken for good')\n")
+    done = subprocess.run(argv, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert "broken for good" in done.stderr
 
 
 # -- front.py
@@ -246,6 +263,7 @@ def fixture_trees(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     (tmp_path / "link").symlink_to(tmp_path / "localdisk")
     with zipfile.ZipFile(tmp_path / "localdisk", "w") as packed:
         packed.writestr("site-packages/some/module.py", "NAME = 'x'\n")
+        packed.writestr("front.py", 'BUILD_ID = "abc"\n')
     return tmp_path / "trees"
 
 
@@ -260,6 +278,22 @@ def test_the_tree_of_this_build(monkeypatch: pytest.MonkeyPatch, trees: Path) ->
     assert front.ready(str(trees), ME + 1) == ""
     monkeypatch.setattr(front, "BUILD_ID", "abd")
     assert front.ready(str(trees), ME) == ""
+
+
+def test_a_tree_that_somebody_locks(trees: Path) -> None:
+    """Whoever can read a file can lock it; that is no reason not to run."""
+    packages = front.unpacked(str(trees), ME)
+    os.close(front._in_use.pop())
+    with open(trees / NAME / "files", "rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        assert front.ready(str(trees), ME) == packages
+
+
+def test_a_tree_that_is_being_removed(trees: Path) -> None:
+    front.unpacked(str(trees), ME)
+    with open(trees / NAME / "files", "rb") as file:
+        (trees / NAME / "files").unlink()
+        assert not front._holds(file.fileno())
 
 
 @pytest.mark.parametrize("part", ["", NAME])
@@ -335,6 +369,13 @@ def test_a_full_disk(
     assert [path.name for path in trees.iterdir()] == [".lock"]
 
 
+def test_an_update_while_it_starts(trees: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with zipfile.ZipFile(trees.parent / "localdisk", "w") as packed:
+        packed.writestr("front.py", 'BUILD_ID = "abd"\n')
+    line = refused(capsys, lambda: front.unpacked(str(trees), ME))
+    assert line == f"localdisk: {trees.parent}/localdisk was replaced while it started : try again"
+
+
 def test_what_is_still_damaged_is_not_run(
     monkeypatch: pytest.MonkeyPatch, trees: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -396,6 +437,18 @@ def test_the_program_runs_from_roots_tree(
     monkeypatch.setattr(os, "geteuid", lambda: 36)
     runs()
     assert started == ["umask 22", f"program on {packages}"]
+
+
+def test_who_ignores_the_death_of_children(trees: Path, started: list[str]) -> None:
+    """Ignored, which is inherited, it makes subprocess take every exit code for 0."""
+    front.unpacked(str(trees), ME)
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        runs()
+        assert signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL
+        assert subprocess.run(["false"], check=False).returncode == 1
+    finally:
+        signal.signal(signal.SIGCHLD, before)
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ def fixture_archive(tmp_path: Path) -> str:
     path.write_bytes(b"#!/usr/bin/python3\n")
     with zipfile.ZipFile(path, "a") as packed:
         packed.writestr("__main__.py", "raise SystemExit\n")
+        packed.writestr("front.py", 'BUILD_ID = "abc"\n')
         packed.writestr("site-packages/some/__init__.py", "")
         packed.writestr("site-packages/some/module.py", "def f(): raise ValueError\n")
         packed.writestr(f"site-packages/some/fast.{TAG}-x86_64-linux-gnu.so", "ours")
@@ -45,7 +46,7 @@ def files(tree: Path) -> dict[str, int]:
 
 def test_what_is_in_a_tree(archive: str, trees: Path) -> None:
     """All for this Python, nothing for another, compiled, and listed."""
-    unpack.unpack(archive, str(trees), "one")
+    unpack.unpack(archive, str(trees), "one", "abc")
     found = files(trees / "one")
     assert found == {
         str(path.relative_to(trees / "one")): path.stat().st_size
@@ -64,7 +65,7 @@ def test_what_is_in_a_tree(archive: str, trees: Path) -> None:
 
 
 def test_what_is_compiled_knows_its_place_and_is_believed(archive: str, trees: Path) -> None:
-    unpack.unpack(archive, str(trees), "one")
+    unpack.unpack(archive, str(trees), "one", "abc")
     compiled = trees / f"one/site-packages/some/__pycache__/module.{TAG}.pyc"
     data = compiled.read_bytes()
     assert str(trees / "one/site-packages/some/module.py").encode() in data
@@ -86,12 +87,12 @@ def test_killed_in_the_middle(archive: str, trees: Path, number: int) -> None:
     child = os.fork()
     if child == 0:
         os.fsync = sync  # type: ignore[assignment]
-        unpack.unpack(archive, str(trees), "one")
+        unpack.unpack(archive, str(trees), "one", "abc")
         os._exit(0)
     os.waitpid(child, 0)
     names = {path.name for path in trees.iterdir()}
     assert "one" not in names or files(trees / "one")
-    unpack.unpack(archive, str(trees), "one")
+    unpack.unpack(archive, str(trees), "one", "abc")
     assert [path.name for path in trees.iterdir()] == ["one"]
     assert sorted(path.name for path in (trees / "one").iterdir()) == ["files", "site-packages"]
 
@@ -100,7 +101,7 @@ def _start(archive: str, trees: str) -> bool:
     with unpack.alone(trees):
         made = not os.path.exists(os.path.join(trees, "one"))
         if made:
-            unpack.unpack(archive, trees, "one")
+            unpack.unpack(archive, trees, "one", "abc")
     return made
 
 
@@ -112,7 +113,7 @@ def test_of_many_at_once_one_extracts(archive: str, trees: Path) -> None:
 
 def test_trees_that_nobody_uses_go(archive: str, trees: Path) -> None:
     for name in ("old", "used", "new"):
-        unpack.unpack(archive, str(trees), name)
+        unpack.unpack(archive, str(trees), name, "abc")
     (trees / "localdisk_abc").mkdir()  # of a version that had no list
     with open(trees / "used/files", "rb") as file:
         fcntl.flock(file, fcntl.LOCK_SH)
@@ -126,3 +127,9 @@ def test_the_lock_follows_no_link(trees: Path, tmp_path: Path) -> None:
     with pytest.raises(OSError, match="symbolic links"), unpack.alone(str(trees)):
         pass
     assert not (tmp_path / "elsewhere").exists()
+
+
+def test_a_file_that_was_replaced_meanwhile(archive: str, trees: Path) -> None:
+    with pytest.raises(unpack.Replaced):
+        unpack.unpack(archive, str(trees), "one", "abd")
+    assert list(trees.iterdir()) == []

@@ -27,11 +27,13 @@ ROOT = Path(__file__).resolve().parents[2]
 VOLUME_GROUP = "ovirt-local"
 THIN_POOL = "pool0"
 PROGRAM = Path("/usr/local/libexec/localdisk")
+CONFIG = Path("/etc/localdisk.yaml")
 TREES = Path("/var/cache/localdisk")  # where the program extracts itself
 HOOKS = Path("/usr/libexec/vdsm/hooks")
 SUDOERS = Path("/etc/sudoers.d/50_localdisk")
 CRON = Path("/etc/cron.d/localdisk")
-RULE = Path("/etc/udev/rules.d/90-localdisk.rules")
+RULES = tuple(Path("/etc/udev/rules.d", name) for name in ("12-localdisk.rules", "58-localdisk.rules"))
+RULE = RULES[1]  # what is Debian's
 STORAGE_RULE = Path("/etc/udev/rules.d/90-bed-storage.rules")
 DATA_CENTER = Path("/rhev/data-center")
 STORAGE = DATA_CENTER / "mnt/srv:_exp"
@@ -65,7 +67,8 @@ def setup() -> None:
     run("modprobe", "-a", "dm-mod", "dm-thin-pool", "loop")
     users()
     shared_storage()
-    rules()
+    STORAGE_RULE.write_text(STORAGE_RULE_TEXT)
+    run("udevadm", "control", "--reload")
     volume_group()
     install()
 
@@ -164,15 +167,8 @@ def logical_volumes() -> dict[str, frozenset[str]]:
 # -- what localdisk puts on a host
 
 
-def rules() -> None:
-    """udev's rules: ours and the stand-in for vdsm's own."""
-    RULE.write_text((ROOT / "examples/host" / RULE.name).read_text())
-    STORAGE_RULE.write_text(STORAGE_RULE_TEXT)
-    run("udevadm", "control", "--reload")
-
-
 def install() -> None:
-    """The program, its hook links, its sudo rule and its line for cron, which does not run here."""
+    """As an administrator does: copies one file, and has it install all that belongs to it."""
     if throwaway():
         # What this machine has extracted shows through; a host that gets the file has nothing yet.
         shutil.rmtree(TREES, ignore_errors=True)
@@ -184,15 +180,7 @@ def install() -> None:
     PROGRAM.chmod(0o755)
     for point in POINTS:
         (HOOKS / point).mkdir(parents=True, exist_ok=True)
-    for link in hook_links():
-        link.unlink(missing_ok=True)
-        link.symlink_to(PROGRAM)
-    shutil.copyfile(ROOT / "examples/host/sudoers", SUDOERS)
-    SUDOERS.chmod(0o440)
-    run("visudo", "-c")
-    CRON.parent.mkdir(exist_ok=True)
-    CRON.write_text(f"*/10 * * * * root {PROGRAM} gc\n")
-    CRON.chmod(0o644)
+    run(str(PROGRAM), "install")
 
 
 def hook_links() -> tuple[Path, ...]:
@@ -205,7 +193,9 @@ def hook_links() -> tuple[Path, ...]:
 def leave() -> None:
     """Undoes `setup` but for the users, whatever of it is there."""
     libvirt.stop()
-    for path in (RULE, STORAGE_RULE, SUDOERS, CRON, PROGRAM, *hook_links()):
+    if PROGRAM.exists():
+        run(str(PROGRAM), "uninstall", "--force")
+    for path in (STORAGE_RULE, CONFIG):
         path.unlink(missing_ok=True)
     run("udevadm", "control", "--reload")
     for loop, file in loop_devices():

@@ -121,14 +121,18 @@ class _Helper:
     """One helper with a claimed disk; requests come one after the other, as lines."""
 
     def __init__(self) -> None:
-        self._patch = pytest.MonkeyPatch()
-        directory = tempfile.mkdtemp(dir="/dev/shm")
-        self.host = FakeHost().install(self._patch, Path(directory))
+        self._directory = Path(tempfile.mkdtemp(dir="/dev/shm"))
+        self.host = FakeHost()
         self.host.add(VOLUME, tags("STOPPED_5"), 64 << 20)
         self.host.add(OTHER_VOLUME, tags(vm=OTHER_VM), 64 << 20)
 
     def read(self, data: bytes) -> bool:
         """Whether any request was carried out."""
+        with pytest.MonkeyPatch.context() as patch:
+            self.host.install(patch, self._directory)
+            return self._read(data)
+
+    def _read(self, data: bytes) -> bool:
         session, done = Session(config.parse(b"", "F"), lambda _: None), 0
         for line in data.split(b"\n")[:8]:
             answer = session.serve(line[: 64 << 10])

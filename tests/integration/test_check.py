@@ -147,14 +147,14 @@ def test_a_refused_configuration() -> None:
 
 
 def test_nothing_installed() -> None:
-    for path in (host.RULE, host.CRON, host.SUDOERS, *host.hook_links()):
+    for path in (*host.RULES, host.CRON, host.SUDOERS, *host.hook_links()):
         path.unlink()
     run("udevadm", "control", "--reload")
     fixed(
         "vdsm cannot run",
         "no hook at",
         f"there is no {host.CRON}",
-        f"there is no {host.RULE}",
+        *(f"there is no {rule}" for rule in host.RULES),
     )
     assert all(link.resolve() == host.PROGRAM for link in host.hook_links())
     volume = local_disk()  # its node is vdsm's again
@@ -188,9 +188,11 @@ def test_installed_wrongly() -> None:
     )
     for fix in fixes:
         paste(fix)
-    good()  # 60_localdisk serves as well as 50_localdisk
-    (POINT / "60_localdisk").unlink()
-    fixed("no hook at after_disk_prepare")
+    good()
+    (POINT / "50_localdisk").rename(POINT / "60_localdisk")
+    good()  # it serves as well
+    localdisk("install")
+    assert [path.name for path in POINT.iterdir()] == ["50_localdisk"]
     shutil.rmtree("/usr/libexec/vdsm/hooks.aside")
 
 
@@ -208,9 +210,24 @@ def test_rules_that_say_something_else() -> None:
 
 
 def test_a_program_that_others_can_write() -> None:
+    """Root does not run it at all; check tells others."""
     shutil.chown(host.PROGRAM, "vdsm")
     host.PROGRAM.parent.chmod(0o777)
-    fixed(f"{host.PROGRAM} (user ", f"{host.PROGRAM.parent} (user 0, mode 0777)")
+    try:
+        by_root = attempt(str(host.PROGRAM), "check")
+        assert (by_root.returncode, by_root.stderr.count("\n")) == (2, 1)
+        rows = json.loads(attempt(str(host.PROGRAM), "check", "--json", user="vdsm").stdout)["problems"]
+        found = {row["what"]: row["fix"] for row in rows if "can be written by others" in row["what"]}
+        assert [what.partition(" (user ")[0] for what in found] == [
+            str(host.PROGRAM),
+            str(host.PROGRAM.parent),
+        ]
+        for fix in found.values():
+            paste(fix)
+        good()
+    finally:
+        host.PROGRAM.parent.chmod(0o755)
+        shutil.chown(host.PROGRAM, "root")
     host.PROGRAM.chmod(0o700)
     fixed(f"{host.PROGRAM} (user 0, mode 0700) is not for others")
 
@@ -226,7 +243,8 @@ def test_a_program_outside_of_the_system() -> None:
         if "others than root can write" in row["what"]
     )
     elsewhere_fixed = attempt("sh", "-c", fix)
-    assert (elsewhere_fixed.returncode, elsewhere_fixed.stdout) == (0, GOOD)
+    assert elsewhere_fixed.returncode == 0
+    assert elsewhere_fixed.stdout.endswith(GOOD)
     elsewhere.unlink()
 
 
@@ -310,17 +328,16 @@ def test_nodes_of_local_disks() -> None:
 @contextmanager
 def group_on(*devices: object) -> Iterator[None]:
     """The volume group of these tests is the configured one; goes with all that is in it."""
-    rule = host.RULE.read_text()
-    host.RULE.write_text(rule.replace(host.VOLUME_GROUP, NAME))
     configure(f"volume_group: {NAME}\n")
+    localdisk("install")
     if devices:
         run("vgcreate", "-y", "-s", "1m", NAME, *map(str, devices))
     try:
         yield
     finally:
         attempt("vgremove", "-ff", "-y", NAME)
-        host.RULE.write_text(rule)
-        run("udevadm", "control", "--reload")
+        configure()
+        localdisk("install")
 
 
 def test_no_volume_group() -> None:
@@ -365,6 +382,16 @@ def test_devices_file() -> None:
         fixed(f"volume group {NAME} is not in LVM's devices file ({one.path} {two.path})")
         run("lvm", "lvmdevices", "--deldev", str(two.path))
         fixed(f"volume group {NAME} is not in LVM's devices file ({two.path})")
+
+
+@pytest.mark.usefixtures("throwaway")
+def test_lvm_that_looks_into_local_disks() -> None:
+    before = LVM_LOCAL.read_text() if LVM_LOCAL.exists() else ""
+    LVM_LOCAL.write_text("devices {\n\tscan_lvs = 1\n}\n")
+    try:
+        fixed("LVM looks for volume groups in logical volumes")
+    finally:
+        LVM_LOCAL.write_text(before)
 
 
 @contextmanager

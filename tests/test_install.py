@@ -1,0 +1,621 @@
+"""install and uninstall on a directory that stands for a host: what is there before, after and in between."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import stat
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from localdisk import change, config, front, install, lock, log, places, run, uninstall, unpack
+from localdisk.disk import DELETING, UPDATING
+from localdisk.errors import CommandFailed, ConfigRefused, InstallRefused, NoVolumeGroup, WorkUnfinished
+from localdisk.lvm import VolumeGroup
+from localdisk.vdsm import POINTS
+from tests.fakes import VM, VOLUME, FakeHost, tags
+
+LINKS = tuple(places.hook_link(point) for point in sorted(POINTS))
+FILES = {
+    places.PROGRAM: 0o755,
+    places.CONFIG: 0o644,
+    places.SUDOERS: 0o440,
+    places.CRON: 0o644,
+    **dict.fromkeys(places.UDEV_RULES, 0o644),
+}
+OLDER_RULES = (places.OLDER_SUDOERS, places.OLDER_UDEV_RULE)
+OLDER = f"{places.HOOKS}/after_disk_prepare/localdisk"
+OLDER_ASIDE = f"{places.HOOKS_ASIDE}/after_disk_prepare/localdisk"
+
+
+class Image:
+    """A root directory, and the program to put there."""
+
+    def __init__(self, top: Path, program: str) -> None:
+        self.top, self.program = top, program
+        top.mkdir()
+
+    def __call__(self, path: str) -> Path:
+        return self.top / path.lstrip("/")
+
+    def write(self, path: str, text: str, mode: int = 0o644) -> None:
+        self(path).parent.mkdir(parents=True, exist_ok=True)
+        self(path).write_text(text)
+        self(path).chmod(mode)
+
+    def install(self, dry_run: bool = False) -> list[str]:
+        lines = list(install.install(self.program, str(self.top), dry_run))
+        return [line.replace(str(self.top), "") for line in lines]
+
+    def uninstall(self, dry_run: bool = False) -> list[str]:
+        lines = list(uninstall.uninstall(str(self.top), dry_run))
+        return [line.replace(str(self.top), "") for line in lines]
+
+    def files(self) -> dict[str, str]:
+        """Everything but directories: what a file says, where a link leads."""
+        found = {}
+        for directory, _, names in os.walk(self.top):
+            for path in (Path(directory, name) for name in names):
+                is_link = path.is_symlink()
+                text = os.readlink(path) if is_link else path.read_bytes().decode(errors="replace")
+                found[f"/{path.relative_to(self.top)}"] = text
+        return found
+
+    def state(self) -> dict[str, tuple[object, ...]]:
+        """All that a change would show: times, owners and modes, of directories too."""
+        paths = [self.top, *self.top.rglob("*")]
+        found = ((path, path.lstat()) for path in paths)
+        return {
+            str(path): (status.st_ino, status.st_mtime_ns, status.st_mode, status.st_uid, status.st_gid)
+            for path, status in found
+        }
+
+
+@pytest.fixture(name="visudo")
+def fixture_visudo(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What visudo was asked about; it says yes."""
+    judged: list[str] = []
+
+    def fake_run(argv: tuple[str, ...]) -> str:
+        assert tuple(argv[:2]) == ("visudo", "-cf"), "nothing else runs for another root directory"
+        judged.append(Path(argv[2]).read_text())
+        return ""
+
+    monkeypatch.setattr(run, "run", fake_run)
+    return judged
+
+
+@pytest.fixture(name="program")
+def fixture_program(tmp_path: Path) -> str:
+    path = tmp_path / "localdisk-new"
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("__main__.py", "")
+    return str(path)
+
+
+@pytest.fixture(name="image")
+def fixture_image(tmp_path: Path, program: str, visudo: list[str]) -> Image:
+    del visudo
+    return Image(tmp_path / "image", program)
+
+
+# -- what is put where
+
+
+def test_places_are_what_others_use() -> None:
+    assert (places.TREES, places.CONFIG) == (front.TREES, config.DEFAULT_PATH)
+    assert [os.path.basename(path) for path in places.UDEV_RULES] == [
+        "12-localdisk.rules",
+        "58-localdisk.rules",
+    ]
+
+
+def test_a_clean_image(image: Image, visudo: list[str]) -> None:
+    lines = image.install()
+    assert image.files().keys() == {*FILES, *LINKS}
+    for path, mode in FILES.items():
+        assert stat.S_IMODE(image(path).stat().st_mode) == mode, path
+    for link in LINKS:
+        assert os.readlink(image(link)) == places.PROGRAM
+        assert stat.S_IMODE(image(link).parent.stat().st_mode) == 0o755
+    assert image(places.PROGRAM).read_bytes() == Path(image.program).read_bytes()
+    assert visudo == [places.sudoers(places.PROGRAM)] == [image(places.SUDOERS).read_text()]
+    assert image(places.CRON).read_text() == places.cron(places.PROGRAM, ())
+    told = [*(f"wrote {path} (mode {mode:04o})" for path, mode in FILES.items())]
+    told += [f"linked {link} to {places.PROGRAM}" for link in LINKS]
+    assert {line for line in lines if not line.startswith("made directory ")} == {
+        *told,
+        f"left {places.TREES} to the first run of the program, which extracts itself there",
+    }
+    assert lines[0] == "made directory /usr"
+
+
+def test_again_changes_nothing(image: Image) -> None:
+    image.install()
+    before = image.state()
+    assert image.install() == ["all of localdisk is in its place below , nothing was changed"]
+    assert image.install(dry_run=True) == image.install()
+    assert image.state() == before
+
+
+def test_dry_run_changes_nothing(image: Image) -> None:
+    before = image.state()
+    would = image.install(dry_run=True)
+    assert image.state() == before
+    made = image.install()[:-1]
+    for verbs in (("make", "made"), ("write", "wrote"), ("link", "linked")):
+        would = [line.replace(f"would {verbs[0]} ", f"{verbs[1]} ") for line in would]
+    assert would == made
+    before = image.state()
+    assert image.uninstall(dry_run=True)
+    assert image.state() == before
+
+
+def test_what_differs_is_made_right(image: Image) -> None:
+    image.install()
+    good = image.files()
+    image.write(places.CRON, "something else")
+    image(places.SUDOERS).chmod(0o644)
+    image(places.UDEV_RULES[0]).unlink()
+    image(places.UDEV_RULES[1]).unlink()
+    image(places.UDEV_RULES[1]).symlink_to("/dev/null")
+    image(LINKS[0]).unlink()
+    image(LINKS[0]).symlink_to("/opt/old/localdisk")
+    image(f"{places.HOOKS}/after_vm_start").mkdir()
+    image(f"{places.HOOKS}/after_vm_start/50_localdisk").symlink_to(places.PROGRAM)
+    image(f"{places.HOOKS}/before_vm_start/90_again").symlink_to(places.PROGRAM)
+    image.write(change.temporary_name(places.CRON), "left by a killed run")
+    image.write(change.temporary_name(places.CONFIG), "left by a killed run")
+    image.install()
+    image.uninstall()
+    image.install()
+    assert image.files() == good
+
+
+def test_a_newer_program(image: Image) -> None:
+    image.install()
+    old = image(places.PROGRAM).stat()
+    with zipfile.ZipFile(image.program, "w") as file:
+        file.writestr("__main__.py", "pass")
+    with open(image(places.PROGRAM), "rb") as running:
+        first, *rest = image.install()
+        assert running.read() != image(places.PROGRAM).read_bytes(), "a file that is open stays as it is"
+    assert first == f"wrote {places.PROGRAM} (mode 0755)"
+    assert len(rest) == 1
+    assert image(places.PROGRAM).stat().st_ino != old.st_ino
+
+
+def test_run_from_its_place_it_stays(image: Image) -> None:
+    image.install()
+    image.program = str(image(places.PROGRAM))
+    assert image.install() == ["all of localdisk is in its place below , nothing was changed"]
+
+
+def test_the_configuration_is_never_overwritten(image: Image) -> None:
+    image.write(places.CONFIG, f"volume_group: other\nvms: {{{VM}: {{volume_group: fast}}}}\n", 0o600)
+    before = image(places.CONFIG).stat()
+    image.install()
+    image.uninstall()
+    image.install()
+    assert image(places.CONFIG).stat() == before
+    for path in places.UDEV_RULES:
+        assert image(path).read_text() == places.udev_rule(["other", "fast"])
+
+
+def test_the_example_configures_what_the_rules_are_for(image: Image) -> None:
+    image.install()
+    written = config.parse(image(places.CONFIG).read_bytes(), "")
+    assert written == config.parse(b"", "")
+    assert image(places.UDEV_RULES[0]).read_text() == places.udev_rule(written.volume_groups)
+
+
+def test_an_image_has_its_own_configuration(image: Image, monkeypatch: pytest.MonkeyPatch) -> None:
+    image.write("/live.yaml", "volume_group: of-this-system\n")
+    monkeypatch.setattr(config, "DEFAULT_PATH", str(image("/live.yaml")))
+    image.install()
+    assert image(places.UDEV_RULES[0]).read_text() == places.udev_rule(["ovirt-local"])
+
+
+def test_a_refused_configuration(image: Image) -> None:
+    image.write(places.CONFIG, "nonsense: 1\n")
+    before = image.state()
+    with pytest.raises(ConfigRefused):
+        image.install()
+    assert image.state() == before
+
+
+@pytest.mark.parametrize("collectors", [(), places.COLLECTORS[:1], places.COLLECTORS[1:]])
+def test_metrics_where_they_are_collected(image: Image, collectors: tuple[str, ...]) -> None:
+    image.install()
+    for path in collectors:
+        image(path).mkdir(parents=True)
+    image.install()
+    lines = image(places.CRON).read_text().splitlines()[1:]
+    assert lines == [
+        f"*/10 * * * * root {places.PROGRAM} gc >/dev/null",
+        *(
+            f"* * * * * root {places.PROGRAM} status --prometheus {path}/localdisk.prom"
+            for path in collectors
+        ),
+    ]
+    for path in collectors:
+        image.write(f"{path}/localdisk.prom", "")
+        image.write(f"{path}/other.prom", "")
+    image.uninstall()
+    left = {places.CONFIG, *(f"{path}/other.prom" for path in collectors)}
+    assert image.files().keys() == left
+
+
+# -- other programs' files
+
+
+def test_the_older_hook_goes_aside_and_comes_back(image: Image) -> None:
+    image.write(OLDER, "#!/bin/sh", 0o755)
+    image.write(f"{places.HOOKS}/after_vm_start/60_LocalDisk", "#!/bin/sh", 0o755)
+    for path in OLDER_RULES:
+        image.write(path, "rule")
+    before = image.files()
+    lines = image.install()
+    assert f"moved {OLDER} to {OLDER_ASIDE}, two hooks for local disks would copy twice" in lines
+    aside = {OLDER_ASIDE, f"{places.HOOKS_ASIDE}/after_vm_start/60_LocalDisk"}
+    aside |= {f"{path}.aside" for path in OLDER_RULES}
+    assert image.files().keys() == {*FILES, *LINKS, *aside}
+    assert image.uninstall()[0].startswith("removed ")
+    assert image.files() == {**before, places.CONFIG: config.example_text()}
+    assert not image(places.HOOKS_ASIDE).exists()
+
+
+def test_before_the_older_hook_goes_ours_is_at_before_vm_start(image: Image) -> None:
+    """A VM that starts between its going and our coming is made local there."""
+    image.write(OLDER, "#!/bin/sh", 0o755)
+    lines = image.install()
+    moved = next(n for n, line in enumerate(lines) if line.startswith("moved "))
+    assert lines.index(f"linked {places.hook_link('before_vm_start')} to {places.PROGRAM}") < moved
+    assert lines[moved + 1] == f"linked {places.hook_link('after_disk_prepare')} to {places.PROGRAM}"
+
+
+def test_the_older_hook_is_updated_by_its_package(image: Image) -> None:
+    image.write(OLDER, "old", 0o755)
+    image.install()
+    image.write(OLDER, "new", 0o755)
+    image.install()
+    assert image(OLDER_ASIDE).read_text() == "new"
+    image.write(OLDER, "newest", 0o755)
+    image.uninstall()
+    assert (image(OLDER).read_text(), image(OLDER_ASIDE).read_text()) == ("newest", "new")
+
+
+def test_a_file_with_our_links_name(image: Image) -> None:
+    path = places.hook_link("after_disk_prepare")
+    image.write(path, "#!/bin/sh", 0o755)
+    image.install()
+    assert os.readlink(image(path)) == places.PROGRAM
+    image.uninstall()
+    assert image(path).read_text() == "#!/bin/sh"
+
+
+def test_other_hooks_and_rules_stay(image: Image) -> None:
+    others = {
+        f"{places.HOOKS}/after_disk_prepare/10_other": 0o755,
+        f"{places.HOOKS}/after_disk_prepare/localdisk.rpmsave": 0o644,
+        f"{places.HOOKS}/README": 0o644,
+        "/etc/sudoers.d/50_vdsm": 0o440,
+        "/etc/udev/rules.d/12-vdsm-lvm.rules": 0o644,
+        "/etc/cron.d/other": 0o644,
+        "/usr/local/libexec/other": 0o755,
+    }
+    for path, mode in others.items():
+        image.write(path, "other", mode)
+    before = {path: image(path).stat() for path in others}
+    image.install()
+    image.uninstall()
+    assert {path: image(path).stat() for path in others} == before
+
+
+# -- broken off
+
+
+class Killed(BaseException):
+    pass
+
+
+def breaking(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """The process ends at the `number`th call that changes something, before it or right after."""
+    calls = iter(range(number, -1, -1))
+
+    def breaks(name: str, real: Callable[..., object]) -> None:
+        def call(*words: object, **named: object) -> object:
+            left = next(calls, None)
+            if left == 0:
+                raise Killed
+            done = real(*words, **named)
+            if left == 1 and name in ("replace", "symlink"):
+                raise Killed
+            return done
+
+        monkeypatch.setattr(os, name, call)
+
+    for name in ("mkdir", "replace", "symlink", "unlink", "fsync"):
+        breaks(name, getattr(os, name))
+
+
+def prepared(image: Image) -> None:
+    image.write(OLDER, "#!/bin/sh", 0o755)
+    image.write(places.OLDER_SUDOERS, "rule")
+    image.write(places.UDEV_RULE_BEFORE, "rule")
+    image(f"{places.HOOKS}/before_vm_start").mkdir()
+    image(f"{places.HOOKS}/before_vm_start/60_localdisk").symlink_to(places.PROGRAM)
+
+
+@pytest.mark.parametrize("doing", ["install", "uninstall"])
+def test_killed_anywhere_and_run_again(
+    tmp_path: Path, program: str, visudo: list[str], monkeypatch: pytest.MonkeyPatch, doing: str
+) -> None:
+    del visudo
+    whole = Image(tmp_path / "whole", program)
+    prepared(whole)
+    whole.install()
+    if doing == "uninstall":
+        whole.uninstall()
+    number, was_killed = 0, True
+    while was_killed:
+        image = Image(tmp_path / f"image-{number}", program)
+        prepared(image)
+        if doing == "uninstall":
+            image.install()
+        with monkeypatch.context() as patch:
+            breaking(patch, number)
+            try:
+                getattr(image, doing)()
+                was_killed = False
+            except Killed:
+                pass
+        getattr(image, doing)()
+        assert image.files() == whole.files(), number
+        shutil.rmtree(image.top)
+        number += 1
+    assert number > 15
+
+
+def test_killed_then_uninstalled(
+    tmp_path: Path, program: str, visudo: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Temporary files go, too: a SIGKILL leaves them."""
+    del visudo
+    image = Image(tmp_path / "image", program)
+    with monkeypatch.context() as patch:
+        patch.setattr(change, "removed_on_failure", lambda _path: contextlib.nullcontext())
+        patch.setattr(os, "replace", raising)
+        for _ in range(2):
+            with pytest.raises(Killed):
+                image.install()
+    assert image.files().keys() == {change.temporary_name(places.PROGRAM)}
+    image.uninstall()
+    assert image.files() == {}
+
+
+def raising(*_words: object) -> None:
+    raise Killed
+
+
+def test_a_refused_sudo_rule_leaves_the_old_one(image: Image, monkeypatch: pytest.MonkeyPatch) -> None:
+    image.write(places.SUDOERS, "old", 0o440)
+
+    def refuse(argv: tuple[str, ...]) -> str:
+        raise CommandFailed(tuple(argv), 1, "syntax error")
+
+    monkeypatch.setattr(run, "run", refuse)
+    with pytest.raises(CommandFailed):
+        image.install()
+    assert image(places.SUDOERS).read_text() == "old"
+    assert not image(change.temporary_name(places.SUDOERS)).exists()
+
+
+# -- nonsense
+
+
+def refused(program: str, root: str) -> str:
+    with pytest.raises(InstallRefused) as refusal:
+        list(install.install(program, root))
+    return str(refusal.value)
+
+
+def test_nonsense_roots(image: Image, tmp_path: Path) -> None:
+    assert refused(image.program, "/nonexistent").startswith("/nonexistent is no directory : ")
+    assert refused(image.program, image.program).endswith(
+        "is no directory : name the root directory of an image"
+    )
+    (tmp_path / "link").symlink_to("/")
+    for root in ("/", "/tmp/..", str(tmp_path / "link")):
+        assert "is this system's own root directory : leave out --root" in refused(image.program, root)
+
+
+def test_what_is_no_built_file(image: Image) -> None:
+    assert "cannot be copied to a host : run the one file" in refused(__file__, str(image.top))
+
+
+def test_directories_where_files_belong(image: Image) -> None:
+    image(places.CRON).mkdir(parents=True)
+    assert "/etc/cron.d/localdisk is a directory : move it away" in refused(image.program, str(image.top))
+
+
+def test_a_file_where_a_directory_belongs(image: Image) -> None:
+    image.write("/usr/libexec", "")
+    assert "/usr/libexec is no directory : move it away" in refused(image.program, str(image.top))
+
+
+@pytest.mark.parametrize("directory", ["/etc", "/etc/cron.d", "/usr/libexec/vdsm", "/usr/local/libexec"])
+def test_links_that_lead_out_of_the_image(image: Image, tmp_path: Path, directory: str) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    image(directory).parent.mkdir(parents=True, exist_ok=True)
+    image(directory).symlink_to(outside)
+    assert f"{directory} leads out of" in refused(image.program, str(image.top))
+    assert not list(outside.iterdir())
+    (outside / "cron.d").mkdir()
+    (outside / "cron.d/localdisk").touch()
+    (outside / "localdisk").touch()
+    before = set(outside.rglob("*"))
+    try:
+        image.uninstall()
+    except InstallRefused as refusal:
+        assert "leads out of" in str(refusal)  # noqa: PT017 (either it refuses or there is nothing to remove)
+    assert set(outside.rglob("*")) == before
+
+
+def test_links_that_stay_in_the_image(image: Image) -> None:
+    image("/srv/libexec").mkdir(parents=True)
+    image("/usr").mkdir()
+    image("/usr/libexec").symlink_to("../srv/libexec")
+    image.install()
+    assert os.readlink(image("/srv/libexec/vdsm/hooks/before_vm_start/50_localdisk")) == places.PROGRAM
+
+
+# -- uninstall
+
+
+def test_uninstall(image: Image) -> None:
+    image.install()
+    image.write(f"{places.TREES}/x/files", "")
+    image.write(f"{lock.RUN}/x.lock", "")
+    lines = image.uninstall()
+    assert image.files().keys() == {places.CONFIG}
+    gone = {*FILES, *LINKS} - {places.CONFIG}
+    assert lines[-1] == f"left {places.CONFIG}"
+    assert gone <= {line.replace("removed ", "") for line in lines}
+    assert image.uninstall() == [f"left {places.CONFIG}"]
+
+
+@pytest.fixture(name="live")
+def fixture_live(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, image: Image) -> tuple[Image, FakeHost]:
+    """The image is the live system: each place is below it, and LVM answers."""
+    fake = FakeHost()
+    for name in (
+        "HOOKS",
+        "HOOKS_ASIDE",
+        "CONFIG",
+        "SUDOERS",
+        "CRON",
+        "PROGRAM",
+        "TREES",
+        "UDEV_RULE_BEFORE",
+        "OLDER_SUDOERS",
+        "OLDER_UDEV_RULE",
+    ):
+        monkeypatch.setattr(places, name, str(image(getattr(places, name))))
+    for name in ("UDEV_RULES", "COLLECTORS"):
+        monkeypatch.setattr(places, name, tuple(str(image(path)) for path in getattr(places, name)))
+    monkeypatch.setattr(config, "DEFAULT_PATH", places.CONFIG)
+    monkeypatch.setattr(lock, "RUN", str(tmp_path / "run"))
+    for module in (install, uninstall):
+        monkeypatch.setattr(module, "LOCK", str(tmp_path / "run/install.lock"))
+    monkeypatch.setattr(log, "event", lambda _line: None)
+    monkeypatch.setattr(run, "run", lambda argv: commands.append(" ".join(argv)))
+    monkeypatch.setattr(
+        VolumeGroup, "read", lambda _name, devices=(): VolumeGroup.from_report(fake.report(), devices)
+    )
+    commands.clear()
+    return image, fake
+
+
+commands: list[str] = []
+
+
+def test_live(live: tuple[Image, FakeHost]) -> None:
+    image, fake = live
+    lines = list(install.install(image.program))
+    assert commands[0].startswith("visudo -cf ")
+    assert commands[1:] == [
+        "udevadm control --reload",
+        "udevadm trigger --settle --action=change --sysname-match=dm-*",
+    ]
+    assert "ran udevadm control --reload" in lines
+    assert os.listdir(lock.RUN) == []
+    commands.clear()
+    assert list(install.install(image.program)) == ["all of localdisk is in its place, nothing was changed"]
+    assert commands == []
+    fake.add(VOLUME, tags())
+    lines = list(uninstall.uninstall())
+    assert commands == ["udevadm control --reload"]
+    assert lines[-2] == f"left {places.CONFIG}"
+    assert lines[-1].startswith("left 1 local disk(s) in volume group ")
+    assert not os.path.exists(lock.RUN)
+    assert image.files().keys() == {"/etc/localdisk.yaml"}
+    assert list(uninstall.uninstall())[-2:] == lines[-2:]
+
+
+def test_another_install_was_faster(live: tuple[Image, FakeHost], monkeypatch: pytest.MonkeyPatch) -> None:
+    image, _ = live
+
+    real = lock.holding
+
+    @contextlib.contextmanager
+    def waiting(path: str, pause: lock.Pause) -> Iterator[None]:
+        with monkeypatch.context() as patch:
+            patch.setattr(lock, "holding", real)
+            list(install.install(image.program))
+        with real(path, pause):
+            yield
+
+    monkeypatch.setattr(lock, "holding", waiting)
+    assert list(install.install(image.program)) == ["all of localdisk is in its place, nothing was changed"]
+
+
+def test_uninstall_refuses_while_something_is_unfinished(live: tuple[Image, FakeHost]) -> None:
+    image, fake = live
+    list(install.install(image.program))
+    before = image.files()
+
+    def refusal() -> str:
+        with pytest.raises(WorkUnfinished) as error:
+            list(uninstall.uninstall())
+        assert image.files() == before
+        return str(error.value)
+
+    fake.add(VOLUME, tags(UPDATING))
+    assert f"{VOLUME} is unfinished : stop the VMs" in refusal()
+    fake.add(VOLUME, tags(DELETING))
+    assert f"{VOLUME} is not erased and removed yet : " in refusal()
+    fake.add(VOLUME, tags(), lv_device_open="open", lv_active="active")
+    assert f"{VOLUME} is in use by VM {VM} : " in refusal()
+    with lock.holding(lock.disk_lock(VOLUME), lambda _seconds: None):
+        assert f"{VOLUME}.lock is held (and 1 more) : " in refusal()
+    list(uninstall.uninstall(force=True))
+    assert image.files().keys() == {"/etc/localdisk.yaml"}
+
+
+def test_uninstall_without_a_volume_group(
+    live: tuple[Image, FakeHost], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image, _ = live
+
+    def read(name: str, _devices: object) -> VolumeGroup:
+        raise NoVolumeGroup(vg=name)
+
+    monkeypatch.setattr(VolumeGroup, "read", read)
+    list(install.install(image.program))
+    assert list(uninstall.uninstall())[-1] == f"left {places.CONFIG}"
+
+
+def test_trees_of_other_builds(live: tuple[Image, FakeHost], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those go that no process runs from."""
+    image, _ = live
+    trees = Path(places.TREES)
+    for name in ("ours", "old", "used"):
+        (trees / name / "site-packages/localdisk").mkdir(parents=True)
+        (trees / name / unpack.FILES).touch()
+    (trees / ".lock").touch()
+    monkeypatch.setattr(install, "__file__", str(trees / "ours/site-packages/localdisk/install.py"))
+    with open(trees / "used" / unpack.FILES, "rb") as used:
+        fcntl.flock(used, fcntl.LOCK_SH)
+        lines = list(install.install(image.program))
+        assert f"removed what other builds extracted to {trees}: old" in lines
+        assert list(install.install(image.program)) == [
+            "all of localdisk is in its place, nothing was changed"
+        ]
+    assert sorted(os.listdir(trees)) == [".lock", "ours", "used"]
