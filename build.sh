@@ -176,6 +176,7 @@ EOF
   mv build/localdisk dist/localdisk
   rm -rf build
   echo "dist/localdisk: $(stat -c %s dist/localdisk) bytes, $(dist/localdisk --version)" >&2
+  exec {lock}<&-
 }
 
 lint() {
