@@ -199,8 +199,7 @@ def test_installed_wrongly() -> None:
 def test_rules_that_say_something_else() -> None:
     host.SUDOERS.write_text(f"vdsm ALL=(root) NOPASSWD: {host.PROGRAM}\n")
     host.CRON.write_text("*/10 * * * * root /usr/libexec/other gc\n# */10 * * * * root localdisk gc\n")
-    LOCKS.mkdir(exist_ok=True)
-    LOCKS.rmdir()
+    shutil.rmtree(LOCKS, ignore_errors=True)
     LOCKS.touch()
     fixed(
         f"{host.SUDOERS} is not the rule that localdisk needs",

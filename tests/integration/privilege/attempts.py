@@ -127,7 +127,7 @@ class Talk:
         self.process.stdin.write(data)
 
     def try_to_send(self, data: bytes) -> bool:
-        """Send as much of it as can be sent at once; False where that is nothing."""
+        """Send it, at most PIPE_BUF bytes, if the pipe has room for all of it."""
         assert self.process.stdin
         os.set_blocking(self.process.stdin.fileno(), False)
         return bool(self.process.stdin.write(data))
