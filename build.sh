@@ -234,7 +234,8 @@ need_bed() {
 # The tests that need a kernel, in two halves that take equally long: in two guests side by side, on the
 # machine's own kernel one after the other.
 kernel_tests() {
-  local first=(test_life.py test_refusals.py test_kills.py test_status.py test_stale.py test_hostile.py test_model.py)
+  local first=(test_life.py test_refusals.py test_kills.py test_status.py test_stale.py test_hostile.py test_model.py
+    test_tenants.py)
   local second=(test_bed.py test_gc.py test_faults.py test_check.py test_install.py privilege
     test_ansible.py::test_the_life_of_a_host)
   local log=.bed/second-half verdict=0
