@@ -90,7 +90,7 @@ def _hook(point: str) -> int:
         raise
     except Error as error:
         vm_id = os.environ.get("vmId", "")  # noqa: SIM112 (vdsm's name)
-        log.problem("refused", point=point, vm=vm_id, why=str(error).splitlines()[-1])
+        log.problem("refused", point=point, vm=vm_id, why=error)
         raise
     return GOOD
 
@@ -246,7 +246,7 @@ def _require_root(mode: str) -> None:
 
 def _refuse_config(arguments: argparse.Namespace) -> None:
     if arguments.config is not None:
-        raise UsageError(problem="this mode reads /etc/localdisk.yaml and nothing else")
+        raise UsageError(problem="this mode takes no --config, it reads /etc/localdisk.yaml and nothing else")
 
 
 # -- arguments

@@ -81,6 +81,7 @@ class Disk:
     image_id, volume_id  canonical UUIDs, or both "" for what is no image of vdsm's (LUN, Ceph, ISO file)
     shared     one of SHARED
     volumes    every volume of the image directory, the template's included, in no particular order
+    domain_id  canonical UUID of the storage domain that all of them are in, "" where it is not told
     """
 
     name: str
@@ -92,6 +93,7 @@ class Disk:
     volume_id: str
     shared: str
     volumes: tuple[Volume, ...]
+    domain_id: str = ""
 
     @property
     def is_vdsm_image(self) -> bool:
@@ -200,6 +202,7 @@ def _disk_from_json(data: Mapping[str, object]) -> Disk:
         volume_id=_uuid("volumeID", _string(data, "volumeID")),
         shared=_shared(data.get("shared", "none")),
         volumes=_volumes(_volume_strings(data.get("volumeChain", []))),
+        domain_id=_uuid("domainID", _string(data, "domainID")),
     )
     _check_disk(disk, _string(data, "serial"))
     return disk
@@ -362,9 +365,10 @@ class _Identity:
     volume_id: str
     shared: str
     volumes: tuple[Volume, ...]
+    domain_id: str
 
 
-_NO_IDENTITY = _Identity("", "", "none", ())
+_NO_IDENTITY = _Identity("", "", "none", (), "")
 
 
 def _metadata(root: _Element) -> dict[str, _Identity]:
@@ -380,6 +384,7 @@ def _identity(device: _Element) -> _Identity:
         volume_id=_uuid("volumeID", _child_text(device, f"{_VM}volumeID")),
         shared=_shared(_child_text(device, f"{_VM}shared") or "none"),
         volumes=_volumes((_child_text(n, f"{_VM}volumeID"), _child_text(n, f"{_VM}path")) for n in nodes),
+        domain_id=_uuid("domainID", _child_text(device, f"{_VM}domainID")),
     )
 
 
@@ -397,6 +402,7 @@ def _disk_from_xml(element: _Element, identity: _Identity) -> Disk:
         volume_id=identity.volume_id,
         shared=_shared_in_xml(element, identity),
         volumes=identity.volumes,
+        domain_id=identity.domain_id,
     )
 
 

@@ -2,7 +2,7 @@
 
 An error is one line, `<what> : <what to do>`, made from the class's two templates and the fields
 it was raised with.  Fields may come from a guest, an image or the engine: control characters are
-escaped and a field is cut at 200 characters, so that a message stays one plain line.
+escaped and a field keeps 200 characters, so that a message stays one plain line.
 Only `cli.py` prints errors and exits.
 """
 
@@ -16,9 +16,13 @@ FIELD_LIMIT = 200
 
 
 def plain(value: object) -> str:
-    """`value` as printable text of at most 200 characters: control characters become escapes."""
+    """`value` as printable text of at most 200 characters: control characters become escapes.
+
+    A longer one is cut in its middle: what is wrong with a long name often stands behind it.
+    """
     text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(value))
-    return text if len(text) <= FIELD_LIMIT else text[: FIELD_LIMIT - 1] + "…"
+    half = FIELD_LIMIT // 2
+    return text if len(text) <= FIELD_LIMIT else f"{text[: half - 1]}…{text[-half:]}"
 
 
 def target(argv: Sequence[str]) -> str:
@@ -112,10 +116,10 @@ class BadDomain(Error):
 
 
 class DiskRefused(Error):
-    """A disk that must not be copied by what it is (shared, transient, network)."""
+    """A disk that must not be copied by what it is (shared, transient, network, no image)."""
 
     what = "disk {disk} is {problem}"
-    fix = "exclude its image in `vms: … disks:` of /etc/localdisk.yaml, or detach it from this VM"
+    fix = "{fix}"
 
 
 class SourceRefused(Error):

@@ -137,7 +137,8 @@ def _be_local(helper: Helper, vm_id: str, disk: Disk, looked: Looked) -> str:
 def _make_local(helper: Helper, disk: Disk) -> str:
     """The path of the local copy of `disk`, which is ready; "" where it stays on shared storage."""
     if not disk.is_vdsm_image:
-        raise DiskRefused(disk=disk.name or disk.path, problem="no image of a storage domain")
+        fix = "detach it from this VM, or run the VM without the custom property localdisk"
+        raise DiskRefused(disk=disk.name or disk.path, problem="no image of a storage domain", fix=fix)
     claimed = helper.claim(disk)
     if claimed.stays or claimed.path:
         return claimed.path
@@ -158,7 +159,8 @@ def _require_copyable(disk: Disk) -> None:
     elif disk.disk_type not in ("file", "block"):
         problem = f"on {disk.disk_type} storage, which cannot be read as a file or block device"
     if problem:
-        raise DiskRefused(disk=disk.name or disk.image_id or disk.path, problem=problem)
+        fix = "exclude its image in `vms: … disks:` of /etc/localdisk.yaml, or detach it from this VM"
+        raise DiskRefused(disk=disk.name or disk.image_id or disk.path, problem=problem, fix=fix)
 
 
 def _copy(helper: Helper, source: Source, target: Target) -> None:

@@ -14,6 +14,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import stat
 import struct
 from collections.abc import Iterator
@@ -31,6 +32,10 @@ from localdisk.units import MAX_DISK
 MAX_LAYERS = 64
 SECTOR = 512
 
+# How vdsm names a file volume: below the domain's mount, the pool's link to it, or /run/vdsm/storage.
+_UUID = "[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
+_VDSM_PATH = re.compile(rf"/{_UUID}/(?:images/)?{_UUID}/{_UUID}\Z")
+
 _MAGIC = b"QFI\xfb"
 _FIXED = struct.Struct(">4sIQIIQIIQQIIQ")  # magic … snapshots_offset: 72 bytes, all of version 2
 _FEATURES = struct.Struct(">QQQII")  # version 3: features, refcount_order, header_length
@@ -42,6 +47,7 @@ _REFUSED_FEATURES = {
     1 << 1: ("it is marked corrupt", "repair it with qemu-img check -r all, or restore it"),
     1 << 2: ("it has an external data file", "convert it to a self-contained image with qemu-img convert"),
 }
+_REPLACED = "find out who put it there (ls -l, readlink -f), then restore the volume"
 _HEADER_BYTES = 64 * 1024  # header, extensions and backing name lie in the first cluster
 _MEASURED = 64 * 1024  # the cluster size that qemu-img measure assumes
 _IDENTITY_BYTES = 256 * 1024  # of a block device, which has no time of change: header, refcounts, L1
@@ -72,7 +78,9 @@ class Header:
         if not 9 <= cluster_bits <= 21:
             raise ValueError(f"its cluster size is 2^{cluster_bits}", "restore the volume")
         if size % SECTOR or not 0 < size <= MAX_DISK:
-            raise ValueError(f"its virtual size is {size} bytes", "resize it to a multiple of 512 bytes")
+            raise ValueError(
+                f"its virtual size is {size} bytes", "resize it to whole 512 bytes, at most 64 TiB"
+            )
         header_length = _header_length(version, data)
         return cls(
             virtual_size=size,
@@ -185,12 +193,12 @@ class Source:
         argv = ["prlimit", "--as=2147483648", "--cpu=600", "--core=0", "--"]
         # Measured for qcow2: raw_measure() of QEMU counts every byte, zeros too.
         argv += ["qemu-img", "measure", "--output", "json", "-O", "qcow2", self.filename]
+        measure = ("qemu-img", "measure", self.layers[0].path)
         try:
             out = run.run(argv, deadline=3600, pass_fds=self.fds)
         except CommandFailed as error:
             if error.returncode in (126, 127):  # what prlimit says where it cannot run it
                 raise CommandMissing(tool="qemu-img") from None
-            measure = ("qemu-img", "measure", self.layers[0].path)
             raise CommandFailed(measure, error.returncode, error.stderr) from None
         try:
             found = json.loads(out)
@@ -198,7 +206,7 @@ class Source:
             if not 0 <= left_out <= self.virtual_size + _MEASURED:
                 raise ValueError
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-            raise CommandFailed(tuple(argv), 0, f"qemu-img measure printed {out[:80]!r}") from None
+            raise CommandFailed(measure, 0, f"it printed {out[:80]!r}") from None
         # Both count the last cluster, of 64 KiB, as a whole.
         return max(0, min(self.virtual_size, -(-self.virtual_size // _MEASURED) * _MEASURED - left_out))
 
@@ -216,7 +224,7 @@ def _chain(disk: Disk, stack: ExitStack) -> Iterator[Layer]:
     path, image_format = disk.path, {"raw": "raw", "cow": "qcow2"}[disk.format]
     volume_id = disk.volume_id
     while True:
-        layer, header = _open_layer(path, volume_id, image_format, stack)
+        layer, header = _open_layer(disk, path, volume_id, image_format, stack)
         yield layer
         if header is None or not header.backing_name:
             return
@@ -248,7 +256,11 @@ class _Parents:
         if volume_id not in self._paths and not self._any_sibling:
             raise SourceRefused(child, f"vdsm did not name its backing volume {volume_id}")
         if volume_id in self._seen or len(self._seen) >= MAX_LAYERS:
-            raise SourceRefused(child, f"its chain has a cycle or more than {MAX_LAYERS} layers")
+            raise SourceRefused(
+                child,
+                f"its chain has a cycle or more than {MAX_LAYERS} layers",
+                "delete snapshots of the disk in the engine, or restore the volume",
+            )
         if header.backing_format not in ("raw", "qcow2"):
             raise SourceRefused(
                 child,
@@ -261,15 +273,15 @@ class _Parents:
 
 
 def _open_layer(
-    path: str, volume_id: str, image_format: str, stack: ExitStack
+    disk: Disk, path: str, volume_id: str, image_format: str, stack: ExitStack
 ) -> tuple[Layer, Header | None]:
     fd = _open(path)
     stack.callback(os.close, fd)
     status = os.fstat(fd)
     is_block = stat.S_ISBLK(status.st_mode)
     if not is_block and not stat.S_ISREG(status.st_mode):
-        raise SourceRefused(path, "it is no regular file and no block device")
-    _require_is_volume(path, volume_id, fd, status)
+        raise SourceRefused(path, "it is no regular file and no block device", _REPLACED)
+    _require_is_volume(disk, path, volume_id, fd, status)
     file_size = os.lseek(fd, 0, os.SEEK_END)
     try:
         start = _read(fd, _IDENTITY_BYTES if is_block else _HEADER_BYTES)
@@ -285,21 +297,38 @@ def _open_layer(
     return Layer(path, image_format, fd, is_block, virtual_size, identity), header
 
 
-def _require_is_volume(path: str, volume_id: str, fd: int, status: os.stat_result) -> None:
-    """Whoever can write to shared storage can put a link in a volume's place, to what else vdsm can read.
-
-    A file volume is a file of its name in the directory that vdsm names; a block volume is a logical volume
-    of its name (which device-mapper has with its dashes doubled).
-    """
+def _require_is_volume(disk: Disk, path: str, volume_id: str, fd: int, status: os.stat_result) -> None:
+    """Whoever can write to shared storage can put a link in a volume's place, to what else vdsm can read."""
     if stat.S_ISBLK(status.st_mode):
-        is_volume = _dm_name(status.st_rdev).endswith("-" + volume_id.replace("-", "--"))
+        is_volume = _is_volume_name(_dm_name(status.st_rdev), disk.domain_id, volume_id)
     else:
-        directory = os.path.realpath(os.path.dirname(path))
-        is_volume = os.readlink(f"/proc/self/fd/{fd}") == os.path.join(directory, volume_id)
-        named = os.path.basename(os.path.dirname(path))
-        is_volume = is_volume and (not is_uuid(named) or os.path.basename(directory) == named)
+        is_volume = _is_volume_file(os.readlink(f"/proc/self/fd/{fd}"), disk, path, volume_id)
     if not is_volume:
-        raise SourceRefused(path, f"it leads to something else than volume {volume_id}")
+        raise SourceRefused(path, f"it leads to something else than volume {volume_id}", _REPLACED)
+
+
+def _is_volume_name(dm_name: str, domain_id: str, volume_id: str) -> bool:
+    """A block volume is a logical volume of its name, in the volume group of its storage domain's name.
+
+    device-mapper joins the two names with a dash and doubles those that they have.
+    """
+    vg, lv = (name.replace("-", "--") for name in (domain_id, volume_id))
+    return dm_name == f"{vg}-{lv}" if domain_id else dm_name.endswith(f"-{lv}")
+
+
+def _is_volume_file(real: str, disk: Disk, path: str, volume_id: str) -> bool:
+    """A file volume is a file of its name in the directory that vdsm names, which is its image's.
+
+    vdsm's own links lead to the directory of the image in its storage domain: from the domain's place in
+    /rhev/data-center/POOL/ and the image's in /run/vdsm/storage/DOMAIN/.
+    """
+    directory = os.path.realpath(os.path.dirname(path))
+    if real != os.path.join(directory, volume_id):
+        return False
+    if disk.domain_id and _VDSM_PATH.search(path):
+        return real.endswith(f"/{disk.domain_id}/images/{disk.image_id}/{volume_id}")
+    named = os.path.basename(os.path.dirname(path))
+    return not is_uuid(named) or os.path.basename(directory) == named
 
 
 def _dm_name(device: int) -> str:
@@ -313,7 +342,7 @@ def _dm_name(device: int) -> str:
 def _open(path: str) -> int:
     # Not even opened: a link in a file volume's place.  vdsm's links to volumes lead to devices.
     if os.path.islink(path) and not os.path.realpath(path).startswith("/dev/"):
-        raise SourceRefused(path, "it is a link to another file")
+        raise SourceRefused(path, "it is a link to another file", _REPLACED)
     try:
         # O_NONBLOCK: a FIFO in the place of a volume must not make us wait.
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import syslog
 
-from localdisk.errors import plain
+from localdisk.errors import Error, plain
 
 syslog.openlog("localdisk", syslog.LOG_PID, syslog.LOG_DAEMON)
 
@@ -20,5 +20,10 @@ def problem(what: str, **fields: object) -> None:
 
 
 def _write(level: int, what: str, fields: dict[str, object]) -> None:
-    parts = [plain(what), *(f"{name}={plain(value)}" for name, value in fields.items())]
+    parts = [plain(what), *(f"{name}={_shown(value)}" for name, value in fields.items())]
     syslog.syslog(level, " ".join(parts))
+
+
+def _shown(value: object) -> str:
+    """An error's fields are bounded each: as a whole, what to do would be cut off."""
+    return str(value).splitlines()[-1] if isinstance(value, Error) else plain(value)

@@ -98,13 +98,14 @@ class Session:
 
     def serve(self, line: bytes) -> Answer:
         """The answer to one request.  A refused request ends the claim and removes what is unfinished."""
+        fields: Request = {}
         try:
             verb, fields = self._parse(line)
             return verb(fields)
         except Error as error:
-            claim = self._claim
+            who = _who(self._claim) or _asked(fields)
             self.close()
-            log.problem("refused", **_who(claim), why=error)
+            log.problem("refused", **who, why=error)
             counters.failed(error)
             return {"error": str(error)}
 
@@ -316,8 +317,13 @@ class Session:
 # -- telling
 
 
-def _who(claim: Claim | None) -> dict[str, str]:
+def _who(claim: Claim | None) -> dict[str, object]:
     return {"vm": claim.vm_id, "disk": claim.volume_id} if claim else {}
+
+
+def _asked(request: Request) -> dict[str, object]:
+    """Who asks, where nothing is claimed yet."""
+    return {name: request[key] for name, key in (("vm", "vm"), ("disk", "volume")) if key in request}
 
 
 def _speed(claim: Claim, written: int) -> dict[str, str]:

@@ -44,7 +44,8 @@ def answer(asked: domains.Question) -> Vms:
         try:
             vm = definition.read_running(xml)
         except BadDomain as error:
-            log.problem("a VM's XML is not understood", why=error)
+            vm_id = next((vm_id for vm_id in active if f"<uuid>{vm_id}</uuid>" in xml), "")
+            log.problem("a VM's XML is not understood", vm=vm_id, why=error)
             continue
         running.append(vm)
         unread.discard(vm.vm_id)

@@ -181,7 +181,7 @@ def test_a_named_configuration_must_be_there(run: Run) -> None:
 )
 def test_modes_that_take_no_configuration(run: Run, argv: tuple[str, ...]) -> None:
     for words in (("--config", "/x", *argv), (*argv, "--config", "/x")):
-        assert run.refused(*words).startswith("this mode reads /etc/localdisk.yaml and nothing else")
+        assert run.refused(*words).startswith("this mode takes no --config, it reads /etc/")
 
 
 # -- modes that need root

@@ -49,7 +49,8 @@ VOLUME = "3d9f0a1b-2c3d-4e5f-8a7b-9c0d1e2f3a4b"
 BASE = "9e8d7c6b-5a49-4838-a726-15049382716a"
 OTHER = "c0ffee00-1111-4222-8333-444455556666"
 VM = "7c3f5f5e-2f0a-4b0f-9a51-0c6e0f0f1a01"
-DIRECTORY = f"/rhev/data-center/mnt/srv:_exp/88252cf6-381e-48f0-8795-a294a32c7149/images/{IMAGE}"
+DOMAIN = "88252cf6-381e-48f0-8795-a294a32c7149"
+DIRECTORY = f"/rhev/data-center/mnt/srv:_exp/{DOMAIN}/images/{IMAGE}"
 LOCAL = f"/dev/ovirt-local/{VOLUME}"
 
 
@@ -205,6 +206,7 @@ def test_reading_a_file_disk() -> None:
             volume_id=VOLUME,
             shared="none",
             volumes=(Volume(BASE, f"{DIRECTORY}/{BASE}"), Volume(VOLUME, f"{DIRECTORY}/{VOLUME}")),
+            domain_id=DOMAIN,
         ),
     )
     assert [disk.is_vdsm_image for disk in disks] == [False, True]
@@ -222,6 +224,14 @@ def test_reading_cdroms_and_floppies() -> None:
     assert disks["sdc"].device == "cdrom"
     assert disks["sdc"].volume_id == "626a493f-5214-4337-b580-96a1ce702c2a"
     assert [name for name, disk in disks.items() if disk.is_vdsm_image] == ["vda"]
+
+
+def test_reading_the_storage_domain() -> None:
+    xml = text_of(DATA / "virtio-file-qcow2.in.xml")
+    json_text = text_of(DATA / "file-qcow2.in.json")
+    for old, new, found in ((DOMAIN, OTHER.upper(), OTHER), ("domainID", "x", "")):
+        assert read_domain(xml.replace(old, new))[1][1].domain_id == found
+        assert read_disk(json_text.replace(old, new)).domain_id == found
 
 
 def test_reading_luns() -> None:
@@ -410,6 +420,14 @@ REFUSED_DOMAINS = {
         "<imageID> holds more than text",
     ),
     "image is no UUID": (domain(disk_xml(), metadata(image="../x")), "imageID is '../x', not a UUID"),
+    "domain is no UUID": (
+        domain(disk_xml(), metadata(more="<domainID>../x</domainID>")),
+        "domainID is '../x', not a UUID",
+    ),
+    "two domains": (
+        domain(disk_xml(), metadata(more=f"<domainID>{OTHER}</domainID>" * 2)),
+        "<device> has 2 <domainID>",
+    ),
     "volume is no UUID": (domain(disk_xml(), metadata(volume=VOLUME + "0")), "not a UUID"),
     "unknown sharing": (domain(disk_xml(), metadata(more="<shared>maybe</shared>")), "shared is 'maybe'"),
     "chain without path": (
@@ -672,6 +690,7 @@ def test_reading_a_disk() -> None:
         volume_id=VOLUME,
         shared="none",
         volumes=(Volume(VOLUME, f"{DIRECTORY}/{VOLUME}"), Volume(BASE, f"{DIRECTORY}/{BASE}")),
+        domain_id=DOMAIN,
     )
 
 
@@ -737,6 +756,9 @@ def test_a_network_image_is_read() -> None:
         ({"imageID": ..., "volumeID": ...}, "looks like an image"),
         ({"imageID": 5}, "imageID is of type int"),
         ({"imageID": "x"}, "imageID is 'x', not a UUID"),
+        ({"domainID": "x"}, "domainID is 'x', not a UUID"),
+        ({"domainID": f"../{OTHER}"}, "not a UUID"),
+        ({"domainID": 5}, "domainID is of type int"),
         ({"volumeID": VOLUME + "\n"}, "not a UUID"),
         ({"volumeID": f"../{VOLUME}"}, "not a UUID"),
         ({"volumeID": "-" + VOLUME[1:]}, "not a UUID"),

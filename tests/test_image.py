@@ -9,7 +9,9 @@ import stat
 import struct
 import subprocess
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -409,6 +411,118 @@ def test_a_link_in_a_volumes_place(tmp_path: Path, link: str, target: str, image
     assert said in refusal(disk(tmp_path / IMAGE / LEAF, image_format))
 
 
+DOMAIN, OTHER_DOMAIN = (f"dddddddd-{n}000-4000-8000-000000000000" for n in "12")
+
+
+def in_a_domain(path: Path) -> Disk:
+    """A raw disk of DOMAIN, as vdsm names it."""
+    return replace(disk(path, "raw"), domain_id=DOMAIN)
+
+
+def make_images(tmp_path: Path) -> Path:
+    """Two storage domains with the same image; returns where they are mounted."""
+    for domain in (DOMAIN, OTHER_DOMAIN):
+        directory = tmp_path / "mnt" / "srv:_exp" / domain / "images" / IMAGE
+        directory.mkdir(parents=True)
+        (directory / LEAF).write_bytes(domain.encode().ljust(MIB))
+    return tmp_path / "mnt" / "srv:_exp"
+
+
+@pytest.mark.parametrize(
+    ("link", "target", "path"),
+    [
+        ("", "", f"mnt/srv:_exp/{DOMAIN}/images/{IMAGE}/{LEAF}"),
+        (f"run/{DOMAIN}/{IMAGE}", f"mnt/srv:_exp/{DOMAIN}/images/{IMAGE}", f"run/{DOMAIN}/{IMAGE}/{LEAF}"),
+        (f"{OTHER}/{DOMAIN}", f"mnt/srv:_exp/{DOMAIN}", f"{OTHER}/{DOMAIN}/images/{IMAGE}/{LEAF}"),
+        ("mnt/_data", "mnt/srv:_exp", f"mnt/_data/{DOMAIN}/images/{IMAGE}/{LEAF}"),
+    ],
+    ids=["no link", "/run/vdsm/storage", "/rhev/data-center/POOL", "a local domain's mount"],
+)
+def test_vdsms_own_links_lead_to_the_domain(tmp_path: Path, link: str, target: str, path: str) -> None:
+    """It makes them when it connects the pool or prepares an image, the last for a domain on local disks."""
+    make_images(tmp_path)
+    if link:
+        (tmp_path / link).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / link).symlink_to(tmp_path / target)
+    with image.opened(in_a_domain(tmp_path / path)) as source:
+        assert os.pread(source.fds[0], len(DOMAIN), 0) == DOMAIN.encode()
+
+
+@pytest.mark.parametrize("place", ["", "images", f"images/{IMAGE}"])
+def test_a_link_to_another_storage_domain(tmp_path: Path, place: str) -> None:
+    """A directory there has an image and a volume of the same ids: nothing else tells them apart."""
+    mount = make_images(tmp_path)
+    (mount / DOMAIN / place).rename(tmp_path / "away")
+    (mount / DOMAIN / place).symlink_to(mount / OTHER_DOMAIN / place)
+    path = mount / DOMAIN / "images" / IMAGE / LEAF
+    assert f"it leads to something else than volume {LEAF}" in refusal(in_a_domain(path))
+    (tmp_path / "run" / DOMAIN).mkdir(parents=True)
+    (tmp_path / "run" / DOMAIN / IMAGE).symlink_to(path.parent)
+    assert "it leads to something else" in refusal(in_a_domain(tmp_path / "run" / DOMAIN / IMAGE / LEAF))
+
+
+def test_a_path_in_another_storage_domain(tmp_path: Path) -> None:
+    """vdsm names one domain and the path of another."""
+    path = make_images(tmp_path) / OTHER_DOMAIN / "images" / IMAGE / LEAF
+    assert "it leads to something else" in refusal(in_a_domain(path))
+
+
+def test_a_parent_in_another_storage_domain(tmp_path: Path) -> None:
+    """The leaf is where it belongs; the parent's path, as vdsm names it, is in another domain."""
+    mount = make_images(tmp_path)
+    leaf, base = (mount / d / "images" / IMAGE for d in (DOMAIN, OTHER_DOMAIN))
+    leaf_on(leaf, BASE)
+    (base / BASE).write_bytes(bytes(MIB))
+    given_disk = replace(disk(leaf / LEAF, volumes=[]), domain_id=DOMAIN)
+    volumes = (*given_disk.volumes, Volume(BASE, str(base / BASE)))
+    assert f"something else than volume {BASE}" in refusal(replace(given_disk, volumes=volumes))
+
+
+def dm(*names: str) -> str:
+    """The name that device-mapper has for a volume group and a logical volume."""
+    return "-".join(name.replace("-", "--") for name in names)
+
+
+@pytest.mark.parametrize(
+    ("name", "domain_id", "is_volume"),
+    [
+        (dm(DOMAIN, LEAF), DOMAIN, True),
+        (dm(DOMAIN, LEAF), "", True),
+        (dm(OTHER_DOMAIN, LEAF), "", True),
+        (dm(OTHER_DOMAIN, LEAF), DOMAIN, False),
+        (dm("ovirt-local", LEAF), DOMAIN, False),
+        (dm(DOMAIN, BASE), DOMAIN, False),
+        (dm(f"{DOMAIN}-x", LEAF), DOMAIN, False),
+        (dm(DOMAIN, f"x-{LEAF}"), DOMAIN, False),
+        (dm(f"x-{DOMAIN}", LEAF), DOMAIN, False),
+        (dm(DOMAIN + LEAF), DOMAIN, False),
+        (dm(LEAF), "", False),
+        ("", DOMAIN, False),
+        ("", "", False),
+    ],
+)
+def test_the_name_of_a_block_volume(name: str, domain_id: str, is_volume: bool) -> None:
+    """dmsetup(8), lvm2 lib/activate/dev_manager.c."""
+    assert image._is_volume_name(name, domain_id, LEAF) is is_volume
+
+
+@pytest.mark.parametrize(("domain_id", "is_refused"), [(DOMAIN, False), (OTHER_DOMAIN, True)])
+def test_a_block_volume_in_another_storage_domain(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, domain_id: str, is_refused: bool
+) -> None:
+    """A link of vdsm's place leads to a device, whose name the kernel tells."""
+    (tmp_path / LEAF).write_bytes(bytes(MIB))
+    status = SimpleNamespace(st_mode=stat.S_IFBLK | 0o660, st_rdev=0)
+    monkeypatch.setattr(os, "fstat", lambda _fd: status)
+    monkeypatch.setattr(image, "_dm_name", lambda _device: dm(DOMAIN, LEAF))
+    given_disk = replace(disk(tmp_path / LEAF, "raw"), domain_id=domain_id)
+    if is_refused:
+        assert f"it leads to something else than volume {LEAF}" in refusal(given_disk)
+    else:
+        with image.opened(given_disk) as source:
+            assert source.layers[0].is_block
+
+
 def test_a_hard_link_is_a_volume(tmp_path: Path) -> None:
     """A template's base is one in the directory of each image that is made from it."""
     (tmp_path / "template").write_bytes(bytes(MIB))
@@ -675,7 +789,7 @@ def test_a_measure_that_is_not_understood(monkeypatch: pytest.MonkeyPatch, tmp_p
 
     monkeypatch.setattr(run, "run", measure)
     with image.opened(disk(tmp_path / LEAF, "raw")) as source:
-        with pytest.raises(CommandFailed, match="qemu-img measure printed"):
+        with pytest.raises(CommandFailed, match=f"measure failed for {tmp_path / LEAF} .*: it printed"):
             source.writes(leaves_out_zeros=True)
         limited = ["prlimit", "--as=2147483648", "--cpu=600", "--core=0", "--"]
         assert commands == [

@@ -117,6 +117,15 @@ def swapped(given: Given) -> None:
     directory.symlink_to(other)
 
 
+def in_another_domain(given: Given) -> None:
+    """The directory of the image is a link to another storage domain, which has an image of the same ids."""
+    directory = given.leaf.parent
+    other = given.storage.directory / new_id() / "images" / directory.name
+    other.parent.mkdir(parents=True)
+    directory.rename(other)
+    directory.symlink_to(other)
+
+
 def cycle(given: Given) -> None:
     given.backing(given.image.leaf.id, "qcow2")
 
@@ -181,6 +190,7 @@ ATTACKS: dict[str, Attack] = {
     "a chain of links to the canary": links,
     "a link to another volume": lambda given: given.link(other_volume(given)),
     "its directory a link to another image": swapped,
+    "its directory a link to another storage domain": in_another_domain,
     "unreadable": lambda given: given.leaf.chmod(0),
 }
 # Tables that lie behind the end of the file read as zeros, to the guest as to us: nothing is allocated there.

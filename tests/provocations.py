@@ -1,0 +1,990 @@
+"""The table of test_messages.py: for every message of the product, something that provokes it.
+
+A provocation drives the real code, with fakes at the door or with real files, and gets a `World`.  What an
+attacker would choose it asks the world for: "evil" when the message is read, and thousands of hostile
+characters when it is measured.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import select
+import signal
+import stat
+import struct
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from localdisk import (
+    cli,
+    config,
+    copy,
+    counters,
+    domains,
+    gc,
+    helper,
+    hook,
+    host,
+    host_storage,
+    image,
+    install,
+    lock,
+    metrics,
+    removal,
+    run,
+    uninstall,
+    vdsm,
+    vms,
+)
+from localdisk.change import Write
+from localdisk.client import Helper
+from localdisk.config import Config
+from localdisk.definition import Disk, localize_disk, localize_domain, read_disk, read_domain
+from localdisk.disk import LocalDisk
+from localdisk.errors import CommandFailed, Error
+from localdisk.lvm import VolumeGroup
+from localdisk.vdsm import DATA_LIMIT, DOMXML, JSON, Call
+from tests import test_client, test_copy, test_hook, test_session
+from tests.fakes import (
+    EXTENT,
+    IMAGE,
+    OTHER_IMAGE,
+    OTHER_VM,
+    OTHER_VOLUME,
+    VM,
+    VOLUME,
+    FakeHost,
+    aside,
+    report,
+    tags,
+)
+from tests.test_image import FORMAT, LEAF, extension, made
+from tests.test_image import disk as source_disk
+
+if TYPE_CHECKING:
+    import pytest
+
+MIB = 1 << 20
+FILLERS = "ЖДФЯЮЩЭБГЛ"  # letters of hostile texts; no message of ours has them
+HOSTILE = "\n\r\0\x1b[31m\u202e{vg}%s"
+SPACE = os.strerror(errno.ENOSPC)
+
+
+@dataclass
+class World:
+    """A host of one provocation, and what an attacker says there."""
+
+    patch: pytest.MonkeyPatch
+    directory: Path
+    is_hostile: bool
+    _told: int = 0
+
+    def evil(self, prefix: str = HOSTILE, count: int = 5000) -> str:
+        """What an attacker chooses; each time another letter, so that each can be counted."""
+        if not self.is_hostile:
+            return "evil"
+        self._told += 1
+        return prefix + FILLERS[self._told - 1] * count
+
+    def word(self, count: int = 5000) -> str:
+        """The same without anything but letters, for an XML or command line that must be read."""
+        return self.evil("", count)
+
+    def xml(self) -> str:
+        """The same for a value in XML, which cannot hold most control characters."""
+        return self.evil("&#10;\u202e{vg}%s")
+
+    def name(self) -> str:
+        """The same as the name of a file."""
+        return self.evil("\n\x1b[31m\u202e{vg}%s", 90)
+
+    def evil_path(self) -> str:
+        return str(self.directory / self.name())
+
+    def host(self, captured: str = "pool-only") -> FakeHost:
+        return FakeHost(report(captured)).install(self.patch, self.directory)
+
+    def ask(self, *requests: object, text: str = "", host: FakeHost | None = None) -> object:
+        """The helper's answer to the last of `requests`, its configuration being `text`."""
+        hook = test_session.Hook(host or self.host(), text)
+        return [hook.ask(request) for request in requests][-1]
+
+    def vdsm(self, text: str = "") -> test_hook.Vdsm:
+        machine = test_hook.Vdsm(self.patch, self.directory)
+        machine.configure(text)
+        return machine
+
+    def prepare(self, text: str = "", **changes: Any) -> None:
+        """after_disk_prepare of a disk with these keys."""
+        machine = self.vdsm(text)
+        machine.call("after_disk_prepare", test_hook.disk_json(machine, **changes))
+
+    def source(self, data: bytes, image_format: str = "cow", **changes: object) -> None:
+        """Open the volume of these bytes."""
+        (self.directory / LEAF).write_bytes(data)
+        self.open(source_disk(self.directory / LEAF, image_format), **changes)
+
+    def open(self, disk: Disk, **changes: object) -> None:
+        with image.opened(Disk(**{**vars(disk), **changes})):
+            pass
+
+    def raises(self, place: object, name: str, error: BaseException) -> None:
+        def fail(*_arguments: object, **_options: object) -> None:
+            raise error
+
+        self.patch.setattr(place, name, fail)
+
+    def prints(self, out: str) -> None:
+        """Every tool prints this."""
+        self.patch.setattr(run, "run", lambda _argv, **_options: out)
+
+    def sudo(self, script: str) -> None:
+        """Release with a sudo of our own."""
+        test_client.Sudo(self.patch, self.directory).does(script)
+        with Helper(VM, "lvm") as there:
+            there.release()
+
+    def copies(self, *tool: str, **target: object) -> None:
+        """Copy a volume with this tool in qemu-img's place."""
+        device = test_copy.Device(self.patch, self.directory / "device", 4 * MIB)
+        device.tool = list(tool)
+        with test_copy.raw_source(self.directory, b"x" * 512) as source:
+            copy.copy(source, device.target(**target), test_copy.silent)
+
+
+Provoke = Callable[[World], object]
+
+
+@dataclass(frozen=True)
+class Case:
+    """`names` is what the message must have, "" in it standing for the directory of the world."""
+
+    provoke: Provoke
+    names: tuple[str, ...]
+
+
+def case(provoke: Provoke, *names: str) -> Case:
+    return Case(provoke, names)
+
+
+# -- cli
+
+
+def as_root(world: World, *words: str) -> None:
+    world.patch.setattr(os, "geteuid", lambda: 0)
+    cli._run(["localdisk", *words])
+
+
+def as_user(world: World, *words: str) -> None:
+    world.patch.setattr(os, "geteuid", lambda: 1000)
+    cli._run(["localdisk", *words])
+
+
+def interrupted(world: World) -> None:
+    world.patch.setattr(signal, "signal", lambda *_: None)
+    cli._interrupt(signal.SIGTERM, None)
+
+
+def watched(world: World) -> None:
+    world.patch.setattr(sys, "stdout", io.StringIO())
+    cli._watch(iter(()))
+
+
+def hook_log(world: World) -> None:
+    world.patch.setattr(signal, "signal", lambda *_: None)
+    environ = {"vmId": world.evil(HOSTILE.replace("\0", "")), "localdisk": "lvm"}
+    world.patch.setattr(os, "environ", environ)
+    cli._hook("after_vm_destroy")
+
+
+def ended_by(error: Callable[[World], BaseException]) -> Provoke:
+    """`main` ends by an exception that is none of ours."""
+
+    def provoke(world: World) -> str:
+        said = io.StringIO()
+        world.raises(cli, "_run", error(world))
+        world.patch.setattr(sys, "stderr", said)
+        world.patch.setattr(cli, "_drop_output", lambda: None)
+        cli.main(["gc"])
+        return said.getvalue().rstrip("\n")
+
+    return provoke
+
+
+CLI = {
+    "signal": case(interrupted, "SIGTERM"),
+    "no point": case(lambda w: as_root(w, "hook"), "hook point"),
+    "no terminal": case(watched, "--watch"),
+    "no root directory": case(lambda w: as_root(w, "install", "--root", ""), "--root"),
+    "not root": case(lambda w: as_user(w, "gc"), "gc", "sudo"),
+    "--config": case(lambda w: as_root(w, "--config", w.evil(), "helper"), "--config", "/etc/localdisk.yaml"),
+    "usage": case(lambda w: as_root(w, w.evil()), "evil", "--help"),
+    "refused": case(hook_log, "vmId is 'evil'"),
+    "Ctrl-C": case(ended_by(lambda _: KeyboardInterrupt()), "interrupted"),
+    "OSError": case(ended_by(lambda w: OSError(5, "Input/output error", w.evil())), "evil"),
+    "a bug": case(ended_by(lambda w: RuntimeError(w.evil())), "evil", "LOCALDISK_DEBUG=1"),
+}
+
+# -- client and helper
+
+
+def too_long(world: World) -> None:
+    """More than a request's bytes without an end of line."""
+    hook = helper.Hook.__new__(helper.Hook)
+    hook._buffer, hook._signal = b"", -1
+    world.patch.setattr(select, "select", lambda *_: ([0], [], []))
+    world.patch.setattr(os, "read", lambda _fd, size: b"x" * (size + 1))
+    next(hook.lines())
+
+
+CLIENT = {
+    "refused": case(
+        lambda w: w.sudo("""read line; echo '{"error": "disk d is busy : stop it"}'"""), "disk d"
+    ),
+    "gone": case(lambda w: w.sudo(f"echo {w.evil('x')} >&2; exit 1"), "evil", "sudo rule"),
+    "gone silently": case(lambda w: w.sudo("exit 3"), "helper", "ended with exit code 3"),
+    "not understood": case(lambda w: w.sudo("read line; echo 5; cat"), "helper", "sudo rule"),
+    "too long": case(too_long, "request to the helper"),
+}
+
+# -- config
+
+
+def written(world: World, text: str, mode: int = 0o644) -> str:
+    path = world.directory / "localdisk.yaml"
+    path.write_text(text)
+    path.chmod(mode)
+    return str(path)
+
+
+def owned(world: World) -> Config:
+    path = written(world, "")
+    status = os.stat_result((stat.S_IFREG | 0o644, 1, 1, 1, 4711, 1, 0, 0, 0, 0))
+    world.patch.setattr(os, "fstat", lambda _fd: status)
+    return config.load(path)
+
+
+def yaml(text: str | Callable[[World], str]) -> Provoke:
+    return lambda w: config.parse((text if isinstance(text, str) else text(w)).encode(), "F")
+
+
+CONFIG = {
+    "refused": case(lambda w: config.parse(f"{w.word(900)}: 1".encode(), "F"), "F:1:1: evil", "unknown key"),
+    "no value": case(yaml("volume_group:"), "F:1:1", "volume_group"),
+    "wrong value": case(yaml(lambda w: f"backend: {w.word()}"), "F:1:10: backend", "'evil'"),
+    "property": case(lambda w: config.parse(b"", "F").policy(VM, w.evil()), "'evil'"),
+    "missing": case(lambda w: config.load(w.evil_path()), "evil", "No such file"),
+    "no path": case(lambda w: config.load("/\0" + w.evil()), "/\\x00evil"),
+    "directory": case(lambda w: config.load(str(w.directory)), "", "regular file"),
+    "writable": case(lambda w: config.load(written(w, "", 0o666)), "/localdisk.yaml", "0666"),
+    "another's": case(owned, "/localdisk.yaml", "4711"),
+    "too large": case(yaml("#" * 70000), "F:1:1"),
+    "no UTF-8": case(lambda _: config.parse(b"a: 1\nb: \xff", "F"), "F:2:4"),
+    "control character": case(yaml("a: \x01"), "F:1:4"),
+    "no YAML": case(yaml(lambda w: f"[{w.word()}"), "F:1:"),
+    "number out of range": case(yaml('a: "\\UFFFFFFFF"'), "F:1:"),
+    "two documents": case(yaml("--- {}\n--- {}"), "F:2:1"),
+    "deep": case(yaml("vms: " + "[" * 50 + "]" * 50), "F:1:", "vms"),
+    "twice": case(yaml("backend: lvm\nbackend: lvm"), "F:2:1: backend"),
+    "key that is a list": case(yaml("[a]: 1"), "F:1:1"),
+    "merge key": case(yaml("<<: {}"), "F:1:1"),
+    "empty key": case(yaml("'': 1"), "F:1:1"),
+    "number": case(yaml(lambda w: "margins: {disk: 1" + "0" * (5000 if w.is_hostile else 30) + "}"), "1000"),
+    "alias": case(yaml("a: &x 1\nb: *x"), "F:2:4"),
+    "anchor": case(yaml("a: &x 1"), "F:1:4"),
+    "tag": case(yaml("a: !!str 1"), "F:1:4"),
+    "line break": case(yaml('a: "x\\ny"'), "F:1:4"),
+}
+
+# -- copy
+
+COPY = {
+    "fails": case(lambda w: w.copies("sh", "-c", f"echo {w.evil('x')} >&2; exit 1"), LEAF, "/device", "evil"),
+    "fails silently": case(lambda w: w.copies("sh", "-c", "exit 1"), LEAF, "/device", "ended with 1"),
+    "full": case(lambda w: w.copies("sh", "-c", f"echo {SPACE} >&2; exit 1"), LEAF, "/device"),
+    "no qemu-img": case(lambda w: w.copies("sh", "-c", "exit 127"), "qemu-img"),
+    "another device": case(lambda w: w.copies("true", dm_uuid="LVM-y"), "/device"),
+    "no device": case(lambda w: w.copies("true", path="/nonexistent/lv"), "/nonexistent/lv"),
+}
+
+# -- definition
+
+PATH = f"/p/{IMAGE}/{VOLUME}"
+DISK = {
+    **{"device": "disk", "diskType": "file", "format": "raw", "path": PATH, "imageID": IMAGE},
+    **{"volumeID": VOLUME, "name": "vda", "serial": IMAGE},
+}
+DATA, XML = "disk data from vdsm", "domain XML from vdsm"
+
+
+def disk_json(changes: Mapping[str, object] | Callable[[World], Mapping[str, object]]) -> Provoke:
+    return lambda w: read_disk(json.dumps({**DISK, **(changes(w) if callable(changes) else changes)}))
+
+
+def local_json(changes: Callable[[World], Mapping[str, object]], path: str = "/dev/v/l") -> Provoke:
+    return lambda w: localize_disk(json.dumps({**DISK, **changes(w)}), path)
+
+
+def disk_xml(target: str = "vda", inner: str = "<source file='/p'/>") -> str:
+    return f"<disk type='file'><target dev='{target}'/>{inner}</disk>"
+
+
+def domain_xml(devices: str = "", metadata: str = "", uuid: str = f"<uuid>{VM}</uuid>") -> str:
+    vm = f"<metadata xmlns:v='http://ovirt.org/vm/1.0'><v:vm>{metadata}</v:vm></metadata>"
+    return f"<domain>{uuid}{vm}<devices>{devices}</devices></domain>"
+
+
+def metadata_of(name: str) -> str:
+    return f"<v:device devtype='disk' name='{name}'/>"
+
+
+def domain(xml: str | Callable[[World], str]) -> Provoke:
+    return lambda w: read_domain(xml if isinstance(xml, str) else xml(w))
+
+
+def local(inner: str) -> Provoke:
+    """Make a disk local that holds this."""
+
+    def provoke(world: World) -> None:
+        name = world.xml()
+        shown = name.replace("&#10;", "\n")
+        localize_domain(domain_xml(disk_xml(name, inner)), {shown: "/dev/v/l"})
+
+    return provoke
+
+
+def deep(_world: World) -> None:
+    read_disk('{"a":' * 100_000 + "1" + "}" * 100_000)
+
+
+DEFINITION = {
+    "no object": case(lambda _: read_disk("[]"), DATA),
+    "no JSON": case(lambda w: read_disk(w.evil()), DATA, "line 1 column 1"),
+    "deep": case(deep, DATA, "deep"),
+    "digits": case(lambda _: read_disk('{"a": ' + "9" * 5000 + "}"), DATA, "4300"),
+    "infinite": case(lambda w: read_disk('{"a": 1e' + "9" * (4000 if w.is_hostile else 4) + "}"), "1e999"),
+    "twice": case(lambda w: read_disk(f'{{"{w.word()}": 1' + f', "{"Ж" * 5000}": 1' * 2 + "}"), DATA, "Ж"),
+    "wrapped": case(lambda _: read_disk('{"disk": {}, "more": 1}'), DATA),
+    "type": case(disk_json({"imageID": 5}), "imageID", "int"),
+    "chain": case(disk_json({"volumeChain": 5}), "volumeChain"),
+    "chain of numbers": case(disk_json({"volumeChain": [5]}), "volumeChain"),
+    "chain without ids": case(disk_json({"volumeChain": [{}]}), "volumeChain"),
+    "device": case(disk_json(lambda w: {"device": w.evil()}), "'evil'"),
+    "id": case(disk_json(lambda w: {"imageID": w.evil()}), "imageID is 'evil'"),
+    "shared": case(disk_json(lambda w: {"shared": w.evil()}), "'evil'"),
+    "control characters": case(disk_json(lambda w: {"path": f"/\n{w.evil()}"}), "/\\nevil"),
+    "format": case(disk_json(lambda w: {"name": w.evil(), "format": w.evil()}), "disk evil", "'evil'"),
+    "disk type": case(disk_json(lambda w: {"name": w.evil(), "diskType": w.evil()}), "disk evil", "'evil'"),
+    "relative": case(disk_json(lambda w: {"name": w.evil(), "path": w.word()}), "disk evil", "'evil'"),
+    "serial": case(
+        disk_json(lambda w: {"name": w.evil(), "serial": OTHER_IMAGE}), "disk evil", IMAGE, OTHER_IMAGE
+    ),
+    "half an image": case(disk_json(lambda w: {"name": w.evil(), "imageID": ""}), "disk evil"),
+    "no image": case(disk_json(lambda w: {"name": w.evil(), "imageID": "", "volumeID": ""}), "disk evil"),
+    "no disk": case(local_json(lambda w: {"name": w.evil(), "device": "cdrom"}), "disk evil", "cdrom"),
+    "no local path": case(local_json(lambda _: {}, "/dev/v/l x"), "'/dev/v/l x'"),
+    "too long": case(lambda _: read_disk("x" * (DATA_LIMIT + 1)), DATA, str(DATA_LIMIT)),
+    "no uuid": case(domain(domain_xml(uuid="")), XML),
+    "encoding": case(domain(lambda w: f"<?xml version='1.0' encoding='{w.evil()}'?><domain/>"), "evil"),
+    "DTD": case(domain("<!DOCTYPE domain><domain/>"), XML),
+    "another element": case(domain(lambda w: f"<{w.word()}/>"), "<evil>"),
+    "no target": case(domain(domain_xml("<disk/>")), XML),
+    "two sources": case(domain(domain_xml(disk_xml(inner="<source/><source/>"))), "<disk>", "<source>"),
+    "uuid with markup": case(domain(domain_xml(uuid="<uuid><a/></uuid>")), "<uuid>"),
+    "domain's uuid": case(domain(lambda w: domain_xml(uuid=f"<uuid>{w.xml()}</uuid>")), "'evil'"),
+    "no XML": case(domain(lambda w: f"<domain><{w.word()}></domain>"), XML, "evil"),
+    "half a character": case(domain("<domain>\ud800</domain>"), XML),
+    "metadata twice": case(
+        domain(lambda w: domain_xml("", metadata_of(w.xml()) + metadata_of("a") * 2)), XML
+    ),
+    "disk of that name": case(lambda w: localize_domain(domain_xml(), {w.evil(): "/dev/v/l"}), "disk evil"),
+    "no source": case(local(""), "disk evil"),
+    "mirror": case(local("<source file='/p'/><mirror/>"), "disk evil"),
+}
+
+# -- disk, session
+
+CLAIM, PREPARE = test_session.CLAIM, test_session.PREPARE
+OTHER_PREPARE = {**PREPARE, "fingerprint": "f" * 32}
+LV = f"ovirt-local/{VOLUME}"
+SCRATCH = "volume_group: scratch"  # as some captured reports have it
+
+
+def found(
+    *more: str, text: str = "", requests: tuple[object, ...] = (CLAIM, PREPARE), **fields: str
+) -> Provoke:
+    """A start where the volume is there already."""
+
+    def provoke(world: World) -> object:
+        there = world.host()
+        there.add(VOLUME, tags(*more), EXTENT, **fields)
+        return world.ask(*requests, text=text, host=there)
+
+    return provoke
+
+
+def owned_by_another(world: World) -> object:
+    there = world.host()
+    there.add(VOLUME, tags(vm=OTHER_VM, image=OTHER_IMAGE))
+    return world.ask(CLAIM, host=there)
+
+
+def thin(
+    captured: str = "pool-only", text: str = "", error: Callable[[World], str] = lambda _: ""
+) -> Provoke:
+    """A thin disk on a group like that, where lvcreate says this."""
+
+    def provoke(world: World) -> object:
+        there, said = world.host(captured), error(world)
+        if said:
+            there.fail("lvcreate", said)
+        return world.ask({**CLAIM, "property": "lvmthin"}, PREPARE, text=text, host=there)
+
+    return provoke
+
+
+def broken_pool(world: World) -> object:
+    there = world.host("pool-inactive")
+    there.volumes["pool0"].lv_active = "active"
+    return world.ask({**CLAIM, "property": "lvmthin"}, PREPARE, host=there)
+
+
+DISK_LIFE = {
+    "changed": case(found("STOPPED_5", text=test_session.KEEP, requests=(CLAIM, OTHER_PREPARE)), LV),
+    "owner": case(owned_by_another, LV, OTHER_VM, OTHER_IMAGE),
+    "open": case(found(lv_device_open="open"), LV, "ready"),
+    "no space": case(lambda w: w.ask(CLAIM, {**PREPARE, "size": 1 << 45}), "ovirt-local", "TiB"),
+    "no pool": case(thin("empty", SCRATCH), "scratch/pool0"),
+    "not zeroing": case(thin("not-zeroing", SCRATCH), "scratch/pool0"),
+    "silent pool": case(thin("pool-inactive"), "ovirt-local/pool0"),
+    "broken pool": case(broken_pool, "ovirt-local/pool0"),
+    "full pool": case(thin(text="margins: {thin_data: 0%}"), "ovirt-local/pool0", "thin_data", "0 %"),
+}
+
+
+def session(*requests: Callable[[World], object] | object) -> Provoke:
+    return lambda w: w.ask(*(each(w) if callable(each) else each for each in requests))
+
+
+def silent_end(world: World) -> None:
+    hook = test_session.Hook(world.host())
+    hook.start()
+    hook.session.end()
+
+
+def replaced(world: World) -> object:
+    """Somebody has made another disk of that name meanwhile."""
+    there = world.host()
+    hook = test_session.Hook(there)
+    hook.start()
+    del there.volumes[VOLUME]
+    there.add(VOLUME, tags("UPDATING"))
+    return hook.ask({"verb": "commit"})
+
+
+def not_local(world: World) -> object:
+    there = world.host()
+    there.active = {VM}
+    return world.ask(CLAIM, host=there)
+
+
+def fails_later(tool: str, when: str, *requests: object, lv: str = "") -> Provoke:
+    """Where that command fails, so that it is left to gc."""
+
+    def provoke(world: World) -> None:
+        there = world.host()
+        if lv:
+            there.add(VOLUME, tags(lv), 10 * EXTENT, lv_active="")
+        there.fail(tool, world.evil(), times=9, when=when)
+        if lv == "STOPPED_5":
+            world.raises(VolumeGroup, "activate", CommandFailed(("lvchange",), 5, world.evil()))
+        hook = test_session.Hook(there, test_session.KEEP if lv == "STOPPED_5" else "")
+        for request in requests:
+            hook.ask(request)
+        hook.session.close()
+
+    return provoke
+
+
+def still_runs(world: World) -> object:
+    there = world.host()
+    there.add(VOLUME, tags(), lv_device_open="open")
+    there.active = {VM}
+    return world.ask(test_session.RELEASE, host=there)
+
+
+def runs_unfinished(world: World) -> object:
+    there = world.host()
+    there.add(VOLUME, tags("UPDATING"), lv_device_open="open")
+    there.active = {VM}
+    return world.ask(CLAIM, host=there)
+
+
+def foreign(world: World) -> object:
+    there = world.host()
+    there.add(VOLUME, {world.word()[:100]})
+    return world.ask(CLAIM, host=there)
+
+
+def garbage(line: bytes) -> Provoke:
+    return lambda w: test_session.Hook(w.host()).session.serve(line)
+
+
+LOOK = {"verb": "look", "vm": VM, "property": "lvm"}
+REQUEST = "request to the helper"
+SESSION = {
+    "foreign": case(foreign, LV),
+    "unfinished and running": case(runs_unfinished, LV, VM),
+    "running": case(still_runs, VM),
+    "id": case(session(lambda w: {**CLAIM, "image": w.evil()}), "image"),
+    "number": case(session(CLAIM, lambda w: {**PREPARE, "size": w.evil()}), "size"),
+    "many disks": case(session({**LOOK, "disks": [{}] * 300}), "disks", "256"),
+    "half a disk": case(session({**LOOK, "disks": [{}]}), "disk"),
+    "fingerprint": case(session(CLAIM, lambda w: {**PREPARE, "fingerprint": w.evil()}), "fingerprint"),
+    "replaced": case(replaced, REQUEST, "unfinished disk"),
+    "property": case(session(lambda w: {**CLAIM, "property": w.evil()}), "property"),
+    "order": case(session({"verb": "commit"}), REQUEST, "order"),
+    "no JSON": case(garbage(b"\xff{"), REQUEST),
+    "no verb": case(session(lambda w: {"evil": w.evil()}), REQUEST, "verb"),
+    "verb": case(session(lambda w: {"verb": w.evil()}), REQUEST, "verb"),
+    "broken off": case(silent_end, VM, VOLUME),
+    "left by a start": case(
+        fails_later("lvremove", "", CLAIM, PREPARE, {"verb": "x"}), "unfinished copy", VOLUME, "evil"
+    ),
+    "left by a stop": case(
+        fails_later("lvremove", "", test_session.RELEASE, lv="localdisk"), "left to gc", VOLUME, "evil"
+    ),
+    "kept": case(
+        fails_later("lvchange", "--addtag STOPPED", CLAIM, PREPARE, lv="STOPPED_5"),
+        "kept disk",
+        VOLUME,
+        "evil",
+    ),
+    "not from a local disk": case(not_local, VM, VOLUME),
+}
+
+# -- domains, gc, vms
+
+
+def collects(world: World, there: FakeHost) -> str:
+    found = gc.collect(config.parse(b"", "F"), may_start=False)
+    return "\n".join(found.problems) or found.findings[0].failure
+
+
+def in_vain(world: World) -> str:
+    there = world.host()
+    there.add(VOLUME, tags())
+    there.libvirt_is_silent = True
+    return collects(world, there)
+
+
+def no_list(world: World) -> object:
+    there = world.host()
+    there.active = {world.evil()}
+    return domains.active()
+
+
+def not_removed(world: World) -> str:
+    there = world.host()
+    there.add(VOLUME, tags("UPDATING"))
+    there.fail("lvremove", world.evil(), times=99)
+    return collects(world, there)
+
+
+def unread_vm(world: World) -> object:
+    there = world.host()
+    there.active = {VM}
+    there.xmls = {VM: f"<domain>\n<uuid>{VM}</uuid><{world.word()}>\n</domain>"}
+    return vms.answer(domains.ask_names()).unread
+
+
+GC = {
+    "in vain": case(in_vain, "libvirt", "virsh"),
+    "no list": case(no_list, "evil", "virsh"),
+    "not removed": case(not_removed, VOLUME, "evil"),
+    "VM's XML": case(unread_vm, f"vm={VM}", "evil"),
+}
+
+# -- hook
+
+
+def starts(*disks: tuple[str, str, str, str], vm: str = VM) -> Provoke:
+    return lambda w: w.vdsm().call("before_vm_start", test_hook.domain_xml(*disks, vm=vm))
+
+
+def plugged(world: World) -> None:
+    element = f"<disk type='file'><source file='{PATH}'/><target dev='{world.xml()}'/></disk>"
+    world.vdsm().call("before_disk_hotplug", element)
+
+
+def before_vdsm(world: World) -> None:
+    machine = world.vdsm()
+    machine.host.add(VOLUME, tags())
+    machine.host.libvirt_is_silent = True
+    world.patch.setattr(vdsm, "is_running", lambda: True)
+    hook.run("before_vdsm_start", {})
+
+
+def local_but_not_ready(world: World) -> None:
+    text = test_hook.domain_xml((world.xml(), f"/dev/{LV}", IMAGE, VOLUME))
+    world.vdsm().call("before_vm_start", text)
+
+
+NO_IMAGE: dict[str, Any] = {"imageID": "", "volumeID": "", "serial": "", "volumeChain": []}
+HOOK = {
+    "another VM": case(starts(vm=OTHER_VM), VM, OTHER_VM),
+    "plugged": case(plugged, "disk evil", VM),
+    "migrated": case(lambda w: w.vdsm().call("before_vm_migrate_source", ""), VM, "migrated"),
+    "suspended": case(lambda w: w.vdsm().call("before_vm_hibernate", ""), VM, "suspended"),
+    "not ready": case(local_but_not_ready, "disk evil", VM, f"/dev/{LV}", "absent"),
+    "no image": case(lambda w: w.prepare(**NO_IMAGE, name=w.evil()), "disk evil"),
+    "shared": case(lambda w: w.prepare(shared="shared", name=w.evil()), "disk evil", "shared"),
+    "transient": case(lambda w: w.prepare(shared="transient", name=w.evil()), "disk evil", "transient"),
+    "network": case(lambda w: w.prepare(diskType="network", path=w.word(), name=w.evil()), "disk evil"),
+    "gc": case(before_vdsm, "libvirt"),
+}
+
+# -- host, install, lvm, metrics, removal, run, uninstall
+
+
+def asked_in_vain(world: World) -> str:
+    asked = host._Asked()
+    asked(lambda: os.stat(world.evil_path()))
+    return str(asked.failures[0])
+
+
+def printed(ask: Callable[[], object]) -> Provoke:
+    def provoke(world: World) -> object:
+        world.prints(world.evil())
+        return ask()
+
+    return provoke
+
+
+def uncounted(world: World) -> None:
+    (world.directory / "file").touch()
+    world.patch.setattr(lock, "RUN", str(world.directory / "file" / "run"))
+    counters.failed("x")
+
+
+def leads_out(world: World) -> None:
+    place = world.directory / "root" / world.name()
+    place.parent.mkdir()
+    place.symlink_to("/usr")
+    install.require_inside(str(world.directory / "root"), str(place))
+
+
+def in_the_way(world: World) -> object:
+    path = world.directory / world.name()
+    path.touch()
+    return install._missing("", str(path / "x"), set())
+
+
+def directory_in_the_way(world: World) -> object:
+    path = world.directory / world.name()
+    path.mkdir()
+    return list(install._file(Write(str(path), b"", 0o644)))
+
+
+HOST = {
+    "unseen": case(asked_in_vain, "/evil", "ls -ld"),
+    "version": case(printed(host._lvm_version), "lvm version", "evil"),
+    "report": case(printed(lambda: host_storage._pools("vg", [])), "lvm lvs", "evil"),
+    "counters": case(uncounted, "cannot count"),
+}
+INSTALL = {
+    "no zipapp": case(lambda w: list(install.install(w.evil_path())), "/evil", "dist/localdisk"),
+    "no root": case(lambda w: install.checked_root(w.evil_path()), "/evil"),
+    "own root": case(lambda _: install.checked_root("//"), "//", "--root"),
+    "in the way": case(in_the_way, "/evil"),
+    "leads out": case(leads_out, "/root/evil", "/usr"),
+    "a directory": case(directory_in_the_way, "/evil"),
+    "busy": case(lambda w: uninstalls(w), LV, VM, "--force"),
+}
+
+
+def uninstalls(world: World) -> object:
+    there = world.host()
+    there.add(VOLUME, tags(), lv_device_open="open")
+    world.patch.setattr(config, "DEFAULT_PATH", "/nonexistent")
+    return list(uninstall.uninstall())
+
+
+def writes_metrics(below: str) -> Provoke:
+    """To a directory's own name, or to a file below a directory that is not there."""
+
+    def provoke(world: World) -> None:
+        world.patch.setattr(lock, "RUN", str(world.directory / "run"))
+        path = world.evil_path()
+        if not below:
+            os.mkdir(path)
+        metrics.write(path + below, "")
+
+    return provoke
+
+
+METRICS = {
+    "no file": case(writes_metrics(""), "/evil"),
+    "no directory": case(writes_metrics("/m"), "/evil/m"),
+}
+
+
+def usable(captured: str) -> Provoke:
+    claim = {**CLAIM, "volume": OTHER_VOLUME}
+    return lambda w: w.ask(claim, PREPARE, text=SCRATCH, host=w.host(captured))
+
+
+def node(uuid: Callable[[World], str], path: str) -> Provoke:
+    def provoke(world: World) -> None:
+        found = uuid(world)
+        world.patch.setattr("localdisk.lvm.read_dm_uuid", lambda _device: found)
+        world.patch.setattr(VolumeGroup, "path", lambda _vg, _name: path)
+        VolumeGroup.from_report(report("empty")).dm_uuid("lv")
+
+    return provoke
+
+
+def lock_type(world: World) -> object:
+    said = "Cannot access VG ovirt-local with lock type sanlock that requires lvmlockd"
+    world.raises(run, "run", CommandFailed(("lvm",), 5, said))
+    return VolumeGroup.read("ovirt-local")
+
+
+def group_report(world: World) -> object:
+    text = report("empty").replace('"vg_size":"', f'"vg_size":"{world.word()}')
+    return VolumeGroup.from_report(text)
+
+
+LVM = {
+    "no group": case(
+        lambda w: w.ask(CLAIM, text="volume_group: other"), "volume group other", "vgcreate other"
+    ),
+    "exported": case(usable("exported"), "volume group scratch", "vgimport scratch"),
+    "partial": case(usable("partial"), "volume group scratch", "vgreduce"),
+    "shared": case(lock_type, "ovirt-local", "sanlock"),
+    "size": case(group_report, "lvm fullreport", "evil"),
+    "threshold": case(thin(error=lambda _: "pool has reached threshold."), "ovirt-local/pool0"),
+    "no node": case(node(lambda _: "", "/nonexistent/lv"), "/nonexistent/lv", "udev"),
+    "another device": case(node(lambda w: w.evil(), os.devnull), os.devnull, "evil"),
+}
+
+
+def erases(how: str, **fields: str) -> Provoke:
+    """gc's last step on a disk that was set aside, which LVM calls in use."""
+
+    def provoke(world: World) -> None:
+        there = world.host()
+        there.add(VOLUME, aside("zero", VOLUME), EXTENT, **fields)
+        vg = VolumeGroup.from_report(there.report())
+        lv = vg.find(VOLUME)
+        disk = LocalDisk.from_lv(lv) if lv else None
+        assert disk
+        there.fail("lvremove", f"Logical volume {LV} in use.", times=99)
+        world.patch.setattr(VolumeGroup, "path", lambda _vg, _name: "/nonexistent/lv")
+        removal.erase_and_remove(vg, disk, how, lambda _seconds: None)
+
+    return provoke
+
+
+REMOVAL = {
+    "stays open": case(erases("none", lv_device_open="open"), LV, "lsof"),
+    "in use": case(erases("none"), LV, "lsof"),
+    "not erased": case(erases("zero", pool_lv="pool0"), "/nonexistent/lv", "gc"),
+}
+RUN = {
+    "fails": case(lambda w: run.run(["sh", "-c", f"echo {w.evil('x')} >&2; exit 3"]), "sh -c", "3", "evil"),
+    "killed": case(lambda _: run.run(["sh", "-c", "kill -TERM $$"]), "signal 15"),
+    "late": case(lambda _: run.run(["sh", "-c", "sleep 9", "/dev/x"], deadline=0.1), "sh -c", "/dev/x"),
+    "missing": case(lambda _: run.run(["nosuchtool"]), "nosuchtool"),
+}
+
+# -- image
+
+
+def header(**changes: Any) -> Provoke:
+    return lambda w: w.source(made(**changes))
+
+
+def chain(backing: Callable[[World], str], image_format: Callable[[World], str] = lambda _: "raw") -> Provoke:
+    """A leaf whose header says so, and whose parent vdsm names."""
+
+    def provoke(world: World) -> None:
+        said = extension(FORMAT, image_format(world)[:800].encode("utf-8", "surrogateescape")[:800])
+        data = made(backing=backing(world).encode()[:1000], extensions=said)
+        (world.directory / LEAF).write_bytes(data)
+        world.open(source_disk(world.directory / LEAF, volumes=[test_session.THIRD_VOLUME]))
+
+    return provoke
+
+
+def in_its_place(make: Callable[[Path], object], image_format: str = "raw") -> Provoke:
+    def provoke(world: World) -> None:
+        path = world.directory / IMAGE_ID / LEAF
+        path.parent.mkdir()
+        make(path)
+        world.open(source_disk(path, image_format))
+
+    return provoke
+
+
+IMAGE_ID = source_disk("/x").image_id
+
+
+def elsewhere(world: World) -> None:
+    """Its directory is a link to that of another image."""
+    other = world.directory / OTHER_IMAGE
+    other.mkdir()
+    (other / LEAF).write_bytes(b"x" * 512)
+    (world.directory / IMAGE_ID).symlink_to(other)
+    world.open(source_disk(world.directory / IMAGE_ID / LEAF, "raw"))
+
+
+def missing(world: World) -> None:
+    world.open(source_disk(world.directory / LEAF), path=world.evil_path())
+
+
+def unreadable(error: OSError) -> Provoke:
+    def provoke(world: World) -> None:
+        world.raises(image, "_read", error)
+        world.source(b"x" * 512, "raw")
+
+    return provoke
+
+
+def measured(error: Callable[[World], Exception | str]) -> Provoke:
+    def provoke(world: World) -> None:
+        (world.directory / LEAF).write_bytes(b"x" * 512)
+        with image.opened(source_disk(world.directory / LEAF, "raw")) as source:
+            found = error(world)
+            if isinstance(found, str):
+                world.prints(found)
+            else:
+                world.raises(run, "run", found)
+            source.writes(leaves_out_zeros=True)
+
+    return provoke
+
+
+def too_large(world: World) -> None:
+    world.patch.setattr(image, "MAX_DISK", 512)
+    world.source(b"x" * 513, "raw")
+
+
+def cut(length: int) -> Provoke:
+    return lambda w: w.source(made()[:length])
+
+
+FEATURES = {1: "not closed", 2: "corrupt", 4: "external data file", 1 << 40: "0x10000000000"}
+PRLIMIT = ("prlimit", "--as=1")
+IMAGES = {
+    "no qcow2": case(header(magic=b"QFI\xfa"), LEAF, "qcow2"),
+    "version": case(header(version=4), LEAF, "4"),
+    "encrypted": case(header(crypt=1), LEAF, "encrypted"),
+    "snapshots": case(header(snapshots=1), LEAF, "qemu-img snapshot -d"),
+    "clusters": case(header(cluster_bits=99), LEAF, "2^99"),
+    "size": case(header(size=513), LEAF, "513"),
+    "cut off": case(cut(80), LEAF, "cut off"),
+    **{f"feature {n:#x}": case(header(incompatible=n), LEAF, said) for n, said in FEATURES.items()},
+    "header length": case(header(header_length=96), LEAF, "96"),
+    "name outside": case(header(backing=b"x", backing_size=2000), LEAF, "backing file name"),
+    "extension": case(header(extensions=struct.pack(">II", 5, 1 << 31)), LEAF, "extension"),
+    "backing name": case(chain(lambda w: w.evil()), LEAF, "'evil'", "qemu-img rebase"),
+    "unnamed parent": case(chain(lambda _: OTHER_VOLUME), LEAF, OTHER_VOLUME),
+    "cycle": case(chain(lambda _: LEAF), LEAF, "64"),
+    "backing format": case(chain(lambda _: test_session.THIRD_VOLUME, lambda w: w.evil()), LEAF, "'evil'"),
+    "a FIFO": case(in_its_place(os.mkfifo), IMAGE_ID, LEAF),
+    "empty": case(in_its_place(Path.touch), IMAGE_ID, LEAF, "0 bytes"),
+    "too large": case(too_large, LEAF, "1024"),
+    "a link": case(in_its_place(lambda path: path.symlink_to("/etc/passwd")), IMAGE_ID, LEAF, "link"),
+    "another image": case(elsewhere, IMAGE_ID, LEAF),
+    "missing": case(missing, "/evil", "No such file"),
+    "read error": case(unreadable(OSError(5, "Input/output error")), LEAF, "Input/output error"),
+    "unknown read error": case(unreadable(OSError()), LEAF, "read error"),
+    "measure": case(
+        measured(lambda w: CommandFailed(PRLIMIT, 1, w.evil())), LEAF, "qemu-img measure", "evil"
+    ),
+    "measure says": case(measured(lambda w: w.evil()), LEAF, "qemu-img measure", "evil"),
+    "no qemu-img": case(measured(lambda _: CommandFailed(PRLIMIT, 127, "")), "qemu-img"),
+}
+
+# -- vdsm
+
+
+def call(text: bytes | None = b"", path: str = "data") -> Callable[[World], Call]:
+    def made_call(world: World) -> Call:
+        file = world.directory / path
+        if text is not None:
+            file.write_bytes(text)
+        return Call("before_vm_start", VM, "lvm", str(file))
+
+    return made_call
+
+
+def environ(**changes: Callable[[World], str]) -> Provoke:
+    def provoke(world: World) -> object:
+        given = {"vmId": VM, "localdisk": "lvm", DOMXML: "/x"}
+        return vdsm.read_call("before_vm_start", {**given, **{k: v(world) for k, v in changes.items()}})
+
+    return provoke
+
+
+def no_file_of_data(world: World) -> str:
+    path = world.directory / world.name()
+    path.mkdir()
+    return vdsm.read_data(Call("before_vm_start", VM, "lvm", str(path)))
+
+
+VDSM = {
+    "point": case(lambda w: vdsm.read_call(w.evil(), {}), "'evil'"),
+    "id": case(environ(vmId=lambda w: w.evil()), "vmId is 'evil'"),
+    "property": case(environ(localdisk=lambda w: w.evil()), "'evil'", "lvmthin"),
+    "both": case(environ(**{JSON: lambda w: w.evil()}), JSON, DOMXML),
+    "relative": case(environ(**{DOMXML: lambda w: w.evil()}), DOMXML, "'evil'"),
+    "no data": case(lambda _: vdsm.read_data(Call("before_vdsm_start", "", "", None)), "before_vdsm_start"),
+    "no file": case(no_file_of_data, "/evil"),
+    "missing": case(lambda w: vdsm.read_data(Call("p", VM, "lvm", w.evil_path())), "/evil", "No such file"),
+    "too long": case(lambda w: vdsm.read_data(call(b"x" * (DATA_LIMIT + 1))(w)), "/data", str(DATA_LIMIT)),
+    "answer": case(lambda w: vdsm.write_data(call()(w), "x" * (DATA_LIMIT + 1)), "/data", str(DATA_LIMIT)),
+    "no UTF-8": case(lambda w: vdsm.read_data(call(b"\xff")(w)), "/data", "utf-8"),
+}
+
+CASES: dict[str, Case] = {
+    f"{module}: {name}": each
+    for module, table in {
+        "cli": CLI,
+        "client": CLIENT,
+        "config": CONFIG,
+        "copy": COPY,
+        "definition": DEFINITION,
+        "disk": DISK_LIFE,
+        "gc": GC,
+        "hook": HOOK,
+        "host": HOST,
+        "image": IMAGES,
+        "install": INSTALL,
+        "lvm": LVM,
+        "metrics": METRICS,
+        "removal": REMOVAL,
+        "run": RUN,
+        "session": SESSION,
+        "vdsm": VDSM,
+    }.items()
+    for name, each in table.items()
+}
+
+
+def message_of(provoke: Provoke, world: World) -> str:
+    """The message of the error that it raises, or answers with, or returns; "" for none."""
+    try:
+        returned = provoke(world)
+    except Error as error:
+        return str(error)
+    if isinstance(returned, dict):
+        return str(returned.get("error", ""))
+    return returned if isinstance(returned, str) else ""
