@@ -14,7 +14,6 @@ import errno
 import hashlib
 import json
 import os
-import re
 import stat
 import struct
 from collections.abc import Iterator
@@ -31,10 +30,6 @@ from localdisk.units import MAX_DISK
 
 MAX_LAYERS = 64
 SECTOR = 512
-
-# How vdsm names a file volume: below the domain's mount, the pool's link to it, or /run/vdsm/storage.
-_UUID = "[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
-_VDSM_PATH = re.compile(rf"/{_UUID}/(?:images/)?{_UUID}/{_UUID}\Z")
 
 _MAGIC = b"QFI\xfb"
 _FIXED = struct.Struct(">4sIQIIQIIQQIIQ")  # magic … snapshots_offset: 72 bytes, all of version 2
@@ -325,10 +320,12 @@ def _is_volume_file(real: str, disk: Disk, path: str, volume_id: str) -> bool:
     directory = os.path.realpath(os.path.dirname(path))
     if real != os.path.join(directory, volume_id):
         return False
-    if disk.domain_id and _VDSM_PATH.search(path):
+    # DOMAIN/images/IMAGE/VOLUME below the domain's mount or the pool's link; DOMAIN/IMAGE/VOLUME in /run.
+    named = [part for part in path.split("/") if part != "images"][-3:]
+    if disk.domain_id and len(named) == 3 and all(map(is_uuid, named)):
         return real.endswith(f"/{disk.domain_id}/images/{disk.image_id}/{volume_id}")
-    named = os.path.basename(os.path.dirname(path))
-    return not is_uuid(named) or os.path.basename(directory) == named
+    named_directory = os.path.basename(os.path.dirname(path))
+    return not is_uuid(named_directory) or os.path.basename(directory) == named_directory
 
 
 def _dm_name(device: int) -> str:

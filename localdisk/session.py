@@ -323,7 +323,8 @@ def _who(claim: Claim | None) -> dict[str, object]:
 
 def _asked(request: Request) -> dict[str, object]:
     """Who asks, where nothing is claimed yet."""
-    return {name: request[key] for name, key in (("vm", "vm"), ("disk", "volume")) if key in request}
+    told = {"vm": request.get("vm"), "disk": request.get("volume")}
+    return {name: value for name, value in told.items() if isinstance(value, str)}
 
 
 def _speed(claim: Claim, written: int) -> dict[str, str]:

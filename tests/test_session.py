@@ -952,6 +952,15 @@ def test_refusals_are_logged_and_counted(host: FakeHost, logged: list[str]) -> N
     assert counters.read().failures == {"bad_request": 1, "no_space": 1}
 
 
+def test_ids_that_cannot_be_shown_are_not_logged(host: FakeHost, logged: list[str]) -> None:
+    """JSON that can just be read may nest too deeply to be written again."""
+    for depth in range(200, 1000, 2):
+        nested = "[" * depth + "]" * depth
+        line = f'{{"verb": "claim", "vm": {nested}, "property": "lvm", "image": 5, "volume": {nested}}}'
+        assert list(Hook(host).session.serve(line.encode())) == ["error"]
+    assert {line.split(" why=")[0] for line in logged} == {"refused"}
+
+
 def test_a_hook_that_ends_in_the_middle_is_logged_and_counted(host: FakeHost, logged: list[str]) -> None:
     idle, claimed, copying = Hook(host), Hook(host), Hook(host)
     idle.session.end()
