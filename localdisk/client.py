@@ -10,14 +10,24 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import Any
 
 from localdisk import run
-from localdisk.copy import Target
+from localdisk.copy import Device, Target
 from localdisk.definition import Disk
 from localdisk.errors import HelperRefused, HelperUnavailable
+
+
+@dataclass(frozen=True)
+class Base:
+    """A template's volume that a disk may start from; `domain` "" for a file, `size` in bytes."""
+
+    volume: str
+    domain: str
+    fingerprint: str
+    size: int
 
 
 @dataclass(frozen=True)
@@ -37,14 +47,25 @@ class Claimed:
     stays: bool  # leave the disk where it is
     path: str  # the running VM's local disk, "" if there is none
     is_thin: bool  # a new local disk would be thin
+    is_cached: bool  # it would start from a local copy of its template
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """The local disk's path, and what must be copied to it, None when it was kept."""
+    """The local disk's path, and what must be copied where; `session.py` says what `how` can be."""
 
+    how: str
     path: str
     target: Target | None
+    base: Device | None
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """Whether a template is in the cache, and if a new copy of it would be thin."""
+
+    is_ready: bool
+    is_thin: bool
 
 
 class Helper:
@@ -53,7 +74,8 @@ class Helper:
     All methods raise HelperRefused (it says why not) and HelperUnavailable (it is not there, or is gone).
     """
 
-    def __init__(self, vm_id: str, property_value: str) -> None:
+    def __init__(self, vm_id: str = "", property_value: str = "") -> None:
+        """Of one VM and its custom property; without them only to prefetch."""
         self._program = os.path.realpath(sys.argv[0])
         self._vm = {"vm": vm_id, "property": property_value}
         self._process = run.start_talking(["sudo", "-n", self._program, "helper"])
@@ -85,14 +107,37 @@ class Helper:
         """Hold this disk's lock until `commit`, the next claim or the end."""
         answer = self._ask("claim", **self._vm, **_ids(disk))
         with self._understood():
-            return Claimed(bool(answer["stays"]), str(answer["path"]), bool(answer["thin"]))
+            stays, path = bool(answer["stays"]), str(answer["path"])
+            return Claimed(stays, path, bool(answer["thin"]), bool(answer["cached"]))
 
-    def prepare(self, virtual_size: int, fingerprint: str, writes: int) -> Prepared:
-        """Have the claimed disk made or taken back; waits for a turn to copy."""
-        answer = self._ask("prepare", size=virtual_size, fingerprint=fingerprint, writes=writes)
+    def prepare(self, virtual_size: int, fingerprint: str, writes: int, base: Base | None = None) -> Prepared:
+        """Have the claimed disk made or taken back; waits for a turn to copy.
+
+        `writes` are the bytes of data that will be written to it; `base` is what it may start from.
+        """
+        asked = asdict(base) if base else None
+        fields = {"size": virtual_size, "fingerprint": fingerprint, "writes": writes, "base": asked}
+        return self._prepared(self._ask("prepare", **fields))
+
+    def prefetch(self, backend: str, base: Base) -> Fetched:
+        """Hold this template's lock until the end and see whether it is in the cache."""
+        answer = self._ask("prefetch", backend=backend, base=asdict(base))
         with self._understood():
-            target = answer["target"]
-            return Prepared(path=str(answer["path"]), target=None if target is None else Target(**target))
+            return Fetched(bool(answer["ready"]), bool(answer["thin"]))
+
+    def fill(self, writes: int) -> Target | None:
+        """Have the template LV made that is missing; None where the cache does not take it."""
+        return self._prepared(self._ask("fill", writes=writes)).target
+
+    def _prepared(self, answer: Any) -> Prepared:
+        with self._understood():
+            target, base = answer["target"], answer["base"]
+            return Prepared(
+                how=str(answer["how"]),
+                path=str(answer["path"]),
+                target=None if target is None else Target(**target),
+                base=None if base is None else Device(**base),
+            )
 
     def progress(self, done: int, written: int) -> None:
         """Tell how many bytes of the guest's view are done and how many the disk has got.

@@ -137,11 +137,19 @@ class Config(Settings):
         )
 
     @property
+    def policies(self) -> tuple[Policy, ...]:
+        """The general one, then those of VMs that the file names."""
+        return (self.others.policy, *(override.policy for override in self.vms.values()))
+
+    def caches_templates(self, volume_group: str) -> bool:
+        """Whether any VM's disks in that group may start from a template LV."""
+        return any(each.cache.templates and each.volume_group == volume_group for each in self.policies)
+
+    @property
     def volume_groups(self) -> Mapping[str, tuple[str, ...]]:
         """Every volume group that the file names, each once, the general one first, with its `devices`."""
-        policies = (self.others.policy, *(override.policy for override in self.vms.values()))
         groups: dict[str, tuple[str, ...]] = {}
-        for policy in policies:
+        for policy in self.policies:
             groups.setdefault(policy.volume_group, policy.devices)
         return groups
 

@@ -32,6 +32,9 @@ class Counters:
     copies: int = 0
     copied_bytes: int = 0
     copy_seconds: float = 0.0
+    template_hits: int = 0  # disks that started from a template LV that was there
+    template_misses: int = 0  # template LVs that were made
+    templates_evicted: int = 0
     failures: dict[str, int] = field(default_factory=dict)  # by reason, the error's name in snake case
     gc_runs: int = 0
     gc_last_run: int = 0
@@ -71,6 +74,21 @@ def failed(error: Error | str) -> None:
         return replace(old, failures={**old.failures, known: old.failures.get(known, 0) + 1})
 
     _change(add)
+
+
+def template_hit() -> None:
+    """A disk has started from a template LV."""
+    _change(lambda old: replace(old, template_hits=old.template_hits + 1))
+
+
+def template_miss() -> None:
+    """A template LV has been made."""
+    _change(lambda old: replace(old, template_misses=old.template_misses + 1))
+
+
+def template_evicted() -> None:
+    """A template LV has been removed to make room, or because its time was over."""
+    _change(lambda old: replace(old, templates_evicted=old.templates_evicted + 1))
 
 
 def gc_ran(removed: int, removed_bytes: int, is_good: bool) -> None:

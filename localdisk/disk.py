@@ -8,7 +8,7 @@ its tags, so that nothing else has to be kept in step with the volume group:
     IU_<uuid>           the image that it is a copy of
     SOURCE_<hex>        fingerprint of the source when it was copied
     UPDATING            the copy is incomplete
-    WRITES_<bytes>      while UPDATING: what the copy will write, counted against the thin pool
+    WRITES_<bytes>      while UPDATING: the data that it will hold, counted against the thin pool
     STOPPED_<epoch>     kept since then for a VM that is not running
     UNNEEDED_<epoch>    since then gc has seen no VM that needs it, though nothing says that its VM stopped
     DELETING            waits to be removed
@@ -74,7 +74,6 @@ class LocalDisk:
     unneeded: int | None  # seconds since the epoch
     erase: str  # what `retention.erase` said when it was set aside, "" otherwise
     aside_name: str  # the name that it gets, or has, when it was set aside, "" otherwise
-    writes: int  # bytes that an unfinished copy will have written in all
 
     @classmethod
     def from_lv(cls, lv: LogicalVolume) -> LocalDisk | None:
@@ -83,13 +82,13 @@ class LocalDisk:
         Ours has a canonical UUID as its name, exactly one VM and one image, or none where it was set
         aside, and is no pool.  The tag `localdisk` is not asked for: vdsm's older hook did not set it.
         """
-        values = _values(lv.lv_tags)
-        vm_id, image_id = _only_uuid(values["VM"]), _only_uuid(values["IU"])
+        values = values_of(lv.lv_tags)
+        vm_id, image_id = only_uuid(values["VM"]), only_uuid(values["IU"])
         is_aside = {OURS, DELETING} <= lv.lv_tags and not values["VM"] and not values["IU"]
         has_owner = bool(vm_id and image_id) or is_aside
         if not (is_uuid(lv.lv_name) and has_owner) or "pool" in lv.lv_layout:
             return None
-        stopped, fingerprints = max(_numbers(values["STOPPED"]), default=None), values["SOURCE"]
+        stopped, fingerprints = max(numbers_of(values["STOPPED"]), default=None), values["SOURCE"]
         return cls(
             lv=lv,
             vm_id=vm_id,
@@ -97,10 +96,9 @@ class LocalDisk:
             state=_state(lv.lv_tags, stopped),
             fingerprint=fingerprints[0] if len(fingerprints) == 1 else "",
             stopped=stopped,
-            unneeded=max(_numbers(values["UNNEEDED"]), default=None),
+            unneeded=max(numbers_of(values["UNNEEDED"]), default=None),
             erase=next((how for how in ERASES if f"ERASE_{how}" in lv.lv_tags), ""),
-            aside_name=_only_uuid(values["ASIDE"]),
-            writes=max(_numbers(values["WRITES"]), default=0),
+            aside_name=only_uuid(values["ASIDE"]),
         )
 
     @property
@@ -246,7 +244,7 @@ def _require_thin_room(vg: VolumeGroup, pool_name: str, margins: Margins, writes
         raise ThinPoolNotZeroing(vg=vg.vg_name, pool=pool_name)
     if pool.data_percent is None or pool.metadata_percent is None:
         raise silent_pool(vg.vg_name, pool)
-    promised = sum(_still_to_write(disk) for disk in local_disks(vg) if disk.lv.pool_lv == pool_name)
+    promised = sum(_still_to_write(lv) for lv in vg.lvs if lv.pool_lv == pool_name)
     would = pool.data_percent + 100 * (writes + promised) / pool.lv_size
     for limit, value, allowed in (
         ("thin_data", would, margins.thin_data),
@@ -263,11 +261,12 @@ def silent_pool(vg: str, pool: LogicalVolume) -> Error:
     return (ThinPoolBroken if pool.lv_active else ThinPoolInactive)(vg=vg, pool=pool.lv_name)
 
 
-def _still_to_write(disk: LocalDisk) -> float:
+def _still_to_write(lv: LogicalVolume) -> float:
     """Bytes that an unfinished copy has been promised and not written yet."""
-    if disk.state is not State.UNFINISHED:
+    if not {OURS, UPDATING} <= lv.lv_tags:
         return 0
-    return max(0.0, disk.writes - disk.lv.lv_size * (disk.lv.data_percent or 0) / 100)
+    writes = max(numbers_of(values_of(lv.lv_tags)["WRITES"]), default=0)
+    return max(0.0, writes - lv.lv_size * (lv.data_percent or 0) / 100)
 
 
 # -- stopping
@@ -304,7 +303,7 @@ def _state(tags: frozenset[str], stopped: int | None) -> State:
     return State.READY if stopped is None else State.STOPPED
 
 
-def _values(tags: Iterable[str]) -> Mapping[str, list[str]]:
+def values_of(tags: Iterable[str]) -> Mapping[str, list[str]]:
     """The values of tags NAME_VALUE by their name."""
     values: defaultdict[str, list[str]] = defaultdict(list)
     for tag in tags:
@@ -313,11 +312,13 @@ def _values(tags: Iterable[str]) -> Mapping[str, list[str]]:
     return values
 
 
-def _only_uuid(values: list[str]) -> str:
+def only_uuid(values: list[str]) -> str:
+    """The one UUID that there is, "" otherwise."""
     return values[0] if len(values) == 1 and is_uuid(values[0]) else ""
 
 
-def _numbers(values: list[str]) -> list[int]:
+def numbers_of(values: list[str]) -> list[int]:
+    """Those of the values that are numbers, as tags have them."""
     return [int(value) for value in values if _NUMBER.fullmatch(value)]
 
 

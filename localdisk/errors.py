@@ -254,6 +254,21 @@ class ThinPoolAtThreshold(Error):
     fix = "remove local disks (localdisk gc), or extend the pool (lvextend --size or --poolmetadatasize)"
 
 
+class CacheFull(Error):
+    what = "a template of {needed} does not fit into the cache, of which {free} can be had (cache.max_size)"
+    fix = "raise cache.max_size in /etc/localdisk.yaml"
+
+
+class CacheOff(Error):
+    what = "there is no template cache in volume group {vg}"
+    fix = "set `cache: {{templates: on}}` in /etc/localdisk.yaml"
+
+
+class NoTemplate(Error):
+    what = "volume {volume} cannot be cached: {problem}"
+    fix = "name a template's volume on file storage"
+
+
 class ForeignVolume(Error):
     what = "logical volume {vg}/{lv} exists and is not localdisk's"
     fix = "rename or remove it if nobody needs it"

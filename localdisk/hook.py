@@ -6,14 +6,22 @@ where nothing changes; it raises to refuse.  `vdsm.py` is the contract, `session
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-from localdisk import copy, definition, image, log, vdsm
-from localdisk.client import Helper, Looked
-from localdisk.copy import Target
+from localdisk import copy, definition, image, log, origin, vdsm
+from localdisk.client import Base, Helper, Looked, Prepared
+from localdisk.copy import OnProgress
 from localdisk.definition import Disk
-from localdisk.errors import BadDomain, DiskRefused, HotplugRefused, NotLocal, OperationRefused
+from localdisk.errors import (
+    BadDomain,
+    DiskRefused,
+    HotplugRefused,
+    NotLocal,
+    OperationRefused,
+    SourceRefused,
+)
 from localdisk.image import Source
 from localdisk.vdsm import Call
 
@@ -144,10 +152,53 @@ def _make_local(helper: Helper, disk: Disk) -> str:
         return claimed.path
     _require_copyable(disk)
     with image.opened(disk) as source:
-        prepared = helper.prepare(source.virtual_size, source.fingerprint, source.writes(claimed.is_thin))
+        base = _base(source) if claimed.is_cached else None
+        prepared = _prepare(helper, source, claimed.is_thin, base)
         if prepared.target:
-            _copy(helper, source, prepared.target)
+            _copy(helper, source, prepared)
     return prepared.path
+
+
+def _base(source: Source) -> Base | None:
+    """What storage says that this disk and others may start from; None where it says nothing of that kind."""
+    layer = source.base
+    # A block volume without layers is the image's own.
+    domain_id = origin.domain_of(layer) if layer.is_block and source.above else ""
+    if not source.grows or not (domain_id or origin.is_template(layer)):
+        return None
+    return Base(os.path.basename(layer.path), domain_id, layer.fingerprint, layer.virtual_size)
+
+
+def _prepare(helper: Helper, source: Source, is_thin: bool, base: Base | None) -> Prepared:
+    """Have the disk made, from its template's local copy where `base` is one and the helper has it."""
+    disk = source.virtual_size, source.fingerprint
+    if base:
+        writes = source.writes_above() if is_thin else source.virtual_size
+        prepared = helper.prepare(*disk, writes, base)
+        if prepared.how == "missing" and fill(helper, source.base_alone, is_thin):
+            prepared = helper.prepare(*disk, writes, base)
+        if prepared.how not in ("missing", "uncached"):
+            return prepared
+    return helper.prepare(*disk, source.writes(is_thin))
+
+
+def fill(helper: Helper, base: Source, is_thin: bool, show: OnProgress | None = None) -> bool:
+    """Copy a template's volume into the cache; False where the helper does not take it."""
+    target = helper.fill(base.writes(is_thin))
+    if target is None:
+        return False
+    tell = _tell(helper, base)
+
+    def on_progress(fraction: float, written: int) -> None:
+        tell(fraction, written)
+        if show:
+            show(fraction, written)
+
+    copy.copy(base, target, on_progress)
+    if not base.base.is_unchanged():
+        raise SourceRefused(base.base.path, "it changed while it was copied", "try again")
+    helper.commit()
+    return True
 
 
 def _require_copyable(disk: Disk) -> None:
@@ -163,9 +214,17 @@ def _require_copyable(disk: Disk) -> None:
         raise DiskRefused(disk=disk.name or disk.image_id or disk.path, problem=problem, fix=fix)
 
 
-def _copy(helper: Helper, source: Source, target: Target) -> None:
-    def on_progress(fraction: float, written: int) -> None:
-        helper.progress(int(fraction * source.virtual_size), written)
-
-    copy.copy(source, target, on_progress)
+def _copy(helper: Helper, source: Source, prepared: Prepared) -> None:
+    target, tell = prepared.target, _tell(helper, source)
+    assert target  # noqa: S101 (nothing is copied otherwise)
+    if prepared.how == "layers":
+        copy.apply(source, target, tell)
+    elif prepared.base:
+        copy.copy_on(source, prepared.base, target, tell)
+    else:
+        copy.copy(source, target, tell)
     helper.commit()
+
+
+def _tell(helper: Helper, source: Source) -> OnProgress:
+    return lambda fraction, written: helper.progress(int(fraction * source.virtual_size), written)

@@ -46,6 +46,8 @@ _REPLACED = "find out who put it there (ls -l, readlink -f), then restore the vo
 _HEADER_BYTES = 64 * 1024  # header, extensions and backing name lie in the first cluster
 _MEASURED = 64 * 1024  # the cluster size that qemu-img measure assumes
 _IDENTITY_BYTES = 256 * 1024  # of a block device, which has no time of change: header, refcounts, L1
+# A forged image can make a tool eat memory or spin.
+_BOUNDED = ("prlimit", "--as=2147483648", "--cpu=600", "--core=0", "--")
 
 
 @dataclass(frozen=True)
@@ -138,8 +140,25 @@ class Layer:
     @property
     def node(self) -> dict[str, Any]:
         """This layer alone as a qemu block node."""
-        driver = "host_device" if self.is_block else "file"
-        return {"driver": self.format, "file": {"driver": driver, "filename": f"/proc/self/fd/{self.fd}"}}
+        return {"driver": self.format, "file": _file_node(self.fd, self.is_block)}
+
+    @property
+    def dm_name(self) -> str:
+        """The name that device-mapper has for a block volume, "" for another."""
+        return _dm_name(os.fstat(self.fd).st_rdev) if self.is_block else ""
+
+    @property
+    def fingerprint(self) -> str:
+        """32 hexadecimal digits over its identity."""
+        return _fingerprint(self)
+
+    def is_unchanged(self) -> bool:
+        """Whether it is what it was when it was opened, as far as its identity tells."""
+        try:
+            start = _read(self.fd, _start_bytes(self.is_block))
+            return _identity(os.fstat(self.fd), os.lseek(self.fd, 0, os.SEEK_END), start) == self.identity
+        except OSError:
+            return False
 
 
 @dataclass(frozen=True)
@@ -160,18 +179,36 @@ class Source:
     @property
     def fingerprint(self) -> str:
         """32 hexadecimal digits over the identity of every layer."""
-        text = "\n".join(f"{layer.format} {layer.identity}" for layer in self.layers)
-        return hashlib.sha256(text.encode()).hexdigest()[:32]
+        return _fingerprint(*self.layers)
+
+    @property
+    def base(self) -> Layer:
+        return self.layers[-1]
+
+    @property
+    def above(self) -> tuple[Layer, ...]:
+        """The layers above the base, leaf first."""
+        return self.layers[:-1]
+
+    @property
+    def base_alone(self) -> Source:
+        return Source(self.layers[-1:])
+
+    @property
+    def grows(self) -> bool:
+        """Whether no layer is smaller than what it stands on: a smaller one hides the end of it."""
+        sizes = [layer.virtual_size for layer in self.layers]
+        return sizes == sorted(sizes, reverse=True)
 
     @property
     def filename(self) -> str:
         """The chain as a `json:` file name for qemu-img; valid in a process that has `fds`."""
-        node: dict[str, Any] | None = None
-        for layer in reversed(self.layers):
-            # A qcow2 layer without a parent says so: qemu would follow the name in its header.
-            backing = {"backing": node} if layer.format == "qcow2" else {}
-            node = {**layer.node, **backing}
-        return "json:" + json.dumps(node)
+        return _filename(self.layers, None)
+
+    def filename_on(self, base_fd: int) -> str:
+        """The chain with a block device in the place of its base, which has the same content."""
+        size = self.base.virtual_size  # the device may be larger, and what is behind it is not the base's
+        return _filename(self.above, {"driver": "raw", "size": size, "file": _file_node(base_fd, True)})
 
     @property
     def allows_direct_io(self) -> bool:
@@ -184,10 +221,8 @@ class Source:
         """
         if not leaves_out_zeros:
             return self.virtual_size
-        # Bounded: a forged image can make a tool eat memory or spin.
-        argv = ["prlimit", "--as=2147483648", "--cpu=600", "--core=0", "--"]
         # Measured for qcow2: raw_measure() of QEMU counts every byte, zeros too.
-        argv += ["qemu-img", "measure", "--output", "json", "-O", "qcow2", self.filename]
+        argv = [*_BOUNDED, "qemu-img", "measure", "--output", "json", "-O", "qcow2", self.filename]
         measure = ("qemu-img", "measure", self.layers[0].path)
         try:
             out = run.run(argv, deadline=3600, pass_fds=self.fds)
@@ -204,6 +239,90 @@ class Source:
             raise CommandFailed(measure, 0, f"it printed {out[:80]!r}") from None
         # Both count the last cluster, of 64 KiB, as a whole.
         return max(0, min(self.virtual_size, -(-self.virtual_size // _MEASURED) * _MEASURED - left_out))
+
+    def writes_above(self) -> int:
+        """Bytes that the layers above the base hold or hide; a copy writes them all.  Reads their mapping.
+
+        Raises CommandFailed, CommandMissing.
+        """
+        return sum(map(_held_by, self.above))
+
+
+def _held_by(layer: Layer) -> int:
+    """Bytes of data and of explicit zeros in one layer alone.  Raises CommandFailed, CommandMissing."""
+    with alone(layer) as (filename, fds):
+        argv = ["timeout", "3600", *_BOUNDED, "qemu-img", "map", "--output", "json", filename]
+        process = run.start_reporting(argv, fds)
+        try:
+            assert process.stdout  # noqa: S101 (started with a pipe)
+            held = sum(_held(line, layer.path) for line in process.stdout)
+            said = run.read_errors(process)
+        finally:
+            run.end(process)
+    if process.returncode in (126, 127):
+        raise CommandMissing(tool="qemu-img")
+    if process.returncode:
+        raise CommandFailed(("qemu-img", "map", layer.path), process.returncode, said)
+    return held
+
+
+def _held(line: bytes, path: str) -> int:
+    """Of one line of `qemu-img map`, an extent: its length where this layer says what is there.
+
+    Raises CommandFailed.
+    """
+    try:
+        extent = json.loads(line.strip().strip(b"[],") or b"{}")
+        is_held = bool(extent) and extent["depth"] == 0 and extent["present"]
+        return int(extent["length"]) if is_held else 0
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        raise CommandFailed(("qemu-img", "map", path), 0, f"it printed {line[:80]!r}") from None
+
+
+@contextmanager
+def alone(layer: Layer) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """One qcow2 layer as a `json:` file name, with the descriptors it needs; what it does not hold stays so.
+
+    Below it is a file without data.  Without anything below, qemu takes for zeros what a layer does not hold.
+    """
+    below = os.memfd_create("below")
+    try:
+        os.ftruncate(below, layer.virtual_size)
+        # tmpfs, where it lies, may know no O_DIRECT; nothing of it is read
+        node = {"driver": "raw", "file": {**_file_node(below, False), "cache": {"direct": False}}}
+        yield _filename((layer,), node), (layer.fd, below)
+    finally:
+        os.close(below)
+
+
+def _filename(layers: tuple[Layer, ...], node: dict[str, Any] | None) -> str:
+    """Layers, leaf first, upon a block node, as a `json:` file name for qemu-img."""
+    for layer in reversed(layers):
+        # A qcow2 layer without a parent says so: qemu would follow the name in its header.
+        backing = {"backing": node} if layer.format == "qcow2" else {}
+        node = {**layer.node, **backing}
+    return "json:" + json.dumps(node)
+
+
+def _file_node(fd: int, is_block: bool) -> dict[str, Any]:
+    return {"driver": "host_device" if is_block else "file", "filename": f"/proc/self/fd/{fd}"}
+
+
+def _fingerprint(*layers: Layer) -> str:
+    text = "\n".join(f"{layer.format} {layer.identity}" for layer in layers)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+@contextmanager
+def opened_alone(path: str, image_format: str) -> Iterator[Source]:
+    """Open one `raw` or `qcow2` volume that stands on no other.  Raises SourceRefused."""
+    volume_id = os.path.basename(path)
+    disk = Disk("", "disk", path, "", "file", "", volume_id, "none", ())
+    with ExitStack() as stack:
+        layer, header = _open_layer(disk, path, volume_id, image_format, stack)
+        if header and header.backing_name:
+            raise SourceRefused(path, "it stands on another volume")
+        yield Source((layer,))
 
 
 @contextmanager
@@ -279,7 +398,8 @@ def _open_layer(
     _require_is_volume(disk, path, volume_id, fd, status)
     file_size = os.lseek(fd, 0, os.SEEK_END)
     try:
-        start = _read(fd, _IDENTITY_BYTES if is_block else _HEADER_BYTES)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)  # no more than is asked for; qemu-img opens it anew
+        start = _read(fd, _start_bytes(is_block))
         header = Header.parse(start[:_HEADER_BYTES]) if image_format == "qcow2" else None
     except ValueError as error:
         raise SourceRefused(path, *error.args) from None
@@ -358,6 +478,10 @@ def _read(fd: int, size: int) -> bytes:
             break
         data += part
     return data
+
+
+def _start_bytes(is_block: bool) -> int:
+    return _IDENTITY_BYTES if is_block else _HEADER_BYTES
 
 
 def _identity(status: os.stat_result, file_size: int, start: bytes) -> str:

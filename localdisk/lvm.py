@@ -28,13 +28,14 @@ from localdisk.errors import (
 
 REPORT = {
     "vg": "vg_name,vg_uuid,vg_size,vg_free,vg_extent_size,vg_partial,vg_exported,vg_lock_type",
-    "lv": "lv_name,lv_uuid,lv_size,lv_tags,lv_device_open,lv_active,lv_layout,pool_lv,"
+    "lv": "lv_name,lv_uuid,lv_size,lv_tags,lv_device_open,lv_active,lv_permissions,lv_layout,pool_lv,"
     "data_percent,metadata_percent",
     "seg": "lv_name,zero",
     # These two reports cannot be switched off; SELECT leaves nothing of them.
     "pv": "pv_name",
     "pvseg": "pvseg_start",
 }
+_NO_QUESTIONS = ("--wipesignatures", "n")  # of old signatures; lvcreate refuses it for snapshots
 SELECT = {"seg": "segtype=thin-pool", "pv": "pv_name=none", "pvseg": "pv_name=none"}
 
 
@@ -48,6 +49,7 @@ class LogicalVolume:
     lv_tags: frozenset[str]
     lv_device_open: bool
     lv_active: bool
+    lv_permissions: str  # "writeable", "read-only", …
     lv_layout: frozenset[str]
     pool_lv: str
     data_percent: float | None
@@ -65,6 +67,7 @@ class LogicalVolume:
             # "unknown" for an inactive volume, which cannot be open; for an active one it counts as open.
             lv_device_open=row["lv_active"] != "" and row["lv_device_open"] != "",
             lv_active=row["lv_active"] != "",
+            lv_permissions=row["lv_permissions"],
             lv_layout=_words(row["lv_layout"]),
             pool_lv=row["pool_lv"],
             data_percent=_percent(row["data_percent"]),
@@ -167,7 +170,9 @@ class VolumeGroup:
 
         Only its first 4 KiB are zeroed; the rest holds what was there before.
         """
-        self._create(lv_name, tags, "--zero", "y", "--size", f"{_sectors(size)}b", self.vg_name)
+        self._create(
+            lv_name, tags, *_NO_QUESTIONS, "--zero", "y", "--size", f"{_sectors(size)}b", self.vg_name
+        )
 
     def create_thin(self, lv_name: str, size: int, pool: str, tags: Iterable[str]) -> None:
         """Create and activate a thin volume of `size` bytes in `pool`, tags included, in one commit.
@@ -176,16 +181,33 @@ class VolumeGroup:
         """
         size_and_place = ("--virtualsize", f"{_sectors(size)}b", "--thinpool", f"{self.vg_name}/{pool}")
         try:
-            self._create(lv_name, tags, *size_and_place)
+            self._create(lv_name, tags, *_NO_QUESTIONS, *size_and_place)
         except CommandFailed as error:
-            if re.search("(reached|above) threshold", error.stderr):
-                raise ThinPoolAtThreshold(vg=self.vg_name, pool=pool) from None
-            raise
+            raise _at_threshold(error, self.vg_name, pool) from None
+
+    def create_snapshot(self, lv_name: str, origin: str, tags: Iterable[str]) -> None:
+        """Create and activate a writable thin snapshot of `origin`, tags included, in one commit.
+
+        Raises ThinPoolAtThreshold.
+        """
+        try:
+            self._create(lv_name, tags, "--permission", "rw", "--snapshot", self._full_name(origin))
+        except CommandFailed as error:
+            raise _at_threshold(error, self.vg_name, self._pool_of(origin)) from None
+
+    def _pool_of(self, lv_name: str) -> str:
+        lv = self.find(lv_name)
+        return lv.pool_lv if lv else ""
+
+    def extend(self, lv_name: str, size: int) -> None:
+        """Make an active volume at least `size` bytes large."""
+        option = ["--size", f"{_sectors(size)}b"]
+        run.run(["lvextend", "--quiet", *option, *_devices(self.devices), self._full_name(lv_name)])
 
     def _create(self, lv_name: str, tags: Iterable[str], *rest: str) -> None:
         # --setactivationskip: it stays inactive at boot (--setautoactivation is refused for thin volumes
         # by LVM 2.03.16); --ignoreactivationskip: but activate it now.
-        argv = ["lvcreate", "--quiet", "--yes", "--wipesignatures", "n", "--name", lv_name]
+        argv = ["lvcreate", "--quiet", "--yes", "--name", lv_name]
         argv += ["--setactivationskip", "y", "--ignoreactivationskip"]
         run.run([*argv, *_repeat("--addtag", tags), *_devices(self.devices), *rest])
 
@@ -196,6 +218,18 @@ class VolumeGroup:
 
     def activate(self, lv_name: str) -> None:
         argv = ["lvchange", "--quiet", "--activate", "y", "--ignoreactivationskip"]
+        run.run([*argv, *_devices(self.devices), self._full_name(lv_name)])
+
+    def set_read_only(self, lv_name: str) -> None:
+        """Let nobody write to a volume any more, whoever activates it."""
+        self._permit(lv_name, "r")
+
+    def set_writable(self, lv_name: str) -> None:
+        """Take back `set_read_only`."""
+        self._permit(lv_name, "rw")
+
+    def _permit(self, lv_name: str, permission: str) -> None:
+        argv = ["lvchange", "--quiet", "--permission", permission]
         run.run([*argv, *_devices(self.devices), self._full_name(lv_name)])
 
     def deactivate(self, *lv_names: str) -> None:
@@ -252,6 +286,27 @@ def read_all(
     if not found:
         raise failures[0]
     return tuple(found), tuple(failures)
+
+
+def read_tags(vg_name: str, lv_name: str, devices: Iterable[str]) -> frozenset[str]:
+    """The tags of a volume of any group, that of a storage domain, on these devices.
+
+    Locks nothing and repairs nothing (`--readonly`): other hosts use the group.  Raises CommandFailed.
+    """
+    argv = ["lvs", "--readonly", "--reportformat", "json", "-o", "lv_tags", "--devices", ",".join(devices)]
+    text = run.run([*argv, f"{vg_name}/{lv_name}"])
+    try:
+        (row,) = json.loads(text)["report"][0]["lv"]
+        return _words(row["lv_tags"])
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
+        raise CommandFailed(("lvs", lv_name), 0, f"its report is not understood ({error})") from None
+
+
+def _at_threshold(error: CommandFailed, vg_name: str, pool: str) -> Error:
+    """What LVM says of a pool that is too full for it, or what it said."""
+    if re.search("(reached|above) threshold", error.stderr):
+        return ThinPoolAtThreshold(vg=vg_name, pool=pool)
+    return error
 
 
 def _shared(vg_name: str, lock_type: str) -> VolumeGroupUnusable:

@@ -22,7 +22,7 @@ PREPARING, WAITING, COPYING = "preparing", "waiting", "copying"
 class Progress:
     """One disk that is being prepared; bytes, and seconds since the epoch."""
 
-    vm: str
+    vm: str  # both "" for a template LV
     image: str
     phase: str  # preparing: its source is looked at; waiting: for its turn to copy; copying
     since: int  # when this phase began
@@ -30,6 +30,7 @@ class Progress:
     size: int = 0  # of the guest's view
     done: int = 0  # of size
     written: int = 0  # to the local disk, which is less where the source holds zeros
+    template: str = ""  # of a template LV: the volume that it is a copy of
 
     @property
     def fraction(self) -> float:
@@ -80,7 +81,12 @@ def parse(text: str) -> Progress | None:
         progress = Progress(**found)
     except (ValueError, TypeError, RecursionError):
         return None
-    ids_are_good = is_uuid(progress.vm) and is_uuid(progress.image)
+    of_disk = is_uuid(progress.vm) and is_uuid(progress.image) and progress.template == ""
+    of_template = is_uuid(progress.template) and progress.vm == progress.image == ""
     numbers = (progress.since, progress.at, progress.size, progress.done, progress.written)
     numbers_are_good = all(type(number) is int and 0 <= number < 1 << 63 for number in numbers)
-    return progress if ids_are_good and numbers_are_good and isinstance(progress.phase, str) else None
+    return (
+        progress
+        if (of_disk or of_template) and numbers_are_good and isinstance(progress.phase, str)
+        else None
+    )

@@ -5,10 +5,17 @@ refused.  The verbs:
 
     look      {vm, property, disks: [{image, volume}]}    how these disks are; locks and changes nothing
     claim     {vm, property, image, volume}               take the disk's lock, see whether it is in use
-    prepare   {size, fingerprint, writes}                 make the claimed disk, or take a kept one back
-    progress  {done, written}                             bytes of the guest's view, and of the disk, so far
-    commit    {}                                          the copy is complete: the claimed disk is ready
+    prepare   {size, fingerprint, writes, base}           make the claimed disk, or take a kept one back
+    prefetch  {backend, base}                             take a template's lock, see whether it is cached
+    fill      {writes}                                    make the template LV that was missing
+    progress  {done, written}                             bytes of the guest's view, and of the volume, so far
+    commit    {}                                          the copy is complete: what was made is ready
     release   {vm, property}                              the VM has stopped: remove or keep its disks
+
+`base` is null, or what the disk may start from: {volume, domain, fingerprint, size} of a template's volume.
+Then `prepare` answers `how`: `kept`, `copy` (all of it), `missing` (fill the template LV, commit, then ask
+again), `layers` (copy those above the base), `on base` (copy all, reading the base there) or `uncached` (ask
+again without base).
 
 Everything else is decided here from the root-owned configuration: names, volume group, pool, sizes, tags.
 A request carries canonical UUIDs and bounded integers only.  The tags are read again, under the disk's
@@ -18,31 +25,33 @@ lock, before every change.  `helper.py` is the process around it.
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
-from localdisk import counters, domains, lock, log
+from localdisk import cache, counters, domains, lock, log
 from localdisk import disk as life
+from localdisk.cache import Base, Shelf
 from localdisk.config import Config, Policy
 from localdisk.disk import LocalDisk, Start, State, Stop
 from localdisk.errors import (
     BadRequest,
+    CacheOff,
     CommandFailed,
     Error,
     ForeignVolume,
+    Interrupted,
     LibvirtSilent,
     StillRuns,
     VmRuns,
 )
 from localdisk.ids import is_uuid
 from localdisk.lvm import VolumeGroup
-from localdisk.progress import COPYING, PREPARING, WAITING, Progress
+from localdisk.making import Making
 from localdisk.removal import take_away
-from localdisk.units import MAX_DISK, format_size
+from localdisk.units import MAX_DISK
 
 MAX_REQUEST = 64 * 1024  # bytes of one line
 MAX_DISKS = 256
@@ -61,23 +70,22 @@ class Claim:
     image_id: str
     volume_id: str
     policy: Policy
-    lock: lock.Lock
-    resources: ExitStack  # the lock, and from `prepare` on the turn to copy
-    found: LocalDisk | None  # what was there when the lock was taken; only its holder changes it
+    found: LocalDisk | None  # what was there when it was last looked at; only the lock's holder changes it
     vg: VolumeGroup
-    made: str = ""  # device-mapper UUID of the unfinished disk that we made, "?" while it is being made
-    began: float = 0.0  # to copy, time.monotonic()
-    progress: Progress | None = None
+    making: Making
+    resources: ExitStack  # what `making` has
+    wanted: tuple[int, int] = (
+        0,
+        0,
+    )  # bytes of the disk, and of data that is written to it, as last asked for
 
-    def tell(self, phase: str, size: int = 0) -> Claim:
-        """Say that this phase begins now."""
-        now = int(time.time())
-        return self.write(Progress(self.vm_id, self.image_id, phase, now, now, size))
+    def find(self, vg: VolumeGroup) -> LocalDisk | None:
+        """This disk now.  Raises ForeignVolume, OtherOwner."""
+        return _find(vg, self.vm_id, self.image_id, self.volume_id)
 
-    def write(self, progress: Progress) -> Claim:
-        """Say it to whoever reads the lock."""
-        self.lock.write(progress.as_text())
-        return replace(self, progress=progress)
+    def require_room(self, vg: VolumeGroup) -> None:
+        """Raises as `disk.require_room` where there is none for what is wanted."""
+        life.require_room(vg, self.policy, *self.wanted)
 
 
 class Session:
@@ -87,10 +95,15 @@ class Session:
         self._config = config
         self._pause = pause
         self._claim: Claim | None = None
+        self._shelf: Shelf | None = (
+            None  # of the template that the claimed disk starts from, or that is fetched
+        )
         self._verbs: dict[str, tuple[Callable[[Request], Answer], frozenset[str]]] = {
             "look": (self._look, frozenset({"vm", "property", "disks"})),
             "claim": (self._claim_disk, frozenset({"vm", "property", "image", "volume"})),
-            "prepare": (self._prepare, frozenset({"size", "fingerprint", "writes"})),
+            "prepare": (self._prepare, frozenset({"size", "fingerprint", "writes", "base"})),
+            "prefetch": (self._prefetch, frozenset({"backend", "base"})),
+            "fill": (self._fill, frozenset({"writes"})),
             "progress": (self._progress, frozenset({"done", "written"})),
             "commit": (self._commit, frozenset()),
             "release": (self._release, frozenset({"vm", "property"})),
@@ -103,7 +116,7 @@ class Session:
             verb, fields = self._parse(line)
             return verb(fields)
         except Error as error:
-            who = _who(self._claim) or _asked(fields)
+            who = self._who() or _asked(fields)
             self.close()
             log.problem("refused", **who, why=error)
             counters.failed(error)
@@ -111,19 +124,36 @@ class Session:
 
     def end(self) -> None:
         """The hook has ended; what it has claimed and not completed, it has given up."""
-        if self._claim:
-            log.problem("start broken off", **_who(self._claim))
-            counters.failed("copy_broken_off" if self._claim.made else "preparation_broken_off")
+        if self._claim or (self._shelf and self._shelf.making.is_made):
+            log.problem("start broken off" if self._claim else "prefetch broken off", **self._who())
+            counters.failed("copy_broken_off" if self._made() else "preparation_broken_off")
         self.close()
 
     def close(self) -> None:
-        """Remove the unfinished disk, if any, and let go of its lock."""
+        """Remove what is unfinished, if anything, and let go of all locks."""
         claim, self._claim = self._claim, None
-        if claim is None:
-            return
-        with claim.resources:
-            if claim.made:
-                self._remove_unfinished(claim)
+        self._leave_shelf()
+        if claim:
+            claim.making.undo(claim.find)
+            claim.making.release()
+
+    def _leave_shelf(self) -> None:
+        shelf, self._shelf = self._shelf, None
+        if shelf:
+            shelf.close()
+
+    def _made(self) -> Making | None:
+        """What is being made."""
+        shelf, claim = self._shelf, self._claim
+        if shelf and shelf.making.is_made:
+            return shelf.making
+        return claim.making if claim and claim.making.is_made else None
+
+    def _who(self) -> Mapping[str, str]:
+        """Whom this is about, for the log."""
+        if self._claim:
+            return self._claim.making.who
+        return self._shelf.making.who if self._shelf else {}
 
     # -- verbs
 
@@ -137,24 +167,30 @@ class Session:
         vm_id, policy = self._policy(request)
         image_id, volume_id = _uuid(request, "image"), _uuid(request, "volume")
         if not policy.is_local(image_id):
-            return {"stays": True, "path": "", "thin": False}
+            return {"stays": True, "path": "", "thin": False, "cached": False}
         with ExitStack() as stack:
             held = stack.enter_context(lock.holding(lock.disk_lock(volume_id), self._pause))
             vg = _read(policy)
             found = _find(vg, vm_id, image_id, volume_id)
             stays, path = _running(vg, found, vm_id, volume_id)
             if not (stays or path):  # else there is nothing to prepare
-                claim = Claim(vm_id, image_id, volume_id, policy, held, stack.pop_all(), found, vg)
-                self._claim = claim.tell(PREPARING)
-        return {"stays": stays, "path": path, "thin": policy.backend == "lvmthin"}
+                resources = stack.pop_all()
+                making = Making(volume_id, policy, held, resources, vm=vm_id, image=image_id)
+                self._claim = Claim(vm_id, image_id, volume_id, policy, found, vg, making, resources)
+                making.tell()
+        thin, cached = policy.backend == "lvmthin", policy.cache.templates
+        return {"stays": stays, "path": path, "thin": thin, "cached": cached}
 
     def _prepare(self, request: Request) -> Answer:
-        claim = self._claimed(unfinished=False)
+        claim = self._unfilled_claim()
         size = _integer(request, "size", 512, MAX_DISK)
         writes = _integer(request, "writes", 0, MAX_DISK)
+        base = None if request["base"] is None else _base(request["base"])
         fingerprint = request["fingerprint"]
         if size % 512 or not life.is_fingerprint(fingerprint):
             raise BadRequest(problem="size or fingerprint is malformed")
+        if base and base.size > size:
+            raise BadRequest(problem="the base is larger than the disk")
         claim.vg.require_usable()
         plan = life.plan_start(claim.found, fingerprint, size, claim.policy.retention, claim.vg.vg_name)
         self._take_away_other_leaves(claim)
@@ -162,7 +198,12 @@ class Session:
             return self._reuse(claim.vg, claim, claim.found, fingerprint)
         if plan is Start.REPLACE:
             self._remove_old(claim)
-        return self._create(claim, size, fingerprint, writes)
+        with_margin = size + claim.policy.margins.disk.of(size)
+        claim = self._claim = replace(claim, found=None, wanted=(with_margin, writes))
+        if base and claim.policy.cache.templates:
+            return self._start_from(base, claim, size, fingerprint)
+        self._leave_shelf()
+        return _to_fill("copy", claim.vg.path(claim.volume_id), self._create(claim, size, fingerprint))
 
     def _reuse(self, vg: VolumeGroup, claim: Claim, found: LocalDisk, fingerprint: str) -> Answer:
         missing = {life.OURS, f"SOURCE_{fingerprint}"} - found.lv.lv_tags
@@ -174,9 +215,9 @@ class Session:
         except Error:
             self._keep_as_it_was(vg, found)
             raise
-        log.event("kept disk taken back", **_who(claim))
+        log.event("kept disk taken back", **claim.making.who)
         self.close()
-        return {"path": vg.path(found.volume_id), "target": None}
+        return _to_fill("kept", vg.path(found.volume_id))
 
     def _keep_as_it_was(self, vg: VolumeGroup, found: LocalDisk) -> None:
         try:
@@ -186,62 +227,124 @@ class Session:
         except Error as error:
             log.problem("kept disk is left to gc", disk=found.volume_id, why=error)
 
-    def _create(self, claim: Claim, size: int, fingerprint: str, writes: int) -> Answer:
-        policy = claim.policy
-        with_margin = size + policy.margins.disk.of(size)
-        claim.tell(WAITING, size)
-        claim.resources.enter_context(lock.turn(policy.copy.parallel, self._pause))
-        # Asking for room and taking it is one step on this host.
-        with lock.holding(os.path.join(lock.RUN, "space.lock"), self._pause):
-            vg = _read(policy)
-            life.require_room(vg, policy, with_margin, writes)
-            self._claim = replace(claim, made="?")
-            tags = life.new_tags(claim.vm_id, claim.image_id, fingerprint, writes)
+    def _create(self, claim: Claim, size: int, fingerprint: str) -> Answer:
+        """Make the claimed disk; returns the fields of its `copy.Target`."""
+        policy, (with_margin, writes) = claim.policy, claim.wanted
+        tags = life.new_tags(claim.vm_id, claim.image_id, fingerprint, writes)
+
+        def room() -> VolumeGroup:
+            return cache.with_room(policy, claim.require_room, "", self._pause)
+
+        def make(vg: VolumeGroup) -> None:
             if policy.backend == "lvm":
                 vg.create_thick(claim.volume_id, with_margin, tags)
             else:
                 vg.create_thin(claim.volume_id, with_margin, policy.thin_pool, tags)
-        dm_uuid = vg.dm_uuid(claim.volume_id)
-        self._claim = replace(claim, made=dm_uuid, began=time.monotonic()).tell(COPYING, size)
-        log.event("copy starts", **_who(claim), bytes=size, backend=policy.backend)
-        bandwidth = policy.copy.bandwidth
-        return {
-            "path": vg.path(claim.volume_id),
-            "target": {
-                "path": vg.path(claim.volume_id),
-                "dm_uuid": dm_uuid,
-                "zeroed": policy.backend == "lvmthin",
-                # The limit is the host's: each of the copies that may run at once gets its share.
-                "bandwidth": max(1, bandwidth // policy.copy.parallel) if bandwidth else None,
-                "nice": policy.copy.nice,
-            },
-        }
+
+        claim.making.wait(size, self._pause)
+        return claim.making.create(size, self._pause, room, make)
+
+    # -- templates
+
+    def _start_from(self, base: Base, claim: Claim, size: int, fingerprint: str) -> Answer:
+        """Make the claimed disk from a template LV; in doubt it is not, and copied in full."""
+        try:
+            if self._shelf is None:
+                if base.domain_id:
+                    cache.require_template(base, claim.image_id)
+                self._shelf = Shelf(base, claim.policy, self._pause)
+            if self._shelf.base != base:
+                raise BadRequest(problem="it names another base")
+            if not self._shelf.look():
+                return _to_fill("missing")
+            device = self._shelf.open(claim.resources) if claim.policy.backend == "lvm" else None
+        except (BadRequest, Interrupted):
+            raise
+        except Error as error:
+            return self._uncached(claim, error)
+        path = claim.vg.path(claim.volume_id)
+        if device:  # what is open is not evicted
+            self._leave_shelf()
+            return _to_fill("on base", path, self._create(claim, size, fingerprint), device)
+        if claim.policy.backend == "lvmthin":
+            target = self._clone(self._shelf, claim, size, fingerprint)
+            if target:
+                self._leave_shelf()
+                return _to_fill("layers", path, target)
+            claim.making.undo(claim.find)
+        try:
+            self._shelf.spoiled()
+        except Interrupted:
+            raise
+        except Error as error:
+            return self._uncached(claim, error)
+        return _to_fill("missing")
+
+    def _clone(self, shelf: Shelf, claim: Claim, size: int, fingerprint: str) -> Answer | None:
+        with_margin, writes = claim.wanted
+        tags = life.new_tags(claim.vm_id, claim.image_id, fingerprint, shelf.holds + writes)
+        claim.making.wait(size, self._pause)
+        return shelf.clone(claim.making, size, with_margin, tags, claim.require_room)
+
+    def _prefetch(self, request: Request) -> Answer:
+        self.close()
+        if request["backend"] not in ("lvm", "lvmthin"):
+            raise BadRequest(problem="the backend is not known")
+        policy = self._config.policy("", request["backend"])
+        if not self._config.caches_templates(policy.volume_group):
+            raise CacheOff(vg=policy.volume_group)
+        self._shelf = Shelf(_base(request["base"]), policy, self._pause)
+        is_there = self._shelf.look()
+        if is_there:
+            self._shelf.touch()
+        return {"ready": is_there, "thin": policy.backend == "lvmthin"}
+
+    def _fill(self, request: Request) -> Answer:
+        writes = _integer(request, "writes", 0, MAX_DISK)
+        shelf, claim = self._shelf, self._claim
+        if shelf is None or shelf.is_there or self._made():
+            raise BadRequest(problem="the verbs come in the wrong order")
+        try:
+            target = shelf.fill(writes, claim.require_room if claim else lambda _vg: None)
+        except Interrupted:
+            raise
+        except Error as error:
+            if claim is None:
+                raise
+            return self._uncached(claim, error)
+        return _to_fill("copy", target["path"], target)
+
+    def _uncached(self, claim: Claim, why: Error) -> Answer:
+        log.problem("template not cached", **claim.making.who, why=why)
+        self._leave_shelf()
+        return _to_fill("uncached")
+
+    # -- while it is filled, and then
 
     def _progress(self, request: Request) -> Answer:
-        claim = self._claimed(unfinished=True)
         done, written = (_integer(request, name, 0, MAX_DISK) for name in ("done", "written"))
-        old = claim.progress
-        assert old  # noqa: S101 (since the disk was made)
-        now = replace(old, at=int(time.time()), done=min(done, old.size), written=written)
-        self._claim = claim.write(now)
-        if int(now.fraction * 10) > int(old.fraction * 10) or now.at // 30 > old.at // 30:
-            log.event("copying", **_who(claim), done=f"{now.fraction:.0%}", **_speed(claim, written))
+        self._making().go_on(done, written)
         return {}
 
     def _commit(self, request: Request) -> Answer:
-        claim = self._claimed(unfinished=True)
-        vg = _read(claim.policy)
-        found = _find(vg, claim.vm_id, claim.image_id, claim.volume_id)
-        if found is None or not _is_made_by(claim, vg, found):
+        making = self._making()
+        if self._shelf and making is self._shelf.making:
+            self._shelf.commit()
+        elif self._claim:
+            self._commit_disk(self._claim)
+        return {}
+
+    def _commit_disk(self, claim: Claim) -> None:
+        vg, making = _read(claim.policy), claim.making
+        found = claim.find(vg)
+        if found is None or found.state is not State.UNFINISHED or not making.is_ours(vg, found.lv):
             raise BadRequest(problem="the unfinished disk is not the one that was made")
         vg.require_usable()
         vg.change_tags(claim.volume_id, remove={life.UPDATING, *found.writes_tags})
         self._claim = None
-        claim.resources.close()
-        written = claim.progress.written if claim.progress else 0
-        log.event("disk ready", **_who(claim), **_speed(claim, written))
-        counters.copied(written, time.monotonic() - claim.began)
-        return {}
+        making.release()
+        log.event("disk ready", **making.who, **making.speed())
+        counters.copied(making.written, making.took)
 
     def _release(self, request: Request) -> Answer:
         self.close()
@@ -261,10 +364,10 @@ class Session:
 
     def _remove_old(self, claim: Claim) -> None:
         vg = _read(claim.policy)
-        found = _find(vg, claim.vm_id, claim.image_id, claim.volume_id)
+        found = claim.find(vg)
         if found:
             take_away(vg, found, claim.policy.retention.erase, self._pause)
-            log.event("old copy removed", **_who(claim), state=found.state.value)
+            log.event("old copy removed", **claim.making.who, state=found.state.value)
 
     def _take_away_other_leaves(self, claim: Claim) -> None:
         """Copies of what was the image's leaf before a snapshot was made or removed: no VM needs them."""
@@ -278,28 +381,22 @@ class Session:
                     take_away(vg, disk, claim.policy.retention.erase, self._pause)
                     log.event("copy of another leaf removed", vm=claim.vm_id, disk=disk.volume_id)
 
-    def _remove_unfinished(self, claim: Claim) -> None:
-        """Remove what we made and did not finish; what cannot be removed now is gc's."""
-        try:
-            vg = _read(claim.policy)
-            found = _find(vg, claim.vm_id, claim.image_id, claim.volume_id)
-            if found and found.state is State.UNFINISHED and _is_made_by(claim, vg, found):
-                vg.require_usable()
-                take_away(vg, found, claim.policy.retention.erase, time.sleep)
-                log.event("unfinished copy removed", **_who(claim))
-        except Error as error:
-            log.problem("unfinished copy is left to gc", disk=claim.volume_id, why=error)
-
     def _policy(self, request: Request) -> tuple[str, Policy]:
         if request["property"] not in PROPERTY_VALUES:
             raise BadRequest(problem="the property's value is not known")
         vm_id = _uuid(request, "vm")
         return vm_id, self._config.policy(vm_id, request["property"])
 
-    def _claimed(self, unfinished: bool) -> Claim:
-        if self._claim is None or bool(self._claim.made) != unfinished:
+    def _unfilled_claim(self) -> Claim:
+        if self._claim is None or self._made():
             raise BadRequest(problem="the verbs come in the wrong order")
         return self._claim
+
+    def _making(self) -> Making:
+        making = self._made()
+        if making is None:
+            raise BadRequest(problem="the verbs come in the wrong order")
+        return making
 
     def _parse(self, line: bytes) -> tuple[Callable[[Request], Answer], Request]:
         try:
@@ -314,22 +411,17 @@ class Session:
         return verb, request
 
 
+def _to_fill(how: str, path: str = "", target: Answer | None = None, base: Answer | None = None) -> Answer:
+    return {"how": how, "path": path, "target": target, "base": base}
+
+
 # -- telling
-
-
-def _who(claim: Claim | None) -> dict[str, object]:
-    return {"vm": claim.vm_id, "disk": claim.volume_id} if claim else {}
 
 
 def _asked(request: Request) -> dict[str, object]:
     """Who asks, where nothing is claimed yet."""
     told = {"vm": request.get("vm"), "disk": request.get("volume")}
     return {name: value for name, value in told.items() if isinstance(value, str)}
-
-
-def _speed(claim: Claim, written: int) -> dict[str, str]:
-    took = max(time.monotonic() - claim.began, 0.001)
-    return {"bytes": str(written), "took": f"{took:.1f}s", "rate": f"{format_size(int(written / took))}/s"}
 
 
 # -- stopping
@@ -465,11 +557,6 @@ def _look_at(vg: VolumeGroup, policy: Policy, vm_id: str, ids: tuple[str, str]) 
     }
 
 
-def _is_made_by(claim: Claim, vg: VolumeGroup, found: LocalDisk) -> bool:
-    made = "LVM-" + (vg.vg_uuid + found.lv.lv_uuid).replace("-", "")
-    return claim.made in (made, "?")
-
-
 # -- requests
 
 
@@ -485,6 +572,16 @@ def _integer(request: Request, name: str, low: int, high: int) -> int:
     if type(value) is not int or not low <= value <= high:
         raise BadRequest(problem=f"{name} is no integer from {low} to {high}")
     return value
+
+
+def _base(fields: Any) -> Base:
+    if not isinstance(fields, dict) or fields.keys() != {"volume", "domain", "fingerprint", "size"}:
+        raise BadRequest(problem="base is not {volume, domain, fingerprint, size}")
+    size = _integer(fields, "size", 512, MAX_DISK)
+    if size % 512 or not life.is_fingerprint(fields["fingerprint"]):
+        raise BadRequest(problem="size or fingerprint of the base is malformed")
+    domain_id = _uuid(fields, "domain") if fields["domain"] != "" else ""
+    return Base(_uuid(fields, "volume"), domain_id, fields["fingerprint"], size)
 
 
 def _disks(request: Request) -> list[tuple[str, str]]:

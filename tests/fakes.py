@@ -6,13 +6,16 @@ them); messages and exit codes were read off the same.  An argument that lvm.py 
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from localdisk import lock, lvm, removal, run
+from localdisk import cache, lock, lvm, removal, run
 from localdisk.errors import CommandFailed, CommandTimeout, Error
 
 if TYPE_CHECKING:
@@ -21,6 +24,8 @@ if TYPE_CHECKING:
 REPORTS = Path(__file__).parent / "data" / "lvm"
 EXTENT = 4 << 20
 REAL_RUN = run.run
+REAL_OPEN, REAL_CLOSE = os.open, os.close
+REAL_SAMPLE = cache._sample
 
 VM = "aaaaaaaa-aaaa-4aaa-8aaa-aaaaaaaaaaaa"
 OTHER_VM = "bbbbbbbb-bbbb-4bbb-8bbb-bbbbbbbbbbbb"
@@ -31,14 +36,14 @@ OTHER_VOLUME = "22222222-2222-4222-8222-222222222222"
 FINGERPRINT = "0123456789abcdef" * 2
 OTHER_FINGERPRINT = "fedcba9876543210" * 2
 
-TOOLS = ("lvm", "lvcreate", "lvchange", "lvremove", "lvrename", "blkdiscard", "virsh")
+TOOLS = ("lvm", "lvcreate", "lvextend", "lvchange", "lvremove", "lvrename", "lvs", "blkdiscard", "virsh")
 
 # Exactly what lvm.VolumeGroup.read sends, before the name of the group.
 FULLREPORT = (
     "lvm fullreport --reportformat json --units b --nosuffix"
     " --configreport vg -o vg_name,vg_uuid,vg_size,vg_free,vg_extent_size,vg_partial,vg_exported,vg_lock_type"
-    " --configreport lv -o lv_name,lv_uuid,lv_size,lv_tags,lv_device_open,lv_active,lv_layout,pool_lv,"
-    "data_percent,metadata_percent"
+    " --configreport lv -o lv_name,lv_uuid,lv_size,lv_tags,lv_device_open,lv_active,lv_permissions,"
+    "lv_layout,pool_lv,data_percent,metadata_percent"
     " --configreport seg -o lv_name,zero -S segtype=thin-pool"
     " --configreport pv -o pv_name -S pv_name=none"
     " --configreport pvseg -o pvseg_start -S pv_name=none"
@@ -82,6 +87,7 @@ class Volume:
     lv_tags: set[str] = field(default_factory=set)
     lv_device_open: str = ""
     lv_active: str = "active"
+    lv_permissions: str = "writeable"
     lv_layout: str = "linear"
     pool_lv: str = ""
     data_percent: str = ""
@@ -115,7 +121,8 @@ class FakeHost:
 
     `commands` is every command in order; `before[tool]` is called with a command before it is carried out
     and may change the group or raise, as `fail` does.  `removed` is what was removed, `erased` the lv_uuids
-    of what was erased.
+    of what was erased.  A volume that this process opens is open until it closes it; what is in one is its
+    `content`, by its lv_uuid: a snapshot has that of its origin, until a test spoils it.
     """
 
     def __init__(self, text: str | None = None) -> None:
@@ -136,6 +143,9 @@ class FakeHost:
         self.before: dict[str, Callable[[list[str]], None]] = {}
         self.removed: list[Volume] = []
         self.erased: set[str] = set()
+        self.content: dict[str, str] = {}
+        self.opened: dict[int, Volume] = {}  # by file descriptor
+        self.domain_tags: dict[str, set[str]] = {}  # of volumes on block storage, by DOMAIN/VOLUME
 
     # -- for tests
 
@@ -147,6 +157,9 @@ class FakeHost:
         monkeypatch.setattr(lock, "RUN", str(tmp_path / "run"))
         monkeypatch.setattr(lock, "POLL", 0)
         monkeypatch.setattr(removal, "PAUSE", 0)
+        monkeypatch.setattr(os, "open", self._open)
+        monkeypatch.setattr(os, "close", self._close)
+        monkeypatch.setattr(cache, "_sample", self._sample)
         return self
 
     def add(
@@ -154,7 +167,12 @@ class FakeHost:
     ) -> Volume:
         volume = Volume(lv_name, self._new_uuid(), size, set(lv_tags), **fields)
         self.volumes[lv_name] = volume
+        self.content[volume.lv_uuid] = volume.lv_uuid
         return volume
+
+    def spoil(self, lv_name: str) -> None:
+        """Let something overwrite a volume."""
+        self.content[self.volumes[lv_name].lv_uuid] = "spoiled"
 
     def fail(self, tool: str, stderr: str, times: int = 1, when: str = "") -> None:
         """Make the next `times` calls of `tool` whose arguments hold `when` fail with that message."""
@@ -187,6 +205,12 @@ class FakeHost:
 
         self.before_command(number, die)
 
+    def bury(self) -> None:
+        """The process that was killed is gone, and with it what it had open; others can run again."""
+        self.before = {}
+        for fd in tuple(self.opened):
+            self._close(fd)
+
     def dm_uuid(self, lv_name: str) -> str:
         uuids: str = self.vg["vg_uuid"] + self.volumes[lv_name].lv_uuid
         return "LVM-" + uuids.replace("-", "")
@@ -201,6 +225,32 @@ class FakeHost:
         return ["fullreport" if c.startswith(FULLREPORT) else c.split()[0] for c in self.commands]
 
     # -- the door
+
+    def _open(self, path: Any, flags: int, mode: int = 0o777, **more: Any) -> int:
+        place = f"/dev/{self.vg['vg_name']}/"
+        if not str(path).startswith(place):
+            return REAL_OPEN(path, flags, mode, **more)
+        volume = self.volumes.get(str(path)[len(place) :])
+        if volume is None or not volume.lv_active:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+        fd = REAL_OPEN(os.devnull, flags, mode)
+        self.opened[fd], volume.lv_device_open = volume, "open"
+        return fd
+
+    def _close(self, fd: int) -> None:
+        REAL_CLOSE(fd)
+        volume = self.opened.pop(fd, None)
+        if volume and volume not in self.opened.values():
+            volume.lv_device_open = ""
+
+    def _sample(self, path: str, size: int) -> str:
+        os.close(os.open(path, os.O_RDONLY))
+        return self.digest(os.path.basename(path), size)
+
+    def digest(self, lv_name: str, size: int) -> str:
+        """What a sample of a volume is."""
+        content = self.content[self.volumes[lv_name].lv_uuid]
+        return hashlib.sha256(f"{content} {size}".encode()).hexdigest()[:32]
 
     def run(self, argv: Sequence[str], *, deadline: float = 0, pass_fds: Iterable[int] = ()) -> str:
         words = list(argv)
@@ -231,13 +281,14 @@ class FakeHost:
     def _lvcreate(self, argv: list[str]) -> str:
         flags, options, rest = _parse(
             argv,
-            flags="--quiet --yes --ignoreactivationskip",
+            flags="--quiet --yes --ignoreactivationskip --snapshot",
             options="--wipesignatures --name --setactivationskip --addtag --zero --size"
-            " --virtualsize --thinpool",
+            " --virtualsize --thinpool --permission",
         )
-        assert flags == {"--quiet", "--yes", "--ignoreactivationskip"}
-        assert (options["--wipesignatures"], options["--setactivationskip"]) == (["n"], ["y"])
-        (name,) = options["--name"]
+        assert flags - {"--snapshot"} == {"--quiet", "--yes", "--ignoreactivationskip"}
+        assert options.get("--wipesignatures") == (None if "--snapshot" in flags else ["n"])
+        assert options["--setactivationskip"] == ["y"]
+        (name,), content = options["--name"], ""
         if name in self.volumes:
             where = f'in volume group "{self.vg["vg_name"]}"'
             raise CommandFailed(tuple(argv), 5, f'  Logical Volume "{name}" already exists {where}\n')
@@ -247,12 +298,20 @@ class FakeHost:
             pool = place.split("/")[1]
             self._allocate(argv, size, from_vg=False)
             fields = {"lv_layout": "thin,sparse", "pool_lv": pool, "data_percent": "0.00"}
+        elif "--snapshot" in flags:
+            assert options["--permission"] == ["rw"]
+            (origin,) = self._named(argv, rest)
+            assert origin.pool_lv, "only thin volumes are cloned"
+            size = f"{origin.lv_size}b"
+            fields = {"lv_layout": "thin,sparse", "pool_lv": origin.pool_lv, "data_percent": "1.00"}
+            content = self.content[origin.lv_uuid]
         else:
             assert rest == [self.vg["vg_name"]]
             assert options["--zero"] == ["y"]
             ((size,), fields) = options["--size"], {}
             self._allocate(argv, size, from_vg=True)
-        self.add(name, options["--addtag"], _bytes(size), **fields)
+        volume = self.add(name, options["--addtag"], _bytes(size), **fields)
+        self.content[volume.lv_uuid] = content or volume.lv_uuid
         return ""
 
     def _allocate(self, argv: list[str], size: str, from_vg: bool) -> None:
@@ -269,7 +328,7 @@ class FakeHost:
         flags, options, names = _parse(
             argv,
             flags="--quiet --ignoreactivationskip",
-            options="--addtag --deltag --activate",
+            options="--addtag --deltag --activate --permission",
         )
         assert "--quiet" in flags
         assert names
@@ -278,10 +337,31 @@ class FakeHost:
             volume.lv_tags |= set(options.get("--addtag", ()))
             if options.get("--activate") == ["n"] and volume.lv_device_open:
                 self._in_use(argv, volume)
+            if "--permission" in options:
+                volume.lv_permissions = {"r": "read-only", "rw": "writeable"}[options["--permission"][0]]
             if "--activate" in options:
                 assert options["--activate"] == ["n"] or "--ignoreactivationskip" in flags
                 volume.lv_active = {"y": "active", "n": ""}[options["--activate"][0]]
         return ""
+
+    def _lvextend(self, argv: list[str]) -> str:
+        _, options, names = _parse(argv, flags="--quiet", options="--size")
+        (volume,), (size,) = self._named(argv, names), options["--size"]
+        wanted = -(-int(size.removesuffix("b")) // EXTENT) * EXTENT
+        if wanted <= volume.lv_size:
+            raise CommandFailed(tuple(argv), 5, "  New size not larger than existing size.\n")
+        volume.lv_size = wanted
+        return ""
+
+    def _lvs(self, argv: list[str]) -> str:
+        """Of a storage domain's volume group."""
+        assert argv[1:6] == ["--readonly", "--reportformat", "json", "-o", "lv_tags"]
+        assert argv[6] == "--devices"
+        if argv[-1] not in self.domain_tags:
+            said = f'  Failed to find logical volume "{argv[-1]}"\n'
+            raise CommandFailed(tuple(argv), 5, said)
+        rows = [{"lv_tags": ",".join(sorted(self.domain_tags[argv[-1]]))}]
+        return json.dumps({"report": [{"lv": rows}]})
 
     def _lvremove(self, argv: list[str]) -> str:
         """All or nothing; LVM deactivates the others even where one is in use."""
@@ -295,6 +375,10 @@ class FakeHost:
             self.removed.append(self.volumes.pop(volume.lv_name))
             if not volume.pool_lv:
                 self.vg["vg_free"] = str(int(self.vg["vg_free"]) + volume.lv_size)
+            elif volume.pool_lv in self.volumes:
+                pool = self.volumes[volume.pool_lv]
+                given_back = volume.lv_size * float(volume.data_percent or 0) / pool.lv_size
+                pool.data_percent = f"{max(0.0, float(pool.data_percent) - given_back):.2f}"
         return ""
 
     def _lvrename(self, argv: list[str]) -> str:
@@ -323,6 +407,7 @@ class FakeHost:
     def _blkdiscard(self, argv: list[str]) -> str:
         volume = self.volumes[argv[-1].rpartition("/")[2]]
         assert volume.lv_active
+        assert volume.lv_permissions == "writeable", "the kernel refuses this with EPERM"
         assert not volume.lv_device_open, "erased under whoever has it open"
         assert f"ASIDE_{volume.lv_name}" in volume.lv_tags, "erased under a name that a start may ask for"
         self.erased.add(volume.lv_uuid)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from localdisk import run
-from localdisk.client import Claimed, Helper, Looked, Prepared
-from localdisk.copy import Target
+from localdisk.client import Base, Claimed, Fetched, Helper, Looked, Prepared
+from localdisk.copy import Device, Target
 from localdisk.definition import Disk
 from localdisk.errors import CommandMissing, HelperRefused, HelperUnavailable
 from tests.fakes import FINGERPRINT, IMAGE, OTHER_IMAGE, OTHER_VOLUME, VM, VOLUME
@@ -64,11 +64,11 @@ def test_a_whole_conversation(sudo: Sudo) -> None:
     other = {"local": False, "ready": False, "state": "absent", "path": "/dev/v/m"}
     sudo.answers(
         {"disks": [seen, other]},
-        {"stays": False, "path": "", "thin": True},
-        {"path": "/dev/v/l", "target": target},
+        {"stays": False, "path": "", "thin": True, "cached": False},
+        {"how": "copy", "path": "/dev/v/l", "target": target, "base": None},
         {},
         {},
-        {"path": "/dev/v/l", "target": None},
+        {"how": "kept", "path": "/dev/v/l", "target": None, "base": None},
         {},
     )
     with Helper(VM, "lvm") as helper:
@@ -76,15 +76,15 @@ def test_a_whole_conversation(sudo: Sudo) -> None:
             Looked(True, False, "absent", "/dev/v/l"),
             Looked(False, False, "absent", "/dev/v/m"),
         )
-        assert helper.claim(disk()) == Claimed(stays=False, path="", is_thin=True)
-        expected = Prepared("/dev/v/l", Target("/dev/v/l", "LVM-x", True, None, 10))
+        assert helper.claim(disk()) == Claimed(stays=False, path="", is_thin=True, is_cached=False)
+        expected = Prepared("copy", "/dev/v/l", Target("/dev/v/l", "LVM-x", True, None, 10), None)
         assert helper.prepare(MIB, FINGERPRINT, 5) == expected
         helper.progress(1, 2)
         helper.commit()
-        assert helper.prepare(MIB, FINGERPRINT, 5) == Prepared("/dev/v/l", None)
+        assert helper.prepare(MIB, FINGERPRINT, 5) == Prepared("kept", "/dev/v/l", None, None)
         helper.release()
     others = {"image": OTHER_IMAGE, "volume": OTHER_VOLUME}
-    prepare = {"verb": "prepare", "size": MIB, "fingerprint": FINGERPRINT, "writes": 5}
+    prepare = {"verb": "prepare", "size": MIB, "fingerprint": FINGERPRINT, "writes": 5, "base": None}
     assert sudo.asked == [
         {"verb": "look", **VM_FIELDS, "disks": [IDS, others]},
         {"verb": "claim", **VM_FIELDS, **IDS},
@@ -97,6 +97,49 @@ def test_a_whole_conversation(sudo: Sudo) -> None:
 
 
 MIB = 1 << 20
+BASE = Base(OTHER_VOLUME, "", FINGERPRINT, MIB)
+AS_ASKED = {"volume": OTHER_VOLUME, "domain": "", "fingerprint": FINGERPRINT, "size": MIB}
+
+
+def test_a_conversation_about_a_template(sudo: Sudo) -> None:
+    target = {"path": "/dev/v/l", "dm_uuid": "LVM-x", "zeroed": False, "bandwidth": 5, "nice": 10}
+    nothing = {"path": "", "target": None, "base": None}
+    sudo.answers(
+        {"stays": False, "path": "", "thin": False, "cached": True},
+        {"how": "missing", **nothing},
+        {"how": "copy", "path": "/dev/v/l", "target": target, "base": None},
+        {},
+        {
+            "how": "on base",
+            "path": "/dev/v/l",
+            "target": target,
+            "base": {"path": "/dev/v/t", "dm_uuid": "LVM-t"},
+        },
+        {"how": "uncached", **nothing},
+        {"how": "uncached", **nothing},
+        {"ready": True, "thin": True},
+    )
+    filled = Target("/dev/v/l", "LVM-x", False, 5, 10)
+    with Helper(VM, "lvm") as helper:
+        assert helper.claim(disk()).is_cached
+        assert helper.prepare(2 * MIB, FINGERPRINT, 5, BASE) == Prepared("missing", "", None, None)
+        assert helper.fill(7) == filled
+        helper.commit()
+        on_base = Prepared("on base", "/dev/v/l", filled, Device("/dev/v/t", "LVM-t"))
+        assert helper.prepare(2 * MIB, FINGERPRINT, 5, BASE) == on_base
+        assert helper.prepare(2 * MIB, FINGERPRINT, 5, BASE) == Prepared("uncached", "", None, None)
+        assert helper.fill(7) is None
+        assert helper.prefetch("lvmthin", BASE) == Fetched(is_ready=True, is_thin=True)
+    prepare = {"verb": "prepare", "size": 2 * MIB, "fingerprint": FINGERPRINT, "writes": 5, "base": AS_ASKED}
+    assert sudo.asked[1:] == [
+        prepare,
+        {"verb": "fill", "writes": 7},
+        {"verb": "commit"},
+        prepare,
+        prepare,
+        {"verb": "fill", "writes": 7},
+        {"verb": "prefetch", "backend": "lvmthin", "base": AS_ASKED},
+    ]
 
 
 def test_sudo_is_called_once_and_without_a_password(sudo: Sudo) -> None:
@@ -115,11 +158,16 @@ def test_leaving_ends_the_helper_and_waits_for_it(sudo: Sudo) -> None:
     assert (sudo.directory / "ended").exists()
 
 
+WHOLE = {"how": "copy", "path": "/p", "target": None, "base": None}
+
+
 def refused(call: str = "release") -> str:
     arguments: dict[str, tuple[object, ...]] = {
         "look": ([disk()],),
         "claim": (disk(),),
         "prepare": (MIB, FINGERPRINT, 0),
+        "fill": (0,),
+        "prefetch": ("lvm", BASE),
     }
     with pytest.raises(HelperUnavailable) as caught, Helper(VM, "lvm") as helper:
         getattr(helper, call)(*arguments.get(call, ()))
@@ -179,6 +227,17 @@ def test_an_answer_that_is_none(sudo: Sudo, answer: str, call: str) -> None:
         ("prepare", {"path": "/p", "target": 5}),
         ("prepare", {"path": "/p", "target": {}}),
         ("prepare", {"path": "/p", "target": {"path": "/p", "more": 1}}),
+        ("claim", {"stays": False, "path": "", "thin": True}),
+        *(("prepare", {key: value for key, value in WHOLE.items() if key != left_out}) for left_out in WHOLE),
+        ("prepare", {**WHOLE, "base": {}}),
+        ("prepare", {**WHOLE, "base": 5}),
+        ("prepare", {**WHOLE, "base": {"path": "/p", "dm_uuid": "x", "zeroed": True}}),
+        ("prepare", {**WHOLE, "target": {"path": "/p", "dm_uuid": "x"}}),
+        ("fill", {}),
+        ("fill", {"how": "copy", "target": {}}),
+        ("prefetch", {}),
+        ("prefetch", {"ready": True}),
+        ("prefetch", {"thin": True}),
     ],
     ids=str,
 )

@@ -31,11 +31,18 @@ def test_all_is_added_up(file: Path) -> None:
     counters.failed(NoSpace())
     counters.failed(BadRequest())
     counters.failed("copy_broken_off")
+    counters.template_hit()
+    counters.template_hit()
+    counters.template_miss()
+    counters.template_evicted()
     counters.gc_ran(2, 100, is_good=True)
     assert counters.read() == Counters(
         copies=2,
         copied_bytes=1024,
         copy_seconds=1.75,
+        template_hits=2,
+        template_misses=1,
+        templates_evicted=1,
         failures={"no_space": 2, "bad_request": 1, "copy_broken_off": 1},
         gc_runs=1,
         gc_last_run=1_760_000_000,

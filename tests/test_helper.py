@@ -16,10 +16,10 @@ from localdisk import lock
 from tests.fakes import EXTENT, FINGERPRINT, IMAGE, VM, VOLUME
 
 CLAIM = {"verb": "claim", "vm": VM, "property": "lvm", "image": IMAGE, "volume": VOLUME}
-PREPARE = {"verb": "prepare", "size": 10 * EXTENT, "fingerprint": FINGERPRINT, "writes": 4096}
+PREPARE = {"verb": "prepare", "size": 10 * EXTENT, "fingerprint": FINGERPRINT, "writes": 4096, "base": None}
 PROGRESS = {"verb": "progress", "done": 5, "written": 3}
 COMMIT_IT = {"verb": "commit"}
-TO_PREPARE = {"stays": False, "path": "", "thin": False}
+TO_PREPARE = {"stays": False, "path": "", "thin": False, "cached": False}
 
 CHILD = """
 import sys

@@ -2,13 +2,15 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from localdisk import config, copy, hook, lock, run, vdsm
+from localdisk import config, copy, hook, lock, origin, run, vdsm
+from localdisk.client import Base
 from localdisk.copy import OnProgress, Target
 from localdisk.errors import (
     BadDiskData,
@@ -25,7 +27,7 @@ from localdisk.errors import (
     SourceRefused,
 )
 from localdisk.helper import Ended
-from localdisk.image import Source
+from localdisk.image import Layer, Source
 from localdisk.session import Session
 from tests.fakes import (
     EXTENT,
@@ -510,3 +512,241 @@ def test_every_point_has_its_function() -> None:
     functions: dict[str, Callable[..., Any]] = dict(hook.POINTS)
     assert functions.keys() == vdsm.POINTS
     assert all(function.__name__ == point for point, function in functions.items())
+
+
+# -- from a template
+
+
+BASE_VOLUME = "55555555-5555-4555-8555-555555555555"
+TEMPLATE_IMAGE = "eeeeeeee-5555-4555-8555-555555555555"
+ON = "cache: {templates: on}"
+METADATA = {"VOLTYPE": "SHARED", "LEGALITY": "LEGAL", "IMAGE": TEMPLATE_IMAGE, "FORMAT": "RAW"}
+
+
+class Templated(Vdsm):
+    """A VM's image on a file storage domain: a leaf on the base of a template, which has hard links here."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, directory: Path) -> None:
+        super().__init__(monkeypatch, directory)
+        self.configure(ON)
+        self.filled: list[tuple[str, ...]] = []  # how, and the first digits of the volumes that were read
+        self.asked: list[dict[str, Any]] = []
+        self.on_copy: Callable[[], object] = lambda: None
+        for each in (self.images / IMAGE, self.images / TEMPLATE_IMAGE):
+            each.mkdir(parents=True)
+        self.base.write_bytes(b"x" * EXTENT)
+        self.tell()
+        argv = ["qemu-img", "create", "-q", "-f", "qcow2", "-b", BASE_VOLUME, "-F", "raw", str(self.leaf)]
+        subprocess.run([*argv, str(SIZE)], check=True)
+        monkeypatch.setattr(copy, "copy", self._any_copy("copy"))
+        monkeypatch.setattr(copy, "apply", self._any_copy("layers"))
+        monkeypatch.setattr(copy, "copy_on", self._copy_on)
+
+    @property
+    def images(self) -> Path:
+        return self.directory / "images"
+
+    @property
+    def leaf(self) -> Path:
+        return self.images / IMAGE / VOLUME
+
+    @property
+    def base(self) -> Path:
+        return self.images / IMAGE / BASE_VOLUME
+
+    def tell(self, **changes: str) -> None:
+        """What storage says of the base; its template has the same file."""
+        lines = (f"{key}={value}\n" for key, value in {**METADATA, **changes}.items())
+        self.base.with_suffix(".meta").write_text("".join(lines) + "EOF\n")
+        their = self.images / TEMPLATE_IMAGE / BASE_VOLUME
+        their.unlink(missing_ok=True)
+        os.link(self.base, their)
+
+    def start(self, **environ: str) -> Any:
+        volumes = [
+            {"volumeID": each.name, "imageID": IMAGE, "path": str(each)} for each in (self.base, self.leaf)
+        ]
+        fields = {"format": "cow", "path": str(self.leaf), "volumeChain": volumes}
+        text = disk_json(self, **fields)
+        return json.loads(self.call("after_disk_prepare", text, **environ))
+
+    def refused_start(self, kind: type[Error]) -> str:
+        with pytest.raises(kind) as caught:
+            self.start()
+        assert [name for name in self.locks if name.endswith(".lock")] == []
+        return str(caught.value)
+
+    def bases(self) -> list[Any]:
+        return [each["base"] and each["base"]["volume"] for each in self.asked if each["verb"] == "prepare"]
+
+    def _ask(self, process: Conversation, line: bytes) -> bytes:
+        self.asked.append(json.loads(line))
+        return super()._ask(process, line)
+
+    def _any_copy(self, how: str) -> Callable[[Source, Target, OnProgress], None]:
+        def copied(source: Source, target: Target, on_progress: OnProgress) -> None:
+            on_progress(0.5, 1)
+            self.on_copy()
+            if self.copy_fails:
+                raise self.copy_fails
+            self.filled.append((how, *(os.path.basename(layer.path)[0] for layer in source.layers)))
+            assert target.path.startswith("/dev/ovirt-local/")
+
+        return copied
+
+    def _copy_on(self, source: Source, base: copy.Device, target: Target, on_progress: OnProgress) -> None:
+        assert base.path != target.path
+        self._any_copy("on base")(source, target, on_progress)
+
+
+@pytest.fixture(name="templated")
+def fixture_templated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Templated:
+    return Templated(monkeypatch, tmp_path)
+
+
+@pytest.mark.parametrize(("backend", "how"), [("lvm", "on base"), ("lvmthin", "layers")])
+def test_a_disk_starts_from_its_template(templated: Templated, backend: str, how: str) -> None:
+    assert templated.start(localdisk=backend)["path"] == LOCAL
+    assert templated.filled == [("copy", "5"), (how, "1", "5")]
+    assert templated.verbs == [
+        [
+            *("claim", "prepare", "fill", "progress", "commit"),
+            *("prepare", "progress", "commit"),
+        ]
+    ]
+    asked = templated.asked[1]["base"]
+    assert (asked["volume"], asked["domain"], asked["size"]) == (BASE_VOLUME, "", EXTENT)
+    writes = [each["writes"] for each in templated.asked if "writes" in each]
+    assert writes == ([SIZE, EXTENT, SIZE] if backend == "lvm" else [0, EXTENT, 0])
+    templated.filled.clear()
+    templated.host.volumes.pop(VOLUME)
+    assert templated.start(localdisk=backend)["path"] == LOCAL
+    assert templated.filled == [(how, "1", "5")]
+    assert templated.verbs[1] == ["claim", "prepare", "progress", "commit"]
+    assert "UPDATING" not in templated.host.volumes[VOLUME].lv_tags
+    assert [name for name in templated.locks if name.endswith(".lock")] == []
+
+
+def test_progress_is_of_what_is_copied(templated: Templated) -> None:
+    templated.start()
+    assert [each["done"] for each in templated.asked if each["verb"] == "progress"] == [
+        EXTENT // 2,
+        SIZE // 2,
+    ]
+
+
+def test_without_the_cache_no_base_is_asked_for(templated: Templated) -> None:
+    templated.configure("")
+    templated.start()
+    assert templated.bases() == [None]
+    assert templated.filled == [("copy", "1", "5")]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"VOLTYPE": "INTERNAL"}, {"VOLTYPE": "LEAF"}, {"LEGALITY": "ILLEGAL"}, {"IMAGE": OTHER_IMAGE}],
+    ids=str,
+)
+def test_a_base_that_is_no_template(templated: Templated, changes: dict[str, str]) -> None:
+    templated.tell(**changes)
+    templated.start()
+    assert templated.bases() == [None]
+    assert templated.filled == [("copy", "1", "5")]
+
+
+def test_a_base_without_metadata(templated: Templated) -> None:
+    templated.base.with_suffix(".meta").unlink()
+    templated.start()
+    assert templated.bases() == [None]
+
+
+def test_a_disk_that_is_smaller_than_its_template(templated: Templated) -> None:
+    """What of the base lies behind its end must not come back."""
+    with templated.base.open("ab") as file:
+        file.write(bytes(SIZE))
+    templated.start()
+    assert templated.bases() == [None]
+    assert templated.filled == [("copy", "1", "5")]
+
+
+def test_a_template_that_the_cache_has_no_room_for(templated: Templated) -> None:
+    """All of it is copied to the disk, as without a cache."""
+    templated.configure("cache: {templates: on, max_size: 512}")
+    assert templated.start()["path"] == LOCAL
+    assert templated.bases() == [BASE_VOLUME, None]
+    assert templated.filled == [("copy", "1", "5")]
+    assert templated.verbs == [["claim", "prepare", "fill", "prepare", "progress", "commit"]]
+
+
+def test_a_volume_in_the_template_lvs_place(templated: Templated) -> None:
+    templated.start()
+    (name,) = set(templated.host.volumes) - {VOLUME, "pool0"}
+    templated.host.volumes[name].lv_tags = set()
+    del templated.host.volumes[VOLUME]
+    templated.filled.clear()
+    assert templated.start()["path"] == LOCAL
+    assert templated.filled == [("copy", "1", "5")]
+    assert templated.verbs[1] == ["claim", "prepare", "prepare", "progress", "commit"]
+
+
+def test_a_template_lv_that_is_missing_again_when_it_was_made(
+    templated: Templated, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is spoiled as soon as it is made: no second try, but a full copy."""
+    takes = iter(range(100))
+    monkeypatch.setattr("localdisk.cache._sample", lambda _path, _size: f"{next(takes):032x}")
+    assert templated.start()["path"] == LOCAL
+    assert templated.filled == [("copy", "5"), ("copy", "1", "5")]
+    assert templated.bases() == [BASE_VOLUME, BASE_VOLUME, None]
+    assert set(templated.host.volumes) == {"pool0", VOLUME}
+
+
+def test_a_base_that_changes_while_it_is_copied(templated: Templated) -> None:
+    """Neither cached nor started from."""
+    templated.on_copy = lambda: templated.base.write_bytes(b"y" * EXTENT)
+    message = templated.refused_start(SourceRefused)
+    assert "it changed while it was copied : try again" in message
+    assert set(templated.host.volumes) == {"pool0"}
+
+
+def test_a_fill_that_fails_leaves_nothing(templated: Templated) -> None:
+    templated.copy_fails = CopyFailed(volume="v", path="p", problem="x")
+    templated.refused_start(CopyFailed)
+    assert set(templated.host.volumes) == {"pool0"}
+
+
+def test_layers_that_fail_leave_the_template(templated: Templated) -> None:
+    def fail() -> None:
+        if templated.filled:
+            raise CopyFailed(volume="v", path="p", problem="x")
+
+    templated.on_copy = fail
+    templated.refused_start(CopyFailed)
+    assert VOLUME not in templated.host.volumes
+    (name,) = set(templated.host.volumes) - {"pool0"}
+    volume = templated.host.volumes[name]
+    assert (volume.lv_permissions, volume.lv_active) == ("read-only", "")
+
+
+def test_a_kept_disk_needs_no_template(templated: Templated) -> None:
+    templated.configure("{cache: {templates: on}, retention: {on_stop: keep}}")
+    templated.start()
+    templated.filled.clear()
+    assert templated.start()["path"] == LOCAL
+    assert templated.filled == []
+    assert templated.verbs[1] == ["claim", "prepare"]
+
+
+@pytest.mark.parametrize(
+    ("domain_id", "grows", "expected"),
+    [("dddddddd-5555-4555-8555-555555555555", True, True), ("", True, False), ("d", False, False)],
+)
+def test_a_base_on_block_storage_is_for_the_helper_to_judge(
+    monkeypatch: pytest.MonkeyPatch, domain_id: str, grows: bool, expected: bool
+) -> None:
+    """Only root can read the tags of a storage domain."""
+    monkeypatch.setattr(origin, "domain_of", lambda _layer: domain_id)
+    leaf = Layer("/x/leaf", "qcow2", 0, True, 2048 if grows else 512, "leaf")
+    base = Layer(f"/dev/{domain_id}/{BASE_VOLUME}", "raw", 0, True, 1024, "base")
+    found = hook._base(Source((leaf, base)))
+    assert found == (Base(BASE_VOLUME, domain_id, base.fingerprint, 1024) if expected else None)

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from localdisk import image, run
 from localdisk.definition import Disk, Volume
-from localdisk.errors import CommandFailed, SourceRefused
+from localdisk.errors import CommandFailed, CommandMissing, SourceRefused
 from localdisk.image import Header, Layer, Source
 
 MIB = 1 << 20
@@ -892,3 +892,191 @@ def test_direct_io_must_work_on_every_layer(monkeypatch: pytest.MonkeyPatch, cha
         for refusing in (None, *source.fds):
             monkeypatch.setattr(image, "_opens_direct", lambda fd, refusing=refusing: fd != refusing)
             assert source.allows_direct_io is (refusing is None)
+
+
+# -- the base, and what stands on it
+
+
+def test_base_and_above(chain: Path, tmp_path: Path) -> None:
+    with image.opened(disk(chain / LEAF, volumes=[MIDDLE, BASE])) as source:
+        leaf, middle, base = source.layers
+        assert source.base is base
+        assert source.above == (leaf, middle)
+        alone = source.base_alone
+        assert alone.layers == (base,)
+        assert (alone.above, alone.fds, alone.virtual_size) == ((), (base.fd,), MIB)
+        assert alone.fingerprint == base.fingerprint != source.fingerprint
+        assert view(alone, tmp_path / "out") == (chain / BASE).read_bytes()
+        with image.opened_alone(str(chain / BASE), "raw") as opened_alone:
+            assert opened_alone.fingerprint == base.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("sizes", "grows"),
+    [
+        ((512,), True),
+        ((512, 512), True),
+        ((1024, 512), True),
+        ((512, 1024), False),
+        ((2048, 512, 1024), False),  # the middle one hides the end of the base
+        ((2048, 1024, 512), True),
+    ],
+)
+def test_a_layer_that_is_smaller_than_its_base_hides_its_end(sizes: tuple[int, ...], grows: bool) -> None:
+    layers = tuple(Layer("/p", "qcow2", 0, False, size, "") for size in sizes)
+    assert Source(layers).grows is grows
+
+
+def test_a_chain_on_another_base(chain: Path) -> None:
+    """The device may be larger than the base was: what is behind is not part of it."""
+    with image.opened(disk(chain / LEAF, volumes=[MIDDLE, BASE])) as source:
+        leaf, middle, _ = source.fds
+        assert json.loads(source.filename_on(77)[5:]) == {
+            "driver": "qcow2",
+            "file": {"driver": "file", "filename": f"/proc/self/fd/{leaf}"},
+            "backing": {
+                "driver": "qcow2",
+                "file": {"driver": "file", "filename": f"/proc/self/fd/{middle}"},
+                "backing": {
+                    "driver": "raw",
+                    "size": MIB,
+                    "file": {"driver": "host_device", "filename": "/proc/self/fd/77"},
+                },
+            },
+        }
+        device = json.loads(source.base_alone.filename_on(77)[5:])
+        assert device["size"] == MIB
+        assert device["file"]["driver"] == "host_device"
+
+
+def mapped(layer: Layer) -> list[tuple[int, int]]:
+    """Start and length of what a layer alone holds, as `qemu-img map` says."""
+    with image.alone(layer) as (filename, fds):
+        out = run.run(["qemu-img", "map", "--output", "json", filename], pass_fds=fds)
+    return [(e["start"], e["length"]) for e in json.loads(out) if e["depth"] == 0 and e["present"]]
+
+
+def test_a_layer_alone_holds_what_it_holds(chain: Path) -> None:
+    """Data, and zeros that hide what is below; not what lies below."""
+    with no_descriptor_is_left(), image.opened(disk(chain / LEAF, volumes=[MIDDLE, BASE])) as source:
+        assert mapped(source.layers[0]) == [(0, 64 << 10), (128 << 10, 64 << 10)]
+        assert mapped(source.layers[1]) == [(64 << 10, 64 << 10)]
+        assert source.writes_above() == 192 << 10
+        assert source.base_alone.writes_above() == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "commands", "held"),
+    [
+        ("", [], 0),
+        ("", ["write -P 0 0 64k"], 64 << 10),  # zeros as data
+        ("", ["write -z 0 128k"], 128 << 10),
+        ("", ["write -P 1 0 64k", "discard 0 64k"], 64 << 10),  # now zeros
+        ("", ["write -c -P 1 0 128k"], 128 << 10),
+        ("extended_l2=on,cluster_size=128k", ["write -P 1 4k 4k"], 4 << 10),
+        ("extended_l2=on,cluster_size=128k", ["write -P 1 0 4k", "write -z 64k 4k"], 8 << 10),
+        ("cluster_size=4k", ["write -P 1 4k 4k"], 4 << 10),
+        ("cluster_size=2M", ["write -P 1 0 4k"], MIB),  # cut off where the disk ends
+    ],
+    ids=str,
+)
+def test_what_layers_hold(tmp_path: Path, options: str, commands: list[str], held: int) -> None:
+    (tmp_path / BASE).write_bytes(b"\x11" * MIB)
+    words = ["-o", options] if options else []
+    qemu_img("create", "-q", "-f", "qcow2", *words, "-b", BASE, "-F", "raw", tmp_path / LEAF, MIB)
+    if commands:
+        qemu_io(tmp_path / LEAF, *commands)
+    with image.opened(disk(tmp_path / LEAF, volumes=[BASE])) as source:
+        assert source.writes_above() == held
+
+
+@pytest.mark.parametrize(
+    ("line", "held"),
+    [
+        (b"", 0),
+        (b"[\n", 0),
+        (b"]\n", 0),
+        (b'[{ "start": 0, "length": 5, "depth": 0, "present": true, "zero": true, "data": false},', 5),
+        (b'{ "start": 0, "length": 5, "depth": 1, "present": true, "zero": true, "data": false}]', 0),
+        (b'{ "start": 0, "length": 5, "depth": 0, "present": false, "zero": true, "data": false},', 0),
+    ],
+)
+def test_lines_of_a_map(line: bytes, held: int) -> None:
+    """qemu-img 7.2 prints an extent a line, and the list's brackets around them."""
+    assert image._held(line, "/v") == held
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *(b"x", b"{", b"5", b'"x"', b'{"depth": 0}', b'{"depth": 0, "present": true}', b"{}{}", b"\xff"),
+        *(b'{"depth": 0, "present": true, "length": null}', b'{"depth":' * 3000),
+    ],
+    ids=lambda line: repr(line[:20]),
+)
+def test_lines_of_no_map(line: bytes) -> None:
+    with pytest.raises(CommandFailed, match=r"qemu-img map failed for /v .*: it printed"):
+        image._held(line, "/v")
+
+
+def test_a_map_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start, tool = run.start_reporting, ["sh", "-c", "echo oops >&2; exit 3"]
+    monkeypatch.setattr(run, "start_reporting", lambda _argv, fds: start(tool, fds))
+    layer = Layer("/the/volume", "qcow2", 0, False, MIB, "")
+    source = Source((layer, layer))
+    with no_descriptor_is_left(), pytest.raises(CommandFailed) as caught:
+        source.writes_above()
+    assert "qemu-img map failed for /the/volume (exit code 3): oops" in str(caught.value)
+    tool[2] = "exit 127"
+    with pytest.raises(CommandMissing, match="qemu-img is not installed"):
+        source.writes_above()
+    tool[2] = "echo garbage; sleep 60"
+    with no_descriptor_is_left(), pytest.raises(CommandFailed, match="it printed"):
+        source.writes_above()
+
+
+def test_a_layer_that_changes_is_another(tmp_path: Path) -> None:
+    path = tmp_path / LEAF
+    path.write_bytes(b"x" * MIB)
+    set_mtime(path, 5)
+    with image.opened_alone(str(path), "raw") as source:
+        assert source.base.is_unchanged()
+        set_mtime(path, 6)
+        assert not source.base.is_unchanged()
+        set_mtime(path, 5)
+        assert source.base.is_unchanged()
+        with path.open("r+b") as file:
+            file.write(b"y")
+        set_mtime(path, 5)
+        assert not source.base.is_unchanged()
+    with image.opened_alone(str(path), "raw") as source:
+        os.truncate(path, MIB + 512)
+        set_mtime(path, 5)
+        assert not source.base.is_unchanged()
+    assert not source.base.is_unchanged()  # closed
+
+
+def test_a_volume_alone(tmp_path: Path) -> None:
+    (tmp_path / BASE).write_bytes(b"x" * MIB)
+    qemu_img("create", "-q", "-f", "qcow2", tmp_path / MIDDLE, MIB)
+    qemu_img("create", "-q", "-f", "qcow2", "-b", BASE, "-F", "raw", tmp_path / LEAF)
+    with no_descriptor_is_left():
+        for name, image_format in ((BASE, "raw"), (MIDDLE, "qcow2"), (LEAF, "raw")):
+            with image.opened_alone(str(tmp_path / name), image_format) as source:
+                assert [layer.path for layer in source.layers] == [str(tmp_path / name)]
+        for name, image_format, problem in (
+            (LEAF, "qcow2", "it stands on another volume"),
+            (BASE, "qcow2", "it is no qcow2 image"),
+            (VOLUMES[9], "raw", "No such file"),
+        ):
+            with pytest.raises(SourceRefused, match=problem):
+                image.opened_alone(str(tmp_path / name), image_format).__enter__()
+
+
+def test_only_block_volumes_have_a_name_of_device_mapper(
+    monkeypatch: pytest.MonkeyPatch, chain: Path
+) -> None:
+    monkeypatch.setattr(image, "_dm_name", lambda _device: "vg-lv")
+    with image.opened(disk(chain / LEAF, volumes=[MIDDLE, BASE])) as source:
+        assert source.base.dm_name == ""
+        assert replace(source.base, is_block=True).dm_name == "vg-lv"

@@ -11,7 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from localdisk import lvm, run
-from localdisk.errors import CommandFailed, DeviceNotReady, NoVolumeGroup, VolumeGroupUnusable
+from localdisk.errors import (
+    CommandFailed,
+    DeviceNotReady,
+    NoVolumeGroup,
+    ThinPoolAtThreshold,
+    VolumeGroupUnusable,
+)
 from localdisk.lvm import LogicalVolume, VolumeGroup
 from tests import fakes
 from tests.fakes import EXTENT, FINGERPRINT, FULLREPORT, FakeHost, report
@@ -79,6 +85,7 @@ def test_thick_volume_that_is_open() -> None:
         ),
         lv_device_open=True,
         lv_active=True,
+        lv_permissions="writeable",
         lv_layout=frozenset({"linear"}),
         pool_lv="",
         data_percent=None,
@@ -212,7 +219,11 @@ def test_devices_go_to_every_command(monkeypatch: pytest.MonkeyPatch) -> None:
     vg.deactivate("a")
     vg.remove("a")
     vg.rename("a", "b")
-    assert len(door.commands) == 8
+    vg.create_snapshot("c", "b", ())
+    vg.extend("c", EXTENT)
+    vg.set_read_only("b")
+    vg.set_writable("b")
+    assert len(door.commands) == 12
     assert all(" --devices /dev/vda,/dev/vdb " in command for command in door.commands)
 
 
@@ -228,11 +239,15 @@ def test_argument_lists(monkeypatch: pytest.MonkeyPatch) -> None:
     vg.rename("a", "b")
     vg.discard("a")
     vg.zero("a")
-    create = "lvcreate --quiet --yes --wipesignatures n --name"
-    skip = "--setactivationskip y --ignoreactivationskip"
+    vg.create_snapshot("c", "b", {"y", "x"})
+    vg.extend("c", EXTENT + 1)
+    vg.set_read_only("b")
+    vg.set_writable("b")
+    create = "lvcreate --quiet --yes --name"
+    skip, wipe = "--setactivationskip y --ignoreactivationskip", "--wipesignatures n"
     assert door.commands == [
-        f"{create} a {skip} --addtag x --addtag y --zero y --size {EXTENT + 512}b ovirt-local",
-        f"{create} b {skip} --addtag x --virtualsize {EXTENT}b --thinpool ovirt-local/pool0",
+        f"{create} a {skip} --addtag x --addtag y {wipe} --zero y --size {EXTENT + 512}b ovirt-local",
+        f"{create} b {skip} --addtag x {wipe} --virtualsize {EXTENT}b --thinpool ovirt-local/pool0",
         "lvchange --quiet --deltag z --addtag x --addtag y ovirt-local/a ovirt-local/b",
         "lvchange --quiet --activate y --ignoreactivationskip ovirt-local/a",
         "lvchange --quiet --activate n ovirt-local/a ovirt-local/b",
@@ -240,6 +255,10 @@ def test_argument_lists(monkeypatch: pytest.MonkeyPatch) -> None:
         "lvrename --quiet ovirt-local a b",
         "blkdiscard /dev/ovirt-local/a",
         "blkdiscard --zeroout /dev/ovirt-local/a",
+        f"{create} c {skip} --addtag x --addtag y --permission rw --snapshot ovirt-local/b",
+        f"lvextend --quiet --size {EXTENT + 512}b ovirt-local/c",
+        "lvchange --quiet --permission r ovirt-local/b",
+        "lvchange --quiet --permission rw ovirt-local/b",
     ]
 
 
@@ -250,6 +269,61 @@ def test_missing_group_is_told_from_other_failures(monkeypatch: pytest.MonkeyPat
         VolumeGroup.read("nosuch")
     with pytest.raises(CommandFailed):
         VolumeGroup.read("other")
+
+
+THRESHOLD = "  Cannot create new thin volume, free space in thin pool ovirt-local/pool0 reached threshold.\n"
+
+
+def test_a_pool_that_is_too_full_for_lvm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also for a snapshot, which is as much of a new volume."""
+    vg = read("mixed")
+    thin = next(lv for lv in vg.lvs if lv.pool_lv)
+    for said, kind in ((THRESHOLD, ThinPoolAtThreshold), ("  Failed to write VG\n", CommandFailed)):
+        Door(monkeypatch, error=CommandFailed(("lvcreate",), 5, said))
+        with pytest.raises(kind):
+            vg.create_thin("a", EXTENT, thin.pool_lv, ())
+        with pytest.raises(kind) as caught:
+            vg.create_snapshot("a", thin.lv_name, ())
+        if kind is ThinPoolAtThreshold:
+            assert f"thin pool ovirt-local/{thin.pool_lv}" in str(caught.value)
+        with pytest.raises(kind):
+            vg.create_snapshot("a", "gone", ())
+
+
+# -- tags of volumes of storage domains
+
+
+def test_tags_of_another_group_are_read_without_a_lock(monkeypatch: pytest.MonkeyPatch) -> None:
+    door = Door(monkeypatch, json.dumps({"report": [{"lv": [{"lv_tags": "IU_x,MD_5,PU_y"}]}]}))
+    assert lvm.read_tags("domain", "volume", iter(["/dev/sda", "/dev/sdb"])) == {"IU_x", "MD_5", "PU_y"}
+    assert door.commands == [
+        "lvs --readonly --reportformat json -o lv_tags --devices /dev/sda,/dev/sdb domain/volume"
+    ]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(
+            "",
+            "{",
+            "[]",
+            "5",
+            "{}",
+            '{"report": []}',
+            '{"report": [{"lv": []}]}',
+            '{"report": [{"lv": [{}]}]}',
+        ),
+        '{"report": [{"lv": [{"lv_tags": 5}]}]}',
+        '{"report": [{"lv": [{"lv_tags": ""}, {"lv_tags": ""}]}]}',
+        "[" * 100_000,
+    ],
+    ids=lambda text: text[:40],
+)
+def test_tags_that_are_not_understood(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    Door(monkeypatch, text)
+    with pytest.raises(CommandFailed, match="its report is not understood"):
+        lvm.read_tags("domain", "volume", ["/dev/sda"])
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from localdisk import config, counters, gc, lock, progress
+from localdisk import config, counters, gc, lock, progress, template
 from localdisk.config import Config
 from localdisk.counters import Counters
 from localdisk.errors import CommandFailed
@@ -47,9 +47,7 @@ LOOK = f"{FULLREPORT} ovirt-local"
 LIST = "virsh --readonly --connect qemu:///system list --uuid"
 NAME = f"ovirt-local/{VOLUME}"
 PATH = f"/dev/{NAME}"
-CREATE = (
-    f"lvcreate --quiet --yes --wipesignatures n --name {VOLUME} --setactivationskip y --ignoreactivationskip"
-)
+CREATE = f"lvcreate --quiet --yes --name {VOLUME} --setactivationskip y --ignoreactivationskip"
 NEW_TAGS = (
     f"--addtag IU_{IMAGE} --addtag SOURCE_{FINGERPRINT} --addtag UPDATING --addtag VM_{VM}"
     " --addtag WRITES_4096 --addtag localdisk"
@@ -60,11 +58,13 @@ ACTIVATE = f"lvchange --quiet --activate y --ignoreactivationskip {NAME}"
 KEEP = "retention: {on_stop: keep}"
 
 CLAIM = {"verb": "claim", "vm": VM, "property": "lvm", "image": IMAGE, "volume": VOLUME}
-PREPARE = {"verb": "prepare", "size": SIZE, "fingerprint": FINGERPRINT, "writes": 4096}
+PREPARE = {"verb": "prepare", "size": SIZE, "fingerprint": FINGERPRINT, "writes": 4096, "base": None}
 PROGRESS = {"verb": "progress", "done": 5, "written": 3}
 COMMIT_IT = {"verb": "commit"}
 RELEASE = {"verb": "release", "vm": VM, "property": "lvm"}
-TO_PREPARE = {"stays": False, "path": "", "thin": False}
+TO_PREPARE = {"stays": False, "path": "", "thin": False, "cached": False}
+STAYS = {"stays": True, "path": "", "thin": False, "cached": False}
+KEPT = {"how": "kept", "path": PATH, "target": None, "base": None}
 
 
 @lru_cache(maxsize=100)
@@ -128,6 +128,8 @@ def test_first_start_thick(host: FakeHost) -> None:
     hook = Hook(host)
     prepared = hook.start()
     assert prepared == {
+        "how": "copy",
+        "base": None,
         "path": PATH,
         "target": {
             "path": PATH,
@@ -148,7 +150,7 @@ def test_first_start_thick(host: FakeHost) -> None:
         LOOK,
         LIST,
         LOOK,
-        f"{CREATE} {NEW_TAGS} --zero y --size {SIZE}b ovirt-local",
+        f"{CREATE} {NEW_TAGS} --wipesignatures n --zero y --size {SIZE}b ovirt-local",
         LOOK,
         COMMIT,
     ]
@@ -164,7 +166,7 @@ def test_first_start_thin(host: FakeHost) -> None:
         LOOK,
         LIST,
         LOOK,
-        f"{CREATE} {NEW_TAGS} --virtualsize {SIZE}b --thinpool ovirt-local/pool0",
+        f"{CREATE} {NEW_TAGS} --wipesignatures n --virtualsize {SIZE}b --thinpool ovirt-local/pool0",
         LOOK,
         COMMIT,
     ]
@@ -173,7 +175,7 @@ def test_first_start_thin(host: FakeHost) -> None:
 def test_restart_of_a_kept_disk(host: FakeHost) -> None:
     host.add(VOLUME, tags("STOPPED_1760000000"), SIZE, lv_active="")
     hook = Hook(host, KEEP)
-    assert hook.start() == {"path": PATH, "target": None}
+    assert hook.start() == KEPT
     assert lv_tags(host) == tags()
     assert host.volumes[VOLUME].lv_active
     assert locks() == []
@@ -188,13 +190,13 @@ def test_restart_of_a_kept_disk(host: FakeHost) -> None:
 def test_restart_of_a_disk_that_was_never_stopped(host: FakeHost) -> None:
     """The host lost power while the VM ran."""
     host.add(VOLUME, tags(), SIZE, lv_active="")
-    assert Hook(host, KEEP).start() == {"path": PATH, "target": None}
+    assert Hook(host, KEEP).start() == KEPT
     assert host.commands == [LOOK, LIST, ACTIVATE]
 
 
 def test_restart_of_a_disk_that_gc_has_seen_unneeded(host: FakeHost) -> None:
     host.add(VOLUME, tags("UNNEEDED_5", "UNNEEDED_x", "STOPPED_5"), SIZE)
-    assert Hook(host, KEEP).start() == {"path": PATH, "target": None}
+    assert Hook(host, KEEP).start() == KEPT
     assert lv_tags(host) == tags()
     assert host.commands[2:] == [
         f"lvchange --quiet --deltag STOPPED_5 --deltag UNNEEDED_5 --deltag UNNEEDED_x {NAME}",
@@ -204,7 +206,7 @@ def test_restart_of_a_disk_that_gc_has_seen_unneeded(host: FakeHost) -> None:
 
 def test_taking_over_a_disk_of_the_older_hook(host: FakeHost) -> None:
     host.add(VOLUME, tags(ours=False), SIZE)
-    assert Hook(host, KEEP).start() == {"path": PATH, "target": None}
+    assert Hook(host, KEEP).start() == KEPT
     assert lv_tags(host) == tags() | tags(ours=False)
     assert host.commands[2:] == [
         f"lvchange --quiet --addtag SOURCE_{FINGERPRINT} --addtag localdisk {NAME}",
@@ -391,7 +393,7 @@ def test_an_open_disk_that_is_set_aside_is_busy(host: FakeHost) -> None:
 def test_a_running_vm_has_nothing_to_do_with_a_disk_that_is_set_aside(host: FakeHost, is_open: str) -> None:
     before = host.add(VOLUME, ASIDE, SIZE, lv_device_open=is_open).row
     host.active = {VM}
-    assert Hook(host).ask(CLAIM) == {"stays": True, "path": "", "thin": False}
+    assert Hook(host).ask(CLAIM) == STAYS
     host.libvirt_is_silent = True
     assert "check that libvirt runs" in Hook(host).refused(CLAIM)
     assert host.volumes[VOLUME].row == before
@@ -582,7 +584,7 @@ def test_look_at_nothing(host: FakeHost) -> None:
 def test_disks_that_stay(host: FakeHost, text: str, is_local: bool) -> None:
     pair = {"image": IMAGE, "volume": VOLUME}
     hook = Hook(host, text)
-    assert hook.ask(CLAIM) == {"stays": not is_local, "path": "", "thin": False}
+    assert hook.ask(CLAIM) == (TO_PREPARE if is_local else STAYS)
     (row,) = hook.ask({"verb": "look", "vm": VM, "property": "lvm", "disks": [pair]})["disks"]
     assert row["local"] is is_local
     if not is_local:
@@ -637,7 +639,7 @@ def test_a_running_vm_keeps_its_disk(host: FakeHost, more: tuple[str, ...]) -> N
     host.add(VOLUME, tags(*more, fingerprint=OTHER_FINGERPRINT), 512, lv_device_open="open")
     host.active = {VM}
     hook = Hook(host)
-    assert hook.ask(CLAIM) == {"stays": False, "path": PATH, "thin": False}
+    assert hook.ask(CLAIM) == {**TO_PREPARE, "path": PATH}
     assert lv_tags(host) == tags(fingerprint=OTHER_FINGERPRINT)
     bookkeeping = [f"lvchange --quiet --deltag STOPPED_5 --deltag UNNEEDED_6 {NAME}"] if more else []
     assert host.commands == [LOOK, LIST, *bookkeeping]
@@ -648,10 +650,10 @@ def test_a_running_vm_keeps_its_disk(host: FakeHost, more: tuple[str, ...]) -> N
 def test_a_vm_that_runs_from_shared_storage_stays_there(host: FakeHost) -> None:
     host.active = {VM}
     hook = Hook(host)
-    assert hook.ask(CLAIM) == {"stays": True, "path": "", "thin": False}
+    assert hook.ask(CLAIM) == STAYS
     assert "wrong order" in hook.refused(PREPARE)
     before = host.add(VOLUME, tags(), SIZE).row
-    assert hook.ask(CLAIM) == {"stays": True, "path": "", "thin": False}
+    assert hook.ask(CLAIM) == STAYS
     assert "wrong order" in hook.refused(PREPARE)
     assert host.volumes[VOLUME].row == before
     assert locks() == []
@@ -881,7 +883,7 @@ def test_a_disk_that_is_being_prepared_is_waited_for(host: FakeHost) -> None:
         host.add(VOLUME, tags(), SIZE)
         next(other, None)
 
-    assert Hook(host, KEEP, pause).start() == {"path": PATH, "target": None}
+    assert Hook(host, KEEP, pause).start() == KEPT
 
 
 def test_a_copy_waits_for_its_turn_and_can_end_there(host: FakeHost) -> None:
@@ -1229,6 +1231,7 @@ BAD_REQUESTS: list[object] = [
     *(None, 5, "claim", [], [CLAIM], {}, {"verb": None}, {"verb": 5}, {"verb": []}, {"verb": "CLAIM"}),
     *({"verb": "serve"}, {"verb": "_claim_disk"}, {"verb": "__init__"}, {"verb": ""}),
     *({**request, "more": 1} for request in (LOOK_IT, CLAIM, PREPARE, PROGRESS, COMMIT_IT, RELEASE)),
+    *({"verb": "fill"}, {"verb": "fill", "writes": 5, "more": 1}, {"verb": "prefetch", "backend": "lvm"}),
     *({k: v for k, v in CLAIM.items() if k != left_out} for left_out in CLAIM),
     *({**CLAIM, "vm": value} for value in UUIDS),
     *({**CLAIM, "image": value} for value in UUIDS),
@@ -1304,7 +1307,7 @@ def test_lines_that_are_no_requests(host: FakeHost, line: bytes) -> None:
     assert host.commands == []
 
 
-ORDER = [PREPARE, PROGRESS, COMMIT_IT]
+ORDER = [PREPARE, PROGRESS, COMMIT_IT, {"verb": "fill", "writes": 5}]
 
 
 @pytest.mark.parametrize("request_", ORDER, ids=lambda request: str(request["verb"]))
@@ -1350,6 +1353,15 @@ garbage = st.recursive(
 )
 volumes = st.sampled_from([*FOREIGN, *OWN, NEW, OPEN]) | garbage
 images = st.sampled_from([IMAGE, OTHER_IMAGE]) | garbage
+BASE = {"volume": OTHER_VOLUME, "domain": "", "fingerprint": OTHER_FINGERPRINT, "size": 512}
+bases = st.fixed_dictionaries(
+    {
+        "volume": st.sampled_from([VOLUME, OTHER_VOLUME]) | garbage,
+        "domain": st.sampled_from(["", VM]) | garbage,
+        "fingerprint": st.sampled_from([FINGERPRINT, OTHER_FINGERPRINT]) | garbage,
+        "size": st.sampled_from([512, SIZE]) | garbage,
+    }
+)
 fields = {
     "vm": st.just(VM) | garbage,
     "property": st.sampled_from(["lvm", "lvmthin", "on"]) | garbage,
@@ -1361,22 +1373,33 @@ fields = {
     "writes": st.integers(0, SIZE) | garbage,
     "done": st.integers(0, SIZE) | garbage,
     "written": st.integers(0, SIZE) | garbage,
+    "base": st.none() | st.just(BASE) | bases | garbage,
+    "backend": st.sampled_from(["lvm", "lvmthin"]) | garbage,
 }
 VERBS = {"look": "vm property disks", "claim": "vm property image volume", "release": "vm property"}
-VERBS.update({"prepare": "size fingerprint writes", "progress": "done written", "commit": ""})
-sound = st.sampled_from([CLAIM, PREPARE, PROGRESS, COMMIT_IT, RELEASE, {**CLAIM, "volume": NEW}]).map(
-    json.dumps
-)
+VERBS.update({"prepare": "size fingerprint writes base", "progress": "done written", "commit": ""})
+VERBS.update({"prefetch": "backend base", "fill": "writes"})
+FROM_BASE = {**PREPARE, "base": BASE}
+FILL = {"verb": "fill", "writes": 512}
+PREFETCH = {"verb": "prefetch", "backend": "lvmthin", "base": BASE}
+STARTS = [CLAIM, {**CLAIM, "volume": NEW}, {**CLAIM, "volume": NEW, "property": "lvmthin"}, PREFETCH]
+sound = st.sampled_from([*STARTS, PREPARE, FROM_BASE, FILL, PROGRESS, COMMIT_IT, RELEASE]).map(json.dumps)
 wild = st.sampled_from(sorted(VERBS)).flatmap(
     lambda verb: st.fixed_dictionaries(
         {"verb": st.just(verb), **{name: fields[name] for name in VERBS[verb].split()}}
     ).map(json.dumps)
 )
-lines = st.lists(st.one_of(sound, wild, wild, st.text(max_size=20)), max_size=8)
-POLICIES = ["", KEEP, "retention: {erase: zero, on_stop: keep, on_source_change: recopy}"]
+lines = st.lists(st.one_of(sound, sound, wild, wild, st.text(max_size=20)), max_size=9)
+POLICIES = [
+    "",
+    KEEP,
+    "retention: {erase: zero, on_stop: keep, on_source_change: recopy}",
+    "cache: {templates: on}",
+    "{cache: {templates: on}, retention: {erase: zero}, copy: {parallel: 1}}",
+]
 
 
-@settings(max_examples=80, deadline=None, derandomize=True, database=None)
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
 @given(lines, st.sampled_from(POLICIES), st.booleans(), st.booleans())
 def test_any_requests(requests: list[str], text: str, is_silent: bool, runs: bool) -> None:
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as directory:
@@ -1394,6 +1417,9 @@ def test_any_requests(requests: list[str], text: str, is_silent: bool, runs: boo
         hook.session.close()
         assert {name: host.volumes[name].row for name in before} == before
         assert host.volumes[OPEN].lv_active
-        made = host.volumes.get(NEW)
-        assert made is None or "UPDATING" not in made.lv_tags
+        for name in set(host.volumes) - set(OWN):  # no unfinished copy but the one that was there
+            assert "UPDATING" not in lv_tags(host, name) or name in before
+        for found in template.templates(VolumeGroup.from_report(host.report())):
+            assert (found.lv.lv_permissions, found.lv.lv_active) == ("read-only", False)
+        assert host.opened == {}
         assert locks() == []
