@@ -13,12 +13,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from localdisk import counters, domains, lock, log, lvm
+from localdisk import counters, domains, lock, log, lvm, template
 from localdisk.config import Config, Policy
 from localdisk.disk import LocalDisk, State, local_disks, stopped_tag, unneeded_tag
 from localdisk.errors import Error, Interrupted, LibvirtSilent
 from localdisk.lvm import VolumeGroup
 from localdisk.removal import erase_and_remove, take_away
+from localdisk.template import Template
 from localdisk.units import format_duration, format_size
 
 
@@ -28,6 +29,7 @@ class Action(enum.Enum):
     MARK = "mark"  # as unneeded since now
     UNMARK = "unmark"  # it is needed after all
     STOP = "stop"  # mark as stopped, as the missed stop would have
+    REST = "rest"  # deactivate a template LV that nobody reads
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class Finding:
     disk: LocalDisk
     verdict: Verdict
     failure: str = ""  # why it could not be done
+    template: str = ""  # the volume that a template LV is a copy of, "" for a disk
 
     @property
     def is_problem(self) -> bool:
@@ -141,6 +144,34 @@ def _decide_ready(disk: LocalDisk, witnesses: Witnesses, policy: Policy, now: fl
     return Verdict(Action.REMOVE, f"no VM needs it since {since}, past grace")
 
 
+def decide_template(
+    found: Template, is_locked: bool, is_wanted: bool, is_too_much: bool, keep_for: int, now: float
+) -> Verdict:
+    """What to do with a template LV; `keep_for` in seconds since its last use.
+
+    Never removed: what is open or locked.  No disk needs one: it only saves the next start a copy.
+    """
+    if found.is_open:
+        return Verdict(Action.KEEP, "in use, its device is open")
+    if is_locked:
+        return Verdict(Action.KEEP, "a process works on it")
+    if not found.is_ready:
+        return Verdict(Action.REMOVE, "unfinished copy that nobody works on")
+    if not found.is_as_made:
+        return Verdict(Action.REMOVE, "writable, or without its tags: no disk would start from it")
+    if not is_wanted:
+        return Verdict(Action.REMOVE, "cache.templates is off")
+    if is_too_much:
+        return Verdict(Action.REMOVE, "the cache is larger than cache.max_size, and others were used later")
+    since = now - found.used
+    if since < 0:
+        return Verdict(Action.KEEP, "used in the future, the clock went backwards", is_certain=False)
+    if since >= keep_for:
+        return Verdict(Action.REMOVE, f"not used for {format_duration(int(since))}, past cache.keep_for")
+    left = f"kept for another {format_duration(int(keep_for - since))}"
+    return Verdict(Action.REST if found.lv.lv_active else Action.KEEP, left, due=found.used + keep_for)
+
+
 # -- looking and acting
 
 
@@ -174,7 +205,8 @@ def _answer(asked: domains.Question) -> tuple[frozenset[str] | None, LibvirtSile
 
 
 def _count(found: Collection) -> None:
-    removed = [f.disk for f in found.findings if f.verdict.action is Action.REMOVE and not f.failure]
+    done = [f for f in found.findings if f.verdict.action is Action.REMOVE and not f.failure]
+    removed = [f.disk for f in done if not f.template]
     counters.gc_ran(
         removed=len(removed),
         removed_bytes=sum(disk.lv.lv_size for disk in removed),
@@ -200,6 +232,52 @@ class _Group:
                 yield Finding(self.vg.vg_name, disk, verdict)
             else:
                 yield self._act(disk, verdict)
+        too_many = template.too_many(self.vg, self.config.cache)
+        for found in template.templates(self.vg):
+            verdict = self._judge_template(found, lock.disk_lock(found.name) in held, too_many)
+            if verdict.action is Action.KEEP or self.dry_run:
+                yield self._template(found, verdict)
+            else:
+                yield self._act_on_template(found, verdict, too_many)
+
+    def _judge_template(self, found: Template, is_locked: bool, too_many: frozenset[str]) -> Verdict:
+        is_wanted = self.config.caches_templates(self.vg.vg_name)
+        keep_for = self.config.cache.keep_for
+        return decide_template(found, is_locked, is_wanted, found.name in too_many, keep_for, time.time())
+
+    def _template(self, found: Template, verdict: Verdict, failure: str = "") -> Finding:
+        return Finding(self.vg.vg_name, found.disk, verdict, failure, found.volume_id)
+
+    def _act_on_template(self, found: Template, verdict: Verdict, too_many: frozenset[str]) -> Finding:
+        """Do what was decided if the template LV still is what it was."""
+        aside = ""
+        try:
+            with lock.trying(lock.disk_lock(found.name)) as held:
+                if not held:
+                    return self._template(found, Verdict(Action.KEEP, "a process works on it"))
+                vg = VolumeGroup.read(self.vg.vg_name, self.vg.devices)
+                lv = vg.find(found.name)
+                again = Template.from_lv(lv) if lv else None
+                if again is None:  # somebody else has just removed it
+                    return self._template(found, verdict)
+                verdict = self._judge_template(again, False, too_many)
+                if verdict.action is Action.REST:
+                    vg.require_usable()
+                    vg.deactivate(found.name)
+                elif verdict.action is Action.REMOVE:
+                    vg.require_usable()
+                    aside = take_away(vg, again.disk, self.config.retention.erase, time.sleep)
+                    if again.is_ready:
+                        counters.template_evicted()
+                log.event(f"gc: {verdict.action.value}", template=found.volume_id, why=verdict.reason)
+            if aside and self.may_start:
+                self._finish(aside)
+        except Interrupted:
+            raise
+        except Error as error:
+            log.problem("gc could not finish", template=found.volume_id, why=error)
+            return self._template(found, verdict, str(error))
+        return self._template(found, verdict)
 
     def _judge(self, disk: LocalDisk, is_locked: bool, known: frozenset[str] | None) -> Verdict:
         vm_is_known = None if known is None else disk.vm_id in known
@@ -277,7 +355,8 @@ def _line(finding: Finding, dry_run: bool) -> str:
     if dry_run and verdict.action is not Action.KEEP:
         outcome = f"would be {outcome}"
     name = f"{finding.vg_name}/{disk.volume_id}"
-    return f"{name}  VM {disk.vm_id or '-'}  {format_size(disk.lv.lv_size)}  {outcome}: {verdict.reason}"
+    whose = f"template {finding.template}" if finding.template else f"VM {disk.vm_id or '-'}"
+    return f"{name}  {whose}  {format_size(disk.lv.lv_size)}  {outcome}: {verdict.reason}"
 
 
 _DONE = {
@@ -286,6 +365,7 @@ _DONE = {
     Action.MARK: "marked as unneeded",
     Action.UNMARK: "unmarked",
     Action.STOP: "marked as stopped",
+    Action.REST: "deactivated",
 }
 
 
@@ -297,6 +377,7 @@ def as_json(collection: Collection) -> str:
             "volume": finding.disk.volume_id,
             "vm": finding.disk.vm_id,
             "image": finding.disk.image_id,
+            "template": finding.template,
             "size": finding.disk.lv.lv_size,
             "action": finding.verdict.action.value,
             "reason": finding.verdict.reason,

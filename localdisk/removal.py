@@ -6,8 +6,11 @@ start waits for the erase, and gc does the rest.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import mmap
 import os
+import struct
 import uuid
 from collections.abc import Callable
 
@@ -18,6 +21,8 @@ from localdisk.lvm import VolumeGroup
 TRIES = 20  # a writer that was just killed, or udev, may have it open for a moment
 PAUSE = 0.5  # seconds
 
+_STEP = 64 << 20  # bytes that are given back at once
+_BLKDISCARD = 0x1277  # linux/fs.h; takes offset and length in bytes
 _BLOCK = 64 << 10  # bytes; the smallest block of a thin pool, so that no hole beside data is filled
 
 Pause = Callable[[float], None]
@@ -47,6 +52,8 @@ def erase_and_remove(vg: VolumeGroup, disk: LocalDisk, erase: str, pause: Pause)
     if disk.is_open:
         _give_time(vg, disk, pause)
     if erase != "none":
+        if disk.lv.lv_permissions == "read-only":  # a template LV; the kernel discards and zeroes none
+            vg.set_writable(disk.volume_id)
         vg.activate(disk.volume_id)
         _erase(vg, disk, erase)
     _remove(vg, disk, pause)
@@ -72,25 +79,38 @@ def _erase(vg: VolumeGroup, disk: LocalDisk, erase: str) -> None:
 
 
 def _zero_what_is_not(path: str) -> None:
-    """Write zeros over the data of a thin volume.
+    """Write zeros over the data of a thin volume, and give the blocks back as it goes.
 
-    Zeros everywhere would make the pool provide a block for every hole, and could fill it.
+    Zeros everywhere would make the pool provide a block for every hole, and could fill it; so could zeros
+    over what is shared with a template LV, which the pool provides anew.
     """
-    zeros, buffer = bytes(_BLOCK), mmap.mmap(-1, _BLOCK)  # page-aligned, as O_DIRECT wants it
     try:
         fd = os.open(path, os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC)
         try:
-            offset = 0
-            while size := os.preadv(fd, [buffer], offset):
-                if buffer[:size] != zeros[:size]:
-                    buffer[:size] = zeros[:size]
-                    size = os.pwritev(fd, [memoryview(buffer)[:size]], offset)
-                offset += size
-            os.fsync(fd)
+            size = os.lseek(fd, 0, os.SEEK_END)
+            for start in range(0, size, _STEP):
+                if _zero_data(fd, start, min(start + _STEP, size)):
+                    os.fsync(fd)
+                    with contextlib.suppress(OSError):  # a pool may ignore discards
+                        fcntl.ioctl(fd, _BLKDISCARD, struct.pack("QQ", start, min(_STEP, size - start)))
         finally:
             os.close(fd)
     except OSError as error:
         raise EraseFailed(path=path, problem=error.strerror) from None
+
+
+def _zero_data(fd: int, start: int, end: int) -> bool:
+    """Write zeros over what is not zero from `start` to `end`; False where all of it was."""
+    zeros, buffer = bytes(_BLOCK), mmap.mmap(-1, _BLOCK)  # page-aligned, as O_DIRECT wants it
+    offset, any_data = start, False
+    while offset < end:
+        size = os.preadv(fd, [buffer], offset)
+        if buffer[:size] != zeros[:size]:
+            buffer[:size] = zeros[:size]
+            size = os.pwritev(fd, [memoryview(buffer)[:size]], offset)
+            any_data = True
+        offset += size
+    return any_data
 
 
 def _remove(vg: VolumeGroup, disk: LocalDisk, pause: Pause) -> None:

@@ -15,6 +15,7 @@ from localdisk.disk import LocalDisk, State, local_disks
 from localdisk.errors import Error, NoVolumeGroup, WorkUnfinished
 from localdisk.install import LOCK, RELOAD, checked_root, hook_files, is_ours, make, require_inside
 from localdisk.lvm import VolumeGroup
+from localdisk.template import Template, templates
 from localdisk.vdsm import POINTS
 
 
@@ -45,6 +46,7 @@ def _require_rest() -> None:
     """Raise WorkUnfinished where a start or stop is under way, or a disk in use or not removed yet."""
     busy = [f"{path} is held" for path in sorted(lock.held() - {LOCK})]
     busy += [f"local disk {vg.vg_name}/{disk.volume_id} is {why}" for vg, disk, why in _busy_disks()]
+    busy += [f"template LV {vg.vg_name}/{found.name} is {why}" for vg, found, why in _busy_templates()]
     if busy:
         more = f" (and {len(busy) - 1} more)" if len(busy) > 1 else ""
         raise WorkUnfinished(what=busy[0] + more)
@@ -59,6 +61,15 @@ def _busy_disks() -> Iterator[tuple[VolumeGroup, LocalDisk, str]]:
                 yield vg, disk, "unfinished"
             elif disk.state is State.DELETING:
                 yield vg, disk, "not erased and removed yet"
+
+
+def _busy_templates() -> Iterator[tuple[VolumeGroup, Template, str]]:
+    for vg in _groups():
+        for found in templates(vg):
+            if found.is_open:
+                yield vg, found, "in use"
+            elif not found.is_ready:
+                yield vg, found, "unfinished"
 
 
 def _groups() -> Iterator[VolumeGroup]:
@@ -152,5 +163,8 @@ def _left(root: str) -> Iterator[str]:
             disks = local_disks(vg)
             if disks:
                 yield f"left {len(disks)} local disk(s) in volume group {vg.vg_name}: see lvs {vg.vg_name}"
+            names = " ".join(f"{vg.vg_name}/{found.name}" for found in templates(vg))
+            if names:
+                yield f"left the template cache, which no VM needs: lvremove {names}"
     except Error as error:
         yield f"left the local disks, if there are any: {str(error).splitlines()[-1]}"

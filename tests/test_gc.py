@@ -15,13 +15,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from localdisk import cli, config, gc, lock
+from localdisk import cli, config, counters, gc, lock
 from localdisk.config import Config, Policy
 from localdisk.disk import LocalDisk, unneeded_tag
 from localdisk.errors import CommandFailed, Interrupted, NoVolumeGroup
 from localdisk.gc import Action, Collection, Verdict, Witnesses
 from localdisk.lvm import VolumeGroup
 from localdisk.session import Session
+from localdisk.template import Template
 from tests.fakes import (
     FINGERPRINT,
     FULLREPORT,
@@ -871,7 +872,7 @@ def start(settings: Config, volume_id: str) -> bool:
 
     try:
         ask("claim", vm=VM, property="lvm", image=IMAGE, volume=volume_id)
-        if ask("prepare", size=SIZE, fingerprint=FINGERPRINT, writes=0)["target"]:
+        if ask("prepare", size=SIZE, fingerprint=FINGERPRINT, writes=0, base=None)["target"]:
             ask("commit")
     except Killed:
         return False
@@ -1009,6 +1010,7 @@ def test_json(host: FakeHost) -> None:
                 "volume": VOLUME,
                 "vm": VM,
                 "image": IMAGE,
+                "template": "",
                 "size": SIZE,
                 "action": "remove",
                 "reason": "marked for removal when its VM stopped",
@@ -1032,3 +1034,406 @@ def test_what_cannot_be_done_is_one_failure(host: FakeHost) -> None:
     (finding,) = gc.collect(parsed()).findings
     assert (finding.verdict.action, finding.is_problem) == (Action.MARK, True)
     assert "not marked as unneeded, lvchange --quiet failed" in gc.as_lines(gc.collect(parsed()), False)
+
+
+# -- template LVs: deciding
+
+CACHED = "{cache: {templates: on, max_size: 64MiB, keep_for: 30d}}"
+CACHE_KEEP_FOR = 30 * 86400
+TEMPLATE = "55555555-5555-4555-8555-555555555555"  # the volume of one
+LV_OF_IT = "cccccccc-0000-4000-8000-000000000000"
+
+
+def template_tags(used: int = NOW, *more: str, volume: str = TEMPLATE) -> set[str]:
+    return {"localdisk", f"TEMPLATE_{volume}", f"SOURCE_{FINGERPRINT}", f"SAMPLE_{FINGERPRINT}"} | {
+        f"USED_{used}",
+        *more,
+    }
+
+
+class TemplateCase(NamedTuple):
+    is_open: bool
+    is_locked: bool
+    is_ready: bool
+    is_as_made: bool
+    is_wanted: bool
+    is_too_much: bool
+    is_active: bool
+    used: int  # seconds ago
+
+    @property
+    def verdict(self) -> Verdict:
+        more = () if self.is_ready else ("UPDATING", "WRITES_5")
+        lv = dataclasses.replace(
+            LV,
+            lv_name=LV_OF_IT,
+            lv_tags=frozenset(template_tags(NOW - self.used, *more)),
+            lv_device_open=self.is_open,
+            lv_active=self.is_active,
+            lv_permissions="read-only" if self.is_as_made else "writeable",
+        )
+        found = Template.from_lv(lv)
+        assert found
+        return gc.decide_template(
+            found, self.is_locked, self.is_wanted, self.is_too_much, CACHE_KEEP_FOR, NOW
+        )
+
+
+TEMPLATE_CASES = [
+    TemplateCase(*values, used)
+    for used in (-1, 0, CACHE_KEEP_FOR - 1, CACHE_KEEP_FOR, CACHE_KEEP_FOR + 1)
+    for values in itertools.product(BOTH, BOTH, BOTH, BOTH, BOTH, BOTH, BOTH)
+]
+
+
+def expected_of_template(case: TemplateCase) -> tuple[Action, bool]:
+    """What DESIGN.md says: the action, and whether the clock was right as far as it counts."""
+    is_free = not case.is_open and not case.is_locked
+    is_given_up = not (case.is_ready and case.is_as_made and case.is_wanted) or case.is_too_much
+    if not is_free:
+        return Action.KEEP, True
+    if is_given_up:
+        return Action.REMOVE, True
+    if case.used < 0:
+        return Action.KEEP, False
+    if case.used >= CACHE_KEEP_FOR:
+        return Action.REMOVE, True
+    return Action.REST if case.is_active else Action.KEEP, True
+
+
+def test_decide_template_does_what_the_design_says() -> None:
+    assert len(TEMPLATE_CASES) == 640
+    for case in TEMPLATE_CASES:
+        verdict = case.verdict
+        assert (verdict.action, verdict.is_certain) == expected_of_template(case), case
+        assert verdict.reason, case
+        has_due = expected_of_template(case)[1] and verdict.action is not Action.REMOVE
+        is_free = not case.is_open and not case.is_locked
+        assert verdict.due == (NOW - case.used + CACHE_KEEP_FOR if has_due and is_free else None), case
+
+
+@pytest.mark.parametrize(
+    ("case", "reason"),
+    [
+        (TemplateCase(True, True, False, False, False, True, True, 0), "in use, its device is open"),
+        (TemplateCase(False, True, False, False, False, True, True, 0), "a process works on it"),
+        (
+            TemplateCase(False, False, False, False, True, False, True, 0),
+            "unfinished copy that nobody works on",
+        ),
+        (
+            TemplateCase(False, False, True, False, False, True, True, 0),
+            "writable, or without its tags: no disk would start from it",
+        ),
+        (TemplateCase(False, False, True, True, False, True, True, 0), "cache.templates is off"),
+        (
+            TemplateCase(False, False, True, True, True, True, True, 0),
+            "the cache is larger than cache.max_size, and others were used later",
+        ),
+        (
+            TemplateCase(False, False, True, True, True, False, True, -1),
+            "used in the future, the clock went backwards",
+        ),
+        (
+            TemplateCase(False, False, True, True, True, False, True, 31 * 86400),
+            "not used for 31 d, past cache.keep_for",
+        ),
+        (TemplateCase(False, False, True, True, True, False, True, 3600), "kept for another 29 d 23 h"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_reasons_of_templates(case: TemplateCase, reason: str) -> None:
+    assert case.verdict.reason == reason
+
+
+@properties
+@given(
+    st.booleans(),
+    st.booleans(),
+    st.booleans(),
+    st.frozensets(
+        st.sampled_from(["UPDATING", "WRITES_5", "HOLDS_5", "x"]) | EPOCHS.map("USED_{}".format), max_size=4
+    ),
+    st.booleans(),
+    st.booleans(),
+    st.integers(0, 2 * NOW),
+    EPOCHS,
+)
+def test_decide_template_never_breaks_a_promise(
+    is_told: bool,
+    is_open: bool,
+    is_locked: bool,
+    more: frozenset[str],
+    is_wanted: bool,
+    is_too_much: bool,
+    keep_for: int,
+    now: int,
+) -> None:
+    own = {"localdisk", f"TEMPLATE_{TEMPLATE}", *more}
+    lv = dataclasses.replace(
+        LV,
+        lv_name=LV_OF_IT,
+        lv_tags=frozenset(own | ({f"SOURCE_{FINGERPRINT}", f"SAMPLE_{FINGERPRINT}"} if is_told else set())),
+        lv_device_open=is_open,
+        lv_permissions="read-only",
+    )
+    found = Template.from_lv(lv)
+    assert found
+    verdict = gc.decide_template(found, is_locked, is_wanted, is_too_much, keep_for, now)
+    if verdict.action is Action.REMOVE:
+        assert not is_open
+        assert not is_locked
+        assert verdict.is_certain
+        if found.is_ready and is_told and is_wanted and not is_too_much:  # by its age alone
+            assert now - found.used >= keep_for
+            assert found.used <= now
+
+
+# -- template LVs: collecting
+
+
+def add_template(host: FakeHost, digit: str, used: int = NOW - 60, *more: str, **fields: str) -> Volume:
+    volume = TEMPLATE.replace("5", digit)
+    values = {"lv_active": "", "lv_permissions": "read-only", **fields}
+    return host.add(LV_OF_IT.replace("c", digit), template_tags(used, *more, volume=volume), SIZE, **values)
+
+
+def of_templates(collection: Collection) -> dict[str, str]:
+    """The first digit of each template -> what came of it."""
+    return {
+        finding.template[0]: "failed" if finding.failure else finding.verdict.action.value
+        for finding in collection.findings
+        if finding.template
+    }
+
+
+def test_collect_templates(host: FakeHost) -> None:
+    """All that can be, but for size."""
+    add_template(host, "1")
+    add_template(host, "2", NOW, "UPDATING", "WRITES_5", lv_active="active", lv_permissions="writeable")
+    add_template(host, "3", NOW - CACHE_KEEP_FOR)
+    add_template(host, "4", lv_active="active")
+    add_template(host, "6", lv_active="active", lv_device_open="open")
+    add_template(host, "7", NOW - CACHE_KEEP_FOR)
+    with lock.holding(lock.disk_lock(LV_OF_IT.replace("c", "7")), lambda _: None):
+        collection = gc.collect(parsed("cache: {templates: on}"))
+    assert of_templates(collection) == {
+        **{"1": "keep", "2": "remove", "3": "remove"},
+        **{"4": "rest", "6": "keep", "7": "keep"},
+    }
+    assert not collection.is_problem
+    assert sorted(host.volumes) == [*(LV_OF_IT.replace("c", digit) for digit in "1467"), "pool0"]
+    assert [bool(host.volumes[LV_OF_IT.replace("c", digit)].lv_active) for digit in "146"] == [
+        *(False, False, True)
+    ]
+    assert [command for command in host.lvm_commands if not command.startswith("lvm ")] == [
+        f"lvremove --quiet --yes ovirt-local/{LV_OF_IT.replace('c', '3')}",
+        f"lvchange --quiet --activate n ovirt-local/{LV_OF_IT.replace('c', '4')}",
+        f"lvremove --quiet --yes ovirt-local/{LV_OF_IT.replace('c', '2')}",
+    ]
+    assert lock.names() == []
+
+
+def test_a_clock_that_went_backwards_removes_no_template(host: FakeHost) -> None:
+    add_template(host, "1", NOW + 1)
+    collection = gc.collect(parsed("cache: {templates: on}"))
+    assert of_templates(collection) == {"1": "keep"}
+    assert collection.is_problem
+
+
+def test_templates_do_not_depend_on_libvirt(host: FakeHost) -> None:
+    """No VM needs one."""
+    host.libvirt_is_silent = True
+    add_template(host, "1", NOW - CACHE_KEEP_FOR)
+    collection = gc.collect(parsed("cache: {templates: on}"))
+    assert of_templates(collection) == {"1": "remove"}
+    assert not collection.is_problem
+
+
+def test_where_the_cache_is_off_all_go(host: FakeHost) -> None:
+    for digit in "12":
+        add_template(host, digit)
+    assert of_templates(gc.collect(parsed())) == {"1": "remove", "2": "remove"}
+    assert set(host.volumes) == {"pool0"}
+
+
+def test_a_cache_that_is_on_for_one_vm_is_on(host: FakeHost) -> None:
+    add_template(host, "1")
+    text = f"vms: {{{VM}: {{cache: {{templates: on}}}}}}"
+    assert of_templates(gc.collect(parsed(text))) == {"1": "keep"}
+
+
+@pytest.mark.parametrize("dry_run", BOTH)
+def test_a_cache_that_is_too_large_loses_what_was_not_used_for_longest(host: FakeHost, dry_run: bool) -> None:
+    """64 MiB each, of which one may be."""
+    for digit, used in (("1", 30), ("2", 10), ("3", 20)):
+        add_template(host, digit, NOW - used)
+    collection = gc.collect(parsed(CACHED), dry_run)
+    assert of_templates(collection) == {"1": "remove", "2": "keep", "3": "remove"}
+    assert len(host.volumes) == (4 if dry_run else 2)
+
+
+def test_what_is_in_use_counts_but_stays_too(host: FakeHost) -> None:
+    """It was used first, and is not removed; the next one is not instead of it."""
+    add_template(host, "1", NOW - 30, lv_active="active", lv_device_open="open")
+    add_template(host, "2", NOW - 20)
+    assert of_templates(gc.collect(parsed(CACHED))) == {"1": "keep", "2": "keep"}
+
+
+@pytest.mark.parametrize("may_start", BOTH)
+@pytest.mark.parametrize("erase", ["none", "discard", "zero"])
+def test_templates_are_erased_as_disks_are(host: FakeHost, erase: str, may_start: bool) -> None:
+    """Though nobody may write to one.  vdsm, when it starts, does not wait for it."""
+    old = add_template(host, "1", NOW - CACHE_KEEP_FOR)
+    text = f"{{cache: {{templates: on}}, retention: {{erase: {erase}}}}}"
+    collection = gc.collect(parsed(text), may_start=may_start)
+    assert of_templates(collection) == {"1": "remove"}
+    assert not collection.is_problem
+    waits = erase != "none" and not may_start
+    assert set(host.volumes) == {"pool0", *([old.lv_name] if waits else [])}
+    assert host.erased == (set() if erase == "none" or waits else {old.lv_uuid})
+    assert not gc.collect(parsed(text)).is_problem
+    assert set(host.volumes) == {"pool0"}
+    assert host.erased == (set() if erase == "none" else {old.lv_uuid})
+
+
+def test_a_dry_run_changes_no_template(host: FakeHost) -> None:
+    add_template(host, "1", NOW - CACHE_KEEP_FOR)
+    add_template(host, "2", NOW, "UPDATING")
+    add_template(host, "4", lv_active="active")
+    before = host.report()
+    collection = gc.collect(parsed("cache: {templates: on}"), dry_run=True)
+    assert of_templates(collection) == {"1": "remove", "2": "remove", "4": "rest"}
+    assert host.report() == before
+    assert host.commands == [LIST, LOOK]
+    lines = gc.as_lines(collection, dry_run=True).splitlines()
+    assert [line.split("  ")[1:] for line in lines if " template " in line] == [
+        [
+            f"template {TEMPLATE.replace('5', '1')}",
+            *("64 MiB", "would be removed: not used for 30 d, past cache.keep_for"),
+        ],
+        [
+            f"template {TEMPLATE.replace('5', '4')}",
+            *("64 MiB", "would be deactivated: kept for another 29 d 23 h"),
+        ],
+        [
+            f"template {TEMPLATE.replace('5', '2')}",
+            *("64 MiB", "would be removed: unfinished copy that nobody works on"),
+        ],
+    ]
+
+
+def activate(volume: Volume, is_open: str) -> None:
+    volume.lv_active, volume.lv_device_open = "active", is_open
+
+
+@pytest.mark.parametrize(
+    ("change", "outcome_", "is_there"),
+    [
+        (lambda volume: volume.lv_tags.clear(), "remove", True),
+        (lambda volume: volume.lv_tags.update(tags()), "remove", True),
+        (lambda volume: volume.lv_tags.add(f"USED_{NOW}"), "keep", True),
+        (lambda volume: activate(volume, "open"), "keep", True),
+        (lambda volume: activate(volume, ""), "remove", False),
+    ],
+    ids=["foreign", "a disk's", "used", "open", "active"],
+)
+def test_a_template_is_looked_at_again_under_its_lock(
+    host: FakeHost, change: Callable[[Volume], None], outcome_: str, is_there: bool
+) -> None:
+    volume = add_template(host, "1", NOW - CACHE_KEEP_FOR)
+    host.before_command(2, lambda: change(volume))
+    assert of_templates(gc.collect(parsed("cache: {templates: on}"))) == {"1": outcome_}
+    assert (volume.lv_name in host.volumes) == is_there
+
+
+def test_a_template_that_another_removed_meanwhile(host: FakeHost) -> None:
+    volume = add_template(host, "1", NOW - CACHE_KEEP_FOR)
+
+    def remove() -> None:
+        del host.volumes[volume.lv_name]
+
+    host.before_command(2, remove)
+    collection = gc.collect(parsed("cache: {templates: on}"))
+    assert of_templates(collection) == {"1": "remove"}
+    assert not collection.is_problem
+    assert "lvremove" not in host.tools
+
+
+def test_a_template_whose_lock_is_taken_meanwhile(host: FakeHost) -> None:
+    volume = add_template(host, "1", NOW - CACHE_KEEP_FOR)
+    held: list[lock.Lock] = []
+
+    def hold() -> None:
+        found = lock.try_hold(lock.disk_lock(volume.lv_name))
+        assert found
+        held.append(found)
+
+    held_before = lock.held
+
+    def look() -> frozenset[str]:
+        found = held_before()
+        hold()
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lock, "held", look)
+        collection = gc.collect(parsed("cache: {templates: on}"))
+    held[0].release()
+    assert of_templates(collection) == {"1": "keep"}
+    assert volume.lv_name in host.volumes
+
+
+def test_a_template_that_cannot_be_removed_is_a_problem(host: FakeHost) -> None:
+    add_template(host, "1", NOW - CACHE_KEEP_FOR)
+    add_template(host, "3", NOW - CACHE_KEEP_FOR)
+    host.fail("lvremove", "  Cannot change VG\n", when=LV_OF_IT.replace("c", "1"))
+    collection = gc.collect(parsed("cache: {templates: on}"))
+    assert of_templates(collection) == {"1": "failed", "3": "remove"}
+    assert collection.is_problem
+    assert "Cannot change VG" in gc.as_lines(collection, dry_run=False)
+
+
+@pytest.mark.parametrize("erase", ["none", "discard"])
+@pytest.mark.parametrize("number", range(10))
+def test_a_gc_of_templates_that_is_killed_is_finished_by_the_next(
+    host: FakeHost, erase: str, number: int
+) -> None:
+    add_template(host, "1", NOW - CACHE_KEEP_FOR)
+    add_template(host, "2", NOW, "UPDATING", lv_permissions="writeable")
+    text = f"{{cache: {{templates: on}}, retention: {{erase: {erase}}}}}"
+    host.kill_before(number)
+    with contextlib.suppress(Killed):
+        gc.collect(parsed(text))
+    host.bury()
+    assert not gc.collect(parsed(text)).is_problem
+    assert set(host.volumes) == {"pool0"}
+    assert len(host.erased) == (0 if erase == "none" else 2)
+    assert lock.names() == []
+
+
+def test_json_of_a_template(host: FakeHost) -> None:
+    add_template(host, "1", NOW - 86400)
+    (row,) = json.loads(gc.as_json(gc.collect(parsed("cache: {templates: on}"))))["disks"]
+    assert row == {
+        "vg": "ovirt-local",
+        "volume": LV_OF_IT.replace("c", "1"),
+        "vm": "",
+        "image": "",
+        "template": TEMPLATE.replace("5", "1"),
+        "size": SIZE,
+        "action": "keep",
+        "reason": "kept for another 29 d",
+        "certain": True,
+        "failure": "",
+    }
+
+
+def test_templates_that_go_are_counted(host: FakeHost) -> None:
+    """They are no disks, and unfinished ones were no templates."""
+    add_template(host, "1", NOW - CACHE_KEEP_FOR)
+    add_template(host, "2")
+    add_template(host, "3", NOW, "UPDATING")
+    gc.collect(parsed("cache: {templates: on}"))
+    found = counters.read()
+    assert (found.templates_evicted, found.gc_removed, found.gc_removed_bytes) == (1, 0, 0)

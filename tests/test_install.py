@@ -18,7 +18,7 @@ from localdisk.disk import DELETING, UPDATING
 from localdisk.errors import CommandFailed, ConfigRefused, InstallRefused, NoVolumeGroup, WorkUnfinished
 from localdisk.lvm import VolumeGroup
 from localdisk.vdsm import POINTS
-from tests.fakes import VM, VOLUME, FakeHost, tags
+from tests.fakes import OTHER_VOLUME, VM, VOLUME, FakeHost, tags
 
 LINKS = tuple(places.hook_link(point) for point in sorted(POINTS))
 FILES = {
@@ -547,6 +547,13 @@ def test_live(live: tuple[Image, FakeHost]) -> None:
     assert not os.path.exists(lock.RUN)
     assert image.files().keys() == {"/etc/localdisk.yaml"}
     assert list(uninstall.uninstall())[-2:] == lines[-2:]
+    cached = {"localdisk", f"TEMPLATE_{OTHER_VOLUME}"}
+    fake.add(OTHER_VOLUME, cached)
+    (last,) = list(uninstall.uninstall())[-1:]
+    assert last == f"left the template cache, which no VM needs: lvremove ovirt-local/{OTHER_VOLUME}"
+    fake.add(OTHER_VOLUME, {*cached, "UPDATING"})
+    with pytest.raises(WorkUnfinished, match=r"template LV .* is unfinished"):
+        list(uninstall.uninstall())
 
 
 def test_another_install_was_faster(live: tuple[Image, FakeHost], monkeypatch: pytest.MonkeyPatch) -> None:

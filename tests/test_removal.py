@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import fcntl
 import os
+import struct
+import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -344,3 +347,119 @@ def test_a_write_error_is_an_error(host: FakeHost, thin_disk: Path, monkeypatch:
             with pytest.raises(EraseFailed, match="Input/output error"):
                 call(removal.erase_and_remove, host, "zero")
     assert VOLUME in host.volumes
+
+
+# -- and the blocks given back as it goes
+
+
+STEP = 4 * BLOCK
+
+
+class Discards:
+    """The kernel's BLKDISCARD, on a file: holes."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
+        self.path = path
+        self.ranges: list[tuple[int, int]] = []
+        self.most = 0  # 512-byte blocks that the file took
+        self.is_refused = False
+        self.unsynced = False
+        pwritev, fsync = os.pwritev, os.fsync
+
+        def write(fd: int, buffers: list[memoryview], at: int) -> int:
+            self.unsynced = True
+            written = pwritev(fd, buffers, at)
+            self.most = max(self.most, os.fstat(fd).st_blocks)
+            return written
+
+        def sync(fd: int) -> None:
+            fsync(fd)
+            self.unsynced = False
+
+        monkeypatch.setattr(removal, "_STEP", STEP)
+        monkeypatch.setattr(fcntl, "ioctl", self._ioctl)
+        monkeypatch.setattr(os, "pwritev", write)
+        monkeypatch.setattr(os, "fsync", sync)
+
+    def _ioctl(self, fd: int, request: int, argument: bytes) -> int:
+        assert request == 0x1277
+        assert not self.unsynced, "zeros that are not on the device are lost with the block"
+        start, length = struct.unpack("QQ", argument)
+        self.ranges.append((start, length))
+        if self.is_refused:
+            raise OSError(95, "Operation not supported")
+        where = ["--offset", str(start), "--length", str(length)]
+        subprocess.run(
+            ["fallocate", "--punch-hole", *where, f"/proc/self/fd/{fd}"], check=True, pass_fds=[fd]
+        )
+        return 0
+
+
+@pytest.fixture(name="discards")
+def fixture_discards(monkeypatch: pytest.MonkeyPatch, thin_disk: Path) -> Discards:
+    return Discards(monkeypatch, thin_disk)
+
+
+@pytest.mark.parametrize(
+    ("size", "data", "ranges"),
+    [
+        (16 * BLOCK, {}, []),
+        (16 * BLOCK, {0: b"x" * 16 * BLOCK}, [(n * STEP, STEP) for n in range(4)]),
+        (16 * BLOCK, {9 * BLOCK: b"x"}, [(2 * STEP, STEP)]),
+        (16 * BLOCK, {0: bytes(16 * BLOCK)}, []),  # zeros already: nobody's data
+        (9 * BLOCK, {8 * BLOCK: b"x"}, [(2 * STEP, BLOCK)]),  # not behind the end
+        (9 * BLOCK + 4096, {9 * BLOCK: b"x"}, [(2 * STEP, BLOCK + 4096)]),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_blocks_are_given_back_step_by_step(
+    host: FakeHost,
+    thin_disk: Path,
+    discards: Discards,
+    size: int,
+    data: dict[int, bytes],
+    ranges: list[tuple[int, int]],
+) -> None:
+    write(thin_disk, size, data)
+    call(removal.erase_and_remove, host, "zero")
+    assert discards.ranges == ranges
+    assert thin_disk.read_bytes() == bytes(size)
+    assert VOLUME not in host.volumes
+
+
+def test_a_clone_never_takes_more_than_a_step_of_its_own(
+    host: FakeHost, thin_disk: Path, discards: Discards
+) -> None:
+    """What it shares with its template is provided anew when it is written, which must not fill the pool."""
+    blocks = write(thin_disk, 32 * BLOCK, {0: b"x" * 32 * BLOCK})
+    call(removal.erase_and_remove, host, "zero")
+    assert len(discards.ranges) == 8
+    assert discards.most <= blocks
+    assert os.stat(thin_disk).st_blocks == 0
+
+
+def test_a_pool_that_ignores_discards(host: FakeHost, thin_disk: Path, discards: Discards) -> None:
+    discards.is_refused = True
+    write(thin_disk, 16 * BLOCK, {0: b"x" * 16 * BLOCK})
+    call(removal.erase_and_remove, host, "zero")
+    assert len(discards.ranges) == 4
+    assert thin_disk.read_bytes() == bytes(16 * BLOCK)
+    assert VOLUME not in host.volumes
+
+
+# -- template LVs
+
+
+@pytest.mark.parametrize("erase", ["discard", "zero"])
+def test_what_nobody_may_write_is_made_writable_to_be_erased(host: FakeHost, erase: str) -> None:
+    """The kernel answers EPERM otherwise, and it would never go."""
+    host.add(VOLUME, aside(erase, VOLUME), lv_active="", lv_permissions="read-only")
+    call(removal.erase_and_remove, host, erase)
+    command = f"blkdiscard {'--zeroout ' if erase == 'zero' else ''}/dev/{NAME}"
+    assert host.commands == [f"lvchange --quiet --permission rw {NAME}", ACTIVATE, command, REMOVE]
+
+
+def test_what_is_not_erased_stays_read_only(host: FakeHost) -> None:
+    host.add(VOLUME, aside("none", VOLUME), lv_active="", lv_permissions="read-only")
+    call(removal.erase_and_remove, host)
+    assert host.commands == [REMOVE]
