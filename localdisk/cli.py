@@ -197,6 +197,31 @@ def _check_mode(arguments: argparse.Namespace) -> int:
     return PROBLEMS if report.is_problem else GOOD
 
 
+def _prefetch_mode(arguments: argparse.Namespace) -> int:
+    from localdisk import config, prefetch
+
+    _refuse_config(arguments)
+    prefetch.become_vdsm()
+    backend = arguments.backend or config.load().backend
+    code = GOOD
+    for name in arguments.volumes:
+        try:
+            print(prefetch.prefetch(name, backend, _bar if sys.stdout.isatty() else None))
+        except Interrupted:
+            raise
+        except Error as error:
+            if sys.stdout.isatty():
+                print(prefetch.NO_BAR, end="", flush=True)
+            code = _report(str(error), PROBLEMS)
+    return code
+
+
+def _bar(fraction: float, written: int) -> None:
+    from localdisk import prefetch
+
+    print(prefetch.bar(fraction, written), end="" if fraction < 1 else prefetch.NO_BAR, flush=True)
+
+
 def _install_mode(arguments: argparse.Namespace) -> int:
     from localdisk import install
 
@@ -295,6 +320,15 @@ def parser() -> argparse.ArgumentParser:
     status_mode.add_argument("--full", action="store_true", help="whole ids and names, however wide")
     check_mode = mode("check", _check_mode, "say what is wrong with the configuration and this host")
     check_mode.add_argument("--json", action="store_true", help="print JSON")
+    prefetch_mode = mode(
+        "prefetch", _prefetch_mode, "bring templates into the cache before a VM needs them (root, or vdsm)"
+    )
+    prefetch_mode.add_argument("volumes", nargs="+", metavar="PATH|VOLUME")
+    prefetch_mode.add_argument(
+        "--backend",
+        choices=("lvm", "lvmthin"),
+        help="for VMs of this backend; without it, the configured one",
+    )
     install_mode = mode(
         "install", _install_mode, "put it on this host, or bring up to date what is there (root)"
     )

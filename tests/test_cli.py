@@ -10,15 +10,27 @@ from pathlib import Path
 
 import pytest
 
-from localdisk import __version__, check, cli, config, gc, helper, hook, host, snapshot, status
+from localdisk import (
+    __version__,
+    check,
+    cli,
+    config,
+    gc,
+    helper,
+    hook,
+    host,
+    prefetch,
+    snapshot,
+    status,
+)
 from localdisk.disk import LocalDisk
 from localdisk.drift import Problem
-from localdisk.errors import BadProperty, ConfigRefused, NoVolumeGroup
+from localdisk.errors import BadProperty, ConfigRefused, Interrupted, NoTemplate, NoVolumeGroup, UsageError
 from localdisk.gc import Action, Collection, Finding, Verdict
 from localdisk.lvm import VolumeGroup
 from localdisk.snapshot import Snapshot
 from localdisk.vdsm import POINTS
-from tests.fakes import VOLUME, FakeHost, report, tags
+from tests.fakes import VM, VOLUME, FakeHost, report, tags
 
 ROOT = Path(__file__).parent.parent
 
@@ -82,7 +94,7 @@ def test_help_names_every_mode(run: Run) -> None:
     assert (code, err) == (0, "")
     assert all(
         f"\n    {mode} " in out
-        for mode in ("hook", "gc", "status", "check", "install", "uninstall", "helper", "schema")
+        for mode in ("hook", "gc", "status", "check", "prefetch", "install", "uninstall", "helper", "schema")
     )
 
 
@@ -149,12 +161,12 @@ def test_check_of_the_default_file(run: Run, tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.usefixtures("good_host")
-def test_check_tells_what_this_version_does_not_do(run: Run, tmp_path: Path) -> None:
+def test_check_tells_what_does_nothing(run: Run, tmp_path: Path) -> None:
     path = tmp_path / "localdisk.yaml"
-    path.write_text("cache: {templates: on}\n")
+    path.write_text(f"vms: {{{VM}: {{cache: {{keep_for: 1d}}}}}}\n")
     code, out, _ = run("check", "--config", str(path))
     assert (code, out.count("\n")) == (1, 2)
-    assert out.startswith(f"{path}:1:9: cache.templates is on, ")
+    assert out.startswith(f"{path}:1:54: vms.{VM}.cache.keep_for is for one VM alone, ")
     code, out, _ = run("check", "--json", "--config", str(path))
     assert (code, len(json.loads(out)["problems"])) == (1, 1)
 
@@ -390,3 +402,96 @@ def test_an_ascii_terminal() -> None:
     done = run_process("hook", "ümläut", PYTHONIOENCODING="ascii", LC_ALL="C", PYTHONUTF8="0")
     assert (done.returncode, done.stderr.count(b"\n")) == (2, 1)
     assert b"Traceback" not in done.stderr
+
+
+# -- prefetch
+
+
+@pytest.fixture(name="fetched")
+def fixture_fetched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, str, bool]]:
+    """What was asked for: name, backend, whether a bar is drawn.  "bad" is no template, "worse" ends all."""
+    asked: list[tuple[str, str, bool]] = []
+
+    def fetch(name: str, backend: str, show: Callable[[float, int], None] | None) -> str:
+        asked.append((name, backend, show is not None))
+        if show:
+            show(0.5, 1 << 20)
+            show(1.0, 2 << 20)
+        if name == "bad":
+            raise NoTemplate(volume=name, problem="x")
+        if name == "worse":
+            raise Interrupted(signal="SIGTERM")
+        return f"{name}: cached"
+
+    monkeypatch.setattr(prefetch, "become_vdsm", lambda: None)
+    monkeypatch.setattr(prefetch, "prefetch", fetch)
+    monkeypatch.setattr(config, "DEFAULT_PATH", str(tmp_path / "localdisk.yaml"))
+    return asked
+
+
+def test_prefetch(run: Run, fetched: list[tuple[str, str, bool]]) -> None:
+    assert run("prefetch", "/a", "/b") == (0, "/a: cached\n/b: cached\n", "")
+    assert run("prefetch", "--backend", "lvmthin", "/a")[0] == 0
+    assert fetched == [("/a", "lvm", False), ("/b", "lvm", False), ("/a", "lvmthin", False)]
+
+
+def test_prefetch_is_for_the_backend_of_the_configuration(
+    run: Run, fetched: list[tuple[str, str, bool]], tmp_path: Path
+) -> None:
+    (tmp_path / "localdisk.yaml").write_text("backend: lvmthin\n")
+    assert run("prefetch", "/a")[0] == 0
+    assert fetched == [("/a", "lvmthin", False)]
+
+
+def test_prefetch_goes_on_after_one_that_is_none(run: Run, fetched: list[tuple[str, str, bool]]) -> None:
+    code, out, err = run("prefetch", "/a", "bad", "/b")
+    assert (code, out) == (1, "/a: cached\n/b: cached\n")
+    assert err == "localdisk: volume bad cannot be cached: x : name a template's volume on file storage\n"
+    assert [name for name, _, _ in fetched] == ["/a", "bad", "/b"]
+
+
+def test_prefetch_that_is_ended_goes_on_with_nothing(run: Run, fetched: list[tuple[str, str, bool]]) -> None:
+    code, _, err = run("prefetch", "worse", "/b")
+    assert code == 2
+    assert "ended by signal SIGTERM" in err
+    assert [name for name, _, _ in fetched] == ["worse"]
+
+
+@pytest.mark.usefixtures("fetched")
+def test_prefetch_draws_a_bar_on_a_terminal(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is gone when the line comes that says what came of it."""
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    half, whole = f"\r[{'#' * 15}{'.' * 15}]  50% 1 MiB\033[K", f"\r[{'#' * 30}] 100% 2 MiB\033[K"
+    code, out, _ = run("prefetch", "/a", "bad")
+    assert code == 1
+    assert out == f"{half}{whole}\r\033[K/a: cached\n{half}{whole}\r\033[K\r\033[K"
+
+
+@pytest.mark.usefixtures("fetched")
+def test_prefetch_with_a_bad_configuration(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "localdisk.yaml").write_text("nonsense: 5\n")
+    code, out, err = run("prefetch", "/a")
+    assert (code, out) == (2, "")
+    assert "nonsense" in err
+
+
+@pytest.mark.parametrize(
+    ("argv", "problem"),
+    [
+        (("prefetch",), "the following arguments are required: PATH|VOLUME"),
+        (("prefetch", "--backend", "x", "/a"), "invalid choice: 'x'"),
+        (("prefetch", "--backend"), "expected one argument"),
+        (("prefetch", "/a", "--json"), "unrecognized arguments: --json"),
+    ],
+)
+def test_bad_usage_of_prefetch(run: Run, argv: tuple[str, ...], problem: str) -> None:
+    assert problem in run.refused(*argv)
+
+
+def test_prefetch_takes_no_configuration(run: Run) -> None:
+    assert run.refused("prefetch", "/a", "--config", "/x").startswith("this mode takes no --config")
+
+
+def test_prefetch_on_a_host_without_vdsm(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefetch, "become_vdsm", raising(UsageError(problem="this host has no user vdsm")))
+    assert run.refused("prefetch", "/a").startswith("this host has no user vdsm")
