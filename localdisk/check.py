@@ -92,14 +92,6 @@ def _is_good(findings: tuple[Finding, ...]) -> bool:
 
 def check_configuration(config: Config, path: str, where: Mapping[str, str]) -> Iterator[Finding]:
     """What is valid but does not do what it says; `where` has FILE:LINE:COLUMN by dotted key."""
-    templates = ["cache.templates"] if config.cache.templates else []
-    templates += [
-        f"vms.{vm_id}.cache.templates" for vm_id, vm in config.vms.items() if vm.policy.cache.templates
-    ]
-    for key in templates:
-        if key in where:
-            why = "this version copies in full regardless"
-            yield Finding(f"{where[key]}: {key} is on", why, "write off there")
     for vm_id, vm in config.vms.items():
         key = f"vms.{vm_id}"
         if vm == config.others:
@@ -111,6 +103,17 @@ def check_configuration(config: Config, path: str, where: Mapping[str, str]) -> 
             yield Finding(
                 f"{where.get(key, path)}: {key} changes nothing", why, "take disks or enabled out there"
             )
+    yield from _cache_of_all(config, where)
+
+
+def _cache_of_all(config: Config, where: Mapping[str, str]) -> Iterator[Finding]:
+    """What a VM's section says of templates that other VMs start from, too."""
+    for vm_id, vm in config.vms.items():
+        for name in ("max_size", "keep_for"):
+            key, general = f"vms.{vm_id}.cache.{name}", f"cache.{name}"
+            if key in where and getattr(vm.policy.cache, name) != getattr(config.cache, name):
+                why = f"a template is no VM's own, and gc goes by {general} for all of them"
+                yield Finding(f"{where[key]}: {key} is for one VM alone", why, f"write {general} instead")
 
 
 def strangers(config: Config, host: Host, where: Mapping[str, str]) -> Iterator[Finding]:

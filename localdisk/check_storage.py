@@ -5,12 +5,13 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator
 
-from localdisk import places
-from localdisk.config import Config
+from localdisk import places, template
+from localdisk.config import Config, Policy
 from localdisk.errors import VolumeGroupUnusable
 from localdisk.finding import Finding, write_command
 from localdisk.host_storage import Group, LvmSettings, Multipath, PoolWatch
 from localdisk.lvm import LogicalVolume, VolumeGroup
+from localdisk.units import format_size
 
 
 def check_group(
@@ -29,6 +30,7 @@ def check_group(
         return
     for pool in sorted(_pools_in_use(group, config)):
         yield from _pool(group, group.vg, pool, settings)
+    yield from dict.fromkeys(_caches(group.vg, config))
     yield from _nodes(group)
     if now >= program_time:  # else the clock is wrong, not they
         yield from _marks(group, now)
@@ -152,7 +154,36 @@ def _is_safe_when_full(watch: PoolWatch, settings: LvmSettings | None) -> bool:
     return watch.error_when_full or grows
 
 
-# -- local disks
+# -- the template cache
+
+
+def _caches(vg: VolumeGroup, config: Config) -> Iterator[Finding]:
+    """Where `cache.max_size` is more than the margins leave; the same finding once for each that says so."""
+    for policy in config.policies:
+        if not policy.cache.templates or policy.volume_group != vg.vg_name:
+            continue
+        pool = vg.find(policy.thin_pool)
+        if policy.backend == "lvm":
+            left = vg.vg_size - policy.margins.reserve.of(vg.vg_size)
+            place = f"volume group {vg.vg_name}"
+            yield from _cache(policy, place, vg.vg_size, "margins.reserve", left)
+        elif pool and pool.is_thin_pool:
+            left = int(pool.lv_size * policy.margins.thin_data / 100)
+            place = f"thin pool {vg.vg_name}/{pool.lv_name}"
+            yield from _cache(policy, place, pool.lv_size, "margins.thin_data", left)
+
+
+def _cache(policy: Policy, place: str, size: int, margin: str, left: int) -> Iterator[Finding]:
+    """`left` of the `size` bytes of `place` are what a margin lets be used."""
+    limit = policy.cache.max_size.of(size)
+    if limit > left + 1:  # of percentages, fractions of a byte count as one
+        what = f"cache.max_size is {format_size(limit)} of {place}, {margin} leaves {format_size(left)}"
+        why = f"so the cache never gets {format_size(limit - left)} of it"
+        fix = f"write cache.max_size: {100 * (left + 1) // size}% or less in {places.CONFIG}"
+        yield Finding(what, why, fix)
+
+
+# -- local disks and templates
 
 
 def _nodes(group: Group) -> Iterator[Finding]:
@@ -164,17 +195,18 @@ def _nodes(group: Group) -> Iterator[Finding]:
 
 
 def _marks(group: Group, now: float) -> Iterator[Finding]:
-    """Disks marked at a time that the clock has not reached: gc never removes them."""
-    for disk in group.disks:
-        for name, since in (("STOPPED", disk.stopped), ("UNNEEDED", disk.unneeded)):
-            if since is None or since <= now:
-                continue
-            full = f"{group.name}/{disk.volume_id}"
-            change = (
-                f"lvchange{_devices_option(group)} --deltag {name}_{since} --addtag {name}_$(date +%s) {full}"
-            )
-            what = f"local disk {full} has the tag {name}_{since}, a time to come"
-            yield Finding(what, "gc never removes it", f"{change} # where date tells the right time")
+    """Disks and templates marked at a time that the clock has not reached: gc never removes them."""
+    marked = [("local disk", each.volume_id, "STOPPED", each.stopped) for each in group.disks]
+    marked += [("local disk", each.volume_id, "UNNEEDED", each.unneeded) for each in group.disks]
+    shelved = template.templates(group.vg) if group.vg else ()
+    marked += [("template LV", each.name, "USED", each.used) for each in shelved]
+    for kind, lv_name, tag, since in marked:
+        if since is None or since <= now:
+            continue
+        full = f"{group.name}/{lv_name}"
+        change = f"lvchange{_devices_option(group)} --deltag {tag}_{since} --addtag {tag}_$(date +%s) {full}"
+        what = f"{kind} {full} has the tag {tag}_{since}, a time to come"
+        yield Finding(what, "gc never removes it", f"{change} # where date tells the right time")
 
 
 def _devices_option(group: Group) -> str:

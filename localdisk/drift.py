@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from localdisk import gc
 from localdisk.config import Config
 from localdisk.definition import Disk, Running
-from localdisk.disk import LocalDisk, State
+from localdisk.disk import LocalDisk, State, is_fingerprint
 from localdisk.errors import Error, plain
 from localdisk.gc import Action, Witnesses
 from localdisk.lvm import VolumeGroup
 from localdisk.progress import Progress
+from localdisk.template import Template
 from localdisk.units import format_duration, format_size
 from localdisk.vms import Vms
 
@@ -28,11 +29,25 @@ NOT_LOCAL = "not_local"
 OPEN_ELSEWHERE = "open_elsewhere"
 UNKNOWN_VM = "unknown_vm"
 NO_COPIER = "no_copier"
+NOT_AS_MADE = "not_as_made"  # a template LV
 CLOCK = "clock"
 UNREAD = "unread"
-KINDS = (NOT_USABLE, NEAR_LIMIT, NOT_LOCAL, OPEN_ELSEWHERE, UNKNOWN_VM, NO_COPIER, CLOCK, UNREAD)
+KINDS = (
+    NOT_USABLE,
+    NEAR_LIMIT,
+    NOT_LOCAL,
+    OPEN_ELSEWHERE,
+    UNKNOWN_VM,
+    NO_COPIER,
+    NOT_AS_MADE,
+    CLOCK,
+    UNREAD,
+)
+
+_SET_CLOCK = "set the clock of this host (chronyc makestep)"
 
 Disks = Iterable[tuple[VolumeGroup, LocalDisk]]
+Templates = Iterable[tuple[VolumeGroup, Template]]
 Held = Mapping[str, "Progress | None"]
 
 
@@ -114,12 +129,12 @@ def of_disks(disks: Disks, held: Held, vms: Vms | None, config: Config, now: flo
 def _who_has_it(vg: VolumeGroup, disk: LocalDisk, name: str, vms: Vms | None) -> Iterator[Problem]:
     if vms is None or vms.unread or vms.user_of(disk.volume_id):
         return
-    users = ", ".join(who_has_open(vg.path(disk.volume_id))) or "something in the kernel"
-    yield Problem(
-        OPEN_ELSEWHERE,
-        f"{name} is open, but by no VM: {users}",
-        f"end it; fuser -v {vg.path(disk.volume_id)}",
-    )
+    yield _open_elsewhere(vg.path(disk.volume_id), f"{name} is open, but by no VM")
+
+
+def _open_elsewhere(path: str, what: str) -> Problem:
+    users = ", ".join(who_has_open(path)) or "something in the kernel"
+    return Problem(OPEN_ELSEWHERE, f"{what}: {users}", f"end it; fuser -v {path}")
 
 
 def _uncertain(disk: LocalDisk, name: str, vms: Vms | None, config: Config, now: float) -> Iterator[Problem]:
@@ -128,12 +143,40 @@ def _uncertain(disk: LocalDisk, name: str, vms: Vms | None, config: Config, now:
     witnesses = Witnesses(False, disk.vm_id in vms.names, may_start=True)
     verdict = gc.decide(disk, witnesses, config.policy(disk.vm_id), now)
     if not verdict.is_certain:
-        yield Problem(CLOCK, f"{name}: {verdict.reason}", "set the clock of this host (chronyc makestep)")
+        yield Problem(CLOCK, f"{name}: {verdict.reason}", _SET_CLOCK)
     elif disk.state is State.READY and disk.vm_id not in vms.names:
         due = f"removes it in {format_duration(max(0, int((verdict.due or now) - now)))}"
         kept = verdict.action is Action.STOP
         what = f"{name} is of VM {disk.vm_id}, which libvirt does not know"
         yield Problem(UNKNOWN_VM, what, "localdisk gc keeps it as stopped" if kept else f"localdisk gc {due}")
+
+
+def of_templates(templates: Templates, held: Held, now: float) -> Iterator[Problem]:
+    """Template LVs that nobody looks after, or that no start will use.  `now` in seconds since the epoch."""
+    a_copy_may_read = any(record is None or not record.template for record in held.values())
+    for vg, found in templates:
+        full = f"{vg.vg_name}/{found.name}"
+        name = f"template LV {full}"
+        if found.name in held or (found.is_open and a_copy_may_read):
+            continue
+        if found.is_open:
+            yield _open_elsewhere(vg.path(found.name), f"{name} is open, but no copy reads it")
+        elif not found.is_ready:
+            yield Problem(NO_COPIER, f"{name} is an unfinished copy that nobody works on", "localdisk gc")
+        elif _change(found):
+            what = f"{name} is not as it was made, {_change(found)}: no VM starts from it"
+            yield Problem(NOT_AS_MADE, what, "localdisk gc")
+        elif found.used > now:
+            yield Problem(CLOCK, f"{name}: used in the future, the clock went backwards", _SET_CLOCK)
+
+
+def _change(found: Template) -> str:
+    """What a start would not accept of a template LV, as far as that can be told without its source."""
+    if found.lv.lv_permissions != "read-only":
+        return "it can be written to"
+    if not is_fingerprint(found.fingerprint):
+        return "its tag SOURCE_ is missing or not alone"
+    return "" if found.sample else "its tag SAMPLE_ is missing or not alone"
 
 
 def _of_vm(

@@ -22,10 +22,11 @@ from localdisk.counters import Counters
 from localdisk.disk import State
 from localdisk.errors import MetricsUnwritable
 from localdisk.progress import COPYING, PREPARING, WAITING
-from localdisk.snapshot import Group, Pool, Row, Snapshot
+from localdisk.snapshot import CacheUse, Group, Pool, Row, Snapshot, TemplateRow
 
 PHASES = (PREPARING, WAITING, COPYING)
 STATES = (*PHASES, "running", *(state.value for state in State))
+TEMPLATE_STATES = (*PHASES, State.UNFINISHED.value, State.READY.value)
 
 # Shown as 0 before they happen: to Prometheus' increase() a series that begins with 1 has not increased.
 REASONS = (
@@ -134,12 +135,31 @@ def _counted(words: Iterable[str], all_words: Iterable[str]) -> dict[str, int]:
 
 
 def _disks(snapshot: Snapshot) -> Samples:
-    states: dict[str, list[str]] = {group.name: [] for group in snapshot.volume_groups}
-    for row in snapshot.disks:
-        states.setdefault(row.vg, []).append(row.state)
-    return {
-        (vg, state): count for vg, found in states.items() for state, count in _counted(found, STATES).items()
-    }
+    return _by_state(snapshot, snapshot.disks, STATES)
+
+
+def _templates(snapshot: Snapshot) -> Samples:
+    return _by_state(snapshot, snapshot.templates, TEMPLATE_STATES)
+
+
+def _by_state(snapshot: Snapshot, rows: Iterable[Row | TemplateRow], states: Iterable[str]) -> Samples:
+    """How many of `rows` are in each state, by volume group."""
+    found: dict[str, list[str]] = {group.name: [] for group in snapshot.volume_groups}
+    for row in rows:
+        found.setdefault(row.vg, []).append(row.state)
+    return {(vg, state): count for vg, its in found.items() for state, count in _counted(its, states).items()}
+
+
+def _caches(value: Callable[[CacheUse], int]) -> Callable[[Snapshot], Samples]:
+    """Of volume groups and pools where the cache is on, or has something."""
+
+    def samples(snapshot: Snapshot) -> Samples:
+        groups = snapshot.volume_groups
+        found = [((group.name, "lvm"), group.cache) for group in groups]
+        found += [((group.name, "lvmthin"), group.pool.cache) for group in groups if group.pool]
+        return {key: value(cache) for key, cache in found if cache}
+
+    return samples
 
 
 def _disk_sizes(snapshot: Snapshot) -> Samples:
@@ -153,20 +173,22 @@ def _disk_sizes(snapshot: Snapshot) -> Samples:
 
 
 def _copies(snapshot: Snapshot) -> Samples:
-    phases = (phase for phase in map(_phase, snapshot.disks) if phase)
+    rows: tuple[Row | TemplateRow, ...] = (*snapshot.disks, *snapshot.templates)
+    phases = (phase for phase in map(_phase, rows) if phase)
     return {(phase,): count for phase, count in _counted(phases, PHASES).items()}
 
 
-def _phase(row: Row) -> str:
-    """What is done with a disk that is being prepared, "" for others; a lock may say nothing yet."""
+def _phase(row: Row | TemplateRow) -> str:
+    """What is done with what is being prepared, "" for others; a lock may say nothing yet."""
     if row.copy:
         return row.copy.phase
     return row.state if row.state in PHASES else ""
 
 
 def _longest_wait(snapshot: Snapshot) -> Samples:
-    copies = (row.copy for row in snapshot.disks if row.copy)
-    return _one(max((0, *(snapshot.at - copy.since for copy in copies if copy.phase == WAITING))))
+    rows: tuple[Row | TemplateRow, ...] = (*snapshot.disks, *snapshot.templates)
+    waits = (snapshot.at - row.copy.since for row in rows if row.copy and row.copy.phase == WAITING)
+    return _one(max((0, *waits)))
 
 
 def _problems(snapshot: Snapshot) -> Samples:
@@ -261,7 +283,28 @@ _OF_SNAPSHOT: tuple[Metric[Snapshot], ...] = (
         _disk_sizes,
     ),
     Metric(
-        "localdisk_copies", "Disks being prepared, by phase: " + ", ".join(PHASES) + ".", ("phase",), _copies
+        "localdisk_templates",
+        "Template LVs, and those about to be made, by state: " + ", ".join(TEMPLATE_STATES) + ".",
+        ("volume_group", "state"),
+        _templates,
+    ),
+    Metric(
+        "localdisk_template_bytes",
+        "What template LVs take of the volume group (backend lvm) or of the thin pool (lvmthin).",
+        ("volume_group", "backend"),
+        _caches(lambda cache: cache.used),
+    ),
+    Metric(
+        "localdisk_cache_limit_bytes",
+        "What template LVs may take of it (cache.max_size).",
+        ("volume_group", "backend"),
+        _caches(lambda cache: cache.limit),
+    ),
+    Metric(
+        "localdisk_copies",
+        "Disks and template LVs being prepared, by phase: " + ", ".join(PHASES) + ".",
+        ("phase",),
+        _copies,
     ),
     Metric(
         "localdisk_copy_longest_wait_seconds",
@@ -284,7 +327,12 @@ _OF_SNAPSHOT: tuple[Metric[Snapshot], ...] = (
 )
 
 _OF_COUNTERS: tuple[Metric[Counters], ...] = (
-    Metric("localdisk_copies_total", "Copies completed since boot.", (), lambda sums: _one(sums.copies)),
+    Metric(
+        "localdisk_copies_total",
+        "Copies completed since boot, those of templates among them.",
+        (),
+        lambda sums: _one(sums.copies),
+    ),
     Metric(
         "localdisk_copied_bytes_total",
         "Bytes that completed copies wrote since boot.",
@@ -296,6 +344,24 @@ _OF_COUNTERS: tuple[Metric[Counters], ...] = (
         "Time that completed copies took since boot, added up.",
         (),
         lambda sums: _one(sums.copy_seconds),
+    ),
+    Metric(
+        "localdisk_template_hits_total",
+        "Disks that were made from a template LV since boot, the one that it was made for among them.",
+        (),
+        lambda sums: _one(sums.template_hits),
+    ),
+    Metric(
+        "localdisk_template_misses_total",
+        "Template LVs that had to be made since boot: a template was read from shared storage.",
+        (),
+        lambda sums: _one(sums.template_misses),
+    ),
+    Metric(
+        "localdisk_template_evictions_total",
+        "Template LVs that were removed since boot: for room, or because their time was over.",
+        (),
+        lambda sums: _one(sums.templates_evicted),
     ),
     Metric(
         "localdisk_failures_total",

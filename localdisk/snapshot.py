@@ -1,7 +1,8 @@
 """What is local on this host, for whom, in what state, and what is wrong: looked at once, frozen.
 
-`take` asks LVM one command a volume group and libvirt at the same time, and reads what locks say.  All that
-is made of it is a pure function of these answers.  `table.py`, `metrics.py` and `status.py` show it.
+Local disks and template LVs are rows of their own.  `take` asks LVM one command a volume group and libvirt at
+the same time, and reads what locks say.  All that is made of it is a pure function of these answers.
+`table.py`, `metrics.py` and `status.py` show it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from localdisk import domains, drift, gc, lvm, progress, sysfs
+from localdisk import domains, drift, gc, lvm, progress, sysfs, template
 from localdisk import vms as libvirt
 from localdisk.config import Config, Policy
 from localdisk.disk import LocalDisk, State, local_disks, silent_pool
@@ -20,8 +21,17 @@ from localdisk.errors import LibvirtSilent, VolumeGroupUnusable
 from localdisk.gc import Action, Verdict, Witnesses
 from localdisk.lvm import VolumeGroup
 from localdisk.progress import Progress
+from localdisk.template import Template
 from localdisk.units import format_duration
 from localdisk.vms import Vms
+
+
+@dataclass(frozen=True)
+class CacheUse:
+    """Bytes that template LVs take of a volume group or of a pool, and may take (cache.max_size)."""
+
+    used: int
+    limit: int
 
 
 @dataclass(frozen=True)
@@ -34,6 +44,7 @@ class Pool:
     metadata_percent: float | None
     data_limit: float
     metadata_limit: float
+    cache: CacheUse | None = None  # None where it is off, and there is no template LV
 
 
 @dataclass(frozen=True)
@@ -45,11 +56,12 @@ class Group:
     free: int
     reserve: int
     pool: Pool | None
+    cache: CacheUse | None = None  # of preallocated ones; None where it is off, and there is no template LV
 
 
 @dataclass(frozen=True)
 class Copy:
-    """A disk that is being prepared; `done` from 0 to 1, `rate` in bytes written per second."""
+    """What is being prepared, how far; `done` from 0 to 1, `rate` in bytes written per second."""
 
     phase: str  # preparing | waiting | copying
     since: int
@@ -61,9 +73,9 @@ class Copy:
 
 @dataclass(frozen=True)
 class Next:
-    """What happens to a disk if nothing else does, and when, None: that depends on others."""
+    """What happens to a disk or template LV if nothing else does, and when, None: that depends on others."""
 
-    action: str  # copy | remove | keep | close
+    action: str  # copy | remove | keep
     at: int | None
     text: str
 
@@ -89,12 +101,30 @@ class Row:
 
 
 @dataclass(frozen=True)
+class TemplateRow:
+    """One template LV, or one that is about to be made."""
+
+    vg: str
+    volume: str  # of the template, on shared storage
+    name: str  # of the logical volume
+    size: int
+    backend: str  # "" where it is not made yet
+    state: str  # preparing | waiting | copying | ready | unfinished
+    open: bool
+    holds: int  # bytes that it takes of its volume group or pool
+    last_used: int | None  # when a disk last started from it, or when it was made; None while it is not made
+    copy: Copy | None
+    next: Next
+
+
+@dataclass(frozen=True)
 class Snapshot:
     """All of it.  Sizes in bytes, times in seconds since the epoch."""
 
     at: int
     volume_groups: tuple[Group, ...]
     disks: tuple[Row, ...]
+    templates: tuple[TemplateRow, ...] = ()
     problems: tuple[Problem, ...] = ()
     unseen: tuple[str, ...] = ()  # what could not be looked at, one line each
 
@@ -111,10 +141,21 @@ def take(config: Config) -> Snapshot:
     view = _View(config, vms, held, now)
     rows = [view.row(vg, disk) for vg, disk in disks]
     rows += view.rows_without_volume({disk.volume_id for _, disk in disks})
+    cached = tuple((vg, each) for vg in groups for each in template.templates(vg))
+    templates = [row for vg in groups for row in view.template_rows(vg)]
+    templates += view.templates_without_volume({each.name for _, each in cached})
     found = [*map(drift.told, failures), *(p for vg in groups for p in _unusable(vg, config))]
     found += drift.of_groups(groups, config)
     found += drift.of_disks(disks, held, vms, config, now)
-    return Snapshot(int(now), tuple(_group(vg, config) for vg in groups), tuple(rows), tuple(found), unseen)
+    found += drift.of_templates(cached, held, now)
+    return Snapshot(
+        at=int(now),
+        volume_groups=tuple(_group(vg, config) for vg in groups),
+        disks=tuple(rows),
+        templates=tuple(templates),
+        problems=tuple(found),
+        unseen=unseen,
+    )
 
 
 def _answered(asked: domains.Question) -> tuple[Vms | None, tuple[str, ...]]:
@@ -141,10 +182,20 @@ def _group(vg: VolumeGroup, config: Config) -> Group:
             metadata_percent=pool.metadata_percent,
             data_limit=margins.thin_data,
             metadata_limit=margins.thin_metadata,
+            cache=_cache_use(vg, config, pool.lv_name),
         )
         if pool and pool.is_thin_pool
         else None,
+        cache=_cache_use(vg, config, ""),
     )
+
+
+def _cache_use(vg: VolumeGroup, config: Config, pool: str) -> CacheUse | None:
+    """Of a pool, or with pool "" of the volume group."""
+    found = template.in_place(vg, pool)
+    if not found and not config.caches_templates(vg.vg_name):
+        return None
+    return CacheUse(sum(each.holds for each in found), template.limit(vg, config.cache, pool))
 
 
 def _unusable(vg: VolumeGroup, config: Config) -> Iterator[Problem]:
@@ -194,7 +245,7 @@ class _View:
     def rows_without_volume(self, there: set[str]) -> Iterator[Row]:
         """Of starts that have not made their volume yet."""
         for volume_id, record in self.held.items():
-            if record is None or volume_id in there:
+            if record is None or record.template or volume_id in there:
                 continue
             policy = self.config.policy(record.vm)
             yield Row(
@@ -213,6 +264,54 @@ class _View:
                 copy=_copy(record),
                 next=Next("copy", None, _waiting(record, self.now)),
             )
+
+    def template_rows(self, vg: VolumeGroup) -> Iterator[TemplateRow]:
+        """Of all template LVs of a group, the least recently used first."""
+        too_many = template.too_many(vg, self.config.cache)
+        for found in template.templates(vg):
+            record, is_locked = self.held.get(found.name), found.name in self.held
+            state = "ready" if found.is_ready else "copying" if is_locked else "unfinished"
+            yield TemplateRow(
+                vg=vg.vg_name,
+                volume=found.volume_id,
+                name=found.name,
+                size=found.lv.lv_size,
+                backend=found.backend,
+                state=state,
+                open=found.is_open,
+                holds=found.holds,
+                last_used=found.used or None,
+                copy=_copy(record) if state == "copying" and record else None,
+                next=Next("copy", _due(record), _pace(record))
+                if state == "copying"
+                else self._next_of_template(vg, found, is_locked, found.name in too_many),
+            )
+
+    def templates_without_volume(self, there: set[str]) -> Iterator[TemplateRow]:
+        """Of those that are about to be made.  Nothing says where: most likely in the general group."""
+        for name, record in self.held.items():
+            if record is None or not record.template or name in there:
+                continue
+            yield TemplateRow(
+                vg=self.config.volume_group,
+                volume=record.template,
+                name=name,
+                size=record.size,
+                backend="",
+                state=record.phase,
+                open=False,
+                holds=0,
+                last_used=None,
+                copy=_copy(record),
+                next=Next("copy", None, _waiting(record, self.now)),
+            )
+
+    def _next_of_template(self, vg: VolumeGroup, found: Template, is_locked: bool, is_too_much: bool) -> Next:
+        if found.is_open or is_locked:
+            return Next("keep", None, "kept while in use")
+        is_wanted, keep_for = self.config.caches_templates(vg.vg_name), self.config.cache.keep_for
+        verdict = gc.decide_template(found, is_locked, is_wanted, is_too_much, keep_for, self.now)
+        return _removal(verdict, self.config.retention.erase != "none", self.now)
 
     def _has_it_open(self, disk: LocalDisk) -> bool:
         """Whether its VM runs from it, as far as can be seen."""
@@ -281,16 +380,21 @@ def _when_closed(disk: LocalDisk, policy: Policy) -> Next:
 
 def _by_gc(verdict: Verdict, disk: LocalDisk, policy: Policy, now: float) -> Next:
     """What gc, of which `verdict` is what it would say just now, will come to."""
-    removes = "erases" if policy.retention.erase != "none" or disk.is_aside else "removes"
-    if verdict.action is Action.REMOVE:
-        return Next("remove", int(now), f"gc {removes} it next")
     if verdict.action is Action.STOP:
         return Next("keep", None, f"kept {format_duration(policy.retention.keep_for)} by gc")
+    is_kept = verdict.action is not Action.REMOVE and verdict.due is None and verdict.is_certain
+    if is_kept and disk.state is State.READY:
+        return Next("keep", None, "VM starts")
+    return _removal(verdict, policy.retention.erase != "none" or disk.is_aside, now)
+
+
+def _removal(verdict: Verdict, is_erased: bool, now: float) -> Next:
+    removes = "erases" if is_erased else "removes"
+    if verdict.action is Action.REMOVE:
+        return Next("remove", int(now), f"gc {removes} it next")
     if verdict.due is not None:
         left = format_duration(max(0, int(verdict.due - now)))
         return Next("remove", int(verdict.due), f"gc {removes} in {left}")
-    if disk.state is State.READY and verdict.is_certain:
-        return Next("keep", None, "VM starts")
     return Next("keep", None, "kept" if verdict.is_certain else "kept, see problems")
 
 
@@ -322,4 +426,4 @@ def _without_root(config: Config, asked: domains.Question) -> Snapshot:
             )
         )
     unseen += ("volume groups, closed disks, copies and problems: run it as root",)
-    return Snapshot(int(time.time()), (), tuple(rows), (), unseen)
+    return Snapshot(int(time.time()), (), tuple(rows), unseen=unseen)

@@ -1,4 +1,4 @@
-"""A snapshot as text for a terminal: the disks, the room, what is wrong.
+"""A snapshot as text for a terminal: the disks, the templates, the room, what is wrong.
 
 Pure: the width, and whether there may be colours, come in.  Without colours it says the same.
 """
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from localdisk import progress
 from localdisk.errors import plain
-from localdisk.snapshot import Group, Pool, Row, Snapshot
+from localdisk.snapshot import CacheUse, Copy, Group, Pool, Row, Snapshot, TemplateRow
 from localdisk.units import format_duration, format_size
 
 WIDTH = 100  # columns, where nobody says how many there are
@@ -29,8 +29,9 @@ _COLOURS = {
     "deleting": _YELLOW,
 }
 _HEAD = ("VM", "DISK", "SIZE", "USED", "BACKEND", "STATE", "NEXT")
-_USED, _VM, _STATE = _HEAD.index("USED"), _HEAD.index("VM"), _HEAD.index("STATE")
-_RIGHT = {_HEAD.index("SIZE"), _USED}
+_TEMPLATES = ("TEMPLATE", "LV", "SIZE", "HOLDS", "BACKEND", "LAST USED", "STATE", "NEXT")
+_RIGHT = {"SIZE", "USED", "HOLDS"}
+_MAY_BE_EMPTY = {"USED", "LV"}
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ class Look:
 
 def render(snapshot: Snapshot, look: Look) -> str:
     """Every line ends with a newline; none is wider than `look.width` but where the ids need it."""
-    parts = [_disks(snapshot, look), [*_bars(snapshot.disks, look)], [*_room(snapshot.volume_groups, look)]]
+    parts = [_disks(snapshot, look), _templates(snapshot, look), [*_bars(snapshot, look)]]
+    parts += [[*_room(snapshot.volume_groups, look)]]
     parts += [[*_problems(snapshot, look)], [*_wrapped("not seen: ", snapshot.unseen, look)]]
     return "\n".join("\n".join(part) + "\n" for part in parts if part)
 
@@ -60,15 +62,28 @@ def _disks(snapshot: Snapshot, look: Look) -> list[str]:
     if not rows:
         return ["no local disks"]
     cells = [_cells(row, snapshot.at, look) for row in rows]
-    columns = [i for i, _ in enumerate(_HEAD) if i != _USED or any(row[i] for row in cells)]
-    widths = {i: max(len(row[i]) for row in [_HEAD, *cells]) for i in columns}
-    if any(row.state == "copying" for row in rows):
-        widths[_STATE] = max(widths[_STATE], len("copying 100%"))  # or columns would jump
+    return _grid(_HEAD, cells, [row.state for row in rows], look)
+
+
+def _grid(
+    head: tuple[str, ...], cells: Sequence[tuple[str, ...]], states: Sequence[str], look: Look
+) -> list[str]:
+    """Rows of `cells` below their head; the first column gives way where they are too wide."""
+    columns = [i for i, name in enumerate(head) if name not in _MAY_BE_EMPTY or any(row[i] for row in cells)]
+    widths = {i: max(len(row[i]) for row in [head, *cells]) for i in columns}
+    if "copying" in states:
+        state = head.index("STATE")
+        widths[state] = max(widths[state], len("copying 100%"))  # or columns would jump
     spare = look.width - sum(widths.values()) - 2 * (len(columns) - 1)
     if spare < 0 and not look.full:
-        widths[_VM] = max(SHORT, widths[_VM] + spare)
-    head = look.paint(_line(_HEAD, columns, widths), _BOLD)
-    return [head, *(_painted(_line(row, columns, widths), each, look) for row, each in zip(cells, rows))]
+        widths[0] = max(SHORT, widths[0] + spare)
+    rights = {i for i in columns if head[i] in _RIGHT}
+
+    def line(row: Sequence[str]) -> str:
+        return "  ".join(_fitted(row[i], widths[i], i in rights) for i in columns).rstrip()
+
+    painted = (_painted(line(row), state, look) for row, state in zip(cells, states))
+    return [look.paint(line(head), _BOLD), *painted]
 
 
 def _sorted(rows: Iterable[Row]) -> list[Row]:
@@ -92,16 +107,15 @@ def _cells(row: Row, now: int, look: Look) -> tuple[str, ...]:
 
 
 def _state(row: Row, now: int) -> str:
-    if row.state == "copying" and row.copy:
-        return f"copying {int(row.copy.done * 100)}%"
+    if row.state == "copying":
+        return _copying(row.copy)
     if row.state == "stopped" and row.stopped is not None:
         return f"stopped {format_duration(max(0, now - row.stopped))}"
     return row.state
 
 
-def _line(cells: Sequence[str], columns: Sequence[int], widths: dict[int, int]) -> str:
-    shown = (_fitted(cells[i], widths[i], i in _RIGHT) for i in columns)
-    return "  ".join(shown).rstrip()
+def _copying(copy: Copy | None) -> str:
+    return f"copying {int(copy.done * 100)}%" if copy else "copying"
 
 
 def _fitted(text: str, width: int, is_right: bool) -> str:
@@ -110,49 +124,98 @@ def _fitted(text: str, width: int, is_right: bool) -> str:
     return text.rjust(width) if is_right else text.ljust(width)
 
 
-def _painted(line: str, row: Row, look: Look) -> str:
+def _painted(line: str, state: str, look: Look) -> str:
     """The state in its colour."""
-    colour = _COLOURS.get(row.state, "")
-    before, state, after = line.rpartition(f"  {row.state}")
-    return f"{before}  {look.paint(row.state, colour)}{after}" if state and look.colours else line
+    before, found, after = line.rpartition(f"  {state}")
+    return (
+        f"{before}  {look.paint(state, _COLOURS.get(state, ''))}{after}" if found and look.colours else line
+    )
+
+
+# -- templates
+
+
+def _templates(snapshot: Snapshot, look: Look) -> list[str]:
+    rows = snapshot.templates
+    cells = [_template_cells(row, snapshot.at, look) for row in rows]
+    return _grid(_TEMPLATES, cells, [row.state for row in rows], look) if rows else []
+
+
+def _template_cells(row: TemplateRow, now: int, look: Look) -> tuple[str, ...]:
+    used = "-" if row.last_used is None else f"{format_duration(max(0, now - row.last_used))} ago"
+    return (
+        row.volume if look.full else row.volume[:SHORT],
+        row.name if look.full else "",
+        format_size(row.size),
+        format_size(row.holds),
+        row.backend or "-",
+        used,
+        _copying(row.copy) if row.state == "copying" else row.state,
+        row.next.text,
+    )
 
 
 # -- copies, room
 
 
-def _bars(rows: Sequence[Row], look: Look) -> Iterator[str]:
-    for row in _sorted(rows):
-        if row.copy and row.copy.phase == progress.COPYING:
-            name = plain(row.vm_name) or row.vm[:SHORT]
-            bar = look.paint(_bar(row.copy.done), _CYAN)
-            pace = progress.pace(row.copy.rate, row.copy.seconds_left)
-            share = f"{int(row.copy.done * 100):3}%"
-            yield f"{bar} {share} of {format_size(row.size)}  {pace}  {name[:30]} {row.volume[:SHORT]}"
+def _bars(snapshot: Snapshot, look: Look) -> Iterator[str]:
+    for row in _sorted(snapshot.disks):
+        name = plain(row.vm_name) or row.vm[:SHORT]
+        yield from _copy_bar(row.copy, row.size, f"{name[:30]} {row.volume[:SHORT]}", look)
+    for each in snapshot.templates:
+        yield from _copy_bar(each.copy, each.size, f"template {each.volume[:SHORT]}", look)
+
+
+def _copy_bar(copy: Copy | None, size: int, name: str, look: Look) -> Iterator[str]:
+    if copy and copy.phase == progress.COPYING:
+        bar, share = look.paint(_bar(copy.done), _CYAN), f"{int(copy.done * 100):3}%"
+        yield f"{bar} {share} of {format_size(size)}  {progress.pace(copy.rate, copy.seconds_left)}  {name}"
+
+
+@dataclass(frozen=True)
+class _Gauge:
+    """How full something is; `limit` is the share from where on no more is made."""
+
+    name: str
+    share: float
+    limit: float
+    words: str
+    may_be_full: bool = False
+
+    @property
+    def colour(self) -> str:
+        if self.may_be_full or self.share < 0.9 * self.limit:
+            return _GREEN
+        return _RED if self.share >= self.limit else _YELLOW
 
 
 def _room(groups: Sequence[Group], look: Look) -> Iterator[str]:
-    lines = [line for group in groups for line in _lines_of(group)]
-    width = max((len(name) for name, *_ in lines), default=0)
-    for name, share, limit, text in lines:
-        colour = _RED if share >= limit else _YELLOW if share >= 0.9 * limit else _GREEN
-        yield f"{name.ljust(width)}  {look.paint(_bar(share, limit), colour)} {text}"
+    gauges = [gauge for group in groups for gauge in _gauges(group)]
+    width = max((len(gauge.name) for gauge in gauges), default=0)
+    for gauge in gauges:
+        bar = look.paint(_bar(gauge.share, gauge.limit), gauge.colour)
+        yield f"{gauge.name.ljust(width)}  {bar} {gauge.words}"
 
 
-def _lines_of(group: Group) -> Iterator[tuple[str, float, float, str]]:
-    """Name, the share that is used, the share from where on no disk is made, and words."""
+def _gauges(group: Group) -> Iterator[_Gauge]:
     used = 1 - group.free / group.size if group.size else 0.0
     limit = 1 - group.reserve / group.size if group.size else 1.0
     reserve = f" (reserve {format_size(group.reserve)})" if group.reserve else ""
     words = f"{used:.0%} of {format_size(group.size)} used, {format_size(group.free)} free{reserve}"
-    yield f"volume group {group.name}", used, limit, words
+    yield _Gauge(f"volume group {group.name}", used, limit, words)
+    yield from _cache_gauge(f"cache in {group.name}", group.cache, group.size)
     pool = group.pool
     if pool:
-        yield (
-            f"pool {group.name}/{pool.name}",
-            (pool.data_percent or 0) / 100,
-            pool.data_limit / 100,
-            _used(pool),
-        )
+        name = f"{group.name}/{pool.name}"
+        yield _Gauge(f"pool {name}", (pool.data_percent or 0) / 100, pool.data_limit / 100, _used(pool))
+        yield from _cache_gauge(f"cache in {name}", pool.cache, pool.size)
+
+
+def _cache_gauge(name: str, cache: CacheUse | None, size: int) -> Iterator[_Gauge]:
+    """Of where the cache is on; a full one is as it should be, the least recently used make room."""
+    if cache and size:
+        words = f"{format_size(cache.used)} of at most {format_size(cache.limit)} used"
+        yield _Gauge(name, cache.used / size, cache.limit / size, words, may_be_full=True)
 
 
 def _used(pool: Pool) -> str:

@@ -485,9 +485,65 @@ def test_disks_marked_in_the_future() -> None:
     assert line.startswith("the clock of this host is before"), "a wrong clock says nothing about the tags"
 
 
-# -- thin pools
+def test_a_template_used_in_the_future() -> None:
+    fake = FakeHost()
+    fake.add(VOLUME, {"localdisk", f"TEMPLATE_{OTHER_VM}", f"USED_{NOW:.0f}0"}, lv_active="")
+    (line,) = lines(groups=(a_group(fake, ("/dev/a",)),))
+    assert line.startswith(f"template LV ovirt-local/{VOLUME} has the tag USED_20000000000, a time to come, ")
+    assert " : lvchange --devices /dev/a --deltag USED_20000000000 --addtag USED_$(date +%s) " in line
+
+
+# -- the template cache
 
 POOL = "ovirt-local/pool0"
+ON_RESERVE = "cache: {templates: on, max_size: 50%}\nmargins: {reserve: 60%}\n"
+ON_THIN = "cache: {templates: on, max_size: 80%}\nmargins: {thin_data: 75%}\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            ON_RESERVE,
+            "cache.max_size is 4 GiB of volume group ovirt-local, margins.reserve leaves 3.2 GiB, so the"
+            " cache never gets 818.8 MiB of it : write cache.max_size: 40% or less in /etc/localdisk.yaml",
+        ),
+        (
+            f"{ON_THIN}backend: lvmthin\n",
+            f"cache.max_size is 819.2 MiB of thin pool {POOL}, margins.thin_data leaves 768 MiB, so the cache"
+            " never gets 51.2 MiB of it : write cache.max_size: 75% or less in /etc/localdisk.yaml",
+        ),
+        (f"{ON_RESERVE}vms: {{{VM}: {{hotplug: shared}}}}\n", "cache.max_size is 4 GiB of volume group"),
+        (f"{ON_RESERVE}vms: {{{VM}: {{backend: lvmthin}}}}\n", "cache.max_size is 4 GiB of volume group"),
+        (
+            f"margins: {{reserve: 60%}}\nvms: {{{VM}: {{cache: {{templates: on}}}}}}\n",
+            "cache.max_size is 4 GiB of volume group",
+        ),
+        (ON_RESERVE.replace("on,", "off,"), "this host: good"),
+        (f"{ON_RESERVE}backend: lvmthin\n", "this host: good"),
+        (ON_THIN, "this host: good"),
+        ("cache: {templates: on, max_size: 100%}\n", "this host: good"),
+        (ON_RESERVE.replace("60%", "50%"), "this host: good"),
+        (ON_RESERVE.replace("50%", "40%"), "this host: good"),  # a byte is no problem
+    ],
+)
+def test_a_cache_that_the_margins_leave_no_room_for(text: str, expected: str) -> None:
+    (line,) = lines(text)
+    assert line.startswith(expected)
+
+
+def test_a_vm_s_cache_in_a_group_of_its_own() -> None:
+    own = f"cache: {{templates: off}}\nvms: {{{VM}: {{volume_group: own, cache: {{templates: on}}}}}}\n"
+    vg = VolumeGroup.from_report(FakeHost().report())
+    groups = (
+        a_group(),
+        Group("own", (), replace(vg, vg_name="own"), pools={"pool0": PoolWatch(True, False)}),
+    )
+    rules = tuple(a_file(path, text=places.udev_rule(["ovirt-local", "own"])) for path in places.UDEV_RULES)
+    assert lines(own, groups=groups, udev_rules=rules) == ["this host: good"]
+
+
+# -- thin pools
 
 
 def test_no_thin_pool() -> None:
@@ -643,15 +699,16 @@ def test_places(tmp_path: Path) -> None:
     ("text", "found"),
     [
         ("", ["F: good"]),
+        ("cache: {templates: on}\n", ["F: good"]),
+        (f"vms: {{{VM}: {{cache: {{templates: on}}}}}}\n", ["F: good"]),
+        (f"vms: {{{VM}: {{volume_group: x, cache: {{templates: on, max_size: 50%}}}}}}\n", ["F: good"]),
         (
-            "cache: {templates: on}\n",
-            ["F:1:9: cache.templates is on, this version copies in full regardless : write off there"],
-        ),
-        (
-            f"vms: {{{VM}: {{cache: {{templates: on}}}}}}\n",
+            f"vms:\n  {VM}:\n    cache:\n      max_size: 9%\n      keep_for: 1d\n",
             [
-                f"F:1:54: vms.{VM}.cache.templates is on, this version copies in full regardless"
-                " : write off there"
+                f"F:4:7: vms.{VM}.cache.max_size is for one VM alone, a template is no VM's own, and gc goes"
+                " by cache.max_size for all of them : write cache.max_size instead",
+                f"F:5:7: vms.{VM}.cache.keep_for is for one VM alone, a template is no VM's own, and gc goes"
+                " by cache.keep_for for all of them : write cache.keep_for instead",
             ],
         ),
         (

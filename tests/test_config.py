@@ -82,12 +82,6 @@ def test_every_property_is_described_and_has_a_default_that_is_valid(path: tuple
     Draft202012Validator({**node, "$defs": SCHEMA["$defs"]}).validate(node["default"])
 
 
-def test_the_template_cache_is_said_to_do_nothing_yet() -> None:
-    for path in SETTINGS:
-        if path[0] == "cache":
-            assert "his version" in SETTINGS[path]["description"]
-
-
 def test_schema_and_dataclasses_have_the_same_keys() -> None:
     def names(kind: Any) -> list[str]:
         return [field.name for field in dataclasses.fields(kind)]

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from localdisk import config, install, places
+from localdisk import config, install, places, prefetch
 
 ROOT = Path(__file__).resolve().parents[1]
 ANSIBLE = ROOT / "examples/ansible"
@@ -105,6 +105,12 @@ def test_the_role_knows_install_s_words() -> None:
     (task,) = (task for task in load(ROLE / "tasks/host.yml") if task["name"] == "Install")
     (words,) = re.findall("'(.*)' not in", task["changed_when"])
     assert words in Path(install.__file__).read_text()
+
+
+def test_the_role_knows_prefetch_s_words() -> None:
+    (task,) = load(ROLE / "tasks/templates.yml")
+    (words,) = re.findall("'(.*)' not in", task["changed_when"])
+    assert words in Path(prefetch.__file__).read_text()
 
 
 def test_the_engine_s_property_is_one() -> None:

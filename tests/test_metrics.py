@@ -19,7 +19,7 @@ from localdisk import cli, counters, drift, errors, lock, metrics, snapshot
 from localdisk.counters import Counters
 from localdisk.drift import Problem
 from localdisk.errors import Error, NoVolumeGroup
-from localdisk.snapshot import Copy, Group, Next, Pool, Row, Snapshot
+from localdisk.snapshot import CacheUse, Copy, Group, Next, Pool, Row, Snapshot, TemplateRow
 from tests.fakes import IMAGE, OTHER_VOLUME, VM, VOLUME
 
 ROOT = Path(__file__).parent.parent
@@ -27,12 +27,15 @@ EXAMPLES = ROOT / "examples" / "metrics"
 DATA = ROOT / "tests" / "data" / "metrics"
 
 NOW = 1_760_000_000
-POOL = Pool("pool0", 900 << 30, 12.5, 10.94, 90.0, 80.0)
-GROUP = Group("ovirt-local", 1 << 40, 100 << 30, 10 << 30, POOL)
+POOL = Pool("pool0", 900 << 30, 12.5, 10.94, 90.0, 80.0, CacheUse(3 << 30, 450 << 30))
+GROUP = Group("ovirt-local", 1 << 40, 100 << 30, 10 << 30, POOL, CacheUse(20 << 30, 1 << 39))
 SUMS = Counters(
     copies=3,
     copied_bytes=5 << 40,
     copy_seconds=1234.567,
+    template_hits=9,
+    template_misses=2,
+    templates_evicted=1,
     failures={"no_space": 2, "source_changed": 1},
     gc_runs=7,
     gc_last_run=NOW - 60,
@@ -67,8 +70,29 @@ def copying(phase: str, since: int = NOW) -> Copy:
     return Copy(phase, since, 0.5, 1 << 20, 1 << 20, 1)
 
 
-def seen(*rows: Row, problems: tuple[Problem, ...] = (), unseen: tuple[str, ...] = ()) -> Snapshot:
-    return Snapshot(NOW, (GROUP,), rows, problems, unseen)
+def shelved(state: str = "ready", copy: Copy | None = None) -> TemplateRow:
+    return TemplateRow(
+        vg="ovirt-local",
+        volume=OTHER_VOLUME,
+        name=VOLUME,
+        size=64 << 20,
+        backend="lvm",
+        state=state,
+        open=False,
+        holds=64 << 20,
+        last_used=NOW,
+        copy=copy,
+        next=Next("keep", None, ""),
+    )
+
+
+def seen(
+    *rows: Row,
+    templates: tuple[TemplateRow, ...] = (),
+    problems: tuple[Problem, ...] = (),
+    unseen: tuple[str, ...] = (),
+) -> Snapshot:
+    return Snapshot(NOW, (GROUP,), rows, templates, problems, unseen)
 
 
 def rendered(found: Snapshot | None, sums: Counters = SUMS, config_valid: bool = True) -> Values:
@@ -153,8 +177,35 @@ def test_every_state_of_a_disk_is_there() -> None:
 
 def test_the_states_are_those_of_the_snapshot() -> None:
     source = Path(snapshot.__file__).read_text()
-    (comment,) = re.findall(r"^    state: str  # (.*)$", source, re.M)
+    comment, *_ = re.findall(r"^    state: str  # (.*)$", source, re.M)
     assert sorted(metrics.STATES) == sorted({*comment.split(" | ")} - {"active"})  # active: without root
+
+
+def test_templates() -> None:
+    """No series has a template's id: they come and go."""
+    values = rendered(seen(templates=(shelved(), shelved(), shelved("waiting", copying("waiting")))))
+    group = {"volume_group": "ovirt-local"}
+    counts = {state: value(values, "templates", state=state, **group) for state in metrics.TEMPLATE_STATES}
+    assert counts == {**dict.fromkeys(metrics.TEMPLATE_STATES, 0), "ready": 2, "waiting": 1}
+    assert value(values, "template_bytes", backend="lvm", **group) == 20 << 30
+    assert value(values, "template_bytes", backend="lvmthin", **group) == 3 << 30
+    assert value(values, "cache_limit_bytes", backend="lvm", **group) == 1 << 39
+    assert value(values, "cache_limit_bytes", backend="lvmthin", **group) == 450 << 30
+    assert not [labels for _, labels in values if OTHER_VOLUME in dict(labels).values()]
+
+
+def test_the_states_of_a_template_are_those_of_the_snapshot() -> None:
+    source = Path(snapshot.__file__).read_text().partition("class TemplateRow")[2]
+    found = re.search(r"^    state: str  # (.*)$", source, re.M)
+    assert found
+    assert sorted(metrics.TEMPLATE_STATES) == sorted(found[1].split(" | "))
+
+
+def test_without_a_cache() -> None:
+    group = replace(GROUP, cache=None, pool=replace(POOL, cache=None))
+    found = names(rendered(replace(seen(), volume_groups=(group,))))
+    assert "localdisk_templates" in found
+    assert not found & {"localdisk_template_bytes", "localdisk_cache_limit_bytes"}
 
 
 def test_disks_of_a_group_that_was_not_seen() -> None:
@@ -184,11 +235,12 @@ def test_copies() -> None:
             row("4", "copying", copying("copying", NOW - 900)),
             row("5", "copying"),
             row("6", "ready"),
+            templates=(shelved("waiting", copying("waiting", NOW - 120)), shelved("copying"), shelved()),
         )
     )
     phases = {phase: value(values, "copies", phase=phase) for phase in metrics.PHASES}
-    assert phases == {"preparing": 1, "waiting": 2, "copying": 2}
-    assert value(values, "copy_longest_wait_seconds") == 90
+    assert phases == {"preparing": 1, "waiting": 3, "copying": 3}
+    assert value(values, "copy_longest_wait_seconds") == 120
 
 
 @pytest.mark.parametrize("rows", [(), (row(state="waiting", copy=copying("waiting", NOW + 99)),)])
@@ -209,6 +261,9 @@ def test_counters() -> None:
     assert value(values, "copies_total") == 3
     assert value(values, "copied_bytes_total") == 5 << 40
     assert value(values, "copy_duration_seconds_total") == 1234.567
+    assert value(values, "template_hits_total") == 9
+    assert value(values, "template_misses_total") == 2
+    assert value(values, "template_evictions_total") == 1
     assert value(values, "failures_total", reason="no_space") == 2
     assert value(values, "failures_total", reason="source_changed") == 1
     assert value(values, "failures_total", reason="copy_broken_off") == 0
@@ -455,7 +510,7 @@ def promtool(*argv: str, text: str = "") -> subprocess.CompletedProcess[str]:
     return subprocess.run(["promtool", *argv], input=text, capture_output=True, text=True, timeout=30)
 
 
-SNAPSHOTS = {"all": seen(row()), "nothing": None, "hostile": hostile()}
+SNAPSHOTS = {"all": seen(row(), templates=(shelved(),)), "nothing": None, "hostile": hostile()}
 
 
 @pytest.mark.parametrize("name", SNAPSHOTS)

@@ -18,8 +18,9 @@ from localdisk import config, drift, lock, progress, snapshot, status, sysfs
 from localdisk.config import Config
 from localdisk.errors import NoVolumeGroup
 from localdisk.progress import Progress
-from localdisk.snapshot import Copy, Group, Next, Pool, Row, Snapshot
+from localdisk.snapshot import CacheUse, Copy, Group, Next, Pool, Row, Snapshot, TemplateRow
 from tests.fakes import (
+    FINGERPRINT,
     FULLREPORT,
     IMAGE,
     OTHER_IMAGE,
@@ -28,6 +29,7 @@ from tests.fakes import (
     VM,
     VOLUME,
     FakeHost,
+    Volume,
     aside,
     report,
     tags,
@@ -258,6 +260,9 @@ def test_a_lock_that_nobody_holds_is_no_progress(host: FakeHost) -> None:
         record(done=-1).as_text(),
         record(written=1.5).as_text(),
         record(phase=3).as_text(),
+        record(template=OTHER_VOLUME).as_text(),  # either a VM's or a template's
+        record(vm="", image="", template="../x").as_text(),
+        record(vm="", image="").as_text(),
         record(at=True).as_text(),
         record(written=1 << 63).as_text(),
         record().as_text().replace("}", ', "more": 1}'),
@@ -269,6 +274,8 @@ def test_what_is_no_record(text: str) -> None:
 
 def test_a_record_comes_back() -> None:
     assert progress.parse(record(done=3).as_text()) == record(done=3)
+    of_template = record(vm="", image="", template=OTHER_VOLUME)
+    assert progress.parse(of_template.as_text()) == of_template
 
 
 @pytest.mark.parametrize(
@@ -479,6 +486,196 @@ def test_hostile_words_of_a_vm(host: FakeHost) -> None:
     assert str(problem).isprintable()
 
 
+# -- templates
+
+TEMPLATE = "33333333-3333-4333-8333-333333333333"  # its volume on shared storage
+SHELVED = "44444444-4444-5444-8444-444444444444"  # the template LV
+OTHER_SHELVED = "55555555-5555-5555-8555-555555555555"
+ON = "cache: {templates: on, max_size: 50%, keep_for: 30d}"
+DAY = 86400
+SAMPLE = "0" * 32
+
+
+def shelve(host: FakeHost, *changes: str, name: str = SHELVED, **fields: str) -> Volume:
+    """A template LV as it should be, used an hour ago; each of `changes` replaces its kind of tag."""
+    usual = ("localdisk", f"TEMPLATE_{TEMPLATE}", f"SOURCE_{FINGERPRINT}", f"SAMPLE_{SAMPLE}")
+    kinds_of = {tag.partition("_")[0]: tag for tag in (*usual, f"USED_{NOW - 3600}", *changes)}
+    words = {tag for tag in kinds_of.values() if not tag.endswith("_")}
+    return host.add(name, words, SIZE, **{"lv_permissions": "read-only", "lv_active": "", **fields})
+
+
+def unfinished(host: FakeHost, **fields: str) -> Volume:
+    usual = {"lv_permissions": "writeable", "lv_active": "active"}
+    return shelve(host, "UPDATING", "WRITES_4096", "SAMPLE_", "USED_", **{**usual, **fields})
+
+
+def shelved(host: FakeHost, text: str = ON) -> TemplateRow:
+    taken = take(text)
+    assert taken.disks == (), "it is no VM's"
+    (found,) = taken.templates
+    return found
+
+
+def filling(**fields: Any) -> Progress:
+    return record(**{"vm": "", "image": "", "template": TEMPLATE, **fields})
+
+
+def test_a_template(host: FakeHost) -> None:
+    shelve(host)
+    assert shelved(host) == TemplateRow(
+        vg="ovirt-local",
+        volume=TEMPLATE,
+        name=SHELVED,
+        size=SIZE,
+        backend="lvm",
+        state="ready",
+        open=False,
+        holds=SIZE,
+        last_used=NOW - 3600,
+        copy=None,
+        next=Next("remove", NOW - 3600 + 30 * DAY, "gc removes in 29 d 23 h"),
+    )
+    assert take(ON).problems == ()
+
+
+THIN = {"lv_layout": "thin,sparse", "pool_lv": "pool0"}
+
+
+def test_a_thin_template(host: FakeHost) -> None:
+    shelve(host, "HOLDS_8388608", **THIN)
+    found = shelved(host)
+    assert (found.backend, found.size, found.holds) == ("lvmthin", SIZE, 8 << 20)
+
+
+@pytest.mark.parametrize(
+    ("text", "changes", "expected"),
+    [
+        (ON, (f"USED_{NOW - 31 * DAY}",), Next("remove", NOW, "gc removes it next")),
+        ("cache: {templates: off}", (), Next("remove", NOW, "gc removes it next")),
+        ("cache: {templates: on, max_size: 1MiB}", (), Next("remove", NOW, "gc removes it next")),
+        (
+            f"retention: {{erase: zero}}\n{ON}",
+            (f"USED_{NOW}",),
+            Next("remove", NOW + 30 * DAY, "gc erases in 30 d"),
+        ),
+        (ON, (f"USED_{NOW + 9}",), Next("keep", None, "kept, see problems")),
+    ],
+)
+def test_what_happens_to_a_template(
+    host: FakeHost, text: str, changes: tuple[str, ...], expected: Next
+) -> None:
+    shelve(host, *changes)
+    assert shelved(host, text).next == expected
+
+
+def test_a_template_that_a_vm_alone_wants(host: FakeHost) -> None:
+    shelve(host)
+    assert (
+        shelved(host, f"vms: {{{VM}: {{cache: {{templates: on}}}}}}").next.text == "gc removes in 29 d 23 h"
+    )
+
+
+def test_a_template_that_is_copied(host: FakeHost) -> None:
+    unfinished(host, lv_device_open="open")
+    with lock.holding(lock.disk_lock(SHELVED), lambda _: None) as held:
+        assert (shelved(host).state, shelved(host).copy) == ("copying", None)
+        held.write(filling(done=SIZE // 4, written=40 << 20).as_text())
+        found = shelved(host)
+        assert (found.state, found.open, found.last_used) == ("copying", True, None)
+        assert found.copy == Copy("copying", NOW - 20, 0.25, 40 << 20, 2 << 20, 60)
+        assert found.next == Next("copy", NOW + 60, "2 MiB/s 01:00 left")
+        assert take(ON).problems == ()
+
+
+def test_a_template_that_waits_for_its_turn(host: FakeHost) -> None:
+    with lock.holding(lock.disk_lock(SHELVED), lambda _: None) as held:
+        held.write(filling(phase="waiting").as_text())
+        found = shelved(host)
+    assert (found.volume, found.name, found.backend, found.size) == (TEMPLATE, SHELVED, "", SIZE)
+    assert (found.state, found.holds) == ("waiting", 0)
+    assert found.next == Next("copy", None, "waits 20 s for turn")
+
+
+def test_a_template_that_a_start_looks_at(host: FakeHost) -> None:
+    shelve(host)
+    with lock.holding(lock.disk_lock(SHELVED), lambda _: None) as held:
+        assert shelved(host).next == Next("keep", None, "kept while in use")
+        held.write(filling(done=SIZE).as_text())  # it has just been made
+        assert (shelved(host).state, shelved(host).copy) == ("ready", None)
+
+
+def test_a_template_that_a_copy_reads(host: FakeHost) -> None:
+    """The copy is a disk's, and holds that disk's lock alone."""
+    shelve(host, lv_device_open="open", lv_active="active")
+    host.add(VOLUME, tags("UPDATING"), SIZE, lv_device_open="open")
+    with lock.holding(lock.disk_lock(VOLUME), lambda _: None) as held:
+        held.write(record().as_text())
+        taken = take(ON)
+    assert taken.problems == ()
+    assert [each.state for each in taken.disks] == ["copying"]
+    assert [(each.state, each.open, each.next.text) for each in taken.templates] == [
+        ("ready", True, "kept while in use")
+    ]
+
+
+def test_a_template_that_is_open_by_no_copy(monkeypatch: pytest.MonkeyPatch, host: FakeHost) -> None:
+    shelve(host, lv_device_open="open", lv_active="active")
+    monkeypatch.setattr(drift, "who_has_open", lambda path: iter([f"dd (7) {path}"]))
+    with lock.holding(lock.disk_lock(OTHER_SHELVED), lambda _: None) as held:
+        held.write(filling().as_text())  # of another template, which reads shared storage alone
+        (problem,) = take(ON).problems
+    path = f"/dev/ovirt-local/{SHELVED}"
+    said = f"template LV ovirt-local/{SHELVED} is open, but no copy reads it: dd (7) {path}"
+    assert (problem.kind, problem.what) == (drift.OPEN_ELSEWHERE, said)
+    assert problem.fix == f"end it; fuser -v {path}"
+
+
+def test_a_template_without_copier(host: FakeHost) -> None:
+    unfinished(host)
+    assert (shelved(host).state, shelved(host).next.text) == ("unfinished", "gc removes it next")
+    (problem,) = take(ON).problems
+    assert (problem.kind, problem.fix) == (drift.NO_COPIER, "localdisk gc")
+    assert SHELVED in problem.what
+
+
+@pytest.mark.parametrize(
+    ("changes", "fields", "said"),
+    [
+        ((), {"lv_permissions": "writeable"}, "it can be written to"),
+        (("SAMPLE_",), {}, "its tag SAMPLE_ is missing or not alone"),
+        (("SOURCE_",), {}, "its tag SOURCE_ is missing or not alone"),
+        (("SOURCE_xyz",), {}, "its tag SOURCE_ is missing or not alone"),
+    ],
+)
+def test_a_template_that_is_not_as_it_was_made(
+    host: FakeHost, changes: tuple[str, ...], fields: dict[str, str], said: str
+) -> None:
+    shelve(host, *changes, **fields)
+    (problem,) = take(ON).problems
+    full = f"ovirt-local/{SHELVED}"
+    assert problem.kind == drift.NOT_AS_MADE
+    assert problem.what == f"template LV {full} is not as it was made, {said}: no VM starts from it"
+    assert problem.fix == "localdisk gc"
+
+
+def test_a_template_from_the_future(host: FakeHost) -> None:
+    shelve(host, f"USED_{NOW + 9}")
+    assert kinds(take(ON)) == [drift.CLOCK]
+
+
+@pytest.mark.parametrize("text", ["", ON])
+def test_how_much_the_cache_takes(host: FakeHost, text: str) -> None:
+    (group,) = take(text).volume_groups
+    assert group.pool
+    assert (group.cache is None, group.pool.cache is None) == (not text, not text)
+    shelve(host)
+    shelve(host, "HOLDS_8388608", name=OTHER_SHELVED, **THIN)
+    (group,) = take(text).volume_groups
+    assert group.pool
+    assert group.cache == CacheUse(SIZE, group.size // 2)
+    assert group.pool.cache == CacheUse(8 << 20, group.pool.size // 2)
+
+
 # -- without root
 
 
@@ -533,12 +730,17 @@ def test_without_root_and_devices(monkeypatch: pytest.MonkeyPatch, host: FakeHos
 
 def test_the_json(host: FakeHost) -> None:
     row(host, "STOPPED_5")
+    shelve(host, **THIN)
     document = json.loads(status.as_json(take()))
     assert document.keys() == set(SCHEMA["required"])
     (disk,) = document["disks"]
     assert disk.keys() == set(SCHEMA["$defs"]["disk"]["required"])
     assert (disk["stopped"], disk["volume"]) == (5, VOLUME)
-    assert document["volume_groups"][0]["pool"]["name"] == "pool0"
+    (group,) = document["volume_groups"]
+    assert group["pool"]["name"] == "pool0"
+    (shelf,) = document["templates"]
+    for found, name in ((group, "group"), (group["pool"], "pool"), (shelf, "template")):
+        assert found.keys() == set(SCHEMA["$defs"][name]["required"])
 
 
 def test_the_schema_has_all_words() -> None:
@@ -546,5 +748,9 @@ def test_the_schema_has_all_words() -> None:
 
 
 def test_what_the_schema_refuses(host: FakeHost) -> None:
-    document = json.loads(status.as_json(replace(take(), disks=(replace(row(host), state="nonsense"),))))
-    assert not jsonschema.Draft202012Validator(SCHEMA).is_valid(document)
+    disk = replace(row(host), state="nonsense")
+    shelve(host)
+    (shelf,) = take().templates
+    for taken in (replace(take(), disks=(disk,)), replace(take(), templates=(replace(shelf, name="x"),))):
+        document = json.loads(status.as_json(taken))
+        assert not jsonschema.Draft202012Validator(SCHEMA).is_valid(document)

@@ -21,7 +21,7 @@ import pytest
 
 from localdisk import status, table
 from localdisk.drift import Problem
-from localdisk.snapshot import Copy, Group, Next, Pool, Row, Snapshot
+from localdisk.snapshot import CacheUse, Copy, Group, Next, Pool, Row, Snapshot, TemplateRow
 from localdisk.table import Look, render
 
 GIB = 1 << 30
@@ -73,7 +73,7 @@ ROWS = (
     ),
     row(6, vm="", state="deleting", next=Next("remove", 5, "gc erases it next")),
 )
-SNAPSHOT = Snapshot(NOW, (GROUP,), ROWS, (PROBLEM,), ("which VMs run: nobody says",))
+SNAPSHOT = Snapshot(NOW, (GROUP,), ROWS, (), (PROBLEM,), ("which VMs run: nobody says",))
 EXPECTED = """\
 VM                        DISK             SIZE   USED  BACKEND  STATE         NEXT
 2111f97c db-xxxxxxxxxxx…  2b845a9c       20 GiB         lvm      copying 42%   310 MiB/s 00:41 left
@@ -99,6 +99,112 @@ not seen: which VMs run: nobody says
 def test_the_table() -> None:
     assert render(SNAPSHOT, Look()) == EXPECTED
     assert max(map(len, EXPECTED.splitlines())) <= 100
+
+
+def template_row(number: int, **fields: object) -> TemplateRow:
+    usual: dict[str, object] = {
+        "vg": "ovirt-local",
+        "volume": f"{number}c0ffee5-9336-4e7a-a8a9-b4f052ababf1",
+        "name": f"{number}5b845a9-e065-5a01-8d50-0838a877ec55",
+        "size": 100 * GIB,
+        "backend": "lvmthin",
+        "state": "ready",
+        "open": False,
+        "holds": 3 * GIB,
+        "last_used": NOW - 75_000,
+        "copy": None,
+        "next": Next("remove", 5, "gc removes in 29 d 3 h"),
+    }
+    return TemplateRow(**{**usual, **fields})  # type: ignore[arg-type]
+
+
+CACHED = replace(
+    SNAPSHOT,
+    volume_groups=(
+        replace(
+            GROUP,
+            cache=CacheUse(20 * GIB, 900 * GIB),
+            pool=Pool("pool0", 400 * GIB, 83.2, 10.9, 90, 80, CacheUse(200 * GIB, 200 * GIB)),
+        ),
+    ),
+    disks=ROWS[:2],
+    templates=(
+        template_row(1),
+        template_row(
+            2, backend="lvm", holds=100 * GIB, last_used=NOW, next=Next("keep", None, "kept while in use")
+        ),
+        template_row(
+            3,
+            state="copying",
+            last_used=None,
+            copy=COPY,
+            next=Next("copy", 3, "310 MiB/s 00:41 left"),
+        ),
+        template_row(
+            4,
+            state="waiting",
+            backend="",
+            holds=0,
+            last_used=None,
+            copy=replace(COPY, phase="waiting", done=0),
+            next=Next("copy", None, "waits 20 s for turn"),
+        ),
+    ),
+    problems=(),
+    unseen=(),
+)
+EXPECTED_CACHED = """\
+VM             DISK            SIZE  BACKEND  STATE        NEXT
+1111f97c web1  1b845a9c vda  20 GiB  lvm      running      removed when VM stops
+4111f97c       4b845a9c      20 GiB  lvm      stopped 3 d  gc removes in 4 d 2 h
+
+TEMPLATE     SIZE    HOLDS  BACKEND  LAST USED        STATE         NEXT
+1c0ffee5  100 GiB    3 GiB  lvmthin  20 h 50 min ago  ready         gc removes in 29 d 3 h
+2c0ffee5  100 GiB  100 GiB  lvm      0 s ago          ready         kept while in use
+3c0ffee5  100 GiB    3 GiB  lvmthin  -                copying 42%   310 MiB/s 00:41 left
+4c0ffee5  100 GiB      0 B  -        -                waiting       waits 20 s for turn
+
+[#######---------]  42% of 100 GiB  310 MiB/s 00:41 left  template 3c0ffee5
+
+volume group ovirt-local    [########-------|] 53% of 1.8 TiB used, 850 GiB free (reserve 90 GiB)
+cache in ovirt-local        [--------|-------] 20 GiB of at most 900 GiB used
+pool ovirt-local/pool0      [#############-|-] 83% of 400 GiB used (limit 90%), metadata 11% (80%)
+cache in ovirt-local/pool0  [########|-------] 200 GiB of at most 200 GiB used
+"""
+
+
+def test_templates() -> None:
+    text = render(CACHED, Look())
+    assert text == EXPECTED_CACHED
+    long = template_row(
+        5,
+        size=1_099_000_000_000_000,
+        holds=1_099_000_000_000_000,
+        state="copying",
+        last_used=NOW - 86_000,
+        copy=COPY,
+        next=Next("copy", 3, "1023.9 MiB/s 1:00:00 left"),
+    )
+    lines = render(replace(CACHED, templates=(long,)), Look()).splitlines()
+    assert max(map(len, (*text.splitlines(), *lines))) <= 100
+
+
+def test_templates_in_full() -> None:
+    text = render(CACHED, Look(full=True))
+    for each in CACHED.templates:
+        assert f"{each.volume}  {each.name}  " in text
+
+
+def test_a_full_cache_is_no_alarm() -> None:
+    lines = render(CACHED, Look(colours=True)).splitlines()
+    (line,) = [line for line in lines if line.startswith("cache in ovirt-local/pool0")]
+    assert "\033[32m[########|-------]\033[0m" in line
+    assert "\033[36mcopying\033[0m 42%" in "".join(lines)
+
+
+def test_templates_and_no_disks() -> None:
+    text = render(replace(CACHED, disks=()), Look())
+    assert text.startswith("no local disks\n\nTEMPLATE  ")
 
 
 def test_nothing() -> None:

@@ -223,6 +223,48 @@ def test_metrics_of_a_real_life(thin_pool: str, file_storage: FileStorage) -> No
     assert grown("localdisk_gc_runs_total") == 1
 
 
+def test_two_vms_of_one_template(thin_pool: str, file_storage: FileStorage) -> None:
+    """What the template LV is to status, gc and metrics, and that it is no VM's disk."""
+    configure("cache: {templates: on, keep_for: 30d}\n")
+    template = file_storage.template(16 * MIB, seed=67)
+    images = [file_storage.clone(template, seed=68 + number) for number in range(2)]
+    before = metrics()
+    vms = [start(image, THIN) for image in images]
+    for vm_id, image in zip(vms, images):
+        stop(vm_id, image, custom=THIN)
+    document = shown(0)
+    assert document["disks"] == []
+    (row,) = document["templates"]
+    assert (row["volume"], row["backend"], row["state"]) == (template.leaf.id, "lvmthin", "ready")
+    assert (row["open"], row["copy"], row["size"]) == (False, None, 16 * MIB)
+    assert 0 < row["holds"] <= row["size"]
+    assert row["last_used"] <= document["at"]
+    assert row["next"]["action"] == "remove"
+    assert row["next"]["text"].startswith("gc removes in 29 d 23 h")
+    (group,) = document["volume_groups"]
+    assert group["cache"] == {"used": 0, "limit": group["size"] // 2}
+    assert group["pool"]["cache"] == {"used": row["holds"], "limit": group["pool"]["size"] // 2}
+    table = localdisk("status")
+    assert f"\n{template.leaf.id[:8]}  " in table
+    assert f"\ncache in {host.VOLUME_GROUP}/{host.THIN_POOL}  [" in table
+    assert max(map(len, table.splitlines())) <= 100
+    (line,) = localdisk("gc", "--dry-run").splitlines()
+    assert line.startswith(f"{host.VOLUME_GROUP}/{row['name']}  template {template.leaf.id}  16 MiB  kept: ")
+    after = metrics()
+    grown = {
+        name: after[f"localdisk_template_{name}_total"] - before[f"localdisk_template_{name}_total"]
+        for name in ("hits", "misses", "evictions")
+    }
+    assert grown == {"hits": 2, "misses": 1, "evictions": 0}
+    labels = f'volume_group="{host.VOLUME_GROUP}"'
+    assert after[f'localdisk_templates{{{labels},state="ready"}}'] == 1
+    assert after[f'localdisk_template_bytes{{{labels},backend="lvmthin"}}'] == row["holds"]
+    configure()
+    assert shown(0)["templates"][0]["next"]["text"] == "gc removes it next"
+    localdisk("gc")
+    assert shown(0)["templates"] == []
+
+
 def metrics() -> dict[str, float]:
     out = attempt(str(host.PROGRAM), "status", "--prometheus").stdout
     rows = (line.rpartition(" ") for line in out.splitlines() if not line.startswith("#"))
