@@ -217,9 +217,9 @@ units_under() {
   echo "$1: $(tail -n 1 "$log")"
 }
 
-# bed COMMAND...: run it as root on a real kernel with device-mapper
+# bed COMMAND...: run it as root on a real kernel with device-mapper, on disks of DISK_SIZE MiB
 bed() {
-  as_root .venv/bin/python -m tests.bed.boot -- .venv/bin/python "$@"
+  as_root .venv/bin/python -m tests.bed.boot --disk-size "${DISK_SIZE:-8192}" -- .venv/bin/python "$@"
 }
 
 # What the test bed needs, a guest's kernel included where the machine's own will not do.
@@ -236,7 +236,7 @@ need_bed() {
 kernel_tests() {
   local first=(test_life.py test_refusals.py test_kills.py test_status.py test_stale.py test_hostile.py test_model.py
     test_tenants.py)
-  local second=(test_bed.py test_gc.py test_faults.py test_check.py test_install.py privilege
+  local second=(test_bed.py test_gc.py test_cache.py test_faults.py test_check.py test_install.py privilege
     test_ansible.py::test_the_life_of_a_host)
   local log=.bed/second-half verdict=0
   if .venv/bin/python -c 'import sys; from tests.bed import boot; sys.exit(boot.why_not_here() is None)'; then
@@ -288,6 +288,7 @@ case "${1:-build}" in
     build
     .venv/bin/python -m tests.bench here
     bed -m tests.bench bed
+    DISK_SIZE=24576 bed -m tests.bench cache
     ;;
   *)
     echo "build.sh: unknown command $1 : see the head of this file" >&2

@@ -2,6 +2,7 @@
 
     python -m tests.bench here     what needs no kernel of our own: a hook run without the property
     python -m tests.bench bed      what needs LVM; runs as root in the test bed
+    python -m tests.bench cache    the template cache; there, too
 
 Machines differ and are noisy: read the ratios, not the seconds.  In a throw-away kernel without KVM
 every instruction of ours is emulated while the disks are not, so that what we add looks larger there.
@@ -21,10 +22,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tests.bed import host, libvirt, vdsm
-from tests.bed.player import run_point
+from tests.bed.player import run_point, start_point
 from tests.bed.shell import run
-from tests.bed.storage import FileStorage, Image, fill, new_id
-from tests.bed.vm import Disk, Vm, domain_xml
+from tests.bed.storage import FileStorage, Image, Volume, fill, new_id
+from tests.bed.vm import Disk, Vm, disk_json, domain_xml
 
 MIB = 1 << 20
 SIZE, DATA, SMALL = 2048 * MIB, 1024 * MIB, 4 * MIB
@@ -36,7 +37,7 @@ MANY, ASIDE = host.VOLUME_GROUP, "bench-aside"
 
 
 def main() -> int:
-    {"here": here, "bed": bed}[sys.argv[1]]()
+    {"here": here, "bed": bed, "cache": cache}[sys.argv[1]]()
     return 0
 
 
@@ -211,6 +212,89 @@ def metadata() -> str:
     file = Path("/run/many-now")
     run("vgcfgbackup", "-f", str(file), MANY)
     return file.read_text().partition(f"{MANY} {{")[2]
+
+
+def cache() -> None:
+    """(f): the second VM of a template against a full copy; (g): what it reads; (h): eight VMs at once."""
+    host.setup()
+    libvirt.start()
+    host.thin_pool("12g")
+    storage = FileStorage()
+    small = image(storage, SMALL, SMALL // 2)
+    start("lvmthin", small)
+    constant = statistics.median(start("lvmthin", small) for _ in range(ROUNDS))
+    for gibibytes in (1, 4, 16):
+        size = gibibytes << 30
+        template = storage.template(size, "raw", seed=1)
+        fill(template.leaf, size // 4)
+        second_start(storage, template, gibibytes, constant)
+        template.leaf.path.write_bytes(b"")  # its room is wanted for the next
+
+
+def second_start(storage: FileStorage, template: Image, gibibytes: int, constant: float) -> None:
+    CONFIG.write_text("")
+    images = [storage.clone(template, seed=seed) for seed in range(2, 12)]
+    start("lvmthin", images[0])
+    full = start("lvmthin", images[0])
+    CONFIG.write_text("cache: {templates: on}\n")
+    first = start("lvmthin", images[0])
+    base = allocated(template.leaf)
+    times, read = [], []
+    for image in images[1:4]:
+        before = shared_bytes()
+        times.append(start("lvmthin", image))
+        read.append(shared_bytes() - before - allocated(image.leaf))
+    second = statistics.median(times)
+    what = f"(f) second VM of a {gibibytes} GiB template / full copy"
+    detail = f"{second:.2f} s / {full:.2f} s; first {first:.2f} s; a disk of 4 MiB {constant:.2f} s"
+    row(what, second / full, detail, "0.1" if gibibytes == 4 else "")
+    row(
+        "(f) what its size adds to it / what it adds to the full copy",
+        (second - constant) / (full - constant),
+        "",
+        "",
+    )
+    row("(g) read from shared storage for it, beyond its layers", max(read) / MIB, "MiB", "1")
+    if gibibytes == 1:
+        at_once(images[2:], base)
+    run(str(host.PROGRAM), "gc")
+    CONFIG.write_text("")
+    run(str(host.PROGRAM), "gc")
+
+
+def at_once(images: list[Image], base: int) -> None:
+    """Eight VMs of a template that is not in the cache."""
+    CONFIG.write_text("")
+    run(str(host.PROGRAM), "gc")
+    CONFIG.write_text("cache: {templates: on}\n")
+    quiet_disks()
+    vms, before = [new_id() for _ in images], shared_bytes()
+    for vm_id in vms:
+        libvirt.define_placeholder(vm_id)
+    calls = [
+        start_point("after_disk_prepare", vm_id, disk_json(Disk("vda", image)), {"localdisk": "lvmthin"})
+        for vm_id, image in zip(vms, images)
+    ]
+    for call in calls:
+        result = call.wait()
+        assert result.rc == 0, result
+    read = shared_bytes() - before - sum(allocated(image.leaf) for image in images)
+    detail = f"{len(images)} VMs at once; {read / MIB:.0f} MiB for a base of {base / MIB:.0f} MiB"
+    row("(h) read of the base / its size", read / base, detail, "")
+    for vm_id, image in zip(vms, images):
+        stop("lvmthin", vm_id, image)
+
+
+def allocated(volume: Volume) -> int:
+    """Bytes that a volume takes on shared storage."""
+    return os.stat(volume.path).st_blocks * 512
+
+
+def shared_bytes() -> int:
+    """Bytes read from the disk of the shared storage since it booted."""
+    name = os.path.basename(os.path.realpath(os.environ["LOCALDISK_BED_SHARED"]))
+    rows = [line.split() for line in Path("/proc/diskstats").read_text().splitlines()]
+    return sum(int(row[5]) * 512 for row in rows if row[2] == name)
 
 
 def convert(backend: str, disk: Image) -> float:

@@ -80,7 +80,11 @@ class Storage:
         image_id = new_id()
         volume = self.new_volume(image_id, volume_format, size)
         write_data(volume, seed, boot)
-        return self.image(image_id, volume)
+        return self.image(image_id, self.publish(volume))
+
+    def publish(self, volume: Volume) -> Volume:
+        """Make a volume a template's, as vdsm marks it; images made from it share it."""
+        return volume
 
     def clone(self, template: Image, layers: int = 1, seed: int = 0, size: int | None = None) -> Image:
         """An image of `layers` qcow2 volumes with data on the template's leaf; larger if `size` is given."""
@@ -149,8 +153,16 @@ class FileStorage(Storage):
         volume = self.volume(image_id, volume_id, volume_format, size)
         make_file(volume.path, size if volume_format == RAW else 0)
         make_file(volume.lease_path, 1 << 20)
-        meta = f"CAP={size}\nDOMAIN={self.domain_id}\nFORMAT={volume_format.upper()}\nIMAGE={image_id}\nEOF\n"
-        make_file(volume.path.with_name(f"{volume_id}.meta")).write_text(meta)
+        make_file(meta_of(volume)).write_text(
+            f'CAP={size}\nCTIME=1700000000\nDESCRIPTION={{"DiskAlias":"vm_Disk1"}}\nDISKTYPE=DATA\n'
+            f"DOMAIN={self.domain_id}\nFORMAT={volume_format.upper()}\nGEN=0\nIMAGE={image_id}\n"
+            "LEGALITY=LEGAL\nPUUID=00000000-0000-0000-0000-000000000000\nTYPE=SPARSE\nVOLTYPE=LEAF\nEOF\n"
+        )
+        return volume
+
+    def publish(self, volume: Volume) -> Volume:
+        meta = meta_of(volume)
+        meta.write_text(meta.read_text().replace("VOLTYPE=LEAF", "VOLTYPE=SHARED"))
         return volume
 
     def share(self, base: Volume, image_id: str) -> Volume:
@@ -185,7 +197,8 @@ class BlockStorage(Storage):
     def allocate(self, image_id: str, volume_id: str, volume_format: str, size: int) -> Volume:
         # qcow2 needs room for its own tables
         extra = (size >> 8) + (4 << 20) if volume_format == COW else 0
-        run("lvcreate", "-y", "-Wy", "-L", f"{size + extra}b", "-n", volume_id, self.domain_id)
+        name = ["--addtag", f"IU_{image_id}", "-n", volume_id, self.domain_id]
+        run("lvcreate", "-y", "-Wy", "-L", f"{size + extra}b", *name)
         device = Path("/dev") / self.domain_id / volume_id
         # what an LV holds is a raw volume's content, all of it
         actual = size if volume_format == COW else int(run("blockdev", "--getsize64", str(device)))
@@ -279,6 +292,11 @@ def is_zero(path: str | Path, start: int) -> bool:
 
 def new_id() -> str:
     return str(uuid.uuid4())
+
+
+def meta_of(volume: Volume) -> Path:
+    """The metadata of a file volume."""
+    return volume.path.with_name(f"{volume.id}.meta")
 
 
 def parent(volume: Volume) -> str:

@@ -25,7 +25,7 @@ Row = dict[str, Any]
 
 def main() -> int:
     options = parser().parse_args()
-    every = 1 if options.all or options.match else options.every
+    every = options.every or (1 if options.all or options.match else SELECTION)
     parts = min(options.guests, os.cpu_count() or 1)
     shares = [Share(part, parts, every, options.match) for part in range(parts)]
     for share in shares:
@@ -42,7 +42,7 @@ def main() -> int:
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tests.crash", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--all", action="store_true", help="all cases")
-    parser.add_argument("--every", type=int, default=SELECTION, help="one of N cases")
+    parser.add_argument("--every", type=int, metavar="N", help="one of N cases")
     parser.add_argument("--match", default="", metavar="TEXT", help="of those with TEXT in their name")
     parser.add_argument("--guests", type=int, default=2, help="side by side")
     return parser

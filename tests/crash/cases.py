@@ -24,14 +24,14 @@ from tests.bed.player import Call, Result
 from tests.bed.shell import attempt, run
 from tests.bed.storage import digest, is_zero
 from tests.crash import halt
-from tests.crash.flows import FLOWS, SIZE, Flow, Scene, new_scene, recover, start_thick
+from tests.crash.flows import CACHE, FLOWS, SIZE, Flow, Scene, new_scene, recover, start_thick, templates
 from tests.crash.halt import MOMENTS, Point
 from tests.integration.steps import LOCKS, configure, device, helpers, processes, starting, wait_for
 
 STATE = host.SCRATCH / "crash"
 SCENE, POINTS, RESULTS, PENDING = (STATE / name for name in ("scene", "points", "results", "pending"))
 SLOW = "copy: {bandwidth: 8MiB}\n"  # of one copy: 4 MiB/s
-READS = ("lvm fullreport", "virsh", "qemu-img measure")  # commands that change nothing
+READS = ("lvm fullreport", "virsh", "qemu-img measure", "qemu-img map")  # commands that change nothing
 DEFINED = Path("/run/crash-defined")  # there while the VM is defined
 TEMPORARY = (Path("/tmp"), Path("/var/tmp"))
 HOOK_KILLS, GC_KILLS = ("TERM group", "KILL hook", "KILL helper"), ("TERM group", "KILL gc")
@@ -241,6 +241,9 @@ def look(flow: Flow, scene: Scene, case: Case, before: set[Path]) -> Iterator[st
     if collected.returncode:
         yield f"gc fails: {collected.stdout}{collected.stderr}"
     left = set(host.logical_volumes()) - {scene.image.leaf.id, host.THIN_POOL}
+    if flow.config == CACHE:
+        yield from wrong_templates(scene)
+        left -= templates().keys()
     if left:
         yield f"left: {left}, gc: {collected.stdout}"
     yield from suspended()
@@ -255,6 +258,22 @@ def wrong_bytes(scene: Scene, allowed: tuple[str, ...], when: str) -> Iterator[s
         run("lvchange", "-ay", "-K", f"{host.VOLUME_GROUP}/{scene.image.leaf.id}")
     if digest(path, SIZE) not in allowed or not is_zero(path, SIZE):
         yield f"wrong bytes: {when}"
+
+
+def wrong_templates(scene: Scene) -> Iterator[str]:
+    """Those that are not complete, not of the scene, or have other bytes."""
+    names = {words[0] for words in scene.cached.values()}
+    for name, its_tags in templates().items():
+        if name not in names or "UPDATING" in its_tags:
+            yield f"template left: {name} {set(its_tags)}"
+            continue
+        lv = f"{host.VOLUME_GROUP}/{name}"
+        if run("lvs", "--noheadings", "-o", "lv_active,lv_permissions", lv).split() != ["read-only"]:
+            yield f"template active, or writable: {name}"
+        run("lvchange", "-ay", "-K", lv)
+        if digest(Path("/dev", lv), SIZE) != scene.base:
+            yield f"wrong bytes: template {name}"
+        run("lvchange", "-an", lv)
 
 
 def ours() -> Iterator[list[str]]:

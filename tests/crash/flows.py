@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,11 +18,12 @@ from tests.bed.player import Call, start_point
 from tests.bed.shell import run
 from tests.bed.storage import FileStorage, Image, Volume, digest, fill, guest_bytes, link, new_id
 from tests.bed.vm import Disk, Vm, boot_sector, disk_json, domain_xml
-from tests.integration.steps import MIB, THICK, THIN, device, starting, tags
+from tests.integration.steps import MIB, THICK, THIN, configure, device, starting, tags
 
 SIZE = 24 * MIB
 LONG_AGO = 5  # seconds since the epoch
 KEEP = "retention: {on_stop: keep}\n"
+CACHE = "cache: {templates: on}\n"
 ERASE = "retention: {erase: zero}\n"
 
 
@@ -35,6 +36,8 @@ class Scene:
     fingerprint: str  # of the source, as the disk's tags say
     source: str  # digest of what the guest sees of the source
     kept: str  # digest of KEPT, the source with what the guest has written since
+    base: str  # digest of what the guest would see of the template
+    cached: dict[str, list[str]]  # the tags of the template LV, by "thick" and "thin"; the name is the first
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self), default=str))
@@ -69,8 +72,30 @@ def new_scene() -> Scene:
     run("qemu-io", "-f", "raw", "-c", f"write -P 7 {MIB} {2 * MIB}", str(device(image)))
     run("dd", f"if={device(image)}", f"of={KEPT}", "bs=1M", "conv=fsync")
     host.remove(image.leaf.id)
+    cached = {
+        name: make_template(vm_id, image, custom) for name, custom in (("thick", THICK), ("thin", THIN))
+    }
     libvirt.undefine(vm_id)
-    return Scene(vm_id, image, fingerprint, guest_bytes(image.leaf), digest(KEPT, SIZE))
+    source, base = guest_bytes(image.leaf), guest_bytes(template.leaf)
+    return Scene(vm_id, image, fingerprint, source, digest(KEPT, SIZE), base, cached)
+
+
+def make_template(vm_id: str, image: Image, custom: Mapping[str, str]) -> list[str]:
+    """The name and the tags of the template LV that a start makes, which is removed again."""
+    configure(CACHE)
+    result = start_point("after_disk_prepare", vm_id, disk_json(Disk("vda", image)), custom).wait()
+    assert result.rc == 0, result
+    host.remove(image.leaf.id)
+    ((name, its_tags),) = templates().items()
+    host.remove(name)
+    configure()
+    return [name, *sorted(its_tags)]
+
+
+def templates() -> dict[str, frozenset[str]]:
+    """The tags of the template LVs, by their names."""
+    volumes = host.logical_volumes().items()
+    return {name: its for name, its in volumes if any(tag.startswith("TEMPLATE_") for tag in its)}
 
 
 # -- what is there before
@@ -112,6 +137,35 @@ def to_erase(scene: Scene) -> None:
     make(scene, "DELETING")
 
 
+def cached_thick(scene: Scene) -> None:
+    cache(scene, "thick", "-Wn", "-L", f"{SIZE}b", host.VOLUME_GROUP)
+
+
+def cached_thin(scene: Scene) -> None:
+    cache(scene, "thin", "-V", f"{SIZE}b", "--thinpool", f"{host.VOLUME_GROUP}/{host.THIN_POOL}")
+
+
+def cache(scene: Scene, how: str, *place: str) -> None:
+    """The template LV of the scene's template, as localdisk makes it."""
+    name, *words = scene.cached[how]
+    options = [word for tag in words for word in ("--addtag", tag)]
+    run("lvcreate", "-y", "-ky", "-K", "-n", name, *options, *place)
+    base, lv = scene.image.volumes[0].path, f"{host.VOLUME_GROUP}/{name}"
+    run("dd", f"if={base}", f"of=/dev/{lv}", "bs=1M", "oflag=direct")
+    run("lvchange", "-an", lv)
+    run("lvchange", "-pr", lv)
+
+
+def old_templates(scene: Scene) -> None:
+    """One that is unfinished, one that is past its time, one that somebody has left active."""
+    for more in (("UPDATING",), (f"USED_{LONG_AGO}",)):
+        words = ("localdisk", f"TEMPLATE_{new_id()}", f"SOURCE_{'0' * 32}", *more)
+        options = [word for tag in words for word in ("--addtag", tag)]
+        run("lvcreate", "-y", "-Wn", "-n", new_id(), "-L", "4m", *options, host.VOLUME_GROUP)
+    cached_thick(scene)
+    run("lvchange", "-ay", "-K", f"{host.VOLUME_GROUP}/{scene.cached['thick'][0]}")
+
+
 def running(scene: Scene) -> None:
     """The VM runs from its local disk."""
     if scene.vm_id in libvirt.active():
@@ -145,15 +199,23 @@ def stop(scene: Scene) -> Call:
 def collect(scene: Scene) -> Call:
     """gc, as cron runs it."""
     del scene
+    return by_root("gc")
+
+
+def prefetch(scene: Scene) -> Call:
+    return by_root("prefetch", str(scene.image.volumes[0].path))
+
+
+def by_root(*words: str) -> Call:
     process = subprocess.Popen(
-        [str(host.PROGRAM), "gc"],
+        [str(host.PROGRAM), *words],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
-    return Call("gc", {}, None, [host.PROGRAM], process)
+    return Call(words[0], {}, None, [host.PROGRAM], process)
 
 
 @dataclass(frozen=True)
@@ -169,7 +231,7 @@ class Flow:
 
     @property
     def has_hook(self) -> bool:
-        """gc is one process; a hook has a helper."""
+        """gc is one process; a hook, and prefetch, have a helper."""
         return self.do is not collect
 
     @property
@@ -191,4 +253,10 @@ FLOWS = (
     Flow("gc", garbage, collect),
     Flow("erase", to_erase, collect, ERASE),
     Flow("recovery", running, recover, "", "kept", recover),
+    Flow("first of a template thick", nothing, start_thick, CACHE),
+    Flow("first of a template thin", nothing, start_thin, CACHE, start_again=start_thin),
+    Flow("second of a template thick", cached_thick, start_thick, CACHE),
+    Flow("second of a template thin", cached_thin, start_thin, CACHE, start_again=start_thin),
+    Flow("gc of templates", old_templates, collect, CACHE),
+    Flow("prefetch", nothing, prefetch, CACHE),
 )

@@ -27,6 +27,7 @@ from tests.integration.steps import (
     THICK,
     configure,
     equals_source,
+    localdisk,
     one_line,
     start,
     starting,
@@ -39,10 +40,12 @@ SIZE = 4 * MIB
 
 
 @pytest.fixture(autouse=True)
-def _defaults(libvirt: None) -> Iterator[None]:
-    configure()
+def _cached(volume_group: str, libvirt: None) -> Iterator[None]:
+    """With the template cache on: all that is there without it comes first, and more can go wrong."""
+    configure("cache: {templates: on}\n")
     yield
     configure()
+    localdisk("gc")
 
 
 @dataclass(frozen=True)
@@ -222,7 +225,7 @@ def test_the_canary_sings() -> None:
 
 
 @pytest.mark.parametrize("name", ATTACKS)
-def test_attack(volume_group: str, file_storage: FileStorage, name: str) -> None:
+def test_attack(file_storage: FileStorage, name: str) -> None:
     image = file_storage.clone(file_storage.template(SIZE, COW, 3), seed=4)
     given, data, vm_id = Given(file_storage, image), disk_json(Disk("vda", image)), new_id()
     CANARY.write_bytes(SECRET)
@@ -241,7 +244,9 @@ def test_attack(volume_group: str, file_storage: FileStorage, name: str) -> None
     else:
         assert len(one_line(result)) < 900
         assert result.data == data
-    assert host.logical_volumes() == {}
+    # Where the attack is found while the layer is copied, the template below it is in the cache.
+    left = {name: " ".join(tags) for name, tags in host.logical_volumes().items()}
+    assert not [name for name, tags in left.items() if "TEMPLATE_" not in tags or "UPDATING" in tags]
     assert not list(LOCKS.glob("*.*"))
 
 
@@ -285,7 +290,7 @@ LEGITIMATE: dict[str, Callable[[Given], Image]] = {
 
 
 @pytest.mark.parametrize("name", LEGITIMATE)
-def test_legitimate(volume_group: str, file_storage: FileStorage, name: str) -> None:
+def test_legitimate(file_storage: FileStorage, name: str) -> None:
     given = Given(file_storage, file_storage.template(SIZE, COW, 6))
     CANARY.write_bytes(SECRET)
     image = LEGITIMATE[name](given)

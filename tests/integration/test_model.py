@@ -119,7 +119,7 @@ class RealWorld:
 
     def __init__(self, storage: FileStorage) -> None:
         self.storage = storage
-        self.cannot = frozenset({"twins", "silence", "power_cut"})
+        self.cannot = frozenset({"twins", "silence", "power_cut", "cache"})
         if not host.throwaway():
             self.cannot |= {"clock"}
         self.images: dict[str, Image] = {}
@@ -186,7 +186,8 @@ class RealWorld:
         free = run("vgs", "--noheadings", "--units", "b", "--nosuffix", "-o", "vg_free", host.VOLUME_GROUP)
         return Room(int(free), 2 << 30)
 
-    def new_image(self, rng: random.Random) -> tuple[str, Source]:
+    def new_image(self, rng: random.Random, base: Source | None = None) -> tuple[str, Source]:
+        assert base is None, "templates are for the walk in memory"
         size, seed = rng.choice((8 * MIB, 10 * MIB + 1536)), rng.getrandbits(30)
         image = self.storage.template(size, rng.choice((RAW, COW)), seed)
         if rng.random() < 0.6:
@@ -212,7 +213,9 @@ class RealWorld:
             self.contents.learn(raw, content)
         return Source(image.leaf.id, f"v{self.versions}", content, image.leaf.size, -1)
 
-    def change(self, image_id: str, source: Source, how: str, rng: random.Random) -> Source | None:
+    def change(
+        self, image_id: str, source: Source, how: str, rng: random.Random, base: Source | None = None
+    ) -> Source | None:
         image, content = self.images[image_id], source.content
         *rest, leaf = image.volumes
         if how == "content":
@@ -237,6 +240,15 @@ class RealWorld:
             return None
         self.images[image_id] = image
         return self._new(image, content)
+
+    def new_template(self, rng: random.Random) -> Source:
+        raise NotImplementedError
+
+    def change_template(self, template: Source, rng: random.Random) -> Source:
+        raise NotImplementedError
+
+    def tamper(self, uuid: str, how: str, token: str) -> None:
+        raise NotImplementedError
 
     def configure(self, rules: Rules) -> None:
         configure(rules.yaml())

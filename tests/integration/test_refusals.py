@@ -217,7 +217,7 @@ def claim(vm_id: str, image: Image, **changes: object) -> dict[str, object]:
     }
 
 
-PREPARE = {"verb": "prepare", "size": 8 * MIB, "fingerprint": "0" * 32, "writes": 0}
+PREPARE = {"verb": "prepare", "size": 8 * MIB, "fingerprint": "0" * 32, "writes": 0, "base": None}
 
 
 def test_helper_refuses(others: tuple[str, Image]) -> None:

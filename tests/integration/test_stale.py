@@ -48,6 +48,7 @@ def image_of(storage: FileStorage, size: int, rng: random.Random) -> Image:
     image_id, volume_format = new_id(), rng.choice((RAW, COW))
     volumes = [storage.new_volume(image_id, volume_format, size)]
     write_pieces(volumes[0], size, rng)
+    storage.publish(volumes[0])
     if rng.random() < 0.5:
         volumes.append(storage.new_volume(image_id, COW, size, volumes[0]))
         write_pieces(volumes[1], size, rng)
@@ -64,10 +65,17 @@ def write_pieces(volume: object, size: int, rng: random.Random) -> None:
         qemu_io(volume, pieces)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("is_cached", [False, True], ids=["copied", "cached"])
 @pytest.mark.parametrize("custom", [THICK, THIN], ids=["thick", "thin"])
-def test_nothing_old_shows_through(thin_pool: str, file_storage: FileStorage, custom: dict[str, str]) -> None:
-    """Twenty disks of one VM, odd sizes, made by one hook run, where everything was full of a pattern."""
+def test_nothing_old_shows_through(
+    thin_pool: str, file_storage: FileStorage, custom: dict[str, str], is_cached: bool
+) -> None:
+    """Twenty disks of one VM, odd sizes, made by one hook run, where everything was full of a pattern.
+
+    The base of each is a template's; with the cache on, each goes through a template LV of its size.
+    """
     old_everywhere(custom == THIN)
+    configure("cache: {templates: on}\n" if is_cached else "")
     rng = random.Random(7)
     images = [image_of(file_storage, size, rng) for size in SIZES]
     names = [f"vd{letter}" for letter in string.ascii_lowercase]
@@ -78,6 +86,8 @@ def test_nothing_old_shows_through(thin_pool: str, file_storage: FileStorage, cu
         assert equals_source(image), size
     libvirt.undefine(vm.id)
     stop(vm.id, *images, custom=custom)
+    assert len(host.logical_volumes()) == 1 + is_cached * len(SIZES)
+    configure()
     localdisk("gc")
     assert set(host.logical_volumes()) == {host.THIN_POOL}
 

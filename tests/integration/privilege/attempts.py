@@ -65,7 +65,7 @@ class Scene:
 
 
 def prepare(**changes: object) -> dict[str, object]:
-    return {"verb": "prepare", "size": SIZE, "fingerprint": "0" * 32, "writes": 0, **changes}
+    return {"verb": "prepare", "size": SIZE, "fingerprint": "0" * 32, "writes": 0, "base": None, **changes}
 
 
 # -- who tries

@@ -138,6 +138,33 @@ EARLY: dict[str, Request] = {
     "progress before claim": lambda _: {"verb": "progress", "done": 1, "written": 1},
     "commit before claim": lambda _: {"verb": "commit"},
 }
+
+
+def prefetch(backend: object = "lvm", **changes: object) -> dict[str, object]:
+    base = {"volume": new_id(), "domain": "", "fingerprint": "0" * 32, "size": 4 << 20, **changes}
+    return {"verb": "prefetch", "backend": backend, "base": base}
+
+
+# With the template cache on.
+TEMPLATES: dict[str, Request] = {
+    "a backend that is none": lambda _: prefetch("raid"),
+    "a backend as a list": lambda _: prefetch(["lvm"]),
+    "no base": lambda _: {**prefetch(), "base": None},
+    "a base as a list": lambda _: {**prefetch(), "base": [new_id()]},
+    "a field of the base too many": lambda _: prefetch(name="backup"),
+    "the name of the template LV": lambda s: {**prefetch(), "volume": s.kept},
+    "template: a path": lambda s: prefetch(volume=f"../{s.shared_group}/{s.shared_volume}"),
+    "template: a tag": lambda _: prefetch(volume="@localdisk"),
+    "template: a tag in it": lambda s: prefetch(volume=f"{new_id()},VM_{s.kept_vm}"),
+    "domain: an option": lambda _: prefetch(domain="--config=global/use_lvmlockd=1"),
+    "domain: the volume group": lambda _: prefetch(domain=GROUP),
+    "fingerprint: a tag in it": lambda s: prefetch(fingerprint=f"{'0' * 32},VM_{s.kept_vm}"),
+    "template: no bytes": lambda _: prefetch(size=0),
+    "template: not whole sectors": lambda _: prefetch(size=513),
+    "template: 2^63 bytes": lambda _: prefetch(size=1 << 63),
+    "template: half a byte": lambda _: prefetch(size=4194304.5),
+    "fill before prefetch": lambda _: {"verb": "fill", "writes": 0},
+}
 ALONE = {**NO_JSON, **VERBS, **NAMES, **OTHERS, **EARLY}
 
 
@@ -154,13 +181,51 @@ def test_request(alone: Told, name: str) -> None:
     alone.assert_refused(name)
 
 
+@pytest.fixture(scope="module")
+def of_templates(scene: Scene) -> Iterator[Told]:
+    with aside(CONFIG):
+        configure("cache: {templates: on}\n")
+        before = traces(scene)
+        with Talk() as talk:
+            answers = {name: talk.ask(request(scene)) for name, request in TEMPLATES.items()}
+        yield Told(answers, before, traces(scene))
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_request_for_a_template(of_templates: Told, name: str) -> None:
+    of_templates.assert_refused(name)
+
+
+def test_templates_are_made_in_order(scene: Scene, untouched: None) -> None:
+    """Filled once, committed once, and gone when it is not: no verb makes one ready that was not made."""
+    with aside(CONFIG):
+        configure("cache: {templates: on}\n")
+        for requests in (
+            [{"verb": "commit"}],
+            [prepare()],
+            [{"verb": "progress", "done": 1, "written": 1}],
+            [{"verb": "fill", "writes": 0}, {"verb": "fill", "writes": 0}],
+            [{"verb": "fill", "writes": 0}, prepare()],
+            [{"verb": "fill", "writes": 1 << 63}],
+        ):
+            with Talk() as talk:
+                assert talk.ask(prefetch())["ready"] is False
+                answers = [talk.ask(request) for request in requests]
+            assert is_refusal(answers[-1]), answers
+
+
 def test_a_running_vms_claim_gets_nothing_to_prepare(scene: Scene) -> None:
     """The VM's own claim, when vdsm has restarted: it learns the path, and no verb comes after that."""
     before = traces(scene)
     claim = scene.claim(vm=scene.running_vm, image=scene.running_image, volume=scene.running)
     for then in (prepare(), {"verb": "commit"}):
         with Talk() as talk:
-            assert talk.ask(claim) == {"stays": False, "path": f"/dev/{GROUP}/{scene.running}", "thin": False}
+            assert talk.ask(claim) == {
+                "stays": False,
+                "path": f"/dev/{GROUP}/{scene.running}",
+                "thin": False,
+                "cached": False,
+            }
             assert is_refusal(talk.ask(then))
     assert traces(scene) == before
 
@@ -204,7 +269,7 @@ def after_claim(scene: Scene) -> Told:
     answers = {}
     with Talk() as talk:
         for name, request in AFTER_CLAIM.items():
-            assert talk.ask(scene.claim()) == {"stays": False, "path": "", "thin": False}
+            assert talk.ask(scene.claim()) == {"stays": False, "path": "", "thin": False, "cached": False}
             answers[name] = talk.ask(request)
     return Told(answers, before, traces(scene))
 
@@ -362,7 +427,7 @@ def test_two_helpers_on_one_disk(scene: Scene, untouched: None) -> None:
             assert "UPDATING" in host.logical_volumes()[volume]
             first.end()
             assert volume not in host.logical_volumes()
-            assert second.answer() == {"stays": False, "path": "", "thin": False}
+            assert second.answer() == {"stays": False, "path": "", "thin": False, "cached": False}
             assert is_refusal(second.answer())
             assert is_refusal(second.answer())
 
