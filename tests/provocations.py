@@ -11,6 +11,7 @@ import errno
 import io
 import json
 import os
+import pwd
 import select
 import signal
 import stat
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from localdisk import (
+    cache,
     cli,
     config,
     copy,
@@ -35,7 +37,9 @@ from localdisk import (
     image,
     install,
     lock,
+    lvm,
     metrics,
+    prefetch,
     removal,
     run,
     uninstall,
@@ -48,9 +52,10 @@ from localdisk.config import Config
 from localdisk.definition import Disk, localize_disk, localize_domain, read_disk, read_domain
 from localdisk.disk import LocalDisk
 from localdisk.errors import CommandFailed, Error
+from localdisk.image import Layer, Source
 from localdisk.lvm import VolumeGroup
 from localdisk.vdsm import DATA_LIMIT, DOMXML, JSON, Call
-from tests import test_client, test_copy, test_hook, test_session
+from tests import test_cache, test_client, test_copy, test_hook, test_prefetch, test_session
 from tests.fakes import (
     EXTENT,
     IMAGE,
@@ -64,6 +69,7 @@ from tests.fakes import (
     report,
     tags,
 )
+from tests.test_cache import BASE, DOMAIN, FILL, ON, OWN_VOLUME, PREFETCH, THICK_LV, WITH_BASE
 from tests.test_image import FORMAT, LEAF, extension, made
 from tests.test_image import disk as source_disk
 
@@ -74,6 +80,7 @@ MIB = 1 << 20
 FILLERS = "ЖДФЯЮЩЭБГЛ"  # letters of hostile texts; no message of ours has them
 HOSTILE = "\n\r\0\x1b[31m\u202e{vg}%s"
 SPACE = os.strerror(errno.ENOSPC)
+CLAIM, PREPARE, COMMIT = test_session.CLAIM, test_session.PREPARE, test_session.COMMIT_IT
 
 
 @dataclass
@@ -229,6 +236,147 @@ CLI = {
     "Ctrl-C": case(ended_by(lambda _: KeyboardInterrupt()), "interrupted"),
     "OSError": case(ended_by(lambda w: OSError(5, "Input/output error", w.evil())), "evil"),
     "a bug": case(ended_by(lambda w: RuntimeError(w.evil())), "evil", "LOCALDISK_DEBUG=1"),
+}
+
+# -- cache, prefetch
+
+SMALL = "cache: {templates: on, max_size: 4MiB}"
+ON_BLOCK = {**WITH_BASE, "base": {**BASE, "domain": DOMAIN}}
+
+
+def cached(*requests: object, text: str = ON, host: Callable[[World, FakeHost], object]) -> Provoke:
+    """What a session says where there is a cache and the host is like that."""
+
+    def provoke(world: World) -> object:
+        there = world.host()
+        host(world, there)
+        return world.ask(*requests, text=text, host=there)
+
+    return provoke
+
+
+def starts_from(host: Callable[[World, FakeHost], object]) -> Provoke:
+    """A start from a template LV that is ready, on a host like that."""
+
+    def prepared(world: World, there: FakeHost) -> None:
+        test_cache.add_template(there)
+        host(world, there)
+
+    return cached(CLAIM, WITH_BASE, host=prepared)
+
+
+def on_block(world: World, there: FakeHost) -> None:
+    there.domain_tags[f"{DOMAIN}/{OWN_VOLUME}"] = {f"IU_{IMAGE}"}
+    world.patch.setattr(cache, "_devices", lambda _path: ["/dev/sda"])
+
+
+def swapped(world: World) -> object:
+    """Somebody has removed the template LV that is filled."""
+    there = world.host()
+    hook = test_session.Hook(there, ON)
+    hook.ask(PREFETCH)
+    hook.ask(FILL)
+    del there.volumes[THICK_LV]
+    return hook.ask(COMMIT)
+
+
+def ends_fetching(world: World) -> None:
+    """Where what was not finished cannot be removed either."""
+    there = world.host()
+    hook = test_session.Hook(there, ON)
+    hook.ask(PREFETCH)
+    hook.ask(FILL)
+    there.fail("lvremove", world.evil(), times=9)
+    hook.session.end()
+
+
+CACHE = {
+    "full": case(cached(PREFETCH, FILL, text=SMALL, host=lambda _w, _h: None), "16 MiB", "4 MiB"),
+    "full at a start": case(
+        cached(CLAIM, WITH_BASE, FILL, text=SMALL, host=lambda _w, _h: None), "not cached", VOLUME, "16 MiB"
+    ),
+    "spoiled": case(starts_from(lambda _w, h: h.spoil(THICK_LV)), THICK_LV, OWN_VOLUME),
+    "unreadable": case(
+        starts_from(lambda w, _: w.raises(cache, "_sample", OSError(5, w.evil()))), THICK_LV, "evil"
+    ),
+    "unmarked": case(
+        starts_from(lambda w, h: h.fail("lvchange", w.evil(), when="--addtag USED")), THICK_LV, "evil"
+    ),
+    "foreign": case(
+        cached(CLAIM, WITH_BASE, host=lambda w, h: h.add(THICK_LV, {w.word()[:100]})),
+        f"ovirt-local/{THICK_LV}",
+    ),
+    "no device": case(
+        starts_from(lambda w, _: w.patch.setattr(VolumeGroup, "activate", lambda *_: None)),
+        f"/dev/ovirt-local/{THICK_LV}",
+    ),
+    "the image's own": case(cached(CLAIM, ON_BLOCK, host=on_block), OWN_VOLUME),
+    "no block volume": case(cached(CLAIM, ON_BLOCK, host=lambda _w, _h: None), f"/dev/{DOMAIN}/{OWN_VOLUME}"),
+    "gone": case(swapped, OWN_VOLUME, "not the one"),
+    "broken off": case(ends_fetching, OWN_VOLUME, THICK_LV, "evil"),
+}
+
+
+def volume_of(world: World, **metadata: str) -> str:
+    """The path of a volume of this metadata, in a directory that an attacker names."""
+    path = world.directory / world.name() / test_prefetch.VOLUME
+    path.parent.mkdir()
+    path.write_bytes(b"x" * 512)
+    lines = (f"{key}={value}\n" for key, value in {**test_prefetch.METADATA, **metadata}.items())
+    path.with_suffix(".meta").write_text("".join(lines) + "EOF\n")
+    return str(path)
+
+
+def fetched(name: Callable[[World], str]) -> Provoke:
+    def provoke(world: World) -> str:
+        test_prefetch.Storage(world.patch, world.directory)
+        return prefetch.prefetch(name(world), "lvm")
+
+    return provoke
+
+
+def told(**metadata: str) -> Provoke:
+    """Fetched by its id, where a storage domain has it."""
+
+    def provoke(world: World) -> str:
+        test_prefetch.Storage(world.patch, world.directory).tell(**metadata)
+        return prefetch.prefetch(test_prefetch.VOLUME, "lvm")
+
+    return provoke
+
+
+def no_vdsm(world: World) -> None:
+    world.patch.setattr(os, "geteuid", lambda: 0)
+    world.raises(pwd, "getpwnam", KeyError("vdsm"))
+    prefetch.become_vdsm()
+
+
+def block_volume(world: World) -> str:
+    world.patch.setattr(os.path, "realpath", lambda path: f"/dev/dm-3{path}")
+    return prefetch.prefetch(f"{world.evil_path()}/{test_prefetch.VOLUME}", "lvm")
+
+
+def changes(world: World) -> str:
+    storage = test_prefetch.Storage(world.patch, world.directory)
+    path = volume_of(world)
+    storage.path.unlink()
+    os.link(path, storage.path)
+    storage.on_copy = lambda: os.utime(path)
+    return prefetch.prefetch(str(storage.path), "lvm")
+
+
+FETCHED = test_prefetch.VOLUME
+PREFETCHES = {
+    "no vdsm": case(no_vdsm, "vdsm"),
+    "neither": case(lambda w: prefetch.prefetch(w.evil(HOSTILE.replace("/", "")), "lvm"), "'evil'"),
+    "nowhere": case(fetched(lambda _: OTHER_VOLUME), OTHER_VOLUME, "files"),
+    "no id": case(lambda w: prefetch.prefetch(w.evil_path(), "lvm"), "/evil"),
+    "block storage": case(block_volume, "/evil", FETCHED),
+    "no metadata": case(fetched(lambda w: volume_of(w, FORMAT=w.evil())), "/evil", FETCHED),
+    "no template": case(fetched(lambda w: volume_of(w, VOLTYPE=w.evil())), "/evil", FETCHED),
+    "none by its id": case(told(VOLTYPE="LEAF"), FETCHED),
+    "illegal": case(fetched(lambda w: volume_of(w, LEGALITY=w.evil())), "/evil", FETCHED),
+    "changes": case(changes, FETCHED, "try again"),
 }
 
 # -- client and helper
@@ -410,7 +558,6 @@ DEFINITION = {
 
 # -- disk, session
 
-CLAIM, PREPARE = test_session.CLAIM, test_session.PREPARE
 OTHER_PREPARE = {**PREPARE, "fingerprint": "f" * 32}
 LV = f"ovirt-local/{VOLUME}"
 SCRATCH = "volume_group: scratch"  # as some captured reports have it
@@ -536,6 +683,16 @@ def garbage(line: bytes) -> Provoke:
     return lambda w: test_session.Hook(w.host()).session.serve(line)
 
 
+def base(**changed: Callable[[World], object]) -> Provoke:
+    """Prepared from a base that has these fields."""
+    return session(CLAIM, lambda w: {**WITH_BASE, "base": {**BASE, **{k: v(w) for k, v in changed.items()}}})
+
+
+def another_base(world: World) -> object:
+    other = {**WITH_BASE, "base": {**BASE, "volume": OTHER_VOLUME}}
+    return world.ask(CLAIM, WITH_BASE, other, text=ON)
+
+
 LOOK = {"verb": "look", "vm": VM, "property": "lvm"}
 REQUEST = "request to the helper"
 SESSION = {
@@ -550,6 +707,14 @@ SESSION = {
     "replaced": case(replaced, REQUEST, "unfinished disk"),
     "property": case(session(lambda w: {**CLAIM, "property": w.evil()}), "property"),
     "order": case(session({"verb": "commit"}), REQUEST, "order"),
+    "order of prepare": case(session(PREPARE), REQUEST, "order"),
+    "order of fill": case(session(CLAIM, FILL), REQUEST, "order"),
+    "half a base": case(session(CLAIM, lambda w: {**PREPARE, "base": {w.evil(): 1}}), REQUEST, "base"),
+    "fingerprint of a base": case(base(fingerprint=lambda w: w.evil()), REQUEST, "base"),
+    "large base": case(base(size=lambda _: 1 << 40), REQUEST, "base"),
+    "another base": case(another_base, REQUEST, "base"),
+    "backend": case(session(lambda w: {**PREFETCH, "backend": w.evil()}), REQUEST, "backend"),
+    "no cache": case(session(PREFETCH), "ovirt-local", "templates: on"),
     "no JSON": case(garbage(b"\xff{"), REQUEST),
     "no verb": case(session(lambda w: {"evil": w.evil()}), REQUEST, "verb"),
     "verb": case(session(lambda w: {"verb": w.evil()}), REQUEST, "verb"),
@@ -597,6 +762,14 @@ def not_removed(world: World) -> str:
     return collects(world, there)
 
 
+def template_not_removed(world: World) -> str:
+    there = world.host()
+    there.add(THICK_LV, test_cache.template_tags("UPDATING"))
+    there.fail("lvremove", world.evil(), times=99)
+    collects(world, there)
+    return ""
+
+
 def unread_vm(world: World) -> object:
     there = world.host()
     there.active = {VM}
@@ -608,6 +781,7 @@ GC = {
     "in vain": case(in_vain, "libvirt", "virsh"),
     "no list": case(no_list, "evil", "virsh"),
     "not removed": case(not_removed, VOLUME, "evil"),
+    "template not removed": case(template_not_removed, OWN_VOLUME, "evil"),
     "VM's XML": case(unread_vm, f"vm={VM}", "evil"),
 }
 
@@ -705,13 +879,16 @@ INSTALL = {
     "in the way": case(in_the_way, "/evil"),
     "leads out": case(leads_out, "/root/evil", "/usr"),
     "a directory": case(directory_in_the_way, "/evil"),
-    "busy": case(lambda w: uninstalls(w), LV, VM, "--force"),
+    "busy": case(lambda w: uninstalls(w, VOLUME, tags()), LV, VM, "--force"),
+    "busy template": case(
+        lambda w: uninstalls(w, THICK_LV, test_cache.template_tags()), f"template LV ovirt-local/{THICK_LV}"
+    ),
 }
 
 
-def uninstalls(world: World) -> object:
+def uninstalls(world: World, name: str, lv_tags: set[str]) -> object:
     there = world.host()
-    there.add(VOLUME, tags(), lv_device_open="open")
+    there.add(name, lv_tags, lv_device_open="open")
     world.patch.setattr(config, "DEFAULT_PATH", "/nonexistent")
     return list(uninstall.uninstall())
 
@@ -770,6 +947,7 @@ LVM = {
     "shared": case(lock_type, "ovirt-local", "sanlock"),
     "size": case(group_report, "lvm fullreport", "evil"),
     "threshold": case(thin(error=lambda _: "pool has reached threshold."), "ovirt-local/pool0"),
+    "tags": case(printed(lambda: lvm.read_tags("vg", "lv", ["/dev/sda"])), "lvs lv", "not understood"),
     "no node": case(node(lambda _: "", "/nonexistent/lv"), "/nonexistent/lv", "udev"),
     "another device": case(node(lambda w: w.evil(), os.devnull), os.devnull, "evil"),
 }
@@ -880,6 +1058,26 @@ def cut(length: int) -> Provoke:
     return lambda w: w.source(made()[:length])
 
 
+def mapped(script: Callable[[World], str]) -> Provoke:
+    """What layers hold, with this in the place of qemu-img map."""
+
+    def provoke(world: World) -> None:
+        start, path = run.start_reporting, world.evil_path()
+        tool = ["sh", "-c", script(world)]
+        world.patch.setattr(run, "start_reporting", lambda _argv, fds: start(tool, fds))
+        layer = Layer(path, "qcow2", 0, False, MIB, "")
+        Source((layer, layer)).writes_above()
+
+    return provoke
+
+
+def stands_on_another(world: World) -> None:
+    path = world.directory / LEAF
+    path.write_bytes(made(backing=world.evil().encode()[:1000]))
+    with image.opened_alone(str(path), "qcow2"):
+        pass
+
+
 FEATURES = {1: "not closed", 2: "corrupt", 4: "external data file", 1 << 40: "0x10000000000"}
 PRLIMIT = ("prlimit", "--as=1")
 IMAGES = {
@@ -911,6 +1109,10 @@ IMAGES = {
     ),
     "measure says": case(measured(lambda w: w.evil()), LEAF, "qemu-img measure", "evil"),
     "no qemu-img": case(measured(lambda _: CommandFailed(PRLIMIT, 127, "")), "qemu-img"),
+    "map": case(mapped(lambda w: f"echo {w.evil('x')} >&2; exit 3"), "qemu-img map", "3", "evil"),
+    "map says": case(mapped(lambda w: f"echo {w.evil('x')}"), "qemu-img map", "evil"),
+    "no qemu-img to map": case(mapped(lambda _: "exit 127"), "qemu-img"),
+    "not alone": case(stands_on_another, LEAF, "another volume"),
 }
 
 # -- vdsm
@@ -957,6 +1159,7 @@ VDSM = {
 CASES: dict[str, Case] = {
     f"{module}: {name}": each
     for module, table in {
+        "cache": CACHE,
         "cli": CLI,
         "client": CLIENT,
         "config": CONFIG,
@@ -970,6 +1173,7 @@ CASES: dict[str, Case] = {
         "install": INSTALL,
         "lvm": LVM,
         "metrics": METRICS,
+        "prefetch": PREFETCHES,
         "removal": REMOVAL,
         "run": RUN,
         "session": SESSION,

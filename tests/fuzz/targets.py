@@ -15,9 +15,23 @@ from unittest import mock
 
 import pytest
 
-from localdisk import config, counters, definition, domains, gc, image, lock, progress, run, snapshot, status
+from localdisk import (
+    config,
+    counters,
+    definition,
+    domains,
+    gc,
+    image,
+    lock,
+    origin,
+    progress,
+    run,
+    snapshot,
+    status,
+    template,
+)
 from localdisk.definition import Disk
-from localdisk.disk import local_disks
+from localdisk.disk import LocalDisk, local_disks
 from localdisk.errors import Error
 from localdisk.image import Header
 from localdisk.lvm import VolumeGroup
@@ -114,13 +128,35 @@ def _measure(data: bytes) -> None:
         assert 0 <= source.writes(leaves_out_zeros=True) <= 1 << 30
 
 
+def _metadata(data: bytes) -> bool:
+    """What lies beside a volume; other strings and other keys than vdsm's are nobody's."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:
+        path = Path(directory) / IMAGE / VOLUME
+        path.parent.mkdir()
+        path.write_bytes(b"x" * 512)
+        path.with_suffix(".meta").write_bytes(data)
+        told = origin.read_metadata(str(path))
+        with image.opened_alone(str(path), "raw") as source:
+            is_template = origin.is_template(source.base)
+    assert all(isinstance(value, str) and "\n" not in value for value in told.values())
+    if is_template:  # it has but one image, which it must name
+        assert (told["IMAGE"], told["VOLTYPE"], told["LEGALITY"]) == (IMAGE, "SHARED", "LEGAL")
+    return bool(told)
+
+
+def _map(data: bytes) -> None:
+    for line in data.splitlines(keepends=True):
+        assert isinstance(image._held(line, PATH), int)
+
+
 # -- what the hook asks of the helper
 
 
 class _Helper:
     """One helper with a claimed disk; requests come one after the other, as lines."""
 
-    def __init__(self) -> None:
+    def __init__(self, text: bytes = b"") -> None:
+        self._config = config.parse(text, "F")
         self._directory = Path(tempfile.mkdtemp(dir="/dev/shm"))
         self.host = FakeHost()
         self.host.add(VOLUME, tags("STOPPED_5"), 64 << 20)
@@ -133,7 +169,7 @@ class _Helper:
             return self._read(data)
 
     def _read(self, data: bytes) -> bool:
-        session, done = Session(config.parse(b"", "F"), lambda _: None), 0
+        session, done = Session(self._config, lambda _: None), 0
         for line in data.split(b"\n")[:8]:
             answer = session.serve(line[: 64 << 10])
             assert json.dumps(answer)
@@ -143,6 +179,10 @@ class _Helper:
         session.end()
         assert self.host.volumes[OTHER_VOLUME].lv_tags == tags(vm=OTHER_VM)
         assert "pool0" in self.host.volumes
+        for name, volume in self.host.volumes.items():
+            assert "UPDATING" not in volume.lv_tags, f"{name} was left unfinished"
+        for found in template.templates(VolumeGroup.from_report(self.host.report())):
+            assert (found.lv.lv_permissions, found.is_open) == ("read-only", False)
         return done > 0
 
 
@@ -156,6 +196,17 @@ def _requests(data: bytes) -> bool:
 _helper: _Helper | None = None
 
 
+def _base_requests(data: bytes) -> bool:
+    """Where templates are cached."""
+    global _caching
+    if _caching is None:
+        _caching = _Helper(b"cache: {templates: on}")
+    return _caching.read(data)
+
+
+_caching: _Helper | None = None
+
+
 # -- what tools print
 
 
@@ -164,6 +215,11 @@ def _report(data: bytes) -> None:
     for disk in local_disks(vg):
         verdict = gc.decide(disk, gc.Witnesses(False, False, True), config.parse(b"", "F").others.policy, 1e9)
         assert verdict.reason
+    for found in template.templates(vg):
+        verdict = gc.decide_template(found, False, True, False, 5, 1e9)
+        assert verdict.reason
+        assert not LocalDisk.from_lv(found.lv)
+    template.too_many(vg, config.parse(b"", "F").cache)
     with ExitStack() as stack:
         for owner, name, value in (
             (VolumeGroup, "read", vg),
@@ -228,12 +284,38 @@ def _header() -> bytes:
 
 
 CLAIM = {"verb": "claim", "vm": VM, "property": "lvm", "image": IMAGE, "volume": VOLUME}
-PREPARE = {"verb": "prepare", "size": 64 << 20, "fingerprint": "0123456789abcdef" * 2, "writes": 4096}
+PREPARE = {
+    "verb": "prepare",
+    "size": 64 << 20,
+    "fingerprint": "0123456789abcdef" * 2,
+    "writes": 4096,
+    "base": None,
+}
 REQUESTS = (
     [CLAIM, PREPARE, {"verb": "progress", "done": 1, "written": 1}, {"verb": "commit"}],
     [{"verb": "look", "vm": VM, "property": "on", "disks": [{"image": IMAGE, "volume": VOLUME}]}],
     [{"verb": "release", "vm": VM, "property": "lvm"}],
     [{**CLAIM, "volume": OTHER_VOLUME}, PREPARE],
+)
+BASE = {"volume": VOLUME, "domain": "", "fingerprint": "fedcba9876543210" * 2, "size": 4 << 20}
+FROM_BASE = {**PREPARE, "base": BASE}
+FILL = ({"verb": "fill", "writes": 4096}, {"verb": "progress", "done": 1, "written": 1}, {"verb": "commit"})
+NEW = {**CLAIM, "volume": "33333333-3333-4333-8333-333333333333"}
+BASE_REQUESTS = (
+    [NEW, FROM_BASE, *FILL, FROM_BASE, {"verb": "commit"}],
+    [{**NEW, "property": "lvmthin"}, FROM_BASE, *FILL, FROM_BASE, {"verb": "commit"}],
+    [{"verb": "prefetch", "backend": "lvm", "base": BASE}, *FILL],
+    [{"verb": "prefetch", "backend": "lvmthin", "base": {**BASE, "domain": IMAGE}}],
+    [NEW, {**PREPARE, "base": {**BASE, "domain": IMAGE}}, PREPARE],
+)
+METADATA = (
+    b"CAP=1073741824\nCTIME=1700000000\nDESCRIPTION={}\nDISKTYPE=DATA\nFORMAT=COW\nGEN=0\n"
+    + f"IMAGE={IMAGE}\nLEGALITY=LEGAL\nTYPE=SPARSE\nVOLTYPE=SHARED\nEOF\n".encode()
+)
+MAPPED = (
+    b'[{ "start": 0, "length": 65536, "depth": 0, "present": true, "zero": false, "data": true, '
+    b'"offset": 327680},\n{ "start": 65536, "length": 983040, "depth": 1, "present": false, "zero": true, '
+    b'"data": false}]\n'
 )
 MEASURED = {"required": 5 << 20, "fully-allocated": 1 << 30}
 
@@ -253,6 +335,27 @@ TARGETS = (
     Target("disk element", lambda data: definition.read_disk_element(_text(data)), _elements()),
     Target("qcow2 header", _qcow2, (_header(), _header()[:104], b"QFI\xfb"), (b"\xff" * 8, bytes(8))),
     Target("qemu-img measure", _measure, (json.dumps(MEASURED).encode(),), (b"-1", b"1e9", b"null")),
+    Target("qemu-img map", _map, (MAPPED,), (b"-1", b"1e9", b"null", b"true", b"[[", b"},\n{")),
+    Target(
+        "volume metadata",
+        _metadata,
+        (METADATA, METADATA.replace(b"SHARED", b"LEAF")),
+        (
+            b"EOF\n",
+            b"VOLTYPE=SHARED\n",
+            b"LEGALITY=LEGAL\n",
+            b"=",
+            b"\x85",
+            "\u2028".encode(),
+            OTHER_VM.encode(),
+        ),
+    ),
+    Target(
+        "base requests",
+        _base_requests,
+        tuple("\n".join(map(json.dumps, lines)).encode() for lines in BASE_REQUESTS),
+        (VM.encode(), OTHER_VOLUME.encode(), b'"base": null', b'"lvmthin"', b"{}", b"null", b"-1", b"\n"),
+    ),
     Target(
         "helper requests",
         _requests,
@@ -263,7 +366,16 @@ TARGETS = (
         "lvm fullreport",
         _report,
         tuple(path.read_bytes() for path in sorted(REPORTS.glob("*.json"))),
-        (b"UPDATING", b"STOPPED_9", b'"unknown"', b"WARNING: x\n", b"STOPPED_" + b"9" * 18, b"1,5"),
+        (
+            f"localdisk,TEMPLATE_{VOLUME},SOURCE_{'a' * 32},SAMPLE_{'b' * 32},HOLDS_5,USED_5".encode(),
+            *(b"TEMPLATE_", b"USED_" + b"9" * 18, b"HOLDS_" + b"9" * 18, b"WRITES_5"),
+            b"UPDATING",
+            b"STOPPED_9",
+            b'"unknown"',
+            b"WARNING: x\n",
+            b"STOPPED_" + b"9" * 18,
+            b"1,5",
+        ),
     ),
     Target("virsh list", _names, (f"{VM} web\n\n====\n{VM}\n\n".encode(),), (b"error: x\n", b"====")),
     Target("virsh dumpxml", _xmls, tuple(b"\n" + each for each in _files("*.in.xml")), (b"</domain>\n",)),

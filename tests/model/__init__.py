@@ -3,10 +3,12 @@
     rules.py     a configuration
     state.py     all that is known: the rules, the VMs, their sources, the local disks
     predict.py   what a hook point or gc does in a state
+    shelf.py     the part of that about template LVs
     seen.py      a logical volume as it is, compared with the local disk that it should be
     orders.py    the orders in which two calls at once may have happened
     world.py     what a host must offer to be walked on
     judge.py     compares a host with a state
+    librarian.py the part of that about template LVs
     walk.py      the steps
     fake.py      a host in memory; tests/integration/test_model.py has a real one
 

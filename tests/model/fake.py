@@ -21,8 +21,8 @@ from typing import Any
 
 import pytest
 
-from localdisk import config, copy, gc, hook, image, lock, removal, run, vdsm
-from localdisk.copy import OnProgress, Target
+from localdisk import config, copy, gc, hook, image, lock, origin, prefetch, removal, run, vdsm
+from localdisk.copy import Device, OnProgress, Target
 from localdisk.errors import CommandFailed, Error
 from localdisk.helper import Ended as HelperEnded
 from localdisk.session import Session
@@ -33,12 +33,12 @@ from tests.bed.storage import Volume as BedVolume
 from tests.bed.vm import Disk as BedDisk
 from tests.bed.vm import Vm as BedVm
 from tests.bed.vm import disk_json, domain_xml
-from tests.fakes import FakeHost
+from tests.fakes import REAL_CLOSE, FakeHost, Volume
 from tests.model.predict import Call
 from tests.model.rules import MIB, Rules
 from tests.model.seen import Seen
-from tests.model.state import Room, Source, State
-from tests.model.world import FORBIDDEN, STRANGERS, Ended, Look, Trouble
+from tests.model.state import Piece, Room, Source, State
+from tests.model.world import FORBIDDEN, LEFT, STRANGERS, Ended, Look, Trouble
 
 VG = "ovirt-local"
 NOW = 1_760_000_000
@@ -58,6 +58,8 @@ class Process:
         self.befell, self.moments = "", 0
         self.is_hook_dead = self.is_helper_dead = False
         self.locks: dict[int, TrackedLock] = {}  # by descriptor
+        self.opened: dict[int, str] = {}  # volumes that the helper has open: UUIDs by descriptor
+        self.dead_fds: list[int] = []
         self.answer = ""
         self.says = ""  # why it has stopped running: waiting, paused, copying, ended
         self.error: BaseException | None = None
@@ -80,7 +82,11 @@ class Process:
 
     def is_due(self, is_change: bool) -> bool:
         """Count this moment; whether trouble comes now.  A copy is left alone elsewhere."""
-        if not self.trouble or self.trouble.kind == "copying" or (self.trouble.of_changes and not is_change):
+        if (
+            not self.trouble
+            or self.trouble.kind in ("copying", "filling")
+            or (self.trouble.of_changes and not is_change)
+        ):
             return False
         self.moments += 1
         return self.moments == self.trouble.at
@@ -90,12 +96,16 @@ class Process:
         if self.trouble:
             self.trouble = replace(self.trouble, at=self.trouble.at + 1)
 
-    def kill_helper(self) -> None:
+    def kill_helper(self, host: Host) -> None:
         """Its locks end with it; their files stay."""
         self.is_helper_dead = True
         for fd in self.locks:
             os.close(fd)
         self.locks.clear()
+        for fd, lv_uuid in self.opened.items():
+            host.close(lv_uuid, f"{id(self)} {fd}")
+        self.dead_fds += self.opened
+        self.opened.clear()
 
     def _run(self, work: Callable[[], None]) -> None:
         self._turn.acquire()
@@ -103,6 +113,8 @@ class Process:
             work()
         except BaseException as error:  # noqa: BLE001 (it is raised where the process ends)
             self.error = error
+        for fd in self.dead_fds:
+            REAL_CLOSE(fd)
         self.says = "ended"
         self._driver.release()
 
@@ -132,7 +144,9 @@ class Host(FakeHost):
         self.world = world
         self.holds: dict[str, tuple[str, ...]] = {}  # what is on it, by lv_uuid
         self.wiped: dict[str, str] = {}  # how it was erased, by lv_uuid
-        self.written: dict[str, int] = {}  # bytes of data, by lv_uuid
+        self.written: dict[str, int] = {}  # bytes of data of its own, by lv_uuid
+        self.shared: dict[str, Piece] = {}  # of snapshots, by lv_uuid
+        self.templates: set[str] = set()  # lv_uuids of what was made as a template LV
         self.gone: dict[str, str] = {}  # how it was erased, by lv_uuid
         self.openers: dict[str, set[str]] = {}  # who has it open, by lv_uuid
         self.volumes["pool0"].lv_size = POOL
@@ -143,6 +157,7 @@ class Host(FakeHost):
         is_change = words[0] not in ("lvm", "virsh")
         self.world.moment(is_change)
         names = [word for word in words[1:] if word.startswith(f"{VG}/")]
+        self._check_templates(words, names)
         if len(names) > 1 and self.world.dies_within(is_change):
             super().run([word for word in words if word not in names[1:]])
             self.world.die()
@@ -152,12 +167,35 @@ class Host(FakeHost):
         return answer
 
     def report(self) -> str:
-        total = sum(self.data(v.lv_uuid) for v in self.volumes.values() if v.pool_lv)
+        thin = [volume.lv_uuid for volume in self.volumes.values() if volume.pool_lv]
+        left = {self.shared[lv_uuid] for lv_uuid in thin if lv_uuid in self.shared}
+        total = sum(map(self.data, thin)) + sum(size for piece, size in left if piece not in thin)
         self.volumes["pool0"].data_percent = f"{100 * total / POOL:.2f}"
         for volume in self.volumes.values():
             if volume.pool_lv:
-                volume.data_percent = f"{100 * self.data(volume.lv_uuid) / volume.lv_size:.2f}"
+                mapped = self.data(volume.lv_uuid) + self.shared.get(volume.lv_uuid, ("", 0))[1]
+                volume.data_percent = f"{100 * mapped / volume.lv_size:.2f}"
         return super().report()
+
+    def digest(self, lv_name: str, size: int) -> str:
+        """A sample of it."""
+        return sha256(f"{self.holds[self.volumes[lv_name].lv_uuid]} {size}".encode()).hexdigest()[:32]
+
+    def _open(self, path: Any, flags: int, mode: int = 0o777, **more: Any) -> int:
+        fd = super()._open(path, flags, mode, **more)
+        if fd in self.opened:
+            process, lv_uuid = self.world.running, self.opened.pop(fd).lv_uuid
+            process.opened[fd] = lv_uuid
+            self.open(str(path).rpartition("/")[2], f"{id(process)} {fd}")
+        return fd
+
+    def _close(self, fd: int) -> None:
+        process = self.world.current
+        if process and fd in process.dead_fds:
+            return  # its process is dead; it is closed, and yet the number is not used again so soon
+        super()._close(fd)
+        if process and fd in process.opened:
+            self.close(process.opened.pop(fd), f"{id(process)} {fd}")
 
     def data(self, lv_uuid: str) -> int:
         return self.written.get(lv_uuid, 0)
@@ -178,8 +216,20 @@ class Host(FakeHost):
         volume = self.volumes[name]
         written = self.data(volume.lv_uuid) if volume.pool_lv else None
         is_open, holds = volume.lv_device_open != "", self.holds.get(volume.lv_uuid, ())
-        tags = frozenset(volume.lv_tags)
-        return Seen(name, volume.lv_uuid, volume.lv_size, tags, is_open, bool(volume.pool_lv), holds, written)
+        return Seen(
+            name=name,
+            uuid=volume.lv_uuid,
+            size=volume.lv_size,
+            tags=frozenset(volume.lv_tags),
+            is_open=is_open,
+            is_thin=bool(volume.pool_lv),
+            holds=holds,
+            written=written,
+            shared=self.shared.get(volume.lv_uuid, ("", 0)),
+            is_template=volume.lv_uuid in self.templates,
+            is_active=bool(volume.lv_active),
+            is_read_only=volume.lv_permissions == "read-only",
+        )
 
     def _check_running_vms(self) -> None:
         """No command, of whatever process, changes a running VM's disk."""
@@ -188,7 +238,10 @@ class Host(FakeHost):
             assert lv_uuid in there, f"a running VM's disk {before.name} is removed by {self.commands[-1]}"
             now = self.seen(there[lv_uuid])
             idle = {tag for tag in before.tags if tag.startswith(("STOPPED_", "UNNEEDED_"))}
-            is_same = replace(now, tags=before.tags, holds=before.holds, written=before.written) == before
+            is_same = (
+                replace(now, tags=before.tags, is_active=True, holds=before.holds, written=before.written)
+                == before
+            )
             is_same = is_same and before.tags - idle <= now.tags <= before.tags
             assert is_same, f"a running VM's disk was\n{before}, after\n{self.commands[-1]}\nit is\n{now}"
 
@@ -196,8 +249,25 @@ class Host(FakeHost):
         before = {*self.volumes}
         answer = super()._lvcreate(argv)
         for name in {*self.volumes} - before:
-            self.holds[self.volumes[name].lv_uuid] = ("what was there before",)
+            volume = self.volumes[name]
+            self.holds[volume.lv_uuid] = ("what was there before",)
+            if any(tag.startswith("TEMPLATE_") for tag in volume.lv_tags):
+                self.templates.add(volume.lv_uuid)
+            if "--snapshot" in argv:
+                origin = self.volumes[argv[-1].rpartition("/")[2]].lv_uuid
+                self.holds[volume.lv_uuid] = self.holds[origin]
+                self.shared[volume.lv_uuid] = (origin, self.data(origin))
         return answer
+
+    def _check_templates(self, words: list[str], names: list[str]) -> None:
+        """Whoever changes a template LV, reads it or starts from it holds its lock."""
+        if words[0] in ("lvm", "virsh"):
+            return
+        paths = {held.path for held in self.world.running.locks.values()}
+        named = words[3:4] if words[0] == "lvrename" else [name.rpartition("/")[2] for name in names]
+        for volume in filter(None, map(self.volumes.get, named)):
+            if volume.lv_uuid in self.templates:
+                assert lock.disk_lock(volume.lv_name) in paths, f"without its lock: {' '.join(words)}"
 
     def _lvremove(self, argv: list[str]) -> str:
         before = {volume.lv_uuid: volume for volume in self.volumes.values()}
@@ -223,6 +293,10 @@ class FakeSource:
     """What `image.opened` gives, of a source that exists in the model only."""
 
     source: Source
+    template: Source | None  # that it stands on
+    versions: Mapping[str, str]  # of templates, at any time
+    is_template: bool = False
+    grows = True
 
     @property
     def virtual_size(self) -> int:
@@ -233,7 +307,31 @@ class FakeSource:
         return sha256(self.source.version.encode()).hexdigest()[:32]
 
     def writes(self, leaves_out_zeros: bool) -> int:
-        return self.source.data if leaves_out_zeros else self.source.size
+        if not leaves_out_zeros:
+            return self.source.size
+        return self.source.data + (self.template.data if self.template else 0)
+
+    def writes_above(self) -> int:
+        return self.source.data
+
+    @property
+    def base_alone(self) -> FakeSource:
+        return FakeSource(self.template, None, self.versions, True) if self.template else self
+
+    # and what its base gives, a `Layer`
+
+    is_block = False
+
+    @property
+    def base(self) -> FakeSource:
+        return self.base_alone
+
+    @property
+    def path(self) -> str:
+        return f"/rhev/{self.source.volume}"
+
+    def is_unchanged(self) -> bool:
+        return self.versions[self.source.volume] == self.source.version
 
 
 class Conversation:
@@ -273,7 +371,7 @@ class Conversation:
 class FakeWorld:
     """The host that walks are made on.  Everything that it does follows from the walk's seed."""
 
-    troubles: tuple[str, ...] = ("helper", "hook", "all", "term", "fail", "pause", "copying")
+    troubles: tuple[str, ...] = ("helper", "hook", "all", "term", "fail", "pause", "copying", "filling")
     cannot: frozenset[str] = frozenset()
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, directory: Path, seed: int) -> None:
@@ -283,6 +381,8 @@ class FakeWorld:
         self.other: Process | None = None  # that is paused or copying
         self.current: Process | None = None
         self.sources: Mapping[str, Source] = {}  # by image id
+        self.templates: Mapping[str, Source] = {}  # by volume
+        self.template_versions: dict[str, str] = {}  # by volume
         self.history: dict[str, list[str]] = {}  # by image, its earlier leaves
         self.versions = 0
         self.config = config.parse(b"", "F")
@@ -294,7 +394,12 @@ class FakeWorld:
             (config, "load", lambda _path=None: self.config),
             (vdsm, "is_running", lambda: False),
             (image, "opened", self._opened),
+            (image, "opened_alone", self._opened_alone),
+            (origin, "read_metadata", lambda _path: {"FORMAT": "RAW", "VOLTYPE": "SHARED"}),
+            (origin, "is_template", lambda layer: layer.is_template),
             (copy, "copy", self._copy),
+            (copy, "copy_on", self._copy_on),
+            (copy, "apply", self._apply),
             (run, "start_talking", lambda _argv: Conversation(self)),
             (run, "ask", lambda helper, line: helper.ask(line)),
             (run, "close_input", lambda helper: helper.close()),
@@ -320,27 +425,50 @@ class FakeWorld:
     def room(self) -> Room:
         return Room(int(self.host.vg["vg_free"]), POOL)
 
-    def new_image(self, rng: random.Random) -> tuple[str, Source]:
+    def new_image(self, rng: random.Random, base: Source | None = None) -> tuple[str, Source]:
         image_id = self._id(rng)
         size = rng.choice((8 * MIB, 10 * MIB + 1536, 24 * MIB, 64 * MIB))
-        return image_id, self._new(self._id(rng), size, rng)
+        if base is None:
+            return image_id, self._new(self._id(rng), size, rng)
+        return image_id, self._new(self._id(rng), base.size + rng.choice((0, 0, 4 * MIB)), rng, base=base)
 
-    def _new(self, volume: str, size: int, rng: random.Random, content: str = "") -> Source:
+    def _new(
+        self, volume: str, size: int, rng: random.Random, content: str = "", base: Source | None = None
+    ) -> Source:
         self.versions += 1
-        data = rng.randint(0, size // MIB) * MIB
-        return Source(volume, f"v{self.versions}", content or f"c{self.versions}", size, data)
+        version, content = f"v{self.versions}", content or f"c{self.versions}"
+        if base is None:
+            return Source(volume, version, content, size, rng.randint(0, size // MIB) * MIB)
+        data = rng.randint(0, (size - base.data) // MIB) * MIB
+        return Source(volume, version, f"{content}/{base.content}", size, data, base.volume)
 
-    def change(self, image_id: str, source: Source, how: str, rng: random.Random) -> Source | None:
-        history = self.history.setdefault(image_id, [])
+    def change(
+        self, image_id: str, source: Source, how: str, rng: random.Random, base: Source | None = None
+    ) -> Source | None:
+        history, content = self.history.setdefault(image_id, []), source.content.partition("/")[0]
         if how == "content":
-            return self._new(source.volume, source.size, rng)
+            return self._new(source.volume, source.size, rng, base=base)
         if how == "snapshot":
             history.append(source.volume)
-            return self._new(self._id(rng), source.size, rng, source.content)
+            return self._new(self._id(rng), source.size, rng, content, base)
         if how == "merge":
-            return self._new(history.pop(), source.size, rng, source.content) if history else None
-        grown = self._new(source.volume, source.size + rng.choice((512, 4 * MIB)), rng, source.content)
+            return self._new(history.pop(), source.size, rng, content, base) if history else None
+        if how == "template":
+            return self._new(source.volume, source.size, rng, content, base)
+        grown = self._new(source.volume, source.size + rng.choice((512, 4 * MIB)), rng, content, base)
         return replace(grown, version=source.version) if rng.random() < 0.5 else grown
+
+    def new_template(self, rng: random.Random) -> Source:
+        return self._template(self._id(rng), rng.choice((8, 10, 24, 24, 40)) * MIB, rng)
+
+    def change_template(self, template: Source, rng: random.Random) -> Source:
+        content = template.content if rng.random() < 0.3 else ""
+        return self._template(template.volume, template.size, rng, content)
+
+    def _template(self, volume: str, size: int, rng: random.Random, content: str = "") -> Source:
+        made = self._new(volume, size, rng, content)
+        self.template_versions[volume] = made.version
+        return replace(made, data=rng.randint(1, size // MIB // 2) * MIB)
 
     def _id(self, rng: random.Random) -> str:
         return str(uuid.UUID(int=rng.getrandbits(128), version=4))
@@ -374,12 +502,27 @@ class FakeWorld:
 
     def hold(self, lv_uuid: str) -> bool:
         (volume,) = (volume for volume in self.host.volumes.values() if volume.lv_uuid == lv_uuid)
+        if lv_uuid in self.host.templates:  # to read it, one must activate it first
+            volume.lv_active = "active"
         if volume.lv_active:
             self.host.open(volume.lv_name, "somebody")
         return bool(volume.lv_active)
 
     def let_go(self, lv_uuid: str) -> None:
         self.host.close(lv_uuid, "somebody")
+
+    def tamper(self, lv_uuid: str, how: str, token: str) -> None:
+        (volume,) = (volume for volume in self.host.volumes.values() if volume.lv_uuid == lv_uuid)
+        if how == "spoil":
+            self.host.holds[lv_uuid] = (*self.host.holds[lv_uuid], token)
+        elif how == "make writable":
+            volume.lv_permissions = "writeable"
+        else:
+            name = "SOURCE_" if how == "change a tag" else "SAMPLE_"
+            tags = {tag for tag in volume.lv_tags if tag.startswith(name)}
+            volume.lv_tags -= tags
+            if how == "change a tag":
+                volume.lv_tags.add(f"{name}{sha256(token.encode()).hexdigest()[:32]}")
 
     def silence(self, is_silent: bool) -> None:
         self.host.libvirt_is_silent = is_silent
@@ -399,7 +542,7 @@ class FakeWorld:
         """Kill what runs."""
         process, self.other = self.other, None
         if process:
-            process.kill_helper()
+            process.kill_helper(self.host)
             process.is_hook_dead = True
             self._switch(process)
 
@@ -410,11 +553,11 @@ class FakeWorld:
             return self._libvirt(state, call.what, str(call.arguments[0]))
         if call.what in ("finish", "give up", "lose"):
             return self._end_copy(call.what)
-        self.sources = state.sources
+        self.sources, self.templates = state.sources, state.templates
         process = Process(state, call, trouble)
         process.start(self._work(process))
         other = self._until_it_ends(process)
-        if process.says in ("paused", "copying"):
+        if process.says in ("paused", *LEFT):
             self.other = process
         return replace(self._ended(process), other=other)
 
@@ -450,7 +593,7 @@ class FakeWorld:
 
     def _ended(self, process: Process) -> Ended:
         error, befell = process.error, process.befell
-        if process.says in ("paused", "copying"):
+        if process.says in ("paused", *LEFT):
             return Ended(process.says, befell)
         if isinstance(error, Dead):
             return Ended("killed", befell)
@@ -462,7 +605,7 @@ class FakeWorld:
 
     def _paths(self, process: Process) -> Mapping[str, str] | None:
         state, call = process.state, process.call
-        if call.what in ("gc", "gc --dry-run", "after_vm_destroy", *FORBIDDEN):
+        if call.what.startswith(("gc", "prefetch")) or call.what in ("after_vm_destroy", *FORBIDDEN):
             return None
         vm = state.vms[str(call.arguments[0])]
         paths = dict(vm.paths)
@@ -500,14 +643,16 @@ class FakeWorld:
             process.is_hook_dead = True
         elif how == "lose":
             process.is_hook_dead = True
-            process.kill_helper()
+            process.kill_helper(self.host)
         return replace(self.resume(), trouble="")
 
     def _work(self, process: Process) -> Callable[[], None]:
         state, call = process.state, process.call
         if call.what in ("gc", "gc --dry-run"):
             return lambda: self._gc(call)
-        point = "after_disk_prepare" if call.what == "before copy" else call.what
+        if call.what.startswith("prefetch"):
+            return lambda: self._prefetch(call)
+        point = "after_disk_prepare" if call.what in ("before copy", "before fill") else call.what
         vm_id = str(call.arguments[0])
         vm = state.vms[vm_id]
         if point == "after_disk_prepare":
@@ -542,6 +687,10 @@ class FakeWorld:
             assert gc.as_lines(found, call.what == "gc --dry-run").count("\n") == len(found.findings)
             self.running.answer = "doubts" if found.is_problem else ""
 
+    def _prefetch(self, call: Call) -> None:
+        template, backend = call.arguments
+        self.running.answer = prefetch.prefetch(f"/rhev/{template}", backend)
+
     # -- what a process meets
 
     @property
@@ -570,7 +719,7 @@ class FakeWorld:
             process.is_hook_dead = True
         else:
             process.is_hook_dead = kind == "all"
-            process.kill_helper()
+            process.kill_helper(self.host)
 
     def dies_within(self, is_change: bool) -> bool:
         """Whether the running process is killed in the middle of a command."""
@@ -598,32 +747,62 @@ class FakeWorld:
     def _opened(self, disk: Any) -> Iterator[FakeSource]:
         source = self.sources[disk.image_id]
         assert source.volume == disk.volume_id
-        yield FakeSource(source)
+        yield FakeSource(source, self.templates.get(source.base), self.template_versions)
+
+    @contextmanager
+    def _opened_alone(self, path: str, _format: str) -> Iterator[FakeSource]:
+        yield FakeSource(self.templates[path.rpartition("/")[2]], None, self.template_versions, True)
 
     def _copy(self, source: FakeSource, target: Target, on_progress: OnProgress) -> None:
+        self._fill(source, target, on_progress, lambda: source.source.content, source.writes(True))
+
+    def _copy_on(self, source: FakeSource, base: Device, target: Target, on_progress: OnProgress) -> None:
+        volume = self.host.volumes[base.path.rpartition("/")[2]]
+        assert base.dm_uuid == self.host.dm_uuid(volume.lv_name)
+
+        def content() -> str:
+            assert volume.lv_device_open, f"{volume.lv_name} is not open while it is read"
+            return self._upon(source, volume)
+
+        self._fill(source, target, on_progress, content, 0)
+
+    def _apply(self, source: FakeSource, target: Target, on_progress: OnProgress) -> None:
+        volume = self.host.volumes[target.path.rpartition("/")[2]]
+        below = self._upon(source, volume)
+        self._fill(source, target, on_progress, lambda: below, source.writes_above())
+
+    def _upon(self, source: FakeSource, volume: Volume) -> str:
+        """What comes of the layers above the source's base upon what is in a volume."""
+        return f"{source.source.content.partition('/')[0]}/{','.join(self.host.holds[volume.lv_uuid])}"
+
+    def _fill(
+        self, source: FakeSource, target: Target, on_progress: OnProgress, what: Callable[[], str], data: int
+    ) -> None:
         process, host = self.running, self.host
+        kind = process.trouble.kind if process.trouble else ""
+        is_left = kind == ("filling" if source.is_template else "copying")
         name = target.path.rpartition("/")[2]
         assert target.dm_uuid == host.dm_uuid(name)
         lv_uuid = host.volumes[name].lv_uuid
-        if process.trouble and process.trouble.kind == "copying" and process.trouble.at % 2:
-            self._leave_copying(process)
+        if process.trouble and is_left and process.trouble.at % 2:
+            self._leave_copying(process, kind)
         host.open(name, "copy")
         try:
             host.holds[lv_uuid] = ("half a copy",)
             on_progress(0.5, 1)
-            if process.trouble and process.trouble.kind == "copying" and not process.trouble.at % 2:
-                self._leave_copying(process)
+            if process.trouble and is_left and not process.trouble.at % 2:
+                self._leave_copying(process, kind)
             assert name in host.volumes, f"{name} was removed while it was copied to"
             assert host.volumes[name].lv_uuid == lv_uuid, f"{name} was replaced while it was copied to"
-            host.holds[lv_uuid] = (source.source.content,)
-            host.written[lv_uuid] = source.source.data
+            host.holds[lv_uuid] = (what(),)
+            host.written[lv_uuid] = data
             on_progress(1, 2)
         finally:
             host.close(lv_uuid, "copy")
 
-    def _leave_copying(self, process: Process) -> None:
-        process.befell = "copying"
-        process.stop("copying")
+    def _leave_copying(self, process: Process, kind: str) -> None:
+        process.befell = kind
+        process.stop(kind)
         process.befell = ""
         if process.is_hook_dead:
             raise Dead

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
+from tests.model.librarian import Librarian
 from tests.model.predict import Call, Prediction, Stages
 from tests.model.seen import Seen, as_seen, unlike
 from tests.model.state import DELETING, READY, UNFINISHED, LocalDisk, State, is_newborn
-from tests.model.world import STARTS, Ended, Look, World
+from tests.model.world import LEFT, STARTS, Ended, Look, World
 
 
 @dataclass
@@ -19,33 +20,44 @@ class Judge:
     others: dict[str, Seen] = field(default_factory=dict)  # volumes that are not localdisk's, by name
     fingerprints: dict[str, str] = field(default_factory=dict)  # version of a source -> its tag's value
     locks: frozenset[str] = frozenset()
+    librarian: Librarian = field(default_factory=Librarian)
 
     # -- a call
 
     def after(self, state: State, call: Call, ended: Ended, p: Prediction) -> State:
         """What is after a call that was to do `p`."""
-        if not ended.trouble or (ended.is_good and call.what in STARTS):
+        is_exact = not ended.trouble or ended.result in LEFT
+        if is_exact or (ended.is_good and call.what in STARTS):
             self._require_end(call, ended, p)
-            options: dict[str, Stages] = {key: [p.state.disks.get(key)] for key in _keys(state, p.state)}
+            ways = [p.state, *(way.state for way in p.ways)]
+            options: dict[str, Stages] = {
+                key: [way.disks.get(key) for way in ways] for key in _keys(state, *ways)
+            }
         else:
             options = {key: p.options(key) for key in {*state.disks, *p.stages}}
             if ended.trouble in ("hook", "term"):  # then what is unfinished goes at once
                 for key in filter(is_newborn, options):
                     options[key] = [disk for disk in options[key] if not disk or disk.state != UNFINISHED]
         after = self.match(
-            replace(p.state, disks=state.disks), options, {k: {e} for k, e in p.erased.items()}
+            replace(p.state, disks=state.disks),
+            options,
+            {k: {e} for k, e in p.erased.items()},
+            before=state,
+            is_exact=is_exact and not ended.other,
+            erases=_erases(state, call),
         )
-        if call.what == "before copy" and ended.result != "copying":
+        if "before" in call.what and ended.result not in LEFT and state.flight is None:
             after = replace(after, flight=None)
         return self.check(after, call, ended)
 
     def _require_end(self, call: Call, ended: Ended, p: Prediction) -> None:
         """It ended as it should."""
-        expected = "refused" if p.is_refused else "copying" if p.state.flight else "done"
+        flight = p.state.flight
+        expected = "refused" if p.is_refused else "done"
         if call.what in ("give up", "lose"):
             expected = "killed"
-        elif call.what != "before copy" and not p.is_refused:
-            expected = "done"
+        elif call.what in ("before copy", "before fill", "prefetch before fill") and flight:
+            expected = "filling" if flight.is_filling else "copying"
         assert ended.result == expected, f"{call} is {ended.result} and not {expected}: {ended.said}"
         if call.what.startswith("gc") and call.arguments != (False,):
             assert ended.has_doubts == p.has_doubts, f"{call} has{' no' * p.has_doubts} doubts: {ended.said}"
@@ -55,14 +67,24 @@ class Judge:
 
     # -- disks
 
-    def match(self, state: State, options: Mapping[str, Stages], erased: Mapping[str, set[str]]) -> State:
-        """`state` with its disks as they are, each one of its options.
+    def match(
+        self,
+        state: State,
+        options: Mapping[str, Stages],
+        erased: Mapping[str, set[str]],
+        before: State,
+        is_exact: bool,
+        erases: frozenset[str] = frozenset({"none"}),
+    ) -> State:
+        """`state` with its disks as they are, each one of its options, and its template LVs.
 
-        Keys of the newborn become UUIDs; those that are not in `options` are as in `state`.
+        Keys of the newborn become UUIDs; those that are not in `options` are as in `state`.  Template LVs
+        must be those of `state` if `is_exact`; those that went were erased as one of `erases` says.
         """
         look = self.world.look()
         during = range(state.now, look.now + 1)
-        left = {seen.uuid: seen for seen in look.volumes if seen.name not in self.others}
+        mine = (seen for seen in look.volumes if seen.name not in self.others and not seen.is_template)
+        left = {seen.uuid: seen for seen in mine}
         disks: dict[str, LocalDisk] = {}
         new_keys: dict[str, str] = {}
         for key in sorted(options, key=lambda key: (is_newborn(key), key)):
@@ -76,8 +98,15 @@ class Judge:
                 how, allowed = look.erased[key], erased[key]
                 assert how in allowed or "none" in allowed, f"{key} was erased by {how}, not {allowed}"
         assert not left, f"nobody needs {[(seen.name, sorted(seen.tags)) for seen in left.values()]}"
-        flight = state.flight and replace(state.flight, key=new_keys.get(state.flight.key, state.flight.key))
-        return replace(state, now=look.now, disks=disks, flight=flight)
+        cached = self.librarian.look(before, look)
+        after = replace(state, now=look.now, disks=disks)
+        new_keys |= self.librarian.compare(before, after, cached, is_exact)
+        self.librarian.check_erased(before, look, cached, erases)
+        flight = state.flight
+        if flight:
+            key, reads = (new_keys.get(key, key) for key in (flight.key, flight.reads))
+            flight = replace(flight, key=key, reads=reads)
+        return replace(after, cached=cached, flight=flight)
 
     def _find(
         self, key: str, options: Stages, volumes: list[Seen], during: range
@@ -124,7 +153,7 @@ class Judge:
         seen = {seen.name: seen for seen in look.volumes}
         for name, before in self.others.items():
             assert name in seen, f"{name}, which is not localdisk's, is gone"
-            now = replace(seen[name], is_open=before.is_open)
+            now = replace(seen[name], is_open=before.is_open, is_active=before.is_active)
             assert now == before, f"{name}, which is not localdisk's, was\n  {before} and is\n  {now}"
         self._check_locks(state, look, call, ended)
         return replace(state, now=look.now)
@@ -133,7 +162,8 @@ class Judge:
         """No lock file but of a living process; a killed one's lies there until gc comes, or a new start."""
         flight = state.flight
         own = {name for name in look.locks if flight and name.endswith(".turn")}
-        own |= {f"{state.disks[flight.key].name}.lock"} if flight else set()
+        own |= {f"{state.name_of(flight.key)}.lock"} if flight else set()
+        own |= {f"{state.sources[flight.image].volume}.lock"} if flight and flight.image else set()
         left, befell = look.locks - own, ended.trouble if ended else ""
         is_swept = call is not None and call.what == "gc" and not befell
         is_killed = befell in ("helper", "all") or (call is not None and call.what == "lose")
@@ -158,6 +188,15 @@ class Judge:
                 {*vm.paths.values()} & {*its.paths.values()} if its.is_active and other != vm_id else set()
             )
             assert not shared, f"VMs {vm_id} and {other} both run from {shared}"
+
+
+def _erases(state: State, call: Call) -> frozenset[str]:
+    """How the call may erase template LVs."""
+    vm, rules = state.vms.get(call.vm_id), state.rules
+    flight = {state.flight.policy.erase} if state.flight else set()
+    return frozenset(
+        {(rules.of(call.vm_id, vm.using) if vm and vm.using != "off" else rules.general).erase} | flight
+    )
 
 
 def _keys(*states: State) -> set[str]:

@@ -10,8 +10,11 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from tests.model.predict import Call, Prediction, predict
-from tests.model.state import State
+from tests.model.rules import MIB
+from tests.model.state import UNFINISHED, Cached, State
 from tests.model.world import Ended
+
+_STARTS = ("after_disk_prepare", "before_vm_start", "prefetch")
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ def _made(branches: list[Branch], call: Call, is_refused: bool) -> list[Branch]:
     vm_id = "" if call.what.startswith("gc") else call.vm_id
     found = []
     for branch in _continued(branches, vm_id):
-        predictions = _passing_over(branch.state, call, branch.paused)
+        predictions = (*_passing_over(branch.state, call, branch.paused), *_squeezed(branch.state, call))
         found += [branch.after(p) for p in predictions if p.is_refused == is_refused]
     return _different(found)
 
@@ -93,14 +96,14 @@ def _different(branches: Iterable[Branch]) -> list[Branch]:
 
 def _parts(state: State, call: Call) -> Iterator[Call]:
     """What the call does, in steps between which others may act."""
-    images = [*call.arguments[1:]]
+    images = [*call.arguments[1:]] if call.vm_id else []
     if call.what == "before_vm_start":
         yield Call("look", (call.vm_id,))
         images = [i for i in state.vms[call.vm_id].images if i not in state.vms[call.vm_id].paths]
     for image_id in images:
         yield Call("make way", (call.vm_id, image_id))
         yield Call("after_disk_prepare", (call.vm_id, image_id))
-    if call.what in ("before_vm_start", "after_vm_destroy"):
+    if call.what in ("before_vm_start", "after_vm_destroy", "prefetch"):
         yield call
 
 
@@ -122,10 +125,33 @@ def _passing_over(state: State, call: Call, paused: Call) -> Iterator[Prediction
     if paused.what == "gc":  # one after the other
         locks = [frozenset({key}) for key in changed]
     else:
-        names = {state.sources[image_id].volume for image_id in state.vms[paused.vm_id].images}
+        images = state.vms[paused.vm_id].images if paused.vm_id else ()
+        names = {state.sources[image_id].volume for image_id in images}
         disks = {key: state.disks[key] for key in changed}
         locks = [frozenset(k for k, d in disks.items() if d.vm == paused.vm_id or d.name in names)]
     for locked in filter(None, locks):
         p = predict(replace(state, locked=locked), call)
         p.state = replace(p.state, locked=frozenset())
+        yield p
+
+
+def _squeezed(state: State, call: Call) -> Iterator[Prediction]:
+    """What the call does where the paused one works on template LVs: it holds them, and is filling one."""
+    if not (state.cached or state.rules.any_templates) or call.what not in _STARTS:
+        return
+    p = predict(replace(state, is_uncached=True), call)
+    p.state = replace(p.state, is_uncached=False)
+    yield p
+    yield from _with_all_held(state, call)
+
+
+def _with_all_held(state: State, call: Call) -> Iterator[Prediction]:
+    filling = [Cached("", "", "", UNFINISHED, "", 0, False, 0)]
+    for base in state.templates.values():
+        lv = Cached("", base.volume, "", UNFINISHED, "", -(-base.size // MIB) * MIB, False, base.data)
+        filling += [lv, replace(lv, is_thin=True)]
+    for lv in filling:
+        held = state.with_cached("held", lv)
+        p = predict(replace(held, locked=frozenset(held.cached)), call)
+        p.state = replace(p.state.with_cached("held", None), locked=frozenset())
         yield p

@@ -6,10 +6,11 @@ stage: that is the promise "everything is found again", and what comes next is p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from tests.model import shelf
 from tests.model.rules import Policy
 from tests.model.state import (
     ASIDE,
@@ -40,8 +41,8 @@ class Call:
 
     @property
     def vm_id(self) -> str:
-        """The VM that it is about, "" for gc."""
-        first = self.arguments[0] if self.arguments else ""
+        """The VM that it is about, "" for gc and prefetch."""
+        first = self.arguments[0] if self.arguments and not self.what.startswith("prefetch") else ""
         return first if isinstance(first, str) else ""
 
 
@@ -64,6 +65,7 @@ class Prediction:
     stages: dict[str, Stages] = field(default_factory=dict)
     instead: dict[str, Stages] = field(default_factory=dict)
     erased: dict[str, str] = field(default_factory=dict)
+    ways: list[Prediction] = field(default_factory=list)  # in which it may have gone well in spite of trouble
 
     def becomes(self, key: str, disk: LocalDisk | None) -> None:
         self.stages.setdefault(key, [self.state.disks.get(key)]).append(disk)
@@ -127,27 +129,52 @@ def _undefine(p: Prediction, vm_id: str) -> None:
 def _after_disk_prepare(p: Prediction, vm_id: str, image_id: str) -> None:
     policy = _make_way(p, vm_id, image_id)
     if policy:
-        _copied(p, vm_id, image_id, _begin_copy(p, vm_id, image_id, policy))
+        base = _bring_in(p, vm_id, image_id, policy)
+        _copied(p, vm_id, image_id, _begin_copy(p, vm_id, image_id, policy, base))
 
 
 def _before_copy(p: Prediction, vm_id: str, image_id: str) -> None:
     """after_disk_prepare, left alone while it copies, if it does."""
     policy = _make_way(p, vm_id, image_id)
     if policy:
-        key = _begin_copy(p, vm_id, image_id, policy)
-        p.state = replace(p.state, flight=Flight(vm_id, image_id, key, policy.erase))
+        base = _bring_in(p, vm_id, image_id, policy)
+        key = _begin_copy(p, vm_id, image_id, policy, base)
+        reads = "" if shelf.is_thin(policy) else base
+        p.state = replace(p.state, flight=Flight(vm_id, image_id, key, policy, reads=reads))
+
+
+def _before_fill(p: Prediction, vm_id: str, image_id: str) -> None:
+    """after_disk_prepare, left alone while it fills a template LV, if it does."""
+    policy = _make_way(p, vm_id, image_id)
+    if policy:
+        base = _bring_in(p, vm_id, image_id, policy, is_left=True)
+        if not p.state.flight:
+            _copied(p, vm_id, image_id, _begin_copy(p, vm_id, image_id, policy, base))
 
 
 def _finish(p: Prediction) -> None:
     """The copy that was left alone ends well."""
     flight = _landed(p)
-    _copied(p, flight.vm, flight.image, flight.key)
+    _rest(p, flight)
+    if not flight.is_filling:
+        _copied(p, flight.vm, flight.image, flight.key)
+        return
+    p.state, is_good = shelf.landed(p.state, flight)
+    if not is_good:
+        raise Refused
+    if flight.vm:
+        key = _begin_copy(p, flight.vm, flight.image, flight.policy, flight.key)
+        _copied(p, flight.vm, flight.image, key)
 
 
 def _give_up(p: Prediction) -> None:
     """It is ended, and what is unfinished goes at once."""
     flight = _landed(p)
-    p.goes(flight.key, flight.erase)
+    _rest(p, flight)
+    if flight.is_filling:
+        p.state = shelf.taken_away(p.state, flight.key, flight.policy.erase)
+    else:
+        p.goes(flight.key, flight.policy.erase)
     raise Refused
 
 
@@ -162,6 +189,13 @@ def _landed(p: Prediction) -> Flight:
     assert flight
     p.state = replace(p.state, flight=None)
     return flight
+
+
+def _rest(p: Prediction, flight: Flight) -> None:
+    """The template LV that it has read is not read any more."""
+    lv = p.state.cached.get(flight.reads)
+    if lv and not p.state.is_open(flight.reads):
+        p.state = p.state.with_cached(flight.reads, replace(lv, is_active=False))
 
 
 def _before_vm_start(p: Prediction, vm_id: str) -> None:
@@ -268,25 +302,89 @@ def _take_back(p: Prediction, key: str, disk: LocalDisk, source: Source) -> None
     p.becomes(key, replace(named, state=READY, stopped=None, unneeded=None))
 
 
-def _begin_copy(p: Prediction, vm_id: str, image_id: str, policy: Policy) -> str:
-    """An unfinished disk, if there is room for it; returns its key."""
-    source, room = p.state.sources[image_id], p.state.room
-    size = -(-(source.size + policy.disk) // room.extent) * room.extent
-    is_thin = policy.backend == "lvmthin"
-    writes = source.data if is_thin else source.size
-    if is_thin:
-        is_full = 100 * (p.state.pool_used + writes) / room.pool > policy.thin_data
-    else:
-        is_full = size + policy.reserve > p.state.free
-    if is_full:
+def _bring_in(p: Prediction, vm_id: str, image_id: str, policy: Policy, is_left: bool = False) -> str:
+    """The key of the template LV that the image's disk starts from, "" if it is copied in full.
+
+    One that is missing is filled; `is_left`: or left alone while it is.
+    """
+    base = p.state.templates.get(p.state.sources[image_id].base)
+    if base is None or not policy.templates or p.state.is_uncached:
+        return ""
+    p.state, key, is_good = shelf.look(p.state, base, policy)
+    if key and p.state.cached[key].is_spoiled:
+        if shelf.is_thin(policy):  # which a snapshot of it shows
+            _spoiled_disk(p, vm_id, image_id, policy, key)
+        is_good = not p.state.is_open(key)
+        if is_good:
+            p.state = shelf.taken_away(p.state, key, policy.erase)
+        key = ""
+    if key == "" and is_good:
+        beside = shelf.fits(policy, *_wanted(p.state, image_id, policy, is_whole=False))
+        p.state, key = shelf.begin_fill(p.state, base, policy, beside)
+        if key and is_left:
+            p.state = replace(p.state, flight=Flight(vm_id, image_id, key, policy, base))
+        elif key:
+            p.state = shelf.filled(p.state, key)
+    return key
+
+
+def _spoiled_disk(p: Prediction, vm_id: str, image_id: str, policy: Policy, base: str) -> None:
+    """A snapshot that is given up at once; it is set aside if it must be erased."""
+    is_room = shelf.fits(policy, *_wanted(p.state, image_id, policy, is_whole=False))
+    p.state, is_good = shelf.with_room(p.state, policy, is_room, base)
+    if not is_good:
         raise Refused
-    key, volume = newborn(vm_id, image_id), source.volume
-    made = LocalDisk(volume, vm_id, image_id, UNFINISHED, source.version, (), size, is_thin, writes)
+    key, made = _made(p, vm_id, image_id, policy, base)
+    key += " spoiled"
     p.becomes(key, made)
+    p.goes(key, policy.erase)
+    if policy.erase != "none":
+        p.becomes(key, replace(p.state.disks[key], writes=0))
+
+
+def _wanted(state: State, image_id: str, policy: Policy, is_whole: bool) -> tuple[int, int]:
+    """Bytes of the image's disk, and those that are written to it; upon a template LV unless `is_whole`."""
+    source = state.sources[image_id]
+    base = state.templates.get(source.base)
+    data = source.data + (base.data if base and is_whole else 0)
+    return source.size + policy.disk, data if shelf.is_thin(policy) else source.size
+
+
+def _made(p: Prediction, vm_id: str, image_id: str, policy: Policy, base: str) -> tuple[str, LocalDisk]:
+    """An unfinished disk and its key."""
+    source, is_thin = p.state.sources[image_id], shelf.is_thin(policy)
+    size, writes = _wanted(p.state, image_id, policy, is_whole=not base)
+    size = shelf.whole(p.state, size)
+    made = LocalDisk(source.volume, vm_id, image_id, UNFINISHED, source.version, (), size, is_thin, writes)
+    if base and is_thin:
+        made = replace(made, shared=(base, p.state.cached[base].data))
+    return newborn(vm_id, image_id), made
+
+
+def _begin_copy(p: Prediction, vm_id: str, image_id: str, policy: Policy, base: str) -> str:
+    """An unfinished disk, from the template LV `base` or without one, if there is room; returns its key."""
+    is_room = shelf.fits(policy, *_wanted(p.state, image_id, policy, is_whole=not base))
+    if base and not shelf.is_thin(policy):  # it is opened first
+        p.state = p.state.with_cached(base, replace(p.state.cached[base], used=p.state.now))
+    p.state, is_good = shelf.with_room(p.state, policy, is_room, base)
+    if not is_good:  # also where there would be if that one made room, too
+        raise Refused
+    key, made = _made(p, vm_id, image_id, policy, base)
+    if base:
+        p.state = p.state.with_cached(base, replace(p.state.cached[base], used=p.state.now))
+    p.becomes(key, made)
+    p.instead[key] = [*_given_up(made, policy)]
+    if made.shared[0]:  # a snapshot is as large as what it is of, and then larger
+        small = replace(made, size=p.state.cached[base].size)
+        p.instead[key] += [*_given_up(small, policy), small]
+    return key
+
+
+def _given_up(made: LocalDisk, policy: Policy) -> Iterator[LocalDisk]:
+    """What may be left of it if it is removed as it is."""
     if policy.erase != "none":
         aside = replace(made, state=ASIDE, erase=policy.erase)
-        p.instead[key] = [aside, replace(aside, name="")]
-    return key
+        yield from (aside, replace(aside, name=""))
 
 
 def _copied(p: Prediction, vm_id: str, image_id: str, key: str) -> None:
@@ -324,6 +422,33 @@ def _after_vm_destroy(p: Prediction, vm_id: str) -> None:
             p.goes(key, "none")
 
 
+# -- templates
+
+
+def _prefetch(p: Prediction, template: str, backend: str, is_left: bool = False) -> None:
+    """The template is in the cache; `is_left`: or left alone while it is copied."""
+    rules, base = p.state.rules, p.state.templates[template]
+    policy = rules.of("", backend)
+    if not rules.any_templates:
+        raise Refused
+    p.state, key, is_good = shelf.look(p.state, base, policy)
+    if key:
+        p.state = p.state.with_cached(key, replace(p.state.cached[key], used=p.state.now))
+        return
+    if is_good:
+        p.state, key = shelf.begin_fill(p.state, base, policy, None)
+    if not key:
+        raise Refused
+    if is_left:
+        p.state = replace(p.state, flight=Flight("", "", key, policy, base))
+    else:
+        p.state = shelf.filled(p.state, key)
+
+
+def _prefetch_left(p: Prediction, template: str, backend: str) -> None:
+    _prefetch(p, template, backend, is_left=True)
+
+
 # -- gc
 
 
@@ -331,6 +456,8 @@ def _gc(p: Prediction, may_start: bool = True) -> None:
     """Removes what no VM needs, one disk at a time; `may_start` as before_vdsm_start is not."""
     for key in [*p.state.disks]:
         _collect(p, key, may_start, may_start)
+    p.state, has_doubts = shelf.collected(p.state, may_start)
+    p.has_doubts = p.has_doubts or has_doubts
 
 
 def _gc_of_some(p: Prediction, keys: Iterable[str], does_erase: bool = True) -> None:
@@ -406,6 +533,7 @@ CALLS: Mapping[str, Callable[..., object]] = {
     "before_vm_migrate_source": _forbidden,
     "before_vm_migrate_destination": _forbidden,
     "before_vm_hibernate": _forbidden,
+    "prefetch": _prefetch,
     "gc": _gc,
     "gc --dry-run": _gc_dry_run,
     # parts of those above
@@ -413,6 +541,8 @@ CALLS: Mapping[str, Callable[..., object]] = {
     "make way": _make_way,
     "gc of some": _gc_of_some,
     "before copy": _before_copy,
+    "before fill": _before_fill,
+    "prefetch before fill": _prefetch_left,
     "finish": _finish,
     "give up": _give_up,
     "lose": _lose,

@@ -26,6 +26,9 @@ class Policy:
     thin_data: int = 90  # margins.thin_data, percent
     enabled: bool = True
     disks: tuple[str, ...] | None = None  # image ids; None: all
+    templates: bool = False  # cache.templates
+    max_size: int = 1 << 40  # cache.max_size
+    cache_for: int = 30 * 86400  # cache.keep_for
 
     @classmethod
     def random(cls, rng: random.Random, durations: tuple[int, ...], images: tuple[str, ...]) -> Policy:
@@ -42,6 +45,10 @@ class Policy:
             thin_data=rng.choice((20, 90, 90)),
             enabled=rng.random() < 0.9,
             disks=None if rng.random() < 0.7 or not images else images[:1],
+            templates=rng.random() < 0.7,
+            # Half a MiB lies between what templates can take, of which the product knows roughly.
+            max_size=rng.choice((12, 28, 40, 70, 70, 600)) * MIB + MIB // 2,
+            cache_for=rng.choice((2 * grace, 86400, 7 * 86400)),
         )
 
     def is_local(self, image_id: str) -> bool:
@@ -65,9 +72,8 @@ class Rules:
         for vm_id, images in vms.items():
             if rng.random() < 0.4:
                 chosen = vars(Policy.random(rng, durations, images))
-                overrides[vm_id] = {
-                    name: chosen[name] for name in rng.sample(sorted(chosen), rng.randint(1, 4))
-                }
+                own = sorted(chosen.keys() - {"max_size", "cache_for"})
+                overrides[vm_id] = {name: chosen[name] for name in rng.sample(own, rng.randint(1, 4))}
         general = replace(Policy.random(rng, durations, ()), enabled=True, disks=None)
         return cls(general, overrides, rng.choice((1, 2, 2)))
 
@@ -83,6 +89,15 @@ class Rules:
     def with_own(self, vm_id: str, name: str, value: object) -> Rules:
         return replace(self, vms={**self.vms, vm_id: {**self.vms.get(vm_id, {}), name: value}})
 
+    @property
+    def any_templates(self) -> bool:
+        """Whether any VM's disks may start from a template LV."""
+        return self.general.templates or any(own.get("templates") for own in self.vms.values())
+
+    def without_templates(self) -> Rules:
+        own = {vm_id: {k: v for k, v in its.items() if k != "templates"} for vm_id, its in self.vms.items()}
+        return replace(self, general=replace(self.general, templates=False), vms=own)
+
     def yaml(self) -> str:
         """The file, which is JSON too."""
         general = {k: v for k, v in vars(self.general).items() if k not in ("enabled", "disks")}
@@ -93,8 +108,10 @@ class Rules:
 _SECTIONS = {
     "retention": ("on_stop", "keep_for", "grace", "on_source_change", "erase"),
     "margins": ("disk", "reserve", "thin_data"),
+    "cache": ("templates", "max_size", "cache_for"),
 }
-_UNITS = {"keep_for": "s", "grace": "s", "thin_data": "%"}
+_UNITS = {"keep_for": "s", "grace": "s", "thin_data": "%", "cache_for": "s"}
+_IN_FILE = {"cache_for": "keep_for"}  # where the field has another name
 
 
 def _section(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -103,7 +120,7 @@ def _section(values: Mapping[str, Any]) -> dict[str, Any]:
     if "disks" in shown:
         shown["disks"] = "all" if shown["disks"] is None else list(shown["disks"])
     for section, names in _SECTIONS.items():
-        inner = {name: shown.pop(name) for name in names if name in shown}
+        inner = {_IN_FILE.get(name, name): shown.pop(name) for name in names if name in shown}
         if inner:
             shown[section] = inner
     return shown

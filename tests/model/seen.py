@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tests.model.state import ASIDE, COMPLETE, DELETING, READY, STOPPED, UNFINISHED, LocalDisk
+from tests.model.state import ASIDE, COMPLETE, DELETING, READY, STOPPED, UNFINISHED, LocalDisk, Piece
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,11 @@ class Seen:
     is_open: bool
     is_thin: bool
     holds: tuple[str, ...] | None  # as LocalDisk.holds; None: its bytes were not looked at
-    written: int | None = None  # data in a thin one; None: not known
+    written: int | None = None  # data in a thin one that is its own; None: not known
+    shared: Piece = ("", 0)  # what it has in common with the template LV that it was made from
+    is_template: bool = False  # it was made as a template LV
+    is_active: bool = True
+    is_read_only: bool = False
 
     def values(self, name: str) -> frozenset[str]:
         """What follows `name_` in the tags."""
@@ -39,6 +43,8 @@ def unlike(disk: LocalDisk, seen: Seen, during: range) -> Iterator[str]:
         yield f"it is {'thin' if seen.is_thin else 'thick'}, {seen.size} bytes"
     if disk.state in COMPLETE and seen.holds not in (None, disk.holds):
         yield f"it holds {seen.holds}"
+    if disk.shared[1] != seen.shared[1]:
+        yield f"it has {seen.shared[1]} bytes of a template's"
     if disk.name and disk.name != seen.name:
         yield f"its name is {seen.name}"
     yield from _unlike_tags(disk, seen, during)
@@ -57,17 +63,28 @@ def _unlike_tags(disk: LocalDisk, seen: Seen, during: range) -> Iterator[str]:
             yield f"its {name} is {sorted(marks)}, not {mark}"
     if disk.is_aside and (seen.values("ASIDE") == {seen.name}) == bool(disk.name):
         yield f"its name is {seen.name}, it is to get another"
-    if disk.writes < 0 and disk.state == UNFINISHED and len(seen.values("WRITES")) != 1:
+    if _writes(disk) < 0 and disk.state == UNFINISHED and len(seen.values("WRITES")) != 1:
         yield "it does not say what will be written"
+    elif disk.shared[1] and disk.state == UNFINISHED:
+        told, writes = int(*seen.values("WRITES")), disk.writes + disk.shared[1]
+        if abs(told - writes) > disk.size / 10_000:  # LVM tells a hundredth of a percent
+            yield f"it says that {told} bytes will be written, not {writes}"
     for tag in sorted(seen.tags - wanted):
-        if not tag.startswith(_ELSEWHERE[disk.state]) and not (tag.startswith("WRITES_") and disk.writes < 0):
+        if not tag.startswith(_ELSEWHERE[disk.state]) and not (
+            tag.startswith("WRITES_") and _writes(disk) < 0
+        ):
             yield f"it has the tag {tag}"
+
+
+def _writes(disk: LocalDisk) -> int:
+    """What its tag says that will be written; -1: not known, as what a template LV holds is known roughly."""
+    return -1 if disk.shared[1] else disk.writes
 
 
 def _wanted(disk: LocalDisk) -> set[str]:
     """The tags that such a disk has and that say nothing else than what it is."""
     owner = {f"VM_{disk.vm}", f"IU_{disk.image}"} | (set() if disk.is_older else {"localdisk"})
-    writes = set() if disk.is_older or disk.writes < 0 else {f"WRITES_{disk.writes}"}
+    writes = set() if disk.is_older or _writes(disk) < 0 else {f"WRITES_{disk.writes}"}
     return {
         UNFINISHED: owner | {"UPDATING"} | writes,
         READY: owner,
@@ -88,7 +105,7 @@ _ELSEWHERE = {
 
 def as_seen(disk: LocalDisk, seen: Seen) -> LocalDisk:
     """`disk` with the times and the data that it really has."""
-    changes: dict[str, Any] = {}
+    changes: dict[str, Any] = {"shared": seen.shared}
     if disk.state in COMPLETE:
         for name, field in (("STOPPED", "stopped"), ("UNNEEDED", "unneeded")):
             changes[field] = next((int(value) for value in seen.values(name)), None)

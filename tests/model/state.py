@@ -6,11 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from tests.model.rules import Rules
+from tests.model.rules import Policy, Rules
 
 # What a local disk can be.
 UNFINISHED, READY, STOPPED, DELETING, ASIDE = "unfinished", "ready", "stopped", "deleting", "aside"
 COMPLETE = (READY, STOPPED)
+
+
+Piece = tuple[str, int]  # of a thin pool: the key of the template LV that it was written for, and its bytes
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,8 @@ class Source:
     version: str
     content: str
     size: int  # bytes that the guest sees
-    data: int  # bytes of data among them; -1: not known
+    data: int  # bytes of data among them; -1: not known; upon a template, those of the layers above it
+    base: str = ""  # the template that it stands on; then `content` is LAYERS/CONTENT of that
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,7 @@ class LocalDisk:
     size: int
     is_thin: bool
     writes: int  # bytes that its copy writes; -1: not known
+    shared: Piece = ("", 0)  # what it has in common with a template LV that it is a snapshot of
     stopped: int | None = None
     unneeded: int | None = None
     erase: str = "none"  # what must be done to it once it is set aside
@@ -60,13 +65,44 @@ class LocalDisk:
 
 
 @dataclass(frozen=True)
-class Flight:
-    """A start that is in the midst of copying: nobody else may work on its disk."""
+class Cached:
+    """A template LV as it should be: a local copy of a template's volume, as that was in some version."""
 
-    vm: str
+    name: str  # of its LV; "": it has not been seen yet
+    template: str
+    version: str
+    state: str  # UNFINISHED, READY or ASIDE
+    holds: str  # content
+    size: int
+    is_thin: bool
+    data: int  # bytes that it takes of the thin pool, will take when it is complete
+    used: int = 0
+    erase: str = "none"  # what must be done to it once it is set aside
+    is_active: bool = False
+    is_sound: bool = True  # nobody has changed what says what it is
+    is_odd: bool = False  # it is plainly not as it was made
+    is_spoiled: bool = False  # somebody has written to it
+
+    @property
+    def takes(self) -> int:
+        """Bytes that `cache.max_size` is about."""
+        return self.data if self.is_thin else self.size
+
+
+@dataclass(frozen=True)
+class Flight:
+    """A start, or a prefetch, in the midst of copying: nobody else may work on what it makes."""
+
+    vm: str  # "" of a prefetch
     image: str
-    key: str  # of the disk
-    erase: str  # what the rules said when it began
+    key: str  # of the disk, or of the template LV while that is filled
+    policy: Policy  # when it began
+    source: Source | None = None  # of the template that it fills
+    reads: str = ""  # the key of a template LV that it has open
+
+    @property
+    def is_filling(self) -> bool:
+        return self.source is not None
 
 
 @dataclass(frozen=True)
@@ -89,12 +125,15 @@ class State:
     sources: Mapping[str, Source]  # by image id
     room: Room
     disks: Mapping[str, LocalDisk] = field(default_factory=dict)
+    templates: Mapping[str, Source] = field(default_factory=dict)  # on storage, by volume
+    cached: Mapping[str, Cached] = field(default_factory=dict)  # template LVs
     foreign: frozenset[str] = frozenset()  # names that others' volumes have
     busy: frozenset[str] = frozenset()  # keys of disks that something else has open
     flight: Flight | None = None
     locked: frozenset[str] = frozenset()  # keys of disks that somebody else works on just now
     is_silent: bool = False  # libvirt does not answer
     is_flaky: bool = False  # it does not answer just once
+    is_uncached: bool = False  # something goes wrong about the cache just once
 
     def named(self, volume: str) -> str:
         """The key of the disk whose LV has that name, "" if there is none."""
@@ -105,7 +144,9 @@ class State:
         return next(vm_id for vm_id, vm in self.vms.items() if image_id in vm.images)
 
     def is_open(self, key: str) -> bool:
-        return key in self.busy or key in self.in_use
+        return (
+            key in self.busy or key in self.in_use or (self.flight is not None and self.flight.reads == key)
+        )
 
     def is_locked(self, key: str) -> bool:
         return key in self.locked or (self.flight is not None and self.flight.key == key)
@@ -126,12 +167,16 @@ class State:
     def free(self) -> int:
         """Bytes for preallocated disks."""
         taken = sum(disk.size for disk in self.disks.values() if not disk.is_thin)
+        taken += sum(lv.size for lv in self.cached.values() if not lv.is_thin)
         return self.room.thick - self.room.filled - taken
 
     @property
     def pool_used(self) -> int:
         """Bytes of data in the thin pool, once the copies that are under way are complete."""
-        return sum(disk.writes for disk in self.disks.values() if disk.is_thin)
+        thin = [disk for disk in self.disks.values() if disk.is_thin]
+        pieces = {disk.shared for disk in thin if disk.shared[0] not in self.cached}
+        cached = sum(lv.data for lv in self.cached.values() if lv.is_thin)
+        return sum(disk.writes for disk in thin) + cached + sum(size for _, size in pieces)
 
     def with_vm(self, vm_id: str, **changes: Any) -> State:
         return replace(self, vms={**self.vms, vm_id: replace(self.vms[vm_id], **changes)})
@@ -139,6 +184,24 @@ class State:
     def with_disk(self, key: str, disk: LocalDisk | None) -> State:
         disks = {k: d for k, d in self.disks.items() if k != key}
         return replace(self, disks=disks if disk is None else {**disks, key: disk})
+
+    def name_of(self, key: str) -> str:
+        """The name of a disk's LV or of a template LV."""
+        return self.disks[key].name if key in self.disks else self.cached[key].name
+
+    def with_cached(self, key: str, lv: Cached | None) -> State:
+        others = {k: c for k, c in self.cached.items() if k != key}
+        return replace(self, cached=others if lv is None else {**others, key: lv})
+
+    def shelf(self, base: Source, is_thin: bool) -> str:
+        """The key of the template LV of this template as it is now, "" if there is none."""
+        found = (
+            key
+            for key, lv in self.cached.items()
+            if (lv.template, lv.version, lv.is_thin) == (base.volume, base.version, is_thin)
+            and lv.state != ASIDE
+        )
+        return next(found, "")
 
 
 def newborn(vm_id: str, image_id: str) -> str:

@@ -8,6 +8,8 @@ A *step* is one thing that people, vdsm, VMs or cron do; it makes one or more *c
 - every local disk is exactly what the model says, to its tags, its size, its bytes and its LVM UUID; after
   trouble it is at one of the stages that it passes through;
 - the call is refused, or gc has doubts, exactly where the model says so;
+- every template LV is so, too, where nothing has befallen the call; else it is in use as it was, or what is
+  left of it can do no harm;
 - others' volumes are as they were, and there is no lock file but of a start that is still copying;
 - what is gone was erased as its VM's rules say.
 
@@ -25,7 +27,7 @@ from typing import Any
 from tests.model import orders
 from tests.model.judge import Judge
 from tests.model.orders import Branch
-from tests.model.predict import Call, Stages, predict
+from tests.model.predict import Call, Prediction, Stages, predict
 from tests.model.rules import MIB, Policy, Rules
 from tests.model.state import READY, UNFINISHED, LocalDisk, State, Vm
 from tests.model.world import FORBIDDEN, HOOKS, Ended, Trouble, World
@@ -81,9 +83,16 @@ class Walk:
 
     def _begin(self) -> State:
         """Some VMs, and rules for them."""
-        rng, sources, vms = self.rng, {}, {}
+        rng, sources, vms, templates = self.rng, {}, {}, {}
+        if "cache" not in self.world.cannot:
+            made = [self.world.new_template(rng) for _ in range(rng.choice((1, 2, 3, 3)))]
+            templates = {template.volume: template for template in made}
         for _ in range(3):
-            own = dict(self.world.new_image(rng) for _ in range(rng.choice((1, 1, 2))))
+            bases = [
+                rng.choice((None, *templates.values(), *templates.values()))
+                for _ in range(rng.choice((1, 1, 2)))
+            ]
+            own = dict(self.world.new_image(rng, base) for base in bases)
             sources.update(own)
             vms[self._id()] = Vm(tuple(own), rng.choice(("lvm", "lvm", "lvmthin", "on")))
         if rng.random() < 0.3 and "twins" not in self.world.cannot:  # a VM that was imported once more
@@ -92,17 +101,27 @@ class Walk:
         look = self.world.look()
         self.judge.others = {seen.name: seen for seen in look.volumes}
         self.state = State(
-            look.now, Rules(), vms, sources, self.world.room(), foreign=frozenset(self.judge.others)
+            look.now,
+            Rules(),
+            vms,
+            sources,
+            self.world.room(),
+            templates=templates,
+            foreign=frozenset(self.judge.others),
         )
         self._apply(self._any_rules())
         for vm_id, vm in vms.items():
-            shown = ", ".join(f"{i[:8]} volume {sources[i].volume[:8]}" for i in vm.images)
+            shown = ", ".join(
+                f"{i[:8]} volume {sources[i].volume[:8]} on {sources[i].base[:8] or 'nothing'}"
+                for i in vm.images
+            )
             self.trail.append(f"      VM {vm_id[:8]} localdisk={vm.value}, images {shown}")
         return self.state
 
     def _any_rules(self) -> Rules:
         images = {vm_id: vm.images for vm_id, vm in self.state.vms.items()}
-        return Rules.random(self.rng, self.plan.durations, images)
+        rules = Rules.random(self.rng, self.plan.durations, images)
+        return rules.without_templates() if "cache" in self.world.cannot else rules
 
     def _id(self) -> str:
         text = f"{self.rng.getrandbits(128):032x}"
@@ -148,6 +167,12 @@ class Walk:
         closed = [
             k for k, disk in state.disks.items() if disk.name and not (state.is_open(k) or state.is_locked(k))
         ]
+        templates = [*state.templates]
+        complete = [
+            key
+            for key, lv in state.cached.items()
+            if lv.state == READY and not (state.is_open(key) or state.is_locked(key))
+        ]
         return [
             (24, self._start, clean),
             (8, self._go_on, waiting),
@@ -162,7 +187,7 @@ class Walk:
             (1, self._gc_dry_run, always),
             (3, self._restart_vdsm, always),
             (1, self._power_cut, always),
-            (6, self._end_copy, always if flying else []),
+            (6, self._end_copy, always if state.flight else []),
             (6, self._clock, always),
             (3, self._configure, always),
             (9, self._keep_after_all, marked),
@@ -179,6 +204,10 @@ class Walk:
             (0.5, self._foreign_volume, still),
             (2, self._remove_foreign, self.intruders),
             (1, self._older_volume, still),
+            (5, self._prefetch, templates),
+            (2, self._template_changes, templates),
+            (5, self._tamper, complete),
+            (2, self._hold, complete),
         ]
 
     # -- what vdsm does
@@ -277,6 +306,7 @@ class Walk:
         flight = self.state.flight
         assert flight
         how = self.rng.choice(("finish", "finish", "finish", "give up", "lose"))
+        self._note(f"of {'the template of ' * flight.is_filling}{flight.vm[:8] or 'a prefetch'}")
         if not self._call(how) and flight.vm in self.pending:
             self._break_off(flight.vm)
 
@@ -311,6 +341,7 @@ class Walk:
     def _clock(self, _: None) -> None:
         """Time goes by, by preference until something is due or just before, or is set back; gc runs."""
         dues = [due for key in self.state.disks for due in self._dues(key)]
+        dues += self._dues_of_templates()
         if self.plan.is_exact and dues and self._chance(0.7):
             since, due = self.rng.choice(dues)
             now = self.rng.choice((due, due, due - 1, since - 1))
@@ -330,6 +361,13 @@ class Walk:
         if disk.unneeded is not None:
             yield from 3 * [(disk.unneeded, disk.unneeded + policy.grace)]
 
+    def _dues_of_templates(self) -> Iterator[tuple[int, int]]:
+        """Since when template LVs have not been used, and until when they are kept."""
+        kept = self.state.rules.general.cache_for
+        for lv in self.state.cached.values():
+            if lv.state == READY:
+                yield lv.used, lv.used + kept
+
     def _set_clock(self, now: int) -> None:
         self.world.set_clock(now)
         self.state = replace(self.state, now=now)
@@ -340,6 +378,7 @@ class Walk:
         rules = self._any_rules()
         if self._chance(0.7):
             names = ["on_stop", "erase", "on_source_change", "keep_for", "backend"]
+            names += 3 * ["templates", "max_size", "cache_for"] * ("cache" not in self.world.cannot)
             disks = self.state.disks.values()
             names += ["on_stop"] * 9 * any(disk.unneeded is not None for disk in disks)
             names += ["erase"] * 9 * any(disk.is_aside and disk.name for disk in disks)
@@ -380,8 +419,39 @@ class Walk:
     def _grow(self, image_id: str) -> None:
         self._change(image_id, "grow")
 
+    def _template_changes(self, template: str) -> None:
+        """A template becomes another, under all that stands on it, though nobody should do so."""
+        state = self.state
+        on_it = [image_id for image_id, source in state.sources.items() if source.base == template]
+        flight = state.flight
+        if flight and flight.image in on_it and not flight.is_filling:
+            return  # it would be read while it changes
+        changed = self.world.change_template(state.templates[template], self.rng)
+        self.state = replace(state, templates={**state.templates, template: changed})
+        self._note(f"{changed.version}, {changed.content}")
+        for image_id in on_it:
+            self._change(image_id, "template")
+
+    def _prefetch(self, template: str) -> None:
+        self._call("prefetch", template, self.rng.choice(("lvm", "lvmthin")))
+
+    def _tamper(self, key: str) -> None:
+        """Somebody does something to a template LV."""
+        how = self.rng.choice(("spoil", "spoil", "make writable", "change a tag", "remove a tag"))
+        self.world.tamper(key, how, f"w{self.rng.getrandbits(20)}")
+        lv = self.state.cached[key]
+        lv = replace(
+            lv,
+            is_sound=lv.is_sound and how == "spoil",
+            is_odd=lv.is_odd or how in ("make writable", "remove a tag"),
+            is_spoiled=lv.is_spoiled or how == "spoil",
+        )
+        self._note(how)
+        self._look_at_all(self.state.with_cached(key, lv))
+
     def _change(self, image_id: str, how: str) -> None:
-        changed = self.world.change(image_id, self.state.sources[image_id], how, self.rng)
+        base = self.state.templates.get(self.state.sources[image_id].base)
+        changed = self.world.change(image_id, self.state.sources[image_id], how, self.rng, base)
         if changed:
             self.state = replace(self.state, sources={**self.state.sources, image_id: changed})
             self._note(f"{how}: volume {changed.volume[:8]}, {changed.version}, {changed.size} bytes")
@@ -405,7 +475,7 @@ class Walk:
         """Others take up room, or give it back."""
         room = self.state.room
         free = self.state.free + room.filled
-        leave = self.rng.choice((free, free, free // 2, 40 * MIB, 12 * MIB))
+        leave = self.rng.choice((free, free, free // 2, 64 * MIB, 40 * MIB, 12 * MIB))
         size = max(0, free - leave) // room.extent * room.extent
         self.world.fill(size)
         self.state = replace(self.state, room=replace(room, filled=size))
@@ -414,7 +484,9 @@ class Walk:
     def _hold(self, key: str) -> None:
         """Something opens a disk that no VM uses, or that the VM is just leaving."""
         if self.world.hold(key):
-            self.state = replace(self.state, busy=self.state.busy | {key})
+            state = replace(self.state, busy=self.state.busy | {key})
+            lv = state.cached.get(key)
+            self.state = state.with_cached(key, replace(lv, is_active=True)) if lv else state
 
     def _let_go(self, key: str) -> None:
         self.world.let_go(key)
@@ -488,15 +560,21 @@ class Walk:
             self._undefine(vm_id)
         for key in sorted(self.state.busy):
             self._let_go(key)
+        if self._chance(0.5):  # then they go at once
+            self._apply(self.state.rules.without_templates())
+            self._call("gc", True)
+            assert not self.state.cached, f"left: {self.state.cached}"
         for _ in range(2):  # what is unneeded is marked; then it is past keep_for and grace
             self._call("gc", True)
             self._until_all_is_due()
         self._call("gc", True)
         assert not self.state.disks, f"left: {self.state.disks}"
+        assert not self.state.cached, f"left: {self.state.cached}"
 
     def _until_all_is_due(self) -> None:
         if "clock" not in self.world.cannot:
             dues = [due for key in self.state.disks for _, due in self._dues(key)]
+            dues += [due for _, due in self._dues_of_templates()]
             self._set_clock(max([self.state.now, *dues]) + max(self.plan.durations))
         else:
             self._apply(Rules(Policy(keep_for=0, grace=0)))
@@ -511,18 +589,32 @@ class Walk:
         trouble = self._trouble(call)
         if trouble and trouble.kind == "copying":
             call = Call("before copy", arguments)
+        elif trouble and trouble.kind == "filling":
+            call = Call("prefetch before fill" if what == "prefetch" else "before fill", arguments)
         ended = self._perform(call, trouble)
         if ended.other:  # it had to wait for the start in flight
             self._take_notice(Call("finish"), ended.other)
         if ended.result == "paused":
             return self._overlap(call)
         p = predict(self.state, call)
-        if ended.trouble == "fail" and ended.is_good and p.is_refused:
-            # What failed was virsh: then an open disk is taken to be in use.
-            p = predict(replace(self.state, is_flaky=True), call)
-            p.state = replace(p.state, is_flaky=False)
+        if ended.trouble == "fail" and ended.is_good:
+            p = self._in_spite(call)
         self.state = self.judge.after(self.state, call, ended, p)
         return ended.is_good
+
+    def _in_spite(self, call: Call) -> Prediction:
+        """What the call does if it goes well though something fails.
+
+        If that was virsh, an open disk is taken to be in use; if it was about a template, it is not used.
+        """
+        ways = []
+        for is_flaky in (False, True):
+            for is_uncached in (False, True):
+                p = predict(replace(self.state, is_flaky=is_flaky, is_uncached=is_uncached), call)
+                p.state = replace(p.state, is_flaky=False, is_uncached=False)
+                ways.append(p)
+        good = [p for p in ways if not p.is_refused] or ways
+        return replace(good[0], ways=good[1:])
 
     def _perform(self, call: Call, trouble: Trouble | None) -> Ended:
         ended = self.world.perform(self.state, call, trouble)
@@ -534,13 +626,15 @@ class Walk:
 
     def _take_notice(self, call: Call, ended: Ended) -> None:
         """This call has ended in between; nobody has looked then."""
-        assert ended.result == "done", f"{call} is {ended.result}: {ended.said}"
-        self.state = predict(self.state, call).state
+        p = predict(self.state, call)
+        expected = "refused" if p.is_refused else "done"
+        assert ended.result == expected, f"{call} is {ended.result}, not {expected}: {ended.said}"
+        self.state = p.state
 
     def _look_at_all(self, state: State) -> None:
         """Compare, after something that is no call."""
         options: dict[str, Stages] = {key: [disk] for key, disk in state.disks.items()}
-        self.state = self.judge.check(self.judge.match(state, options, {}))
+        self.state = self.judge.check(self.judge.match(state, options, {}, state, is_exact=True))
 
     def _trouble(self, call: Call) -> Trouble | None:
         """What befalls it, mostly nothing."""
@@ -548,7 +642,7 @@ class Walk:
         if self.is_calm or not kinds or not self._chance(0.5 if call.what == "gc" else 0.35):
             return None
         kind, most = self.rng.choice(kinds), self.world.moments(call)
-        if kind not in ("pause", "copying") and self._chance(0.6):
+        if kind not in ("pause", "copying", "filling") and self._chance(0.6):
             return Trouble(kind, self.rng.randint(1, 6), of_changes=True)
         return Trouble(kind, self.rng.randint(1, most))
 
@@ -557,11 +651,15 @@ class Walk:
         pause = ("pause",) * 4 if is_alone and not self.state.is_silent else ()
         if call.what == "gc":  # before vdsm starts, no VM is started
             return ("all", "all", "fail", *(pause if call.arguments == (True,) else ()))
+        filling = ("filling",) * 3 if is_alone else ()
+        if call.what == "prefetch":
+            return ("helper", "hook", "all", "term", "fail", *filling, *pause)
         if call.what not in HOOKS or self.state.vms[call.vm_id].using == "off":
             return ()
         is_start = call.what == "after_disk_prepare" and not self.state.vms[call.vm_id].is_active
         copying = ("copying",) * 3 if is_start and is_alone else ()
-        return ("helper", "hook", "all", "term", "fail", *copying, *pause)
+        left = copying + filling * bool(copying)
+        return ("helper", "hook", "all", "term", "fail", *left, *pause)
 
     # -- two calls at once
 
@@ -578,7 +676,8 @@ class Walk:
         keys = {*before.disks, *(key for b in finals for key in b.state.disks)}
         options = {key: [b.state.disks.get(key) for b in finals] for key in keys}
         erased = {key: {b.erased[key] for b in finals if key in b.erased} for key in keys}
-        after = self.judge.match(replace(finals[0].state, disks=before.disks), options, erased)
+        state = replace(finals[0].state, disks=before.disks)
+        after = self.judge.match(state, options, erased, before, is_exact=False)
         self.state = self.judge.check(after, call, ended)
         return ended.is_good
 

@@ -14,6 +14,7 @@ from tests.model.state import Room, Source, State
 
 HOOKS = ("after_disk_prepare", "before_vm_start", "after_vm_destroy")
 STARTS = HOOKS[:2]
+LEFT = ("copying", "filling")
 FORBIDDEN = ("before_vm_migrate_source", "before_vm_migrate_destination", "before_vm_hibernate")
 
 
@@ -27,6 +28,7 @@ class Trouble:
     fail            a tool fails
     pause           others have their turn first
     copying         the call is left alone while it copies, to be finished later
+    filling         the same, while it copies a template into the cache
 
     `of_changes`: only those commands count that change something.
     """
@@ -40,7 +42,7 @@ class Trouble:
 class Ended:
     """How a call ended.
 
-    result      done, refused, killed; paused or copying: it has not ended
+    result      done, refused, killed; paused, copying or filling: it has not ended
     trouble     what befell it, "" if nothing did
     paths       image id -> volume id: the disks that the VM is to run from by what vdsm was answered
     has_doubts  gc ended with 1
@@ -56,7 +58,7 @@ class Ended:
 
     @property
     def is_good(self) -> bool:
-        return self.result in ("done", "copying")
+        return self.result in ("done", *LEFT)
 
     @property
     def is_refused(self) -> bool:
@@ -108,11 +110,21 @@ class World(Protocol):
 
     def room(self) -> Room: ...
 
-    def new_image(self, rng: random.Random) -> tuple[str, Source]:
-        """An image's id and its source."""
+    def new_image(self, rng: random.Random, base: Source | None = None) -> tuple[str, Source]:
+        """An image's id and its source, which stands on the template `base`."""
 
-    def change(self, image_id: str, source: Source, how: str, rng: random.Random) -> Source | None:
-        """content, snapshot, merge or grow; None where that is not possible."""
+    def change(
+        self, image_id: str, source: Source, how: str, rng: random.Random, base: Source | None = None
+    ) -> Source | None:
+        """content, snapshot, merge or grow, or template: only `base` has changed.
+
+        None where that is not possible.
+        """
+
+    def new_template(self, rng: random.Random) -> Source: ...
+
+    def change_template(self, template: Source, rng: random.Random) -> Source:
+        """Another version of it."""
 
     def configure(self, rules: Rules) -> None: ...
 
@@ -133,6 +145,9 @@ class World(Protocol):
         """Something opens a volume; False where it is not active."""
 
     def let_go(self, uuid: str) -> None: ...
+
+    def tamper(self, uuid: str, how: str, token: str) -> None:
+        """spoil what a template LV holds, make writable, change a tag or remove a tag."""
 
     def silence(self, is_silent: bool) -> None:
         """libvirt does not answer, or does again."""
