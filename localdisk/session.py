@@ -44,6 +44,7 @@ from localdisk.errors import (
     ForeignVolume,
     Interrupted,
     LibvirtSilent,
+    NoSpace,
     StillRuns,
     VmRuns,
 )
@@ -257,15 +258,15 @@ class Session:
                 raise BadRequest(problem="it names another base")
             if not self._shelf.look():
                 return _to_fill("missing")
-            device = self._shelf.open(claim.resources) if claim.policy.backend == "lvm" else None
+            reading = ExitStack()
+            device = self._shelf.open(reading) if claim.policy.backend == "lvm" else None
         except (BadRequest, Interrupted):
             raise
         except Error as error:
             return self._uncached(claim, error)
         path = claim.vg.path(claim.volume_id)
-        if device:  # what is open is not evicted
-            self._leave_shelf()
-            return _to_fill("on base", path, self._create(claim, size, fingerprint), device)
+        if device:
+            return self._make_beside(device, reading, claim, size, fingerprint)
         if claim.policy.backend == "lvmthin":
             target = self._clone(self._shelf, claim, size, fingerprint)
             if target:
@@ -279,6 +280,20 @@ class Session:
         except Error as error:
             return self._uncached(claim, error)
         return _to_fill("missing")
+
+    def _make_beside(
+        self, device: Answer, reading: ExitStack, claim: Claim, size: int, fingerprint: str
+    ) -> Answer:
+        """Make the claimed disk while the template LV, as long as `reading`, is open and so not evicted."""
+        self._leave_shelf()
+        claim.resources.callback(reading.close)
+        try:
+            target = self._create(claim, size, fingerprint)
+        except NoSpace as error:  # there may be, if that one goes, too
+            claim.making.finished()
+            reading.close()
+            return self._uncached(claim, error)
+        return _to_fill("on base", claim.vg.path(claim.volume_id), target, device)
 
     def _clone(self, shelf: Shelf, claim: Claim, size: int, fingerprint: str) -> Answer | None:
         with_margin, writes = claim.wanted

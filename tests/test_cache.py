@@ -787,6 +787,17 @@ def test_no_room_at_all(host: FakeHost, backend: str) -> None:
     assert locks() == []
 
 
+@pytest.mark.parametrize("text", [ON, ONE_AT_A_TIME])
+def test_room_that_its_own_template_lv_takes(host: FakeHost, text: str) -> None:
+    """It was opened to be read, so it was not evicted; without it there is room."""
+    add_template(host)
+    room_for(host, "lvm", SIZE - BASE_SIZE)
+    assert whole_start(Hook(host, text)) == ["uncached", "copy"]
+    assert lv_tags(host) == tags()
+    assert set(host.volumes) == {"pool0", VOLUME}
+    assert locks() == []
+
+
 @BACKENDS
 def test_room_is_made_by_idle_template_lvs(host: FakeHost, backend: str) -> None:
     """The least recently used first, no more than needed; not what is in use, locked, or no template's."""

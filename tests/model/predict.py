@@ -130,7 +130,7 @@ def _after_disk_prepare(p: Prediction, vm_id: str, image_id: str) -> None:
     policy = _make_way(p, vm_id, image_id)
     if policy:
         base = _bring_in(p, vm_id, image_id, policy)
-        _copied(p, vm_id, image_id, _begin_copy(p, vm_id, image_id, policy, base))
+        _copied(p, vm_id, image_id, _begin_copy(p, vm_id, image_id, policy, base)[0])
 
 
 def _before_copy(p: Prediction, vm_id: str, image_id: str) -> None:
@@ -138,7 +138,7 @@ def _before_copy(p: Prediction, vm_id: str, image_id: str) -> None:
     policy = _make_way(p, vm_id, image_id)
     if policy:
         base = _bring_in(p, vm_id, image_id, policy)
-        key = _begin_copy(p, vm_id, image_id, policy, base)
+        key, base = _begin_copy(p, vm_id, image_id, policy, base)
         reads = "" if shelf.is_thin(policy) else base
         p.state = replace(p.state, flight=Flight(vm_id, image_id, key, policy, reads=reads))
 
@@ -149,7 +149,7 @@ def _before_fill(p: Prediction, vm_id: str, image_id: str) -> None:
     if policy:
         base = _bring_in(p, vm_id, image_id, policy, is_left=True)
         if not p.state.flight:
-            _copied(p, vm_id, image_id, _begin_copy(p, vm_id, image_id, policy, base))
+            _copied(p, vm_id, image_id, _begin_copy(p, vm_id, image_id, policy, base)[0])
 
 
 def _finish(p: Prediction) -> None:
@@ -163,7 +163,7 @@ def _finish(p: Prediction) -> None:
     if not is_good:
         raise Refused
     if flight.vm:
-        key = _begin_copy(p, flight.vm, flight.image, flight.policy, flight.key)
+        key, _ = _begin_copy(p, flight.vm, flight.image, flight.policy, flight.key)
         _copied(p, flight.vm, flight.image, key)
 
 
@@ -361,13 +361,20 @@ def _made(p: Prediction, vm_id: str, image_id: str, policy: Policy, base: str) -
     return newborn(vm_id, image_id), made
 
 
-def _begin_copy(p: Prediction, vm_id: str, image_id: str, policy: Policy, base: str) -> str:
-    """An unfinished disk, from the template LV `base` or without one, if there is room; returns its key."""
+def _begin_copy(p: Prediction, vm_id: str, image_id: str, policy: Policy, base: str) -> tuple[str, str]:
+    """An unfinished disk, from the template LV `base` or without one, if there is room.
+
+    Returns its key, and `base`, "" where there was room only without it.
+    """
     is_room = shelf.fits(policy, *_wanted(p.state, image_id, policy, is_whole=not base))
     if base and not shelf.is_thin(policy):  # it is opened first
         p.state = p.state.with_cached(base, replace(p.state.cached[base], used=p.state.now))
     p.state, is_good = shelf.with_room(p.state, policy, is_room, base)
-    if not is_good:  # also where there would be if that one made room, too
+    if not is_good and base and not shelf.is_thin(policy):  # there may be if that one makes room, too
+        if not p.state.is_open(base):
+            p.state = p.state.with_cached(base, replace(p.state.cached[base], is_active=False))
+        return _begin_copy(p, vm_id, image_id, policy, "")
+    if not is_good:
         raise Refused
     key, made = _made(p, vm_id, image_id, policy, base)
     if base:
@@ -377,7 +384,7 @@ def _begin_copy(p: Prediction, vm_id: str, image_id: str, policy: Policy, base: 
     if made.shared[0]:  # a snapshot is as large as what it is of, and then larger
         small = replace(made, size=p.state.cached[base].size)
         p.instead[key] += [*_given_up(small, policy), small]
-    return key
+    return key, base
 
 
 def _given_up(made: LocalDisk, policy: Policy) -> Iterator[LocalDisk]:
