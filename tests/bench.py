@@ -2,7 +2,7 @@
 
     python -m tests.bench here     what needs no kernel of our own: a hook run without the property
     python -m tests.bench bed      what needs LVM; runs as root in the test bed
-    python -m tests.bench cache    the template cache; there, too
+    python -m tests.bench cache [GIB…]    the template cache, with templates of these sizes; there, too
 
 Machines differ and are noisy: read the ratios, not the seconds.  In a throw-away kernel without KVM
 every instruction of ours is emulated while the disks are not, so that what we add looks larger there.
@@ -223,7 +223,7 @@ def cache() -> None:
     small = image(storage, SMALL, SMALL // 2)
     start("lvmthin", small)
     constant = statistics.median(start("lvmthin", small) for _ in range(ROUNDS))
-    for gibibytes in (1, 4, 16):
+    for gibibytes in [int(word) for word in sys.argv[2:]] or (1, 4, 16):
         size = gibibytes << 30
         template = storage.template(size, "raw", seed=1)
         fill(template.leaf, size // 4)
