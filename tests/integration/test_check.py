@@ -116,18 +116,16 @@ def test_parts_that_do_nothing() -> None:
     libvirt.define_placeholder(off)
     configure(
         "retention: {keep_for: 1d}\n"
-        "cache: {templates: on}\n"
         "vms:\n"
         f"  {same}: {{retention: {{keep_for: 24h}}}}\n"
         f"  {off}: {{enabled: off, disks: [{new_id()}]}}\n"
         f"  {strange}: {{enabled: off}}\n"
     )
     fixes = named(
-        f"{CONFIG}:2:9: cache.templates is on",
-        f"{CONFIG}:4:3: vms.{same} changes nothing",
-        f"{CONFIG}:5:56: vms.{off}.disks changes nothing",
+        f"{CONFIG}:3:3: vms.{same} changes nothing",
+        f"{CONFIG}:4:56: vms.{off}.disks changes nothing",
     )
-    assert fixes == ["write off there", "take the section out", "take disks or enabled out there"]
+    assert fixes == ["take the section out", "take disks or enabled out there"]
     configure(f"vms:\n  {off}: {{enabled: off}}\n  {strange}: {{enabled: off}}\n")
     hint, *rest = localdisk("check").splitlines()
     assert hint.startswith(f"hint: {CONFIG}:3:3: neither libvirt nor a local disk knows VM {strange}, ")

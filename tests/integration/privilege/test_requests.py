@@ -182,13 +182,14 @@ def test_request(alone: Told, name: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def of_templates(scene: Scene) -> Iterator[Told]:
+def of_templates(scene: Scene) -> Told:
     with aside(CONFIG):
         configure("cache: {templates: on}\n")
         before = traces(scene)
         with Talk() as talk:
             answers = {name: talk.ask(request(scene)) for name, request in TEMPLATES.items()}
-        yield Told(answers, before, traces(scene))
+        after = traces(scene)
+    return Told(answers, before, after)
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
