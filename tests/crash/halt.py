@@ -20,18 +20,22 @@ MOMENTS = ("before", "during", "after")
 PLACE = Path("/run/bed-halt")
 REAL, PLAN, CALLS, HERE = (PLACE / name for name in ("real", "plan", "calls", "here"))
 
+# Calls are counted under a lock: gc asks libvirt while LVM works.
 # During: an LVM command waits for the volume group's lock, which the script has; a copy is stopped when it
 # has run for a while, any other tool as soon as it runs.  A tool that must die with its parent does.
 SCRIPT = f"""\
 #!/bin/bash
 real={REAL}/${{0##*/}}
 [ -e {PLAN} ] || exec "$real" "$@"
-echo "${{0##*/}} $*" >>{CALLS}
-read -r number moment <{PLAN}
-[ "$(wc -l <{CALLS})" = "$number" ] || exec "$real" "$@"
+exec 9>>{CALLS}
+flock 9
+echo "${{0##*/}} $*" >&9
+count=$(wc -l <{CALLS})
+exec 9>&-
+read -r number moment <{PLAN} && [ "$count" = "$number" ] || exec "$real" "$@"
 here() {{
     touch {HERE}
-    while [ -e {HERE} ]; do sleep 0.1; done
+    while [ -e {HERE} ] && [ -e {PLAN} ]; do sleep 0.1; done
 }}
 trap '' TERM
 case $moment in
