@@ -227,10 +227,12 @@ class Shelf:
     def touch(self) -> None:
         """It is used now."""
         assert self._found  # noqa: S101 (look has said so)
-        now = template.used_tag(time.time())
+        now = time.time()
+        if self._found.is_used_at(now):
+            return
+        tag = template.used_tag(now)
         try:
-            if {now} != self._found.used_tags:
-                self._vg.change_tags(self.name, add={now}, remove=self._found.used_tags - {now})
+            self._vg.change_tags(self.name, add={tag}, remove=self._found.used_tags - {tag})
         except CommandFailed as error:  # it only goes earlier than it would
             log.problem("template LV cannot be marked as used", **self.making.who, why=error)
 

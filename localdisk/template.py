@@ -9,7 +9,7 @@ As of a local disk, all that is known about one is in its tags:
     WRITES_<bytes>      while UPDATING: the data that it will hold
     HOLDS_<bytes>       the data that it holds, of a thin one
     SAMPLE_<hex>        digest of blocks all over it (`cache.py`)
-    USED_<epoch>        when a disk last started from it, prefetch found it, or it was made
+    USED_<epoch>        when a disk last started from it, prefetch found it, or it was made, to the minute
 
 It has no owner, so nothing takes it for a VM's disk.  Its name is made from what it is a copy of and of
 where it lies: whoever wants the same template comes to the same name, and to the same lock.
@@ -38,6 +38,7 @@ from localdisk.disk import (
 from localdisk.ids import is_uuid
 from localdisk.lvm import LogicalVolume, VolumeGroup
 
+_MINUTE = 60  # seconds; of twenty VMs that start together, one writes down that it is used
 _NAMES = uuid.UUID("5f2b6f5e-2a40-4b4d-9d0b-6f6a3c1e7d42")  # any, but always this one
 
 
@@ -97,6 +98,10 @@ class Template:
     @property
     def used_tags(self) -> frozenset[str]:
         return frozenset(tag for tag in self.lv.lv_tags if tag.startswith("USED_"))
+
+    def is_used_at(self, now: float) -> bool:
+        """Whether its tags say that it is used at `now`, seconds since the epoch, to the minute."""
+        return len(self.used_tags) == 1 and 0 <= int(now) - self.used < _MINUTE
 
     @property
     def writes_tags(self) -> frozenset[str]:

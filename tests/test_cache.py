@@ -229,6 +229,12 @@ def test_a_second_start_thin(host: FakeHost) -> None:
     ]
 
 
+def test_two_starts_within_a_minute_are_one_use(host: FakeHost) -> None:
+    add_template(host, "lvmthin", used=NOW - 59)
+    assert start(Hook(host, ON), "lvmthin")["how"] == "layers"
+    assert not [command for command in changing(host) if "USED_" in command]
+
+
 def test_a_disk_as_large_as_its_template_is_not_extended(host: FakeHost) -> None:
     add_template(host, "lvmthin")
     hook = Hook(host, ON)

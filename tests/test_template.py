@@ -140,6 +140,15 @@ def test_when_it_was_used(lv_tags: tuple[str, ...], used: int) -> None:
     assert each.used_tags == set(lv_tags)
 
 
+@pytest.mark.parametrize(
+    ("used", "is_told"),
+    [((0,), True), ((59,), True), ((60,), False), ((-1,), False), ((), False), ((5, 7), False)],
+)
+def test_a_use_is_told_to_the_minute(used: tuple[int, ...], is_told: bool) -> None:
+    each = found((READY - {f"USED_{NOW}"}) | {f"USED_{NOW - ago}" for ago in used})
+    assert each.is_used_at(NOW + 0.9) == is_told
+
+
 @pytest.mark.parametrize("name", ["SOURCE", "SAMPLE"])
 def test_what_is_said_twice_is_not_said(name: str) -> None:
     for more in ((), (f"{name}_{FINGERPRINT}", f"{name}_{OTHER_FINGERPRINT}")):
