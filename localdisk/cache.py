@@ -28,6 +28,7 @@ from localdisk.errors import (
     ForeignVolume,
     NoSpace,
     NoTemplate,
+    ThinPoolAtThreshold,
     ThinPoolFull,
 )
 from localdisk.lock import Pause
@@ -40,6 +41,7 @@ from localdisk.units import format_size
 _SAMPLES, _SAMPLE = 256, 4096  # blocks, and bytes of each
 
 Room = Callable[[VolumeGroup], None]  # raises NoSpace or ThinPoolFull
+Make = Callable[[VolumeGroup], None]  # creates a volume; raises ThinPoolAtThreshold
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,10 @@ class Shelf:
                 vg.create_thick(self.name, base.size, tags)
 
         self.making.wait(base.size, self._pause)
-        return self.making.create(base.size, self._pause, room, make)
+        return self.making.create(base.size, self._pause, room, self._insisting(make))
+
+    def _insisting(self, make: Make) -> Make:
+        return insisting(self._policy, make, self.name, self._pause)
 
     def _limit(self, vg: VolumeGroup, writes: int) -> None:
         """Evict what `cache.max_size` has no room for beside the new one.  Raises CacheFull."""
@@ -177,9 +182,10 @@ class Shelf:
             if vg.round_up(larger) > found.lv.lv_size:
                 vg.extend(disk.lv_name, larger)
 
-        target = disk.create(
-            size, self._pause, lambda: with_room(self._policy, room, self.name, self._pause), make
-        )
+        def has_room() -> VolumeGroup:
+            return with_room(self._policy, room, self.name, self._pause)
+
+        target = disk.create(size, self._pause, has_room, self._insisting(make))
         if not self._is_as_it_was(target["path"]):
             return None
         self.touch()
@@ -307,6 +313,27 @@ def with_room(policy: Policy, require: Room, keep: str, pause: Pause) -> VolumeG
         except (NoSpace, ThinPoolFull) as error:
             refusal = error
     raise refusal
+
+
+def insisting(policy: Policy, make: Make, keep: str, pause: Pause) -> Make:
+    """`make`, tried again after each idle template LV but `keep` that goes from a pool too full for LVM.
+
+    LVM's own threshold may lie below our margins.  Raises what `make` raises.
+    """
+
+    def insist(vg: VolumeGroup) -> None:
+        idle = _idle(template.in_place(vg, policy.thin_pool), keep)
+        while True:
+            try:
+                return make(vg)
+            except ThinPoolAtThreshold:
+                each = next(idle, None)
+                if each is None:
+                    raise
+            evict(policy, each.name, "a disk needs its room", pause)
+            vg = _read(policy)
+
+    return insist
 
 
 def evict(policy: Policy, name: str, why: str, pause: Pause) -> None:

@@ -243,7 +243,7 @@ class Session:
                 vg.create_thin(claim.volume_id, with_margin, policy.thin_pool, tags)
 
         claim.making.wait(size, self._pause)
-        return claim.making.create(size, self._pause, room, make)
+        return claim.making.create(size, self._pause, room, cache.insisting(policy, make, "", self._pause))
 
     # -- templates
 

@@ -844,6 +844,43 @@ def test_nothing_is_evicted_where_it_does_not_help(host: FakeHost, backend: str)
     assert locks() == []
 
 
+THRESHOLD = "  Cannot create new thin volume, free space in thin pool ovirt-local/pool0 reached threshold.\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "is_cached", "answers"),
+    [
+        ("cache: {templates: on, max_size: 1}", False, FULL),
+        (ON, False, FIRST["lvmthin"]),
+        (ON, True, SECOND["lvmthin"]),
+    ],
+)
+def test_a_pool_too_full_for_lvm_itself(
+    host: FakeHost, text: str, is_cached: bool, answers: list[str]
+) -> None:
+    """Its threshold may be lower than our margins; idle template LVs go one by one, but for its own."""
+    for number in range(1, 4):
+        add_template(host, "lvmthin", number, other(number))
+    if is_cached:
+        add_template(host, "lvmthin", 0)
+    host.fail("lvcreate", THRESHOLD, times=2)
+    assert whole_start(Hook(host, text), "lvmthin") == answers
+    assert [volume.lv_name for volume in host.removed] == [other(1), other(2)]
+    assert counters.read().templates_evicted == 2
+    assert locks() == []
+
+
+def test_a_pool_too_full_for_lvm_without_template_lvs(host: FakeHost) -> None:
+    add_template(host, "lvmthin", 1, other(1))
+    add_template(host, "lvm", 2, other(2))
+    host.fail("lvcreate", THRESHOLD, times=9)
+    hook = Hook(host, "")
+    hook.ask(CLAIM, property="lvmthin")
+    assert "too full for LVM itself" in hook.refused(PREPARE)
+    assert [volume.lv_name for volume in host.removed] == [other(1)]
+    assert locks() == []
+
+
 def test_what_lies_elsewhere_makes_no_room(host: FakeHost) -> None:
     """A pool's template LVs for a preallocated disk."""
     add_template(host, "lvmthin", 1, other(1))

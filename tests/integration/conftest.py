@@ -76,3 +76,10 @@ def block_storage() -> Iterator[BlockStorage]:
 def libvirt() -> None:
     """A running libvirt; see tests/bed/libvirt.py for what to do with it."""
     libvirt_daemon.start()
+
+
+@pytest.fixture
+def throwaway() -> None:
+    """What is changed for the test is the whole machine's."""
+    if not host.throwaway():
+        pytest.skip("this machine's tools, users, clock and LVM configuration are left alone")

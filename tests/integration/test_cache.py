@@ -48,6 +48,7 @@ from tests.integration.steps import (
     wait_for,
 )
 
+LVM_LOCAL = Path("/etc/lvm/lvmlocal.conf")
 ON = "cache: {templates: on}\n"
 SIZE = 12 * MIB
 CHAINS = int(os.environ.get("LOCALDISK_CHAINS", "24"))  # random ones, half of them in each backend
@@ -380,6 +381,31 @@ def test_a_start_that_needs_room(file_storage: FileStorage) -> None:
     vm_id = start(image, THICK)
     assert list(templates()) == [kept]
     stop(vm_id, image)
+
+
+@pytest.mark.usefixtures("throwaway")
+def test_a_pool_that_is_too_full_for_lvm(file_storage: FileStorage) -> None:
+    """LVM's own threshold lies below our margin: what is idle goes, and the VM starts."""
+    before = LVM_LOCAL.read_text() if LVM_LOCAL.exists() else ""
+    size = ["-L", "64m", "--monitor", "n"]
+    run("lvcreate", "-y", "--type", "thin-pool", *size, "-n", "small", host.VOLUME_GROUP)
+    configure(f"{ON}thin_pool: small\n".replace("on}", "on, max_size: 80%}"))
+    template, other = file_storage.template(SIZE * 3, seed=1), file_storage.template(SIZE, seed=2)
+    run("qemu-io", "-f", "raw", "-c", f"write -P 5 0 {SIZE * 3}", str(template.leaf.path))
+    try:
+        start_and_stop(file_storage.clone(template, seed=1))
+        LVM_LOCAL.write_text("activation { thin_pool_autoextend_threshold=50 }\n")
+        refused = attempt(
+            "lvcreate", "-y", "-V", "4m", "--thinpool", f"{host.VOLUME_GROUP}/small", "-n", "refused"
+        )
+        assert "reached threshold" in refused.stderr
+        vm_id = start(image := file_storage.clone(other, seed=1), THIN)
+        assert equals_source(image)
+        assert list(templates()) == [of(other)]
+        stop(vm_id, image, custom=THIN)
+    finally:
+        LVM_LOCAL.write_text(before)
+        host.remove("small")
 
 
 @BACKENDS

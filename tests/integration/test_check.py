@@ -76,13 +76,6 @@ def configuration() -> Iterator[None]:
     CONFIG.unlink(missing_ok=True)
 
 
-@pytest.fixture
-def throwaway() -> None:
-    """What is changed for the test is the whole machine's."""
-    if not host.throwaway():
-        pytest.skip("this machine's tools, users, clock and LVM configuration are left alone")
-
-
 # -- a good host
 
 
