@@ -187,10 +187,12 @@ lint() {
   shellcheck build.sh .ci/run tests/bed/guest.sh tests/bed/usermode.sh
 }
 
-# The unit tests under each of the Pythons that the file is for and this machine has.
+# The unit tests, 200 random chains by the cache's way of copying, and the unit tests under each of the other
+# Pythons that the file is for and this machine has.
 units() {
   local python job jobs=()
   .venv/bin/python -m pytest -q
+  LOCALDISK_CHAINS=200 .venv/bin/python -m pytest -q tests/test_copy.py -k test_random_chains
   for python in $(.venv/bin/python -m tests.pythons); do
     units_under "$python" &
     jobs+=($!)

@@ -651,7 +651,7 @@ def fixture_in_memory() -> Iterator[Path]:
         yield Path(directory)
 
 
-@pytest.mark.parametrize("seed", range(int(os.environ.get("LOCALDISK_CHAINS", "25"))))
+@pytest.mark.parametrize("seed", range(int(os.environ.get("LOCALDISK_CHAINS", "8"))))
 def test_random_chains(monkeypatch: pytest.MonkeyPatch, in_memory: Path, seed: int) -> None:
     device = Device(monkeypatch, in_memory / "device", 4 * MIB)
     chain, base = random_chain(in_memory, seed)

@@ -15,7 +15,7 @@ from tests.model.fake import FakeWorld
 from tests.model.walk import Plan, Walk
 
 STEPS = int(os.environ.get("LOCALDISK_MODEL_STEPS", "100"))
-FIRST, _, LAST = os.environ.get("LOCALDISK_MODEL_SEED", "0-39").partition("-")
+FIRST, _, LAST = os.environ.get("LOCALDISK_MODEL_SEED", "0-19").partition("-")
 
 
 @pytest.mark.parametrize("seed", range(int(FIRST), int(LAST or FIRST) + 1))
