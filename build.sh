@@ -233,23 +233,35 @@ need_bed() {
     need "${OTHER_GUEST_PACKAGES[@]}"
 }
 
-# The tests that need a kernel, in two halves that take equally long: in two guests side by side, on the
-# machine's own kernel one after the other.
+# The tests that need a kernel, a file after the other, the longest first: two at a time in guests, one on the
+# machine's own kernel.
 kernel_tests() {
-  local first=(test_life.py test_refusals.py test_kills.py test_status.py test_stale.py test_hostile.py test_model.py
-    test_tenants.py)
-  local second=(test_bed.py test_gc.py test_cache.py test_faults.py test_check.py test_install.py privilege
+  local files=(test_cache.py privilege test_life.py test_model.py test_hostile.py test_kills.py test_tenants.py
+    test_faults.py test_check.py test_gc.py test_refusals.py test_stale.py test_install.py test_status.py test_bed.py
     test_ansible.py::test_the_life_of_a_host)
-  local log=.bed/second-half verdict=0
-  if .venv/bin/python -c 'import sys; from tests.bed import boot; sys.exit(boot.why_not_here() is None)'; then
-    mkdir -p .bed
-    bed -m pytest -v "${second[@]/#/tests/integration/}" >$log 2>&1 &
-    bed -m pytest -v "${first[@]/#/tests/integration/}" || verdict=$?
-    wait $! || verdict=$?
-    cat $log
-  else
-    bed -m pytest -v "${first[@]/#/tests/integration/}" "${second[@]/#/tests/integration/}" || verdict=$?
-  fi
+  local file guests=2 running=0 verdict=0
+  .venv/bin/python -c 'import sys; from tests.bed import boot; sys.exit(boot.why_not_here() is None)' || guests=1
+  mkdir -p .bed
+  for file in "${files[@]}"; do
+    if [ $running = $guests ]; then
+      wait -n || verdict=$?
+      running=$((running - 1))
+    fi
+    kernel_test "$file" &
+    running=$((running + 1))
+  done
+  while [ $running != 0 ]; do
+    wait -n || verdict=$?
+    running=$((running - 1))
+  done
+  return $verdict
+}
+
+kernel_test() {
+  local log=.bed/log-${1%%:*} verdict=0 began=$SECONDS
+  bed -m pytest -v --durations 5 "tests/integration/$1" >"$log" 2>&1 || verdict=$?
+  cat "$log"
+  echo "$1: exit status $verdict after $((SECONDS - began)) s"
   return $verdict
 }
 

@@ -51,7 +51,7 @@ from tests.integration.steps import (
 LVM_LOCAL = Path("/etc/lvm/lvmlocal.conf")
 ON = "cache: {templates: on}\n"
 SIZE = 12 * MIB
-CHAINS = int(os.environ.get("LOCALDISK_CHAINS", "24"))  # random ones, half of them in each backend
+CHAINS = int(os.environ.get("LOCALDISK_CHAINS", "12"))  # random ones, half of them in each backend
 AT_ONCE = 12  # disks of one VM
 BACKENDS = pytest.mark.parametrize("custom", [THICK, THIN], ids=["thick", "thin"])
 KINDS = ("write -P 1", "write -P 2", "write -P 0", "write -z", "write -z -u", "discard")
