@@ -236,8 +236,8 @@ need_bed() {
 # The tests that need a kernel, a file after the other, the longest first: two at a time in guests, one on the
 # machine's own kernel.
 kernel_tests() {
-  local files=(test_cache.py privilege test_life.py test_model.py test_hostile.py test_kills.py test_tenants.py
-    test_faults.py test_check.py test_gc.py test_refusals.py test_stale.py test_install.py test_status.py test_bed.py
+  local files=(test_faults.py test_cache.py test_model.py test_hostile.py test_tenants.py privilege test_gc.py
+    test_life.py test_check.py test_stale.py test_kills.py test_refusals.py test_install.py test_status.py test_bed.py
     test_ansible.py::test_the_life_of_a_host)
   local file guests=2 running=0 verdict=0
   .venv/bin/python -c 'import sys; from tests.bed import boot; sys.exit(boot.why_not_here() is None)' || guests=1

@@ -20,18 +20,20 @@ MOMENTS = ("before", "during", "after")
 PLACE = Path("/run/bed-halt")
 REAL, PLAN, CALLS, HERE = (PLACE / name for name in ("real", "plan", "calls", "here"))
 
-# Calls are counted under a lock: gc asks libvirt while LVM works.
+# Calls are counted under a lock: gc asks libvirt while LVM works.  That in a shell of its own: qemu-img gets
+# descriptors, of any number.
 # During: an LVM command waits for the volume group's lock, which the script has; a copy is stopped when it
 # has run for a while, any other tool as soon as it runs.  A tool that must die with its parent does.
 SCRIPT = f"""\
 #!/bin/bash
 real={REAL}/${{0##*/}}
 [ -e {PLAN} ] || exec "$real" "$@"
-exec 9>>{CALLS}
-flock 9
-echo "${{0##*/}} $*" >&9
-count=$(wc -l <{CALLS})
-exec 9>&-
+count=$(
+    exec 9>>{CALLS}
+    flock 9
+    echo "${{0##*/}} $*" >&9
+    wc -l <{CALLS}
+)
 read -r number moment <{PLAN} && [ "$count" = "$number" ] || exec "$real" "$@"
 here() {{
     touch {HERE}
