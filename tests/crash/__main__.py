@@ -17,7 +17,7 @@ from typing import Any
 from tests.bed.boot import GUEST_DIED
 from tests.bed.guest import ROOT, STATE
 
-SELECTION = 9  # one of nine cases: more than 60
+SELECTION = 12  # one of twelve cases: more than 60
 DISK_MIB = 4096
 
 Row = dict[str, Any]

@@ -8,6 +8,7 @@ Each line of output is one JSON object: a result, or `{"dies": CASE}` just befor
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -66,10 +67,14 @@ def main(part: int, parts: int, every: int, match: str) -> int:
 
 
 def chosen(every: int, match: str) -> list[Case]:
-    """Of the cases that `match` is in the name of one of `every`, of all kinds, always the same, in order."""
-    everything = [case for case in cases() if match in case.name]
-    numbers = random.Random(0).sample(range(len(everything)), -(-len(everything) // every))
-    return [everything[number] for number in sorted(numbers)]
+    """Of the cases that `match` is in the name of one of `every`, of each flow, always the same, in order."""
+    rng, found = random.Random(0), []
+    matching = (case for case in cases() if match in case.name)
+    for _, each in itertools.groupby(matching, lambda case: case.flow):
+        of_flow = list(each)
+        numbers = rng.sample(range(len(of_flow)), -(-len(of_flow) // every))
+        found += [of_flow[number] for number in sorted(numbers)]
+    return found
 
 
 def done() -> int:
