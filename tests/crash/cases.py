@@ -115,7 +115,7 @@ def prepare() -> None:
             result = flow.do(scene).wait()
             assert result.rc == 0, (flow.name, result)
             points[flow.name] = halt.calls()
-        clear(flow, scene)
+        clear(scene)
     save(POINTS, json.dumps(points))
     scene.save(SCENE)
     os.sync()
@@ -159,7 +159,7 @@ def run_case(scene: Scene, case: Case) -> None:
         is_copy = (case.call, case.moment) == ("qemu-img convert", "during")
         configure(flow.config + SLOW * is_copy)
         if not flow.vm_runs:
-            clear(flow, scene)
+            clear(scene)
         set_up(flow, scene)
         if case.how == POWER:
             os.sync()
@@ -178,7 +178,7 @@ def run_case(scene: Scene, case: Case) -> None:
     PENDING.unlink(missing_ok=True)
     print(json.dumps(record), flush=True)
     if violations or case.how == POWER or not flow.vm_runs:
-        clear(flow, scene)
+        clear(scene)
 
 
 def kill(flow: Flow, scene: Scene, case: Case) -> bool:
@@ -311,9 +311,9 @@ def temporary_files() -> set[Path]:
     return {path for folder in TEMPORARY for path in folder.glob("*") if path.name[:4] != "tmp_"}
 
 
-def clear(flow: Flow, scene: Scene) -> None:
+def clear(scene: Scene) -> None:
     """Nothing of the scene but its source."""
-    if flow.vm_runs and scene.vm_id in libvirt.active():
+    if scene.vm_id in libvirt.active():  # of the flow before
         libvirt.destroy(scene.vm_id)
     host.remove(*(name for name in host.logical_volumes() if name != host.THIN_POOL))
     for path in LOCKS.glob("*.*"):
