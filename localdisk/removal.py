@@ -103,8 +103,7 @@ def _zero_data(fd: int, start: int, end: int) -> bool:
     """Write zeros over what is not zero from `start` to `end`; False where all of it was."""
     zeros, buffer = bytes(_BLOCK), mmap.mmap(-1, _BLOCK)  # page-aligned, as O_DIRECT wants it
     offset, any_data = start, False
-    while offset < end:
-        size = os.preadv(fd, [buffer], offset)
+    while offset < end and (size := os.preadv(fd, [buffer], offset)):  # 0: it has become smaller
         if buffer[:size] != zeros[:size]:
             buffer[:size] = zeros[:size]
             size = os.pwritev(fd, [memoryview(buffer)[:size]], offset)

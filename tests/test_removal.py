@@ -327,6 +327,24 @@ def test_a_device_that_writes_less_than_it_got(
     assert thin_disk.read_bytes() == bytes(4 * BLOCK)
 
 
+def test_a_device_that_becomes_smaller(
+    host: FakeHost, thin_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is not there any more is not waited for."""
+    write(thin_disk, 4 * BLOCK, {0: b"x" * 4 * BLOCK})
+    preadv, reads = os.preadv, []
+
+    def shrink(fd: int, buffers: list[memoryview], at: int) -> int:
+        reads.append(at)
+        assert len(reads) < 9, "it goes round in circles"
+        os.truncate(thin_disk, 2 * BLOCK)
+        return preadv(fd, buffers, at)
+
+    monkeypatch.setattr(os, "preadv", shrink)
+    call(removal.erase_and_remove, host, "zero")
+    assert thin_disk.read_bytes() == bytes(2 * BLOCK)
+
+
 def test_an_erase_that_fails_names_the_device(host: FakeHost, thin_disk: Path) -> None:
     with pytest.raises(
         EraseFailed, match=rf"erasing {thin_disk} failed: No such file or directory : look at"
