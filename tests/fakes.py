@@ -21,6 +21,8 @@ from localdisk.errors import CommandFailed, CommandTimeout, Error
 if TYPE_CHECKING:
     import pytest
 
+    from localdisk.session import Session
+
 REPORTS = Path(__file__).parent / "data" / "lvm"
 EXTENT = 4 << 20
 REAL_RUN = run.run
@@ -114,6 +116,28 @@ class Begun:
         if self._failure:
             raise self._failure
         return self._out
+
+
+class Conversation:
+    """A helper in this process, in the place of the one behind sudo."""
+
+    stdin = stdout = stderr = None
+    returncode = 0
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.requests: list[dict[str, Any]] = []
+
+    @property
+    def verbs(self) -> list[str]:
+        return [request["verb"] for request in self.requests]
+
+    def ask(self, line: bytes) -> bytes:
+        self.requests.append(json.loads(line))
+        return json.dumps(self.session.serve(line)).encode()
+
+    def wait(self) -> int:
+        return self.returncode
 
 
 class FakeHost:

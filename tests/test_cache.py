@@ -1166,19 +1166,23 @@ def settle(host: FakeHost, text: str, vm_is_known: bool = True) -> None:
         assert not gc.collect(parsed(text)).is_problem
 
 
-@pytest.mark.parametrize("number", range(22))
-@pytest.mark.parametrize("backend", ["lvm", "lvmthin"])
-@pytest.mark.parametrize("erase", ["none", "discard"])
-def test_a_start_that_is_killed_is_made_good(host: FakeHost, number: int, backend: str, erase: str) -> None:
-    """Killed before its command of that number, while it fills and clones."""
-    text = f"{{cache: {{templates: on}}, copy: {{parallel: 1}}, retention: {{erase: {erase}}}}}"
+def killed_start(host: FakeHost, text: str, backend: str, number: int) -> None:
+    """A start whose helper is killed before its command of that number."""
     host.kill_before(number)
     hook = Hook(host, text)
     with contextlib.suppress(Killed):
         whole_start(hook, backend)
     with contextlib.suppress(Killed):
         hook.session.close()
-    del hook
+
+
+@pytest.mark.parametrize("number", range(22))
+@pytest.mark.parametrize("backend", ["lvm", "lvmthin"])
+@pytest.mark.parametrize("erase", ["none", "discard"])
+def test_a_start_that_is_killed_is_made_good(host: FakeHost, number: int, backend: str, erase: str) -> None:
+    """Killed before its command of that number, while it fills and clones."""
+    text = f"{{cache: {{templates: on}}, copy: {{parallel: 1}}, retention: {{erase: {erase}}}}}"
+    killed_start(host, text, backend, number)
     host.bury()
     assert whole_start(Hook(host, text), backend)[-1] in ("on base", "layers")
     assert_ready(host, backend)
@@ -1191,13 +1195,7 @@ def test_a_start_that_is_killed_is_made_good(host: FakeHost, number: int, backen
 @pytest.mark.parametrize("number", range(22))
 @BACKENDS
 def test_gc_alone_makes_good_what_was_killed(host: FakeHost, number: int, backend: str) -> None:
-    host.kill_before(number)
-    hook = Hook(host, ON)
-    with contextlib.suppress(Killed):
-        whole_start(hook, backend)
-    with contextlib.suppress(Killed):
-        hook.session.close()
-    del hook
+    killed_start(host, ON, backend, number)
     settle(host, ON, vm_is_known=False)
     for name, volume in host.volumes.items():
         assert "UPDATING" not in volume.lv_tags
@@ -1218,13 +1216,7 @@ def test_a_start_from_a_spoiled_one_that_is_killed(
     old = add_template(host, backend)
     host.spoil(old.lv_name)
     text = f"{{cache: {{templates: on}}, retention: {{erase: {erase}}}}}"
-    host.kill_before(number)
-    hook = Hook(host, text)
-    with contextlib.suppress(Killed):
-        whole_start(hook, backend)
-    with contextlib.suppress(Killed):
-        hook.session.close()
-    del hook
+    killed_start(host, text, backend, number)
     host.bury()
     assert whole_start(Hook(host, text), backend)[-1] in ("on base", "layers")
     assert_ready(host, backend)

@@ -38,26 +38,13 @@ from tests.fakes import (
     OTHER_VOLUME,
     VM,
     VOLUME,
+    Conversation,
     FakeHost,
     tags,
 )
 
 SIZE = 2 * EXTENT
 LOCAL, OTHER_LOCAL = f"/dev/ovirt-local/{VOLUME}", f"/dev/ovirt-local/{OTHER_VOLUME}"
-
-
-class Conversation:
-    """A helper in this process, in the place of the one behind sudo."""
-
-    stdin = stdout = stderr = None
-    returncode = 0
-
-    def __init__(self, session: Session) -> None:
-        self.session = session
-        self.verbs: list[str] = []
-
-    def wait(self) -> int:
-        return self.returncode
 
 
 class Vdsm:
@@ -71,7 +58,7 @@ class Vdsm:
         self.copy_fails: Error | None = None
         monkeypatch.setattr(config, "DEFAULT_PATH", str(directory / "localdisk.yaml"))
         monkeypatch.setattr(run, "start_talking", self._start)
-        monkeypatch.setattr(run, "ask", self._ask)
+        monkeypatch.setattr(run, "ask", Conversation.ask)
         monkeypatch.setattr(run, "close_input", lambda process: process.session.close())
         monkeypatch.setattr(run, "end", lambda _process: None)
         monkeypatch.setattr(copy, "copy", self._copy)
@@ -118,10 +105,6 @@ class Vdsm:
         assert argv[3:] == ["helper"]
         self.helpers.append(Conversation(Session(config.load(), self._give_up)))
         return self.helpers[-1]
-
-    def _ask(self, process: Conversation, line: bytes) -> bytes:
-        process.verbs.append(json.loads(line)["verb"])
-        return json.dumps(process.session.serve(line)).encode()
 
     def _copy(self, source: Source, target: Target, on_progress: OnProgress) -> None:
         on_progress(0.5, 1)
@@ -530,7 +513,6 @@ class Templated(Vdsm):
         super().__init__(monkeypatch, directory)
         self.configure(ON)
         self.filled: list[tuple[str, ...]] = []  # how, and the first digits of the volumes that were read
-        self.asked: list[dict[str, Any]] = []
         self.on_copy: Callable[[], object] = lambda: None
         for each in (self.images / IMAGE, self.images / TEMPLATE_IMAGE):
             each.mkdir(parents=True)
@@ -576,12 +558,12 @@ class Templated(Vdsm):
         assert [name for name in self.locks if name.endswith(".lock")] == []
         return str(caught.value)
 
+    @property
+    def asked(self) -> list[dict[str, Any]]:
+        return [request for helper in self.helpers for request in helper.requests]
+
     def bases(self) -> list[Any]:
         return [each["base"] and each["base"]["volume"] for each in self.asked if each["verb"] == "prepare"]
-
-    def _ask(self, process: Conversation, line: bytes) -> bytes:
-        self.asked.append(json.loads(line))
-        return super()._ask(process, line)
 
     def _any_copy(self, how: str) -> Callable[[Source, Target, OnProgress], None]:
         def copied(source: Source, target: Target, on_progress: OnProgress) -> None:

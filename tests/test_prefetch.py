@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pwd
 from collections.abc import Callable, Sequence
@@ -16,27 +15,13 @@ from localdisk.errors import Error, HelperRefused, NoTemplate, SourceRefused, Us
 from localdisk.helper import Ended
 from localdisk.image import Source
 from localdisk.session import Session
-from tests.fakes import EXTENT, FakeHost
+from tests.fakes import EXTENT, Conversation, FakeHost
 
 VOLUME = "aaaaaaaa-0000-4000-8000-000000000000"
 TEMPLATE_IMAGE = "bbbbbbbb-0000-4000-8000-000000000000"
 VM_IMAGE = "cccccccc-0000-4000-8000-000000000000"
 METADATA = {"VOLTYPE": "SHARED", "LEGALITY": "LEGAL", "IMAGE": TEMPLATE_IMAGE, "FORMAT": "RAW"}
 SIZE = 2 * EXTENT
-
-
-class Conversation:
-    """A helper in this process, in the place of the one behind sudo."""
-
-    stdin = stdout = stderr = None
-    returncode = 0
-
-    def __init__(self, session: Session) -> None:
-        self.session = session
-        self.verbs: list[str] = []
-
-    def wait(self) -> int:
-        return self.returncode
 
 
 class Storage:
@@ -57,7 +42,7 @@ class Storage:
             prefetch, "MOUNTS", (f"{directory}/mnt/*/*/images", f"{directory}/mnt/*/*/*/images")
         )
         monkeypatch.setattr(run, "start_talking", self._start)
-        monkeypatch.setattr(run, "ask", self._ask)
+        monkeypatch.setattr(run, "ask", Conversation.ask)
         monkeypatch.setattr(run, "close_input", lambda process: process.session.end())
         monkeypatch.setattr(run, "end", lambda _process: None)
         monkeypatch.setattr(copy, "copy", self._copy)
@@ -86,10 +71,6 @@ class Storage:
         assert argv[:2] == ["sudo", "-n"]
         self.helpers.append(Conversation(Session(config.parse(self.text.encode(), "F"), self._give_up)))
         return self.helpers[-1]
-
-    def _ask(self, process: Conversation, line: bytes) -> bytes:
-        process.verbs.append(json.loads(line)["verb"])
-        return json.dumps(process.session.serve(line)).encode()
 
     def _copy(self, source: Source, target: Target, on_progress: OnProgress) -> None:
         for fraction in (0.0, 0.5, 1.0):
