@@ -1,31 +1,29 @@
 #!/usr/bin/env bash
 # Build, show, test and measure localdisk.
 #
-#   ./build.sh          build dist/localdisk, the one file that is copied to a host
-#   ./build.sh demo     the whole life of a VM's local disk on real LVM and real libvirt, narrated
-#   ./build.sh test     lint, types, unit tests, then the tests that need a kernel; with --all, all of the crash
-#                       matrix instead of a selection
-#   ./build.sh bench    the table of measurements
-#   ./build.sh pictures docs/*.svg of the README, drawn from a real run
-#   ./build.sh fuzz N   broken input for everything that reads what others wrote, N seconds long
-#   ./build.sh pins     pins.txt anew, after a version in pyproject.toml was changed
+#   ./build.sh                      build dist/localdisk, the one file that is copied to a host
+#   ./build.sh demo                 the whole life of a VM's local disk on real LVM and real libvirt, narrated
+#   ./build.sh test [--all]         all of the following; --all with the whole crash matrix, not a selection
+#   ./build.sh lint                 formatting, lint, types; shell and Ansible files
+#   ./build.sh unit [ARGUMENTS]     the unit tests; with pytest's arguments only those
+#   ./build.sh kernel [ARGUMENTS]   the tests that need a kernel; with a file or pytest's arguments only those
+#   ./build.sh crash [ARGUMENTS]    the crash matrix: --match TEXT, --every N, --all
+#   ./build.sh model [SEED]         the model test in memory and on real LVM; SEED may be FIRST-LAST
+#   ./build.sh bench                the table of measurements
+#   ./build.sh pictures             docs/*.svg of the README, drawn from a real run
+#   ./build.sh fuzz [SECONDS]       broken input for everything that reads what others wrote
+#   ./build.sh pins                 pins/*.txt anew: every package that pip installs, and the guest's kernel
 #
-# Each gets what it needs itself: Debian packages with apt (as root or through sudo), Python packages into
-# .venv.  Tests and demo run in a throw-away kernel unless this machine has device-mapper and we are root.
+# Each gets what it needs itself: Debian packages with apt (as root or through sudo), Python packages into .venv.
+# Tests and demo run on a throw-away kernel unless this machine's own has device-mapper and we are root;
+# WHERE=PLACE forces one (tests/bed/boot.py).
 set -euo pipefail
 cd "$(dirname "$(readlink -f "$0")")"
 
 PYTHON=/usr/bin/python3
 PYTHONS=(3.9 3.10 3.11 3.12 3.13) # the file runs on each
 
-# What Python needs to build; then what the test bed needs: a kernel, LVM, sudo and libvirt for it.
 BUILD_PACKAGES=(python3 python3-venv)
-BED_PACKAGES=(qemu-system-x86 qemu-utils kmod udev e2fsprogs iproute2 hostname
-  lvm2 thin-provisioning-tools sudo util-linux libvirt-daemon-system libvirt-clients dbus procps)
-# The guest's kernel where this machine's own will not do: the first is faster, the others come where it
-# cannot be had.
-GUEST_PACKAGES=(user-mode-linux)
-OTHER_GUEST_PACKAGES=(linux-image-amd64 busybox-static file)
 # Prometheus' promtool and node_exporter read the metrics and their alert rules.
 TEST_PACKAGES=(shellcheck prometheus prometheus-node-exporter)
 
@@ -45,73 +43,58 @@ need() {
   as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >&2
 }
 
-# A virtual environment with the pinned packages, made anew when a pin changes.
-venv() {
-  local stamp=.venv/pins
-  if ! cat pyproject.toml tests/requirements.txt | cmp -s - "$stamp"; then
-    rm -rf .venv
-    "$PYTHON" -m venv .venv
-    pip_quietly install -r tests/requirements.txt "${PINS[@]}"
-    cat pyproject.toml tests/requirements.txt >"$stamp"
-  fi
+# -- Python packages: each pinned by hash, none built from source, which would run what is not pinned
+
+# environment FOLDER PYTHON PINS...: a virtual environment with these pins, made anew when they or its place change
+environment() {
+  local folder=$1 python=$2 stamp
+  shift 2
+  stamp=$(echo "$PWD" && "$python" --version && sha256sum "$@")
+  [ "$stamp" != "$(cat "$folder/stamp" 2>/dev/null)" ] || return 0
+  rm -rf "$folder"
+  "$python" -m venv "$folder"
+  install_pinned "$folder" "$@"
+  echo "$stamp" >"$folder/stamp"
 }
 
-pip_quietly() {
-  .venv/bin/python -m pip --disable-pip-version-check -qq "$@"
+# install_pinned ENVIRONMENT PINS...
+install_pinned() {
+  local files=() file
+  for file in "${@:2}"; do files+=(-r "$file"); done
+  "$1/bin/python" -m pip "${PIP_QUIET[@]}" install --require-hashes --no-deps --only-binary=:all: "${files[@]}"
 }
+PIP_QUIET=(--disable-pip-version-check -qq)
 
-# Ansible, in an environment of its own, for examples/ansible.
 need_ansible() {
-  local pins=tests/requirements-ansible.txt
-  if ! cmp -s "$pins" .venv/ansible/pins; then
-    rm -rf .venv/ansible
-    "$PYTHON" -m venv .venv/ansible
-    .venv/ansible/bin/python -m pip --disable-pip-version-check -qq install -r "$pins"
-    cp "$pins" .venv/ansible/pins
-  fi
+  environment .venv/ansible "$PYTHON" pins/ansible.txt
 }
 
-# pip_for PYTHON COMMAND...: pip, choosing wheels for that Python on x86-64; manylinux is what EL9's glibc has
-pip_for() {
-  pip_quietly "${@:2}" --no-deps --only-binary=:all: --implementation cp --python-version "$1" \
-    --platform manylinux2014_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux_2_28_x86_64
+# lock NAME OLDEST_PYTHON FROM...: pins/NAME.txt, for every Python from the oldest on
+lock() {
+  .venv/pins/bin/uv pip compile --universal --python-version "$2" --fork-strategy fewest --only-binary :all: \
+    --generate-hashes --upgrade --quiet --no-annotate --custom-compile-command './build.sh pins' \
+    --output-file "pins/$1.txt" "${@:3}"
 }
 
-# Write pins.txt anew: the run-time packages of pyproject.toml with the hashes of their wheels.
 write_pins() {
-  local wheels=build/wheels python
-  rm -rf "$wheels"
-  for python in "${PYTHONS[@]}"; do
-    pip_for "$python" download -d "$wheels" "${PINS[@]}"
-  done
-  "$PYTHON" - "$wheels" "${PINS[@]}" >pins.txt <<'EOF'
-import hashlib, pathlib, sys
-print("# What is packed into dist/localdisk, for each Python; `./build.sh pins` writes this file.")
-files = list(pathlib.Path(sys.argv[1]).iterdir())
-for pin in sys.argv[2:]:
-    stem = pin.replace("==", "-").replace("_", "-").lower() + "-"
-    wheels = [file for file in files if file.name.replace("_", "-").lower().startswith(stem)]
-    hashes = sorted(hashlib.sha256(file.read_bytes()).hexdigest() for file in wheels)
-    print(" \\\n    ".join([pin, *(f"--hash=sha256:{each}" for each in hashes)]))
-EOF
-  rm -rf build
-}
-
-# The run-time packages, as pyproject.toml pins them.
-pins() {
-  "$PYTHON" - <<'EOF'
-import re
-text = open("pyproject.toml").read()
-block = re.search(r"^dependencies = \[\n(.*?)^\]", text, re.S | re.M).group(1)
-print("\n".join(re.findall(r'^\s+"([^"]+)"', block, re.M)))
-EOF
+  environment .venv/pins "$PYTHON" pins/uv.txt
+  lock uv 3.9 pins/uv.in
+  lock program 3.9 pyproject.toml
+  lock unit 3.9 pyproject.toml pins/unit.in
+  lock tools 3.10 pins/tools.in --constraint pins/unit.txt
+  lock ansible 3.10 pins/ansible.in
+  lock fuzz 3.11 pins/fuzz.in
+  as_root .venv/bin/python -B -m tests.bed.usermode >build/kernel-pins
+  mv build/kernel-pins pins/kernel.txt
 }
 
 prepare() {
   need "${BUILD_PACKAGES[@]}"
-  mapfile -t PINS < <(pins)
-  venv
+  environment .venv "$PYTHON" pins/unit.txt pins/tools.txt
+  mkdir -p .bed build
 }
+
+# -- the built file
 
 # merge FROM INTO: what two Pythons' packages both have must be the same; what is compiled has names of its own
 merge() {
@@ -122,17 +105,44 @@ merge() {
   cp -r "$1/." "$2/"
 }
 
-build() {
-  local tree=build/tree python lock
-  exec {lock}<build.sh
-  flock "$lock" # two at once would be in each other's way
-  rm -rf build
-  mkdir -p "$tree" dist
+# packages_for PYTHON FOLDER: the pinned wheels for that Python on x86-64; manylinux is what EL9's glibc has
+packages_for() {
+  .venv/bin/python -m pip "${PIP_QUIET[@]}" install --target "$2" --no-compile --require-hashes --no-deps \
+    --only-binary=:all: --implementation cp --python-version "$1" --platform manylinux2014_x86_64 \
+    --platform manylinux_2_17_x86_64 --platform manylinux_2_28_x86_64 -r pins/program.txt
+  rm -rf "${2:?}/bin"
+}
+
+# all_packages FOLDER: those of all Pythons in one tree
+all_packages() {
+  local python job jobs=()
   for python in "${PYTHONS[@]}"; do
-    pip_for "$python" install --target "build/$python" --no-compile --require-hashes -r pins.txt
-    rm -rf "build/$python/bin"
-    merge "build/$python" "$tree"
+    packages_for "$python" "$1/$python" &
+    jobs+=($!)
   done
+  for job in "${jobs[@]}"; do wait "$job"; done
+  for python in "${PYTHONS[@]}"; do
+    mkdir -p "$1/tree"
+    merge "$1/$python" "$1/tree"
+  done
+}
+
+# kept_packages: print the folder of all packages, fetched when their pins change
+kept_packages() {
+  local folder
+  folder=.venv/packages-$(cat pins/program.txt build.sh | sha256sum | cut -c1-16)
+  if [ ! -e "$folder" ]; then
+    rm -rf .venv/packages-*
+    all_packages "$folder.unfinished"
+    mv "$folder.unfinished" "$folder"
+  fi
+  echo "$folder"
+}
+
+# pack PACKAGES WORK: WORK/localdisk from our code and these packages
+pack() {
+  local work=$2 tree=$2/tree
+  cp -r "$1/tree" "$tree"
   cp -r localdisk "$tree/"
   mkdir -p "$tree/localdisk/schema" "$tree/localdisk/examples"
   cp schema/localdisk.schema.json "$tree/localdisk/schema/"
@@ -152,15 +162,16 @@ build() {
   # -I: nothing from the environment; -S: nothing from the host's site-packages, whose .pth files and
   # sitecustomize would otherwise run as root.  It also saves a tenth of a hook run without the property.
   .venv/bin/shiv --reproducible --site-packages "$tree" --entry-point localdisk.cli:main \
-    --python "$PYTHON -IS" --output-file build/localdisk.shiv
-  "$PYTHON" - <<'EOF'
+    --python "$PYTHON -IS" --output-file "$work/localdisk.shiv"
+  "$PYTHON" - "$work" <<'EOF'
 # shiv's own __main__.py and bootstrap give way to ours; everything else, times included, stays as shiv made it.
-import json, os, zipfile
+import json, os, sys, zipfile
+work = sys.argv[1]
 OURS = (("__main__.py", "first.py"), ("front.py", "front.py"), ("unpack.py", "unpack.py"))
 SHIVS = ("__main__.py", "_bootstrap/", "environment.json")
-with open("build/localdisk.shiv", "rb") as file:
+with open(f"{work}/localdisk.shiv", "rb") as file:
     shebang = file.readline()
-with zipfile.ZipFile("build/localdisk.shiv") as old, open("build/localdisk", "wb") as file:
+with zipfile.ZipFile(f"{work}/localdisk.shiv") as old, open(f"{work}/localdisk", "wb") as file:
     file.write(shebang)
     build_id = json.loads(old.read("environment.json"))["build_id"]
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as new:
@@ -171,13 +182,43 @@ with zipfile.ZipFile("build/localdisk.shiv") as old, open("build/localdisk", "wb
         for info in old.infolist():
             if not info.is_dir() and not info.filename.startswith(SHIVS):
                 new.writestr(info, old.read(info), info.compress_type)
-os.chmod("build/localdisk", 0o755)
+os.chmod(f"{work}/localdisk", 0o755)
 EOF
-  mv build/localdisk dist/localdisk
-  rm -rf build
+}
+
+
+build() {
+  local work lock
+  exec {lock}<build.sh
+  flock "$lock" # two at once would be in each other's way
+  mkdir -p dist
+  work=$(mktemp -d build/XXXXXX)
+  pack "$(kept_packages)" "$work"
+  mv "$work/localdisk" dist/localdisk
+  rm -rf "$work"
   echo "dist/localdisk: $(stat -c %s dist/localdisk) bytes, $(dist/localdisk --version)" >&2
   exec {lock}<&-
 }
+
+# Build only if a source is newer than the built file.
+build_if_older() {
+  local newer
+  newer=$(find localdisk schema examples/minimal.yaml pins/program.txt build.sh -newer dist/localdisk 2>/dev/null ||
+    echo missing)
+  [ -z "$newer" ] || build
+}
+
+# Build again from packages fetched anew: it has to be the same file.
+build_again() {
+  local work
+  work=$(mktemp -d build/XXXXXX)
+  all_packages "$work/packages"
+  pack "$work/packages" "$work"
+  cmp "$work/localdisk" dist/localdisk
+  rm -rf "$work"
+}
+
+# -- the tests
 
 lint() {
   .venv/bin/ruff check --quiet localdisk tests
@@ -187,125 +228,122 @@ lint() {
   shellcheck build.sh .ci/run tests/bed/guest.sh tests/bed/usermode.sh
 }
 
-# The unit tests, 200 random chains by the cache's way of copying, and the unit tests under each of the other
-# Pythons that the file is for and this machine has.
-units() {
-  local python job jobs=()
-  .venv/bin/python -m pytest -q
-  LOCALDISK_CHAINS=200 .venv/bin/python -m pytest -q tests/test_copy.py -k test_random_chains
-  for python in $(.venv/bin/python -m tests.pythons); do
-    units_under "$python" &
-    jobs+=($!)
-  done
-  for job in "${jobs[@]}"; do
-    wait "$job"
-  done
+# unit_tests PYTHON [ARGUMENTS]: under that Python; PYTHONHASHSEED, the same for all processes, is what varies
+unit_tests() {
+  local seed=${PYTHONHASHSEED:-$((RANDOM))} temporary verdict=0
+  temporary=$(mktemp -d /tmp/ld.XXXXXX)
+  PYTHONHASHSEED=$seed "$1" -m pytest -q --basetemp "$temporary/t" "${@:2}" || verdict=$?
+  rm -rf "$temporary"
+  [ $verdict = 0 ] || echo "PYTHONHASHSEED=$seed"
+  return $verdict
 }
 
-units_under() {
-  local venv log
-  venv=.venv/$(basename "$1")
-  log=$venv/log
-  if [ ! -e "$venv/ready" ]; then
-    "$1" -m venv "$venv"
-    grep -E '^(pytest|hypothesis)==' tests/requirements.txt >"$venv/requirements.txt"
-    "$venv/bin/python" -m pip --disable-pip-version-check -qq install -r "$venv/requirements.txt" "${PINS[@]}"
-    touch "$venv/ready"
-  fi
-  if ! "$venv/bin/python" -m pytest -q -p no:cacheprovider >"$log" 2>&1; then
-    tail -n 50 "$log"
-    return 1
-  fi
-  echo "$1: $(tail -n 1 "$log")"
+# Under another Python that the file is for.
+unit_under() {
+  local folder
+  folder=.venv/$(basename "$1")
+  environment "$folder" "$1" pins/unit.txt
+  unit_tests "$folder/bin/python" -p no:cacheprovider
 }
 
-# bed COMMAND...: run it as root on a real kernel with device-mapper, on disks of DISK_SIZE MiB
+# bed COMMAND...: run Python with it as root on a real kernel with device-mapper, on disks of DISK_SIZE MiB
 bed() {
-  as_root .venv/bin/python -m tests.bed.boot --disk-size "${DISK_SIZE:-8192}" -- .venv/bin/python "$@"
+  boot --disk-size "${DISK_SIZE:-8192}" -- .venv/bin/python "$@"
 }
 
-# What the test bed needs, a guest's kernel included where the machine's own will not do.
-need_bed() {
-  need "${BED_PACKAGES[@]}"
-  .venv/bin/python -c 'import sys; from tests.bed import boot; sys.exit(boot.why_not_here() is None)' || return 0
-  need "${GUEST_PACKAGES[@]}" || true
-  as_root .venv/bin/python -c 'import sys; from tests.bed import boot; sys.exit(boot.why_not_usermode() is not None)' ||
-    need "${OTHER_GUEST_PACKAGES[@]}"
+boot() {
+  as_root .venv/bin/python -B -m tests.bed.boot --where "${WHERE:-auto}" "$@"
 }
 
-# The tests that need a kernel, a file after the other, the longest first: two at a time in guests, one on the
-# machine's own kernel.
-kernel_tests() {
-  local files=(test_faults.py test_cache.py test_model.py test_hostile.py test_tenants.py privilege test_gc.py
-    test_life.py test_check.py test_stale.py test_kills.py test_refusals.py test_install.py test_status.py test_bed.py
-    test_ansible.py::test_the_life_of_a_host)
-  local file guests=2 running=0 verdict=0
-  .venv/bin/python -c 'import sys; from tests.bed import boot; sys.exit(boot.why_not_here() is None)' || guests=1
-  mkdir -p .bed
-  for file in "${files[@]}"; do
-    if [ $running = $guests ]; then
-      wait -n || verdict=$?
-      running=$((running - 1))
+# suite PART...: those parts of the tests, side by side
+suite() {
+  .venv/bin/python -m tests.suite --where "${WHERE:-auto}" "$@"
+}
+
+# What pytest is told in the bed: a name alone is a file of tests/integration.
+kernel_arguments() {
+  local word has_file=
+  for word in "$@"; do
+    if [ -e "tests/integration/${word%%::*}" ]; then
+      word=tests/integration/$word
     fi
-    kernel_test "$file" &
-    running=$((running + 1))
+    [ ! -e "${word%%::*}" ] || has_file=1
+    printf '%s\0' "$word"
   done
-  while [ $running != 0 ]; do
-    wait -n || verdict=$?
-    running=$((running - 1))
-  done
-  return $verdict
+  [ -n "$has_file" ] || printf 'tests/integration\0'
 }
 
-kernel_test() {
-  local log=.bed/log-${1%%:*} verdict=0 began=$SECONDS
-  bed -m pytest -v --durations 5 "tests/integration/$1" >"$log" 2>&1 || verdict=$?
-  cat "$log"
-  echo "$1: exit status $verdict after $((SECONDS - began)) s"
-  return $verdict
+main() {
+  local arguments=()
+  case "$1" in
+    build) build ;;
+    pins) write_pins ;;
+    fuzz)
+      install_pinned .venv pins/fuzz.txt
+      .venv/bin/python -m tests.fuzz --seconds "${2:-600}"
+      ;;
+    demo)
+      build_if_older
+      bed -m tests.demo
+      ;;
+    lint)
+      need "${TEST_PACKAGES[@]}"
+      need_ansible
+      lint
+      ;;
+    unit)
+      need "${TEST_PACKAGES[@]}"
+      build_if_older
+      if [ $# = 1 ]; then set -- unit -n "$(nproc)" --dist worksteal; fi
+      unit_tests .venv/bin/python "${@:2}"
+      ;;
+    unit-under) unit_under "$2" ;;
+    kernel)
+      need "${TEST_PACKAGES[@]}"
+      need_ansible
+      build_if_older
+      if [ $# = 1 ]; then
+        suite kernel
+      else
+        mapfile -d '' -t arguments < <(kernel_arguments "${@:2}")
+        bed -m pytest -v "${arguments[@]}"
+      fi
+      ;;
+    crash)
+      build_if_older
+      as_root .venv/bin/python -B -m tests.crash --where "${WHERE:-guest}" "${@:2}"
+      ;;
+    model)
+      build_if_older
+      export LOCALDISK_MODEL_SEED=${2:-1}
+      .venv/bin/python -m pytest -q tests/test_model.py
+      boot -- env "LOCALDISK_MODEL_SEED=$LOCALDISK_MODEL_SEED" .venv/bin/python -m pytest -v \
+        tests/integration/test_model.py
+      ;;
+    build-again) build_again ;;
+    test)
+      need "${TEST_PACKAGES[@]}"
+      need_ansible
+      build
+      suite lint build-again unit kernel crash "${@:2}"
+      ;;
+    pictures)
+      need tmux
+      build_if_older
+      bed -m tests.pictures.record | .venv/bin/python -m tests.pictures.draw
+      ;;
+    bench)
+      build_if_older
+      .venv/bin/python -m tests.bench here
+      bed -m tests.bench bed
+      DISK_SIZE=24576 bed -m tests.bench cache
+      ;;
+    *)
+      echo "build.sh: unknown command $1 : see the head of this file" >&2
+      exit 2
+      ;;
+  esac
 }
 
 prepare
-case "${1:-build}" in
-  build) build ;;
-  pins) write_pins ;;
-  fuzz)
-    pip_quietly install atheris==3.0.0
-    .venv/bin/python -m tests.fuzz --seconds "${2:-600}"
-    ;;
-  demo)
-    need_bed
-    build
-    bed -m tests.demo
-    ;;
-  test)
-    need "${TEST_PACKAGES[@]}"
-    need_ansible
-    need_bed
-    build
-    sha256sum dist/localdisk >.venv/built
-    build
-    sha256sum --check --quiet .venv/built # built twice, it is the same file
-    lint
-    units
-    kernel_tests
-    as_root .venv/bin/python -m tests.crash "${@:2}"
-    ;;
-  pictures)
-    need tmux
-    need_bed
-    build
-    bed -m tests.pictures.record | .venv/bin/python -m tests.pictures.draw
-    ;;
-  bench)
-    need_bed
-    build
-    .venv/bin/python -m tests.bench here
-    bed -m tests.bench bed
-    DISK_SIZE=24576 bed -m tests.bench cache
-    ;;
-  *)
-    echo "build.sh: unknown command $1 : see the head of this file" >&2
-    exit 2
-    ;;
-esac
+main "${@:-build}"

@@ -1,4 +1,4 @@
-"""The Pythons that the built file is for and that this machine has: all but the running one are printed."""
+"""The Pythons that the built file is for and that this machine has."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ def pythons() -> Iterator[str]:
                 break
 
 
-if __name__ == "__main__":
+def others() -> Iterator[str]:
+    """All but the running one."""
     own = "python{}.{}".format(*sys.version_info[:2])
-    print(*(path for path in pythons() if Path(path).name != own), sep="\n")
+    return (path for path in pythons() if Path(path).name != own)

@@ -29,12 +29,12 @@ def test_of_a_progress_bar_only_the_last_state_is_logged(line: bytes, shown: byt
 
 def test_a_guest_without_a_status_has_died(tmp_path: Path) -> None:
     with pytest.raises(guest.GuestDied):
-        guest.status(tmp_path)
+        guest.status(tmp_path, 0)
     (tmp_path / "status").touch()
     with pytest.raises(guest.GuestDied):
-        guest.status(tmp_path)
+        guest.status(tmp_path, 0)
     (tmp_path / "status").write_text("3\n")
-    assert guest.status(tmp_path) == 3
+    assert guest.status(tmp_path, 0) == 3
 
 
 def test_disks_are_reused_by_name_and_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,10 +54,6 @@ def test_what_a_killed_run_left_is_removed(tmp_path: Path, monkeypatch: pytest.M
     with guest.disks(1 << 20, None, keep=False):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["crash-local.img"]
-
-
-def test_a_missing_tool_is_named_by_its_package() -> None:
-    assert guest.missing_packages({"sh": "dash", "no-such-tool": "its-package"}) == ["its-package"]
 
 
 def test_hook_scripts_are_the_executable_files_in_the_order_of_their_paths(tmp_path: Path) -> None:

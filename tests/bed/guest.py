@@ -5,19 +5,20 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from tests.bed.shell import how_it_ended
+
 ROOT = Path(__file__).resolve().parents[2]
 STATE = ROOT / ".bed"
-SBIN = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
 class NoKernel(Exception):
@@ -25,7 +26,7 @@ class NoKernel(Exception):
 
 
 class GuestDied(Exception):
-    """The guest ended without the exit status of the command."""
+    """The guest ended without the exit status of the command; the message says how."""
 
 
 class TooLate(Exception):
@@ -38,6 +39,21 @@ class Disks:
 
     local: Path
     shared: Path
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a guest does: it runs `command` with `disks`, for at most `deadline` seconds.
+
+    `memory` is a number with M or G.  `log`: a file that gets the output, which is shown otherwise.
+    """
+
+    command: Sequence[str]
+    disks: Disks | None
+    deadline: float
+    memory: str = "3G"
+    verbose: bool = False
+    log: Path | None = None
 
 
 # -- disks
@@ -71,70 +87,71 @@ def disks(size: int, name: str | None, keep: bool) -> Iterator[Disks]:
 # -- the command
 
 
-def command_file(run: Path, command: Sequence[str], local: str, shared: str) -> None:
-    """Writes what the guest runs: the environment that boot.py promises, then the command."""
-    disks = f"LOCALDISK_BED_LOCAL={local} LOCALDISK_BED_SHARED={shared}"
-    words = f"cd {shlex.quote(str(ROOT))} && exec {shlex.join(command)}"
-    (run / "command").write_text(f"export LOCALDISK_BED_THROWAWAY=1 {disks}\n{words}\n")
+@contextlib.contextmanager
+def run_directory(order: Order, local: str, shared: str) -> Iterator[Path]:
+    """A directory that the guest finds: what it runs in `command`, this repository as the link `root`.
+
+    `local` and `shared` are the devices of the disks in the guest.  The guest writes the exit status to
+    `status`.  The directory lies in /run because its path stands on command lines of kernels, which can
+    hold no space; the repository's path may have spaces.
+    """
+    with tempfile.TemporaryDirectory(prefix="localdisk-bed-", dir="/run") as directory:
+        run = Path(directory)
+        (run / "root").symlink_to(ROOT)
+        if order.disks:
+            (run / "local").symlink_to(order.disks.local)
+            (run / "shared").symlink_to(order.disks.shared)
+        disks = f"LOCALDISK_BED_LOCAL={local} LOCALDISK_BED_SHARED={shared}"
+        words = f"cd {shlex.quote(str(ROOT))} && exec {shlex.join(order.command)}"
+        (run / "command").write_text(f"export LOCALDISK_BED_THROWAWAY=1 {disks}\n{words}\n")
+        yield run
 
 
-def status(run: Path) -> int:
-    """The status that the guest handed over; raises GuestDied when it did not."""
+def status(run: Path, ended: int) -> int:
+    """The status that the guest handed over; raises GuestDied when it did not.
+
+    `ended` is the exit status of the guest itself.
+    """
     file = run / "status"
     text = file.read_text().strip() if file.exists() else ""
     if not text.isdigit():
-        raise GuestDied("the guest died before the command ended (--verbose shows its console)")
+        raise GuestDied(f"the guest ended before the command did: {how_it_ended(ended)}")
     return int(text)
-
-
-def missing_packages(tools: Mapping[str, str]) -> list[str]:
-    """The Debian packages of those `tools` that this machine does not have."""
-    return [package for tool, package in tools.items() if not shutil.which(tool, path=SBIN)]
-
-
-def remembered(name: str, what: str, trial: Callable[[], bool]) -> bool:
-    """Whether `trial` succeeded; told, and remembered in .bed/ until this machine boots again."""
-    STATE.mkdir(exist_ok=True)
-    boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    cache = STATE / name
-    known = cache.read_text().split() if cache.exists() else []
-    if known[:1] != [boot_id]:
-        print(f"boot: trying {what} (once) ...", file=sys.stderr)
-        known = [boot_id, "works" if trial() else "broken"]
-        cache.write_text(" ".join(known) + "\n")
-        print(f"boot: {what} {known[1]}", file=sys.stderr)
-    return known[1] == "works"
 
 
 # -- running and showing
 
 
-def stream(argv: Sequence[str], deadline: float, environment: Mapping[str, str], quiet: bool = False) -> int:
-    """Runs `argv` in the repository's root, showing its output unless `quiet`; its exit status.
+def stream(
+    argv: Sequence[str], deadline: float, environment: Mapping[str, str], log: Path | None = None
+) -> int:
+    """Runs `argv` in the repository's root and shows its output, or writes it to `log`; its exit status.
 
-    After `deadline` seconds, or when we are ended ourselves, its whole process group is killed.
+    Negative: the signal that ended it.  After `deadline` seconds, or when we are ended ourselves, its whole
+    process group is killed.  Raises TooLate.
     """
-    process = subprocess.Popen(
-        argv,
-        cwd=ROOT,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL if quiet else subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
-    shown = threading.Thread(target=show, args=(process.stdout, sys.stdout.buffer), daemon=True)
-    if process.stdout:
-        shown.start()
-    try:
-        return process.wait(deadline)
-    except subprocess.TimeoutExpired:
-        raise TooLate(f"killed after {deadline:.0f} s (--deadline)") from None
-    finally:
-        if process.returncode is None:
-            end_group(process)
+    with contextlib.ExitStack() as stack:
+        process = subprocess.Popen(
+            argv,
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=stack.enter_context(open(log, "ab")) if log else subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        shown = threading.Thread(target=show, args=(process.stdout, sys.stdout.buffer), daemon=True)
         if process.stdout:
-            shown.join(10)
+            shown.start()
+        try:
+            return process.wait(deadline)
+        except subprocess.TimeoutExpired:
+            raise TooLate(f"killed after {deadline:.0f} s (--deadline)") from None
+        finally:
+            if process.returncode is None:
+                end_group(process)
+            if process.stdout:
+                shown.join(10)
 
 
 def end_group(process: subprocess.Popen[bytes]) -> None:

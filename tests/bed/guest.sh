@@ -1,5 +1,6 @@
 #!/bin/sh
-# What boot.py's throw-away guest runs as root: `guest.sh RUN_DIRECTORY`.
+# What boot.py's throw-away guest in qemu runs as root: `guest.sh RUN_DIRECTORY REPOSITORY`.  The machine's own
+# file system is mounted on /mnt/host (virtme.py).
 # Makes the guest a whole machine, runs RUN_DIRECTORY/command there and hands its exit status to
 # the host through a port of our own: a guest that dies before that has no status at all.
 set -e
@@ -21,10 +22,10 @@ trap report EXIT
 # machine's own), and what was read once stays cached: a Python that imports something starts three
 # times as fast.
 new_root() {
-    mount -t tmpfs bed /mnt
-    mkdir /mnt/host /mnt/upper /mnt/work /mnt/root
-    mount -t 9p -o ro,trans=virtio,version=9p2000.L,cache=loose,msize=512000 bed-root /mnt/host
+    mkdir /mnt/upper /mnt/work /mnt/root /mnt/repository
     mount -t overlay -o lowerdir=/mnt/host,upperdir=/mnt/upper,workdir=/mnt/work bed /mnt/root
+    mount --bind "/mnt/root$2" /mnt/repository # it may lie below /run
+    cp "/mnt/host$1/command" /run/bed-command
     for kept in /dev /proc /sys /run; do
         mount --rbind "$kept" "/mnt/root$kept"
     done
@@ -36,6 +37,6 @@ new_root() {
     rmdir /.old
 }
 
-new_root
+new_root "$1" "$2"
 echo "127.0.0.1 $(uname -n)" >>/etc/hosts
-python3 "$(dirname "$0")/reaper.py" sh "$1/command"
+python3 "$2/tests/bed/reaper.py" sh /run/bed-command

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import pwd
+import signal
 import subprocess
+
+SBIN = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
 class CommandFailed(AssertionError):
@@ -18,7 +21,8 @@ def run(*argv: str, text: str = "", cwd: str | None = None, user: str = "root") 
     """
     done = attempt(*argv, text=text, cwd=cwd, user=user)
     if done.returncode:
-        raise CommandFailed(f"{' '.join(argv)}: exit code {done.returncode}\n{done.stdout}{done.stderr}")
+        ended = how_it_ended(done.returncode)
+        raise CommandFailed(f"{' '.join(argv)}: {ended}\n{done.stdout}{done.stderr}")
     return done.stdout
 
 
@@ -38,3 +42,13 @@ def attempt(
         text=True,
         check=False,
     )
+
+
+def how_it_ended(returncode: int) -> str:
+    """`exit code 3`, or `killed by SIGILL` for -4: the return code of a subprocess in words."""
+    if returncode >= 0:
+        return f"exit code {returncode}"
+    try:
+        return f"killed by {signal.Signals(-returncode).name}"
+    except ValueError:  # a real-time signal has no name
+        return f"killed by signal {-returncode}"

@@ -1,9 +1,15 @@
 """A throw-away guest of User Mode Linux: a whole Linux kernel that runs as a process of this one.
 
 It has real device-mapper and real LVM below its programs, and these run at nearly their own speed, where
-an emulated machine needs five to ten times as long; it boots in two seconds.  Debian's package
-user-mode-linux has kernel and modules.  The machine's own file system is seen through hostfs, below a
-throw-away overlay (usermode.sh).
+an emulated machine needs five to ten times as long; it boots in two seconds.  The machine's own file
+system is seen through hostfs, below a throw-away overlay (usermode.sh).
+
+There are two of it, both Debian's package user-mode-linux:
+
+    recent()         of a newer Debian, fetched into .bed/ (pins/kernel.txt); its seccomp mode runs on every
+                     processor that was tried
+    distribution()   of the machine's own release; it dies on processors with AMX, whose registers are more
+                     than it expects
 """
 
 from __future__ import annotations
@@ -12,47 +18,120 @@ import contextlib
 import fcntl
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-from tests.bed.guest import ROOT, SBIN, STATE, Disks, NoKernel, command_file, missing_packages, status, stream
+from tests.bed import packages
+from tests.bed.guest import ROOT, STATE, NoKernel, Order, run_directory, status, stream
+from tests.bed.packages import NoPackage, Pin
+from tests.bed.shell import SBIN
 
 PROGRAM = "linux.uml"
 PACKAGE = "user-mode-linux"
-MODULES = Path("/usr/lib/uml/modules")
+MODULES = "usr/lib/uml/modules"
+PINS = ROOT / "pins/kernel.txt"
+LOADER = "usr/lib/x86_64-linux-gnu/ld-linux-x86-64.so.2"
 
 
-def why_not() -> str | None:
-    """What this machine lacks for such a guest, or None."""
-    if os.geteuid() != 0:
-        return "not root"
-    if missing_packages({PROGRAM: PACKAGE}):
-        return f"no {PACKAGE}"
-    if any(c.isspace() for c in str(ROOT)):
-        return "a space in the path of this repository, which no kernel command line can hold"
-    return None
+@dataclass(frozen=True)
+class Kernel:
+    """A User Mode Linux: its program, the folder of its modules, and what its command line needs."""
+
+    program: Path
+    modules: Path
+    options: tuple[str, ...] = ()
 
 
-def boot(command: Sequence[str], images: Disks | None, deadline: float, memory: str, verbose: bool) -> int:
-    """The exit status of `command` in a guest; raises GuestDied or TooLate."""
-    STATE.mkdir(exist_ok=True)
+# -- where it comes from
+
+
+def distribution() -> Kernel:
+    """The machine's own release's.  Raises NoKernel."""
+    with as_no_kernel():
+        packages.install(PACKAGE)
     program = shutil.which(PROGRAM, path=SBIN)
     if program is None:
-        raise NoKernel(f"install {PACKAGE}")
-    with tempfile.TemporaryDirectory(prefix="guest-", dir=STATE) as directory, one_cpu() as cpu:
-        run = Path(directory)
-        command_file(run, command, "/dev/ubda", "/dev/ubdb")
+        raise NoKernel(f"the package {PACKAGE} has no {PROGRAM}")
+    return Kernel(Path(program), Path("/", MODULES))
+
+
+def recent() -> Kernel:
+    """A recent one, fetched once.  Raises NoKernel."""
+    pins = read_pins()
+    with as_no_kernel():
+        for stale in STATE.glob("uml-*"):
+            if stale.name != folder_name(pins):
+                shutil.rmtree(stale)
+        folder = STATE / folder_name(pins)
+        if not folder.exists():
+            unpack(pins, folder)
+    return Kernel(folder / "usr/bin" / PROGRAM, folder / MODULES, ("seccomp=on",))
+
+
+def read_pins() -> list[Pin]:
+    """The lines of pins/kernel.txt: suite, package, version, SHA-256."""
+    lines = (line.split() for line in PINS.read_text().splitlines())
+    return [Pin(*words) for words in lines if words and not words[0].startswith("#")]
+
+
+def folder_name(pins: list[Pin]) -> str:
+    return f"uml-{pins[0].version}"
+
+
+@contextlib.contextmanager
+def as_no_kernel() -> Iterator[None]:
+    try:
+        yield
+    except (NoPackage, subprocess.CalledProcessError) as problem:
+        raise NoKernel(str(problem)) from None
+
+
+def unpack(pins: list[Pin], folder: Path) -> None:
+    """Fetch the kernel and its C library into `folder`, which is there when both are whole."""
+    packages.install("patchelf")
+    unfinished = folder.with_name(f"unfinished-{os.getpid()}-{folder.name}")
+    try:
+        packages.fetch(pins, unfinished)
+        use_own_library(unfinished, folder)
+        unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def use_own_library(now: Path, later: Path) -> None:
+    """Have the kernel's program use the C library beside it: the machine's may be too old for it.
+
+    It is written into the program, with `later` as the place, since a kernel that is started through that
+    library's ld.so panics.
+    """
+    loader = later / LOADER
+    options = ["--set-interpreter", str(loader), "--set-rpath", str(loader.parent)]
+    subprocess.run(["patchelf", *options, now / "usr/bin" / PROGRAM], check=True)
+
+
+# -- booting it
+
+
+def boot(kernel: Kernel, order: Order) -> int:
+    """The exit status of the command in a guest; raises GuestDied or TooLate."""
+    STATE.mkdir(exist_ok=True)
+    with run_directory(order, "/dev/ubda", "/dev/ubdb") as run, one_cpu() as cpu:
+        (run / "modules").symlink_to(kernel.modules)
         argv = [
             *("taskset", "--cpu-list", str(cpu)),
-            *(program, f"mem={memory}", "root=/dev/root", "rootfstype=hostfs", "rootflags=/", "ro"),
+            *(str(kernel.program), f"mem={order.memory}", "root=/dev/root", "rootfstype=hostfs"),
+            *("rootflags=/", "ro", *kernel.options),
             *(f"uml_dir={run}", "con=null", "con0=null,fd:1", "random.trust_cpu=on"),
-            *([] if verbose else ["quiet", "loglevel=1"]),
-            *([f"ubd0={images.local}", f"ubd1={images.shared}"] if images else []),
-            *(f"init={ROOT}/tests/bed/usermode.sh", f"BED_RUN={run}", f"BED_MODULES={MODULES}"),
+            *([] if order.verbose else ["quiet", "loglevel=1"]),
+            *([f"ubd0={run}/local", f"ubd1={run}/shared"] if order.disks else []),
+            *(f"init={run}/root/tests/bed/usermode.sh", f"BED_RUN={run}"),
         ]
-        stream(argv, deadline, {"PATH": SBIN, **memory_folder(memory, run)}, quiet=images is None)
-        return status(run)
+        # User Mode Linux 7.2 dies at its first program if its environment has no HOME.
+        environment = {"PATH": SBIN, "HOME": "/root", **memory_folder(order.memory)}
+        ended = stream(argv, order.deadline, environment, order.log)
+        return status(run, ended)
 
 
 @contextlib.contextmanager
@@ -73,8 +152,21 @@ def one_cpu() -> Iterator[int]:
         yield cpus[os.getpid() % len(cpus)]
 
 
-def memory_folder(memory: str, run: Path) -> dict[str, str]:
-    """Where the guest's memory is a file: in memory, unless /dev/shm is too small for it (containers)."""
+def memory_folder(memory: str) -> dict[str, str]:
+    """Where the guest's memory is a file: in memory, unless /dev/shm will not do (containers)."""
     wanted = int(memory[:-1]) << {"M": 20, "G": 30}[memory[-1]]
     shm = os.statvfs("/dev/shm")
-    return {} if shm.f_bavail * shm.f_frsize > wanted else {"TMPDIR": str(run)}
+    big_enough = shm.f_bavail * shm.f_frsize > wanted
+    return {} if big_enough and not shm.f_flag & os.ST_NOEXEC else {"TMPDIR": str(STATE)}
+
+
+def print_present_pins() -> None:
+    """What pins/kernel.txt would be today, of the suites that it names.  Raises NoPackage."""
+    print("# A recent User Mode Linux and the C library that it runs with, which are fetched from Debian.")
+    print("# ./build.sh pins writes this file.")
+    for pin in packages.present(read_pins()):
+        print(pin.suite, pin.package, pin.version, pin.sha256)
+
+
+if __name__ == "__main__":
+    print_present_pins()

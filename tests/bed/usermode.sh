@@ -15,24 +15,35 @@ set -e
 
 mount -t proc proc /proc
 mount -t sysfs sys /sys
-modules=$BED_MODULES/$(uname -r)
+modules=$(readlink "$BED_RUN/modules")/$(uname -r)
+repository=$(readlink "$BED_RUN/root")
 insmod "$modules/kernel/fs/overlayfs/overlay.ko"
 
 mount -t tmpfs bed /mnt
-mkdir /mnt/upper /mnt/work /mnt/root
+mkdir /mnt/upper /mnt/work /mnt/root /mnt/repository
 mount -t overlay -o lowerdir=/,upperdir=/mnt/upper,workdir=/mnt/work bed /mnt/root
-for kept in /dev /proc /sys; do
-    mount --rbind "$kept" "/mnt/root$kept"
-done
+mount --bind "/mnt/root$repository" /mnt/repository # it may lie below one of these:
 mount -t tmpfs -o mode=755 run /mnt/root/run
 mount -t tmpfs -o mode=1777 tmp /mnt/root/tmp
 mount -t tmpfs -o mode=1777 tmp /mnt/root/var/tmp
-mkdir /mnt/root/.old
+mkdir -p "/mnt/root$repository"
+mount --bind /mnt/repository "/mnt/root$repository"
+for kept in /dev /proc /sys; do
+    mount --rbind "$kept" "/mnt/root$kept"
+done
+mkdir -p /mnt/root/lib/modules
+rm -rf "/mnt/root/lib/modules/$(uname -r)"
+mkdir "/mnt/root/lib/modules/$(uname -r)" /mnt/root/run/bed-host
+mount --bind "$modules" "/mnt/root/lib/modules/$(uname -r)"
+mount -t hostfs -o "$BED_RUN" bed /mnt/root/run/bed-host
 cd /mnt/root
+mkdir .old
 pivot_root . .old
 cd /
+umount -l /.old
+rmdir /.old
 
-mkdir -p /dev/pts /dev/shm /run/udev /run/lock /run/bed-host /lib/modules
+mkdir -p /dev/pts /dev/shm /run/udev /run/lock
 ln -s /proc/self/fd /dev/fd
 ln -s /proc/self/fd/0 /dev/stdin
 ln -s /proc/self/fd/1 /dev/stdout
@@ -40,8 +51,6 @@ ln -s /proc/self/fd/2 /dev/stderr
 mount -t devpts devpts /dev/pts
 mount -t tmpfs -o mode=1777 shm /dev/shm
 mount -t cgroup2 cgroup /sys/fs/cgroup
-mount -t hostfs -o "$BED_RUN" bed /run/bed-host
-ln -s "/.old$modules" "/lib/modules/$(uname -r)"
 rm -rf /var/run
 ln -s /run /var/run
 ip link set lo up

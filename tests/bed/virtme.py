@@ -1,6 +1,6 @@
 """A throw-away guest by virtme-ng: a distribution's kernel in qemu, the machine's own files below it.
 
-It runs under KVM if that really works here, else under emulation, five to ten times slower.
+Under KVM it is as fast as the machine, under emulation five to ten times slower.
 """
 
 from __future__ import annotations
@@ -10,82 +10,74 @@ import re
 import shlex
 import shutil
 import sys
-import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
-from tests.bed.guest import (
-    ROOT,
-    SBIN,
-    STATE,
-    Disks,
-    GuestDied,
-    NoKernel,
-    TooLate,
-    command_file,
-    missing_packages,
-    remembered,
-    status,
-    stream,
-)
+from tests.bed import packages
+from tests.bed.guest import ROOT, STATE, NoKernel, Order, run_directory, status, stream
+from tests.bed.packages import NoPackage
+from tests.bed.shell import SBIN
 
-KVM_TRIAL = 25  # seconds; a guest that works is up in less than five
 LOCAL, SHARED = "bed-local", "bed-shared"
-GUEST_TOOLS = {"busybox": "busybox-static", "file": "file"}  # vng asks file for the kernel version
-KERNEL_PACKAGE = "linux-image-amd64"
+GUEST_PACKAGES = ("busybox-static", "file", "qemu-system-x86")  # vng asks file for the kernel version
+KERNEL_PACKAGE = "linux-image-amd64"  # of Ubuntu: linux-image-generic
 KERNEL_MODULES = ("9p", "dm-thin-pool", "overlay", "virtio_blk")
+# What EL9 and later need, x86-64-v2: qemu's own default processor has no SSE4, and lxml's compiled module is
+# ended there by SIGILL.
+EMULATED_PROCESSOR = "Nehalem"
 
 
-def boot_best(
-    command: Sequence[str], images: Disks, deadline: float, memory: str = "3G", verbose: bool = False
-) -> int:
-    """The exit status of `command` in a guest with these disks; raises NoKernel, GuestDied or TooLate."""
-    if os.geteuid() != 0:
-        raise NoKernel(
-            "be root: the guest works with this machine's own files, some of which only root reads"
-        )
-    missing = missing_packages(GUEST_TOOLS)
+def find_kernel() -> Path:
+    """A kernel for the guest, installed if this machine has none.  Raises NoKernel."""
+    try:
+        packages.install(*GUEST_PACKAGES)
+        if newest_kernel() is None:
+            packages.install(KERNEL_PACKAGE if packages.is_known(KERNEL_PACKAGE) else "linux-image-generic")
+    except NoPackage as problem:
+        raise NoKernel(str(problem)) from None
     kernel = newest_kernel()
     if kernel is None:
-        missing.append(f"{KERNEL_PACKAGE} (not the cloud flavour, it has no 9p)")
-    if find_vng() is None:
-        missing.append("the Python package virtme-ng (tests/requirements.txt)")
-    if missing or kernel is None:
-        raise NoKernel(f"install {', '.join(missing)}")
-    return boot(kernel, command, images, deadline, kvm_works(kernel), memory, verbose)
+        modules = ", ".join(KERNEL_MODULES)
+        raise NoKernel(f"no kernel in /boot has {modules} (the cloud flavour has no 9p: {KERNEL_PACKAGE})")
+    return kernel
 
 
-def boot(
-    kernel: Path,
-    command: Sequence[str],
-    images: Disks | None,
-    deadline: float,
-    kvm: bool,
-    memory: str = "1G",
-    verbose: bool = False,
-    quiet: bool = False,
-) -> int:
-    """Boots `kernel` for this one command; `quiet` drops all output."""
+def boot(kernel: Path, order: Order, kvm: bool) -> int:
+    """The exit status of the command in a guest; raises GuestDied or TooLate."""
     STATE.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="guest-", dir=STATE) as directory:
-        run = Path(directory)
-        command_file(run, command, *(f"/dev/disk/by-id/virtio-{disk}" for disk in (LOCAL, SHARED)))
+    devices = (f"/dev/disk/by-id/virtio-{disk}" for disk in (LOCAL, SHARED))
+    with run_directory(order, *devices) as run:
         vng = find_vng()
         argv = [
-            *(str(vng), "--run", str(kernel), "--user", "root", "--memory", memory),
+            *(str(vng), "--run", str(kernel), "--user", "root", "--memory", order.memory),
             *("--cpus", str(min(4, os.cpu_count() or 1)), "--disable-microvm"),
             *([] if kvm else ["--disable-kvm"]),
-            *(["--verbose"] if verbose else []),
-            f"--qemu-opts={shlex.join(qemu_options(run, images))}",
-            *("--exec", shlex.join(["sh", str(ROOT / "tests/bed/guest.sh"), str(run)])),
+            *(["--verbose"] if order.verbose else []),
+            f"--qemu-opts={shlex.join(qemu_options(run, order, kvm))}",
+            *("--cwd", "/", "--exec", guest_command(run)),
         ]
         # vng calls its virtme-run by name, and leaves its temporary files when it is killed
-        environment = {**os.environ, "PATH": f"{vng.parent if vng else ''}:{SBIN}", "TMPDIR": directory}
-        stream(argv, deadline, environment, quiet)
-        return status(run)
+        environment = {**os.environ, "PATH": f"{vng.parent}:{SBIN}", "TMPDIR": str(run)}
+        ended = stream(argv, order.deadline, environment, order.log)
+        return status(run, ended)
 
 
-def qemu_options(run: Path, images: Disks | None) -> list[str]:
+def guest_command(run: Path) -> str:
+    """What virtme's first process runs: guest.sh, found through a mount of our own.
+
+    virtme has put file systems of its own over /tmp and /run, below which the repository may lie.
+    """
+    mount = "-t 9p -o ro,trans=virtio,version=9p2000.L,cache=loose,msize=512000 bed-root"
+    script = shlex.quote(f"/mnt/host{ROOT}/tests/bed/guest.sh")
+    words = (
+        "mount -t tmpfs bed /mnt",
+        "mkdir /mnt/host",
+        f"mount {mount} /mnt/host",
+        f"exec sh {script} {run} {shlex.quote(str(ROOT))}",
+    )
+    return shlex.join(["sh", "-c", " && ".join(words)])
+
+
+def qemu_options(run: Path, order: Order, kvm: bool) -> list[str]:
     """What guest.sh needs: the machine's root directory, our own port for the exit status, the disks.
 
     The disks are not given through vng's --disk because it leaves their format to probing.  No flush
@@ -97,29 +89,13 @@ def qemu_options(run: Path, images: Disks | None) -> list[str]:
         *("-chardev", f"file,id=bed-status,path={run / 'status'}"),
         *("-device", "virtio-serial-pci", "-device", "virtserialport,name=bed.status,chardev=bed-status"),
     ]
-    if images:
-        for name, image in ((LOCAL, images.local), (SHARED, images.shared)):
+    if not kvm:
+        options += ["-cpu", EMULATED_PROCESSOR]
+    if order.disks:
+        for name, image in ((LOCAL, run / "local"), (SHARED, run / "shared")):
             drive = f"if=none,id={name},format=raw,cache=unsafe,discard=unmap,file={image}"
             options += ["-drive", drive, "-device", f"virtio-blk-pci,drive={name},serial={name}"]
     return options
-
-
-def kvm_works(kernel: Path) -> bool:
-    """True if a guest really boots under KVM.
-
-    /dev/kvm proves nothing: inside some virtual machines it is there and qemu dies on it, or hangs.
-    """
-    if not os.access("/dev/kvm", os.R_OK | os.W_OK):
-        return False
-    return remembered("kvm", "KVM", lambda: kvm_boots(kernel))
-
-
-def kvm_boots(kernel: Path) -> bool:
-    """True if a guest that does nothing boots and ends well under KVM, in time."""
-    try:
-        return boot(kernel, ["true"], None, KVM_TRIAL, kvm=True, quiet=True) == 0
-    except (GuestDied, TooLate):
-        return False
 
 
 def newest_kernel() -> Path | None:
@@ -136,8 +112,10 @@ def fits(kernel: Path) -> bool:
     return all(re.search(rf"/{module}\.ko", text) for module in KERNEL_MODULES)
 
 
-def find_vng() -> Path | None:
-    """virtme-ng's program: the one beside this Python, else the one on PATH."""
+def find_vng() -> Path:
+    """virtme-ng's program: the one beside this Python, else the one on PATH.  Raises NoKernel."""
     path = f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}"
     found = shutil.which("vng", path=path)
-    return Path(found) if found else None
+    if found is None:
+        raise NoKernel("the Python package virtme-ng is missing (pins/tools.txt)")
+    return Path(found)

@@ -1,6 +1,7 @@
 """python -m tests.crash [--all | --match TEXT]: runs the crash matrix in guests, prints the table.
 
-Without either a selection is run.  Exit status: 0 where no case found a violation, else 1.
+Without either a selection is run.  `--share K/N` runs the K-th of N shares, in one guest; without it there
+are as many as CPUs, side by side.  Exit status: 0 where no case found a violation, else 1.
 """
 
 from __future__ import annotations
@@ -16,9 +17,12 @@ from typing import Any
 
 from tests.bed.boot import GUEST_DIED
 from tests.bed.guest import ROOT, STATE
+from tests.bed.places import NAMES, choose
 
 SELECTION = 12  # one of twelve cases: more than 60
 DISK_MIB = 4096
+
+GUESTS = [name for name in NAMES if name != "here"]
 
 Row = dict[str, Any]
 
@@ -26,8 +30,9 @@ Row = dict[str, Any]
 def main() -> int:
     options = parser().parse_args()
     every = options.every or (1 if options.all or options.match else SELECTION)
-    parts = min(options.guests, os.cpu_count() or 1)
-    shares = [Share(part, parts, every, options.match) for part in range(parts)]
+    place = choose(options.where).name
+    chosen, parts = options.share
+    shares = [Share(place, part, parts, every, options.match) for part in chosen]
     for share in shares:
         share.start()
     for share in shares:
@@ -44,20 +49,34 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--all", action="store_true", help="all cases")
     parser.add_argument("--every", type=int, metavar="N", help="one of N cases")
     parser.add_argument("--match", default="", metavar="TEXT", help="of those with TEXT in their name")
-    parser.add_argument("--guests", type=int, default=2, help="side by side")
+    parser.add_argument(
+        "--share", type=share, default=all_shares(), metavar="K/N", help="only one of N shares"
+    )
+    parser.add_argument("--where", choices=["guest", *GUESTS], default="guest", help="which kind of guest")
     return parser
+
+
+def share(text: str) -> tuple[list[int], int]:
+    """The parts that are run, from 0 on, and how many there are."""
+    number, _, parts = text.partition("/")
+    return [int(number) - 1], int(parts)
+
+
+def all_shares() -> tuple[list[int], int]:
+    parts = len(os.sched_getaffinity(0))
+    return list(range(parts)), parts
 
 
 class Share(threading.Thread):
     """The cases of one guest, which is booted again whenever a case has stopped its kernel."""
 
-    def __init__(self, part: int, parts: int, every: int, match: str) -> None:
+    def __init__(self, place: str, part: int, parts: int, every: int, match: str) -> None:
         super().__init__()
         self.rows: list[Row] = []
         self.problem = ""
         self._disks = f"crash-{os.getpid()}-{part}"
         python = sys.executable
-        boot = [python, "-m", "tests.bed.boot", "--where", "guest", "--disk-file", self._disks, "--keep"]
+        boot = [python, "-m", "tests.bed.boot", "--where", place, "--disk-file", self._disks, "--keep"]
         boot += ["--disk-size", str(DISK_MIB), "--deadline", "7200"]
         self._argv = [*boot, "--", python, "-m", "tests.crash.cases", *map(str, (part, parts, every)), match]
 

@@ -1,0 +1,220 @@
+"""Runs parts of the test command side by side, one on each CPU:
+
+    python -m tests.suite [--where PLACE] [--all] PART...
+
+PART is lint, build-again, unit (also under each other Python that this machine has), kernel (each file of
+tests/integration), crash (--all: not only a selection).  What each prints is in .bed/log/ and shown if it
+failed; of the others the last line is shown.  Exit status: 0 if all are good, else 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Empty, PriorityQueue
+
+from tests.bed.guest import ROOT, STATE
+from tests.bed.places import NAMES
+from tests.bed.shell import how_it_ended
+from tests.pythons import others
+
+LOGS = STATE / "log"
+DURATIONS = STATE / "durations.json"  # seconds that each job took the last time
+KERNEL_TESTS = ROOT / "tests/integration"
+CRASH_SHARES = 4
+PASSED = re.compile(r"(\d+) passed")
+FAILED = re.compile(r"(\d+) (?:failed|errors?)")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One part: `argv` is run, of the jobs that are `alone` never two at once."""
+
+    name: str
+    argv: tuple[str, ...]
+    alone: bool = False
+
+
+@dataclass(frozen=True)
+class Done:
+    job: Job
+    status: int
+    seconds: float
+    output: str
+
+    def counts(self) -> tuple[int, int]:
+        """How many tests passed and failed, as pytest's last lines say; a job without pytest is one test."""
+        passed, failed = (sum(map(int, pattern.findall(self.last_line()))) for pattern in (PASSED, FAILED))
+        if self.status:
+            failed = max(failed, 1)
+        return (passed, failed) if passed or failed else (1, 0)
+
+    def last_line(self) -> str:
+        lines = [line for line in self.output.splitlines() if line.strip()]
+        summaries = [line for line in lines if PASSED.search(line)]
+        return (summaries or lines or [""])[-1].strip("= ")
+
+
+def main() -> int:
+    options = parser().parse_args()
+    began = time.monotonic()
+    place = choose(options.where) if {"kernel", "crash"} & set(options.part) else ""
+    known = known_durations()
+    jobs = sorted(find_jobs(options.part, place, options.all), key=lambda job: -expected(job, known))
+    done = run_all(jobs)
+    remember({**known, **{each.job.name: each.seconds for each in done}})
+    passed, failed = (sum(each.counts()[i] for each in done) for i in (0, 1))
+    print(f"{len(done)} parts took {time.monotonic() - began:.0f} s")
+    print(f"{passed} passed, {failed} failed")
+    return 1 if failed else 0
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m tests.suite", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--where", choices=["auto", "guest", *NAMES], default="auto")
+    parser.add_argument("--all", action="store_true", help="the whole crash matrix")
+    parser.add_argument("part", nargs="+", choices=list(PARTS))
+    return parser
+
+
+# -- what there is to run
+
+
+def find_jobs(parts: Sequence[str], place: str, everything: bool) -> Iterator[Job]:
+    for part in parts:
+        yield from PARTS[part](place, everything)
+
+
+def lint(place: str, everything: bool) -> Iterator[Job]:
+    yield Job("lint", ("./build.sh", "lint"))
+
+
+def build_again(place: str, everything: bool) -> Iterator[Job]:
+    yield Job("build-again", ("./build.sh", "build-again"))
+
+
+def unit(place: str, everything: bool) -> Iterator[Job]:
+    """The unit tests under each Python; 200 random chains by the cache's way of copying."""
+    yield Job("unit", ("./build.sh", "unit", "tests"))
+    chains = ("./build.sh", "unit", "tests/test_copy.py", "-k", "test_random_chains")
+    yield Job("unit-chains", ("env", "LOCALDISK_CHAINS=200", *chains))
+    for python in others():
+        yield Job(f"unit-{Path(python).name}", ("./build.sh", "unit-under", python))
+
+
+def kernel(place: str, everything: bool) -> Iterator[Job]:
+    """Each file of kernel tests that there is; one at a time on the machine's own kernel."""
+    for file in sorted(KERNEL_TESTS.rglob("test_*.py")):
+        argv = boot(
+            place, ".venv/bin/python", "-m", "pytest", "-v", "--durations", "5", str(file.relative_to(ROOT))
+        )
+        yield Job("kernel-" + file.stem[len("test_") :], argv, alone=place == "here")
+
+
+def crash(place: str, everything: bool) -> Iterator[Job]:
+    guest = "guest" if place == "here" else place
+    words = ("-m", "tests.crash", "--where", guest, *(["--all"] if everything else []))
+    for number in range(1, CRASH_SHARES + 1):
+        yield Job(f"crash-{number}", as_root(*words, "--share", f"{number}/{CRASH_SHARES}"))
+
+
+PARTS = {"lint": lint, "build-again": build_again, "unit": unit, "kernel": kernel, "crash": crash}
+
+
+def boot(place: str, *command: str) -> tuple[str, ...]:
+    return as_root("-m", "tests.bed.boot", "--where", place, "--", *command)
+
+
+def as_root(*words: str) -> tuple[str, ...]:
+    """Python with these words, as root; root's compiled modules would be in the user's way (-B)."""
+    return (*([] if os.geteuid() == 0 else ["sudo"]), ".venv/bin/python", "-B", *words)
+
+
+def choose(where: str) -> str:
+    """The place for the kernel tests; once for all of them, since each place is tried."""
+    chosen = as_root("-m", "tests.bed.boot", "--choose", "--where")
+    place = subprocess.check_output([*chosen, where], cwd=ROOT, text=True).strip()
+    if place == "here":  # the crash matrix switches kernels off
+        subprocess.run([*chosen, "guest"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    return place
+
+
+# -- running them
+
+
+def run_all(jobs: Sequence[Job]) -> list[Done]:
+    """Run the jobs in this order, as many at once as there are CPUs; tells of each when it has ended."""
+    waiting: PriorityQueue[tuple[int, Job]] = PriorityQueue()
+    for number, job in enumerate(jobs):
+        waiting.put((number, job))
+    done: list[Done] = []
+    alone = threading.Lock()
+
+    def work() -> None:
+        with suppress(Empty):
+            while True:
+                _, job = waiting.get_nowait()
+                with alone if job.alone else nullcontext():
+                    ended = run(job)
+                done.append(ended)
+                tell(ended)
+
+    workers = [threading.Thread(target=work) for _ in os.sched_getaffinity(0)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    return done
+
+
+def run(job: Job) -> Done:
+    LOGS.mkdir(parents=True, exist_ok=True)
+    log = LOGS / f"{job.name}.txt"
+    began = time.monotonic()
+    with open(log, "wb") as file:
+        status = subprocess.run(
+            job.argv, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, check=False
+        ).returncode
+    return Done(job, status, time.monotonic() - began, log.read_text(errors="replace"))
+
+
+def tell(done: Done) -> None:
+    verdict = "FAILED" if done.status else "ok"
+    end = how_it_ended(done.status) if done.status else done.last_line()
+    print(f"{verdict:<7}{done.job.name:<20}{done.seconds:5.0f} s   {end}", flush=True)
+    if done.status:
+        print(done.output, flush=True)
+
+
+# -- what took how long
+
+
+def expected(job: Job, known: dict[str, float]) -> float:
+    """Seconds, so that the longest job begins first; unknown: as if it were long."""
+    return known.get(job.name, 600)
+
+
+def known_durations() -> dict[str, float]:
+    try:
+        durations: dict[str, float] = json.loads(DURATIONS.read_text())
+    except (OSError, ValueError):
+        return {}
+    return durations
+
+
+def remember(durations: dict[str, float]) -> None:
+    DURATIONS.write_text(json.dumps(durations, indent=1))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
