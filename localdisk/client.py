@@ -17,7 +17,7 @@ from typing import Any
 from localdisk import run
 from localdisk.copy import Device, Target
 from localdisk.definition import Disk
-from localdisk.errors import HelperRefused, HelperUnavailable
+from localdisk.errors import HelperRefused, HelperUnavailable, how_it_ended
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ class Helper:
     def _last_words(self) -> str:
         run.close_input(self._process)
         said = run.read_errors(self._process)
-        return said or f"it ended with exit code {self._process.returncode}"
+        return said or f"it ended without a word: {how_it_ended(self._process.returncode)}"
 
 
 def _ids(disk: Disk) -> dict[str, str]:

@@ -22,7 +22,7 @@ from functools import partial
 from typing import NamedTuple
 
 from localdisk import image, run
-from localdisk.errors import CommandMissing, CopyFailed, DeviceNotReady, Error, PoolFilledUp
+from localdisk.errors import CommandMissing, CopyFailed, DeviceNotReady, Error, PoolFilledUp, how_it_ended
 from localdisk.image import Layer, Source
 from localdisk.lvm import read_dm_uuid
 
@@ -177,7 +177,7 @@ def _convert(source: Source, read: _Pass, target: Target, fd: int, on_progress: 
         if process.returncode in (126, 127):  # what setpriv, prlimit and nice say where they cannot run it
             raise CommandMissing(tool="qemu-img")
         if process.returncode != 0:
-            raise _failed(source, target, said or f"qemu-img ended with {process.returncode}")
+            raise _failed(source, target, said or f"qemu-img: {how_it_ended(process.returncode)}")
     finally:
         run.end(process)
     return written

@@ -9,6 +9,7 @@ Only `cli.py` prints errors and exits.
 from __future__ import annotations
 
 import re
+import signal
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -143,6 +144,19 @@ class HotplugRefused(Error):
 # -- tools and privileges
 
 
+def how_it_ended(exit_code: int) -> str:
+    """`exit code 3`, or `killed by SIGILL`, from what subprocess returns (negative: killed by that signal).
+
+    sudo and timeout report the signal that ended their command as 128 and its number, as shells do.
+    """
+    number = -exit_code if exit_code < 0 else exit_code - 128
+    try:
+        name = signal.Signals(number).name
+    except ValueError:  # an ordinary exit code; or a real-time signal, which has no name
+        return f"exit code {exit_code}" if exit_code >= 0 else f"killed by signal {number}"
+    return f"killed by {name}"
+
+
 class CommandFailed(Error):
     """A tool ended badly; keeps `argv`, `exit_code` (negative: killed by that signal) and `stderr`."""
 
@@ -151,9 +165,10 @@ class CommandFailed(Error):
 
     def __init__(self, argv: tuple[str, ...], exit_code: int, stderr: str) -> None:
         said = [line.strip() for line in stderr.splitlines() if line.strip()]
-        how = f"exit code {exit_code}" if exit_code >= 0 else f"signal {-exit_code}"
         said_last = said[-1] if said else "it said nothing"
-        super().__init__(tool=" ".join(argv[:2]), target=target(argv), how=how, said=said_last)
+        super().__init__(
+            tool=" ".join(argv[:2]), target=target(argv), how=how_it_ended(exit_code), said=said_last
+        )
         self.argv = argv
         self.returncode = exit_code
         self.stderr = stderr

@@ -42,7 +42,7 @@ def main() -> int:
         host.thin_pool()
         life(vm, storage, "lvmthin", keep=True)
     except (BrokenPromise, vdsm.Refused, CommandFailed, AssertionError) as error:
-        say(f"\n  NOT AS PROMISED: {error}")
+        say(f"\n  NOT AS PROMISED: {error or type(error).__name__}")
         return 1
     say(f"\nEverything was as promised ({time.monotonic() - started:.0f} s).")
     return 0
@@ -134,7 +134,7 @@ def runs(vm: Vm) -> None:
 
 def stops(vm: Vm, custom: dict[str, str], keep: bool) -> None:
     result = vdsm.stop(vm, custom)
-    promise(result.rc == 0, "vdsm stops the VM")
+    promise(result.rc == 0, f"vdsm stops the VM{result.reason and f': {result.reason}'}")
     if keep:
         show(str(host.PROGRAM), "status")
         promise(len(local_volumes()) == len(vm.disks), "its local disks are kept")

@@ -396,7 +396,7 @@ CLIENT = {
         lambda w: w.sudo("""read line; echo '{"error": "disk d is busy : stop it"}'"""), "disk d"
     ),
     "gone": case(lambda w: w.sudo(f"echo {w.evil('x')} >&2; exit 1"), "evil", "sudo rule"),
-    "gone silently": case(lambda w: w.sudo("exit 3"), "helper", "ended with exit code 3"),
+    "gone silently": case(lambda w: w.sudo("exit 3"), "helper", "it ended without a word: exit code 3"),
     "not understood": case(lambda w: w.sudo("read line; echo 5; cat"), "helper", "sudo rule"),
     "too long": case(too_long, "request to the helper"),
 }
@@ -454,7 +454,7 @@ CONFIG = {
 
 COPY = {
     "fails": case(lambda w: w.copies("sh", "-c", f"echo {w.evil('x')} >&2; exit 1"), LEAF, "/device", "evil"),
-    "fails silently": case(lambda w: w.copies("sh", "-c", "exit 1"), LEAF, "/device", "ended with 1"),
+    "fails silently": case(lambda w: w.copies("sh", "-c", "exit 1"), LEAF, "/device", "exit code 1"),
     "full": case(lambda w: w.copies("sh", "-c", f"echo {SPACE} >&2; exit 1"), LEAF, "/device"),
     "no qemu-img": case(lambda w: w.copies("sh", "-c", "exit 127"), "qemu-img"),
     "another device": case(lambda w: w.copies("true", dm_uuid="LVM-y"), "/device"),
@@ -977,7 +977,7 @@ REMOVAL = {
 }
 RUN = {
     "fails": case(lambda w: run.run(["sh", "-c", f"echo {w.evil('x')} >&2; exit 3"]), "sh -c", "3", "evil"),
-    "killed": case(lambda _: run.run(["sh", "-c", "kill -TERM $$"]), "signal 15"),
+    "killed": case(lambda _: run.run(["sh", "-c", "kill -TERM $$"]), "killed by SIGTERM"),
     "late": case(lambda _: run.run(["sh", "-c", "sleep 9", "/dev/x"], deadline=0.1), "sh -c", "/dev/x"),
     "missing": case(lambda _: run.run(["nosuchtool"]), "nosuchtool"),
 }

@@ -38,10 +38,14 @@ FAILED = re.compile(r"(\d+) (?:failed|errors?)")
 
 @dataclass(frozen=True)
 class Job:
-    """One part: `argv` is run, of the jobs that are `alone` never two at once."""
+    """One part: `argv` is run, of the jobs that are `alone` never two at once.
+
+    `guess` is how many seconds it may take, for the first time that it runs.
+    """
 
     name: str
     argv: tuple[str, ...]
+    guess: int
     alone: bool = False
 
 
@@ -96,20 +100,20 @@ def find_jobs(parts: Sequence[str], place: str, everything: bool) -> Iterator[Jo
 
 
 def lint(place: str, everything: bool) -> Iterator[Job]:
-    yield Job("lint", ("./build.sh", "lint"))
+    yield Job("lint", ("./build.sh", "lint"), 20)
 
 
 def build_again(place: str, everything: bool) -> Iterator[Job]:
-    yield Job("build-again", ("./build.sh", "build-again"))
+    yield Job("build-again", ("./build.sh", "build-again"), 20)
 
 
 def unit(place: str, everything: bool) -> Iterator[Job]:
     """The unit tests under each Python; 200 random chains by the cache's way of copying."""
-    yield Job("unit", ("./build.sh", "unit", "tests"))
+    yield Job("unit", ("./build.sh", "unit", "tests"), 60)
     chains = ("./build.sh", "unit", "tests/test_copy.py", "-k", "test_random_chains")
-    yield Job("unit-chains", ("env", "LOCALDISK_CHAINS=200", *chains))
+    yield Job("unit-chains", ("env", "LOCALDISK_CHAINS=200", *chains), 20)
     for python in others():
-        yield Job(f"unit-{Path(python).name}", ("./build.sh", "unit-under", python))
+        yield Job(f"unit-{Path(python).name}", ("./build.sh", "unit-under", python), 80)
 
 
 def kernel(place: str, everything: bool) -> Iterator[Job]:
@@ -118,14 +122,16 @@ def kernel(place: str, everything: bool) -> Iterator[Job]:
         argv = boot(
             place, ".venv/bin/python", "-m", "pytest", "-v", "--durations", "5", str(file.relative_to(ROOT))
         )
-        yield Job("kernel-" + file.stem[len("test_") :], argv, alone=place == "here")
+        yield Job(
+            "kernel-" + file.stem[len("test_") :], argv, len(file.read_text().splitlines()), place == "here"
+        )
 
 
 def crash(place: str, everything: bool) -> Iterator[Job]:
     guest = "guest" if place == "here" else place
     words = ("-m", "tests.crash", "--where", guest, *(["--all"] if everything else []))
     for number in range(1, CRASH_SHARES + 1):
-        yield Job(f"crash-{number}", as_root(*words, "--share", f"{number}/{CRASH_SHARES}"))
+        yield Job(f"crash-{number}", as_root(*words, "--share", f"{number}/{CRASH_SHARES}"), 300)
 
 
 PARTS = {"lint": lint, "build-again": build_again, "unit": unit, "kernel": kernel, "crash": crash}
@@ -200,8 +206,8 @@ def tell(done: Done) -> None:
 
 
 def expected(job: Job, known: dict[str, float]) -> float:
-    """Seconds, so that the longest job begins first; unknown: as if it were long."""
-    return known.get(job.name, 600)
+    """Seconds: the longest job begins first."""
+    return known.get(job.name, job.guess)
 
 
 def known_durations() -> dict[str, float]:

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.bed import guest, player
+from tests import suite
+from tests.bed import guest, places, player, usermode
+from tests.bed.guest import GuestDied, NoKernel, Order, TooLate
 from tests.bed.vm import boot_sector
 
 
@@ -71,3 +73,99 @@ def test_a_boot_sector_is_one_sector_with_the_bios_mark() -> None:
     assert len(sector) == 512
     assert sector.endswith(b"\x55\xaa")
     assert b"hello\r\n\0" in sector
+
+
+@pytest.mark.parametrize(
+    ("rc", "stderr", "reason"),
+    [
+        (2, "localdisk: no room\n", "localdisk: no room"),
+        (2, "", "/hooks/50_localdisk: exit code 2"),
+        (-4, "", "/hooks/50_localdisk: killed by SIGILL"),
+        (-4, "half a line", "/hooks/50_localdisk: killed by SIGILL: half a line"),
+        (0, "only said", ""),
+    ],
+)
+def test_a_refusal_names_its_reason_also_when_the_hook_was_killed(rc: int, stderr: str, reason: str) -> None:
+    script = player.Script(Path("/hooks/50_localdisk"), rc, "", stderr)
+    assert player.Result(rc, stderr if rc else "", "", True, (script,)).reason == reason
+
+
+# -- places
+
+
+@pytest.fixture
+def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(places, "STATE", tmp_path)
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    return tmp_path
+
+
+def a_place(name: str, problem: Exception | None, tried: list[str]) -> places.Place:
+    def trial() -> None:
+        tried.append(name)
+        if problem:
+            raise problem
+
+    return places.Place(name, lambda order: 0, trial)
+
+
+def test_the_first_place_that_works_is_taken_and_each_result_is_printed_once_tried(
+    state: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tried: list[str] = []
+    candidates = (
+        a_place("here", NoKernel("this kernel has no device-mapper"), tried),
+        a_place("kvm", TooLate("killed"), tried),
+        a_place("usermode", GuestDied("the guest ended: killed by SIGSEGV"), tried),
+        a_place("emulation", None, tried),
+    )
+    monkeypatch.setattr(places, "PLACES", candidates)
+    for _ in range(2):
+        assert places.choose("auto").name == "emulation"
+        said = capsys.readouterr().err.splitlines()
+        assert [line.rpartition(" (tried")[0] for line in said] == [
+            "boot: here: no: this kernel has no device-mapper",
+            "boot: kvm: no: hangs: its guest had not ended in time",
+            "boot: usermode: no: the guest ended: killed by SIGSEGV",
+            "boot: emulation: works",
+        ]
+    assert tried == ["here", "kvm", "usermode", "emulation"]
+    with pytest.raises(NoKernel, match="kvm: hangs"):
+        places.choose("kvm")
+
+
+def test_a_guest_only_where_one_is_asked_for(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    candidates = (a_place("here", None, []), a_place("usermode", None, []))
+    monkeypatch.setattr(places, "PLACES", candidates)
+    assert places.choose("auto").name == "here"
+    assert places.choose("guest").name == "usermode"
+    assert places.choose("usermode").name == "usermode"
+
+
+def test_a_place_is_tried_again_when_the_pinned_kernel_changes(
+    state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[str] = []
+    monkeypatch.setattr(places, "PLACES", (a_place("usermode", None, tried),))
+    places.choose("auto")
+    pins = state / "kernel.txt"
+    pins.write_text("another")
+    monkeypatch.setattr(usermode, "PINS", pins)
+    places.choose("auto")
+    assert tried == ["usermode", "usermode"]
+
+
+def test_a_trial_names_the_last_line_of_the_console(state: Path) -> None:
+    def dies(order: Order) -> int:
+        assert order.log
+        order.log.write_text("booting\nptrace set fp regs failed, errno = 14\n\n")
+        raise GuestDied("the guest ended before the command did: killed by SIGABRT")
+
+    with pytest.raises(GuestDied, match=r"killed by SIGABRT: ptrace set fp regs failed, errno = 14"):
+        places.try_guest(dies, "1G", 1)
+
+
+def test_kernel_tests_are_found_by_looking() -> None:
+    names = {job.name for job in suite.kernel("here", everything=False)}
+    files = list((guest.ROOT / "tests/integration").rglob("test_*.py"))
+    assert len(names) == len(files) > 10

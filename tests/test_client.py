@@ -190,10 +190,10 @@ def test_without_sudo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     [
         ("echo 'sudo: a password is required' >&2; exit 1", "sudo: a password is required"),
         ("printf 'Warning\\n  a\\033[31mb\\n\\n' >&2; exit 1", "a\\x1b[31mb"),
-        ("exit 3", "it ended with exit code 3"),
-        ("exit 0", "it ended with exit code 0"),
-        ("kill -KILL $$", "it ended with exit code -9"),
-        ("read line; exit 2", "it ended with exit code 2"),
+        ("exit 3", "it ended without a word: exit code 3"),
+        ("exit 0", "it ended without a word: exit code 0"),
+        ("kill -KILL $$", "it ended without a word: killed by SIGKILL"),
+        ("read line; exit 2", "it ended without a word: exit code 2"),
         ("exec <&-; sleep 0.05; echo gone >&2", "gone"),
     ],
 )

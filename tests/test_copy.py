@@ -237,8 +237,8 @@ def test_a_target_that_is_too_small(device: Device, tmp_path: Path) -> None:
     ("script", "problem"),
     [
         ("echo first >&2; echo '  why ' >&2; echo >&2; exit 1", "why :"),
-        ("exit 1", "qemu-img ended with 1 :"),
-        ("kill -SEGV $$", "qemu-img ended with -11 :"),
+        ("exit 1", "qemu-img: exit code 1 :"),
+        ("kill -SEGV $$", "qemu-img: killed by SIGSEGV :"),
         (r"printf 'a\033[31mb\n' >&2; exit 1", r"a\x1b[31mb :"),
     ],
 )

@@ -10,7 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from localdisk import errors
-from localdisk.errors import CommandFailed, ConfigRefused, Error, HelperRefused, SourceRefused, plain
+from localdisk.errors import (
+    CommandFailed,
+    ConfigRefused,
+    Error,
+    HelperRefused,
+    SourceRefused,
+    how_it_ended,
+    plain,
+)
 
 PACKAGE = Path(errors.__file__).parent
 CLASSES = {
@@ -132,3 +140,19 @@ def test_errors_are_made_with_the_fields_that_they_show(place: str, name: str, g
 def test_every_class_is_raised_somewhere() -> None:
     text = "".join(path.read_text() for path in PACKAGE.glob("*.py") if path.name != "errors.py")
     assert [name for name in CLASSES if name not in text] == []
+
+
+@pytest.mark.parametrize(
+    ("exit_code", "words"),
+    [
+        (0, "exit code 0"),
+        (3, "exit code 3"),
+        (-4, "killed by SIGILL"),
+        (132, "killed by SIGILL"),  # as sudo, timeout and shells report it
+        (128, "exit code 128"),
+        (-40, "killed by signal 40"),
+        (255, "exit code 255"),
+    ],
+)
+def test_a_process_that_a_signal_ended_is_named_as_that(exit_code: int, words: str) -> None:
+    assert how_it_ended(exit_code) == words

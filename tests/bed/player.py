@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.bed.host import HOOKS
+from tests.bed.shell import how_it_ended
 
 VDSM_NICE = -20
 VDSM_ENVIRONMENT = {
@@ -73,6 +74,17 @@ class Result:
     data: str
     refused: bool
     scripts: tuple[Script, ...]
+
+    @property
+    def reason(self) -> str:
+        """What the last failing script said, and how it ended if that was by a signal or without a word."""
+        failed = [script for script in self.scripts if script.rc]
+        if not failed:
+            return ""
+        said, script = self.stderr.strip(), failed[-1]
+        if said and script.rc > 0:
+            return said
+        return f"{script.path}: {how_it_ended(script.rc)}{f': {said}' if said else ''}"
 
 
 @dataclass

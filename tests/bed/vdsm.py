@@ -72,5 +72,5 @@ def stop(vm: Vm, custom: Custom) -> Result:
 def accepted(result: Result) -> Result:
     """`result`; raises Refused where vdsm would."""
     if result.refused:
-        raise Refused(result.stderr.strip())
+        raise Refused(result.reason)
     return result

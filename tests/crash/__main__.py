@@ -18,6 +18,7 @@ from typing import Any
 from tests.bed.boot import GUEST_DIED
 from tests.bed.guest import ROOT, STATE
 from tests.bed.places import NAMES, choose
+from tests.bed.shell import how_it_ended
 
 SELECTION = 12  # one of twelve cases: more than 60
 DISK_MIB = 4096
@@ -105,7 +106,7 @@ class Share(threading.Thread):
         if guest.returncode == GUEST_DIED and dies:
             return True
         if guest.returncode:
-            self.problem = f"a guest ended with {guest.returncode}:\n" + "".join(said)
+            self.problem = f"a guest ended ({how_it_ended(guest.returncode)}):\n" + "".join(said)
         return False
 
     def _tell(self, row: Row) -> None:

@@ -163,6 +163,14 @@ def test_exit_codes(hooks: Path, code: int, ran: int, refused: bool) -> None:
     assert result.stderr == ("said\n" if code else "")
 
 
+def test_a_hook_that_a_signal_ends_is_named_as_that(hooks: Path) -> None:
+    """As where the processor lacks an instruction of a compiled module: it has no last words."""
+    script(hooks / "program", "#!/bin/sh\nkill -ILL $$\n")
+    result = run_point("after_disk_prepare", VM_ID, "data", {}, hooks)
+    assert result.refused
+    assert result.reason == f"{hooks}/after_disk_prepare/50_link: killed by SIGILL"
+
+
 def test_a_point_that_does_not_raise_never_refuses(hooks: Path) -> None:
     (hooks / "after_vm_destroy").mkdir()
     script(hooks / "after_vm_destroy/50_x", "#!/bin/sh\nexit 2\n")
