@@ -300,11 +300,12 @@ main() {
     unit-under) unit_under "$2" ;;
     kernel)
       need "${TEST_PACKAGES[@]}"
-      need_ansible
       build_if_older
       if [ $# = 1 ]; then
+        need_ansible
         suite kernel
       else
+        case "$*" in *ansible*) need_ansible ;; esac
         mapfile -d '' -t arguments < <(kernel_arguments "${@:2}")
         bed -m pytest -v "${arguments[@]}"
       fi
