@@ -26,13 +26,15 @@ Exit status: that of the command; 69 no such kernel can be had here, with what i
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import signal
 import sys
 from collections.abc import Sequence
 from types import FrameType
 
 from tests.bed import packages, places
-from tests.bed.guest import GuestDied, NoKernel, Order, TooLate, disks
+from tests.bed.guest import ROOT, STATE, GuestDied, NoKernel, Order, TooLate, disks
 from tests.bed.packages import NoPackage
 
 NO_KERNEL, GUEST_DIED, TOO_LATE = 69, 70, 124
@@ -67,6 +69,17 @@ def main(arguments: Sequence[str]) -> int:
         return failed(GUEST_DIED, f"{problem} (--verbose shows its console)")
     except TooLate as problem:
         return failed(TOO_LATE, problem)
+    finally:
+        give_back()
+
+
+def give_back() -> None:
+    """What root has made in .bed/ is its owner's, who may want to remove it."""
+    owner = ROOT.stat()
+    if os.geteuid() == 0 and owner.st_uid != 0:
+        for path in (STATE, *STATE.rglob("*")):
+            with contextlib.suppress(FileNotFoundError):
+                os.chown(path, owner.st_uid, owner.st_gid, follow_symlinks=False)
 
 
 def exit_on_signal(number: int, _frame: FrameType | None) -> None:
