@@ -28,6 +28,9 @@ EMULATED_PROCESSOR = "Nehalem"
 
 def find_kernel() -> Path:
     """A kernel for the guest, installed if this machine has none.  Raises NoKernel."""
+    if any(c.isspace() for c in str(ROOT)):
+        # virtme-ng names its own files there on the kernel's command line
+        raise NoKernel("a space in the path of this repository, which virtme-ng cannot handle")
     try:
         packages.install(*GUEST_PACKAGES)
         if newest_kernel() is None:
