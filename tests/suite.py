@@ -31,7 +31,7 @@ from tests.pythons import others
 LOGS = STATE / "log"
 DURATIONS = STATE / "durations.json"  # seconds that each job took the last time
 KERNEL_TESTS = ROOT / "tests/integration"
-CRASH_SHARES = 4
+CRASH_SHARES = 2
 PASSED = re.compile(r"(\d+) passed")
 FAILED = re.compile(r"(\d+) (?:failed|errors?)")
 
