@@ -3,7 +3,8 @@
     choose("auto").boot(order)
 
 Each place is really tried, with a deadline: /dev/kvm may be there and hang, a kernel may die at its first
-program.  What came of it is printed in one line, and remembered in .bed/ until this machine boots again.
+program.  What came of it is printed in one line.  That a guest boots, dies or hangs is remembered in .bed/
+until this machine boots again; what could not be tried, for want of a package perhaps, is tried again.
 """
 
 from __future__ import annotations
@@ -59,26 +60,28 @@ def why_not(place: Place) -> str | None:
     memory = Memory(place.name)
     found = memory.read()
     if found is None:
-        began = time.monotonic()
-        reason = attempt(place)
-        found = Found(reason, time.monotonic() - began)
-        memory.write(found)
+        found = attempt(place)
+        if found.lasts:
+            memory.write(found)
     verdict = "works" if found.reason is None else f"no: {found.reason}"
     print(f"boot: {place.name}: {verdict} (tried in {found.seconds:.1f} s)", file=sys.stderr, flush=True)
     return found.reason
 
 
-def attempt(place: Place) -> str | None:
+def attempt(place: Place) -> Found:
     if os.geteuid() != 0:
-        return "not root: a guest works with this machine's own files, some of which only root reads"
+        return Found("not root: a guest works with this machine's own files, some of which only root reads")
     STATE.mkdir(exist_ok=True)
+    began = time.monotonic()
     try:
         place.trial()
     except TooLate:
-        return "hangs: its guest had not ended in time"
-    except (GuestDied, NoKernel, NoPackage) as problem:
-        return str(problem)
-    return None
+        return Found("hangs: its guest had not ended in time", time.monotonic() - began, lasts=True)
+    except GuestDied as problem:
+        return Found(str(problem), time.monotonic() - began, lasts=True)
+    except (NoKernel, NoPackage) as problem:
+        return Found(str(problem), time.monotonic() - began)
+    return Found(None, time.monotonic() - began, lasts=True)
 
 
 # -- what is remembered
@@ -86,10 +89,11 @@ def attempt(place: Place) -> str | None:
 
 @dataclass(frozen=True)
 class Found:
-    """What came of a trial: `reason` why not, None if it works."""
+    """What came of a trial: `reason` why not, None if it works; `lasts` until the machine boots again."""
 
     reason: str | None
-    seconds: float
+    seconds: float = 0.0
+    lasts: bool = False
 
 
 class Memory:
