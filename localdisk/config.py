@@ -20,6 +20,7 @@ from functools import lru_cache
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from localdisk import config_memory
 from localdisk.errors import BadProperty, ConfigRefused, ConfigUnreadable
 from localdisk.units import Amount, parse_duration, parse_percentage, parse_size
 from localdisk.yamltree import FILE_LIMIT, Path, Problem, Refused, Tree, read_tree, shorten
@@ -163,16 +164,27 @@ def load(path: str | None = None) -> Config:
     if path is None and not _exists(DEFAULT_PATH):
         return _build({})
     path = DEFAULT_PATH if path is None else path
-    return parse(_read_file(path), path)
+    text = _read_file(path)
+    values = config_memory.recall(text)
+    if values is None:
+        values = _validated(text, path)
+        config_memory.remember(text, values)
+    return _build(values)
 
 
 def parse(data: bytes, path: str) -> Config:
     """The configuration that `data`, the contents of the file `path`, holds; else ConfigRefused."""
+    return _build(_validated(data, path))
+
+
+def _validated(data: bytes, path: str) -> _Values:
+    """The values in `data`, which the schema accepts; else ConfigRefused."""
     tree = read_tree(data)
     problems = {*tree.problems, *_schema_problems(tree), *_name_problems(tree)}
     if problems:
         raise ConfigRefused(path, _lines(path, problems))
-    return _build(tree.value)
+    values: _Values = tree.value
+    return values
 
 
 def places(path: str) -> Mapping[str, str]:
