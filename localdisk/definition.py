@@ -26,7 +26,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Optional
 
 from localdisk.errors import BadDiskData, BadDomain
 from localdisk.ids import is_uuid
@@ -43,6 +43,11 @@ _VM = "{http://ovirt.org/vm/1.0}"  # vdsm's metadata; the prefix in the text doe
 _PATH_ATTRIBUTE = {"file": "file", "block": "dev", "network": "name"}  # of <source>, by the disk's type
 _FORMAT = {"qcow2": "cow"}  # libvirt's word -> vdsm's, where they differ
 _UNCACHED = ("none", "directsync")
+# What libvirt accepts for qcow2 alone: attributes of <driver>, and what is inside of <driver> and <source>
+# (qemuDomainValidateStorageSource and virDomainDiskDefValidate of libvirt: metadata_cache since 7.0,
+# discard_no_unref since 9.5, dataStore, the external data file, since 10.10).
+_QCOW2_ATTRIBUTES = ("discard_no_unref",)
+_QCOW2_CHILDREN = ("driver/metadata_cache", "source/dataStore")
 
 _UUID = "[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}"
 _IMAGE_PATH = re.compile(rf"/({_UUID})/({_UUID})\Z")  # at the end of every path of a vdsm image
@@ -51,14 +56,17 @@ _UNFIT = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")  # in a path: control chara
 
 _ENCODING = re.compile(r"""\ufeff?<\?xml\s[^>]*?\bencoding\s*=\s*["']([^"']*)["']""", re.ASCII)
 
-# Markup of a document that is known to be well-formed and without DTD: start tags are the named alternative,
-# the others stand before it so that a "<" inside them is not mistaken for one.
+# Markup of a document that is known to be well-formed and without DTD: start tags (with a name) and end tags;
+# the others stand before them so that a "<" inside of those is not mistaken for a tag.
 _MARKUP = re.compile(
-    r"""<!--.*?--> | <!\[CDATA\[.*?\]\]> | <\?.*?\?>
+    r"""<!--.*?--> | <!\[CDATA\[.*?\]\]> | <\?.*?\?> | (?P<end></[^>]*>)
       | <(?P<name>[^\s/>!?][^\s/>]*) [^>"']* (?: (?:"[^"]*"|'[^']*') [^>"']* )* >""",
     re.ASCII | re.DOTALL | re.VERBOSE,
 )
 _ATTRIBUTE = re.compile(r"""(?P<name>[^\s=]+)\s*=\s*(?P<value>"[^"]*"|'[^']*')""", re.ASCII)
+
+_Attributes = Mapping[str, Optional[str]]  # new values of a start tag's attributes; None removes one
+_Change = Optional[_Attributes]  # of an element; None removes it
 
 
 @dataclass(frozen=True)
@@ -247,7 +255,8 @@ def localize_domain(xml: str, paths: Mapping[str, str]) -> str:
     """`xml` with each disk that `paths` names (target name -> local path) being a raw block device there.
 
     What changes of such a disk: `type` is "block"; `<source>` has `dev`, no `file`, and keeps its children;
-    `<driver>` has `type="raw"`, and `io="native"` where its cache is "none" or "directsync".  With another
+    `<driver>` has `type="raw"`, and `io="native"` where its cache is "none" or "directsync"; what libvirt
+    accepts for qcow2 alone (_QCOW2_ATTRIBUTES, _QCOW2_CHILDREN) is removed.  With another
     cache, or none named, io stays as it is: qemu does native I/O only past the host's page cache and refuses
     to start otherwise ("aio=native was specified, but it requires cache.direct=on"); without a name qemu
     uses the page cache.  The engine names the cache: "none", or a VM's property viodiskcache.  A disk
@@ -259,13 +268,14 @@ def localize_domain(xml: str, paths: Mapping[str, str]) -> str:
     """
     root = _parse(xml, "domain")
     disks = {disk.name: (element, disk) for element, disk in _disks(root)}
-    changes: dict[_Element, Mapping[str, str | None]] = {}
+    changes: dict[_Element, _Change] = {}
     for name, path in paths.items():
         if name not in disks:
             raise _RefusedError(f"it has no disk {name}")
         element, disk = disks[name]
         _check_can_be_local(disk, path)
         changes.update(_local_attributes(element, path))
+        changes.update({child: None for tag in _QCOW2_CHILDREN for child in element.findall(tag)})
     return _edited(xml, root, changes)
 
 
@@ -449,35 +459,53 @@ def _local_name(tag: str) -> str:
     return tag.rpartition("}")[2]
 
 
-def _local_attributes(element: _Element, path: str) -> dict[_Element, Mapping[str, str | None]]:
+def _local_attributes(element: _Element, path: str) -> dict[_Element, _Attributes]:
     """What changes of the disk `element`, so that it is the raw block device `path`."""
     source, driver = _only(element, "source"), _only(element, "driver")
     if source is None:
         raise _RefusedError(f"disk {_target(element)} has no source")
     if element.find("mirror") is not None or element.find("backingStore/source") is not None:
         raise _RefusedError(f"disk {_target(element)} has the backing chain or mirror of a running VM")
-    changes: dict[_Element, Mapping[str, str | None]] = {
+    changes: dict[_Element, _Attributes] = {
         element: {"type": "block"},
         source: {"file": None, "dev": path},
     }
     if driver is not None:
         native = {"io": "native"} if driver.get("cache") in _UNCACHED else {}
-        changes[driver] = {"type": "raw", **native}
+        changes[driver] = {"type": "raw", **native, **dict.fromkeys(_QCOW2_ATTRIBUTES)}
     return changes
 
 
-def _edited(xml: str, root: _Element, changes: Mapping[_Element, Mapping[str, str | None]]) -> str:
-    """`xml`, which was parsed to `root`, with the start tags of some elements changed."""
+def _edited(xml: str, root: _Element, changes: Mapping[_Element, _Change]) -> str:
+    """`xml`, which was parsed to `root`, with some elements removed and the start tags of others changed."""
     pieces, end = [], 0
     start_tags = (markup for markup in _MARKUP.finditer(xml) if markup["name"])
     for element, tag in zip(root.iter("*"), start_tags):
         if element in changes:
-            pieces += [xml[end : tag.start()], _with_attributes(tag, changes[element])]
-            end = tag.end()
+            pieces.append(xml[end : tag.start()])
+            attributes = changes[element]
+            if attributes is None:
+                end = _end_of_element(tag)
+            else:
+                pieces.append(_with_attributes(tag, attributes))
+                end = tag.end()
     return "".join([*pieces, xml[end:]])
 
 
-def _with_attributes(tag: re.Match[str], changes: Mapping[str, str | None]) -> str:
+def _end_of_element(tag: re.Match[str]) -> int:
+    """Where the element that begins with the start tag `tag` ends in the text."""
+    depth = 0
+    for markup in _MARKUP.finditer(tag.string, tag.start()):
+        if markup["end"]:
+            depth -= 1
+        elif markup["name"] and not markup[0].endswith("/>"):
+            depth += 1
+        if depth == 0:
+            return markup.end()
+    raise AssertionError(tag[0])  # the document is well-formed
+
+
+def _with_attributes(tag: re.Match[str], changes: _Attributes) -> str:
     """The start tag `tag` with attributes set in their places, or after the last one, or removed."""
     text, end, new = tag.string, tag.end("name"), dict(changes)
     pieces = [text[tag.start() : end]]

@@ -92,17 +92,34 @@ def test_golden_disk(file: Path) -> None:
     compare_golden(file, localize_disk(text, f"/dev/ovirt-local/{read_disk(text).volume_id}"))
 
 
+CHANGED = {".": ("type",), "source": ("file", "dev"), "driver": ("type", "io", "discard_no_unref")}
+REMOVED = ("driver/metadata_cache", "source/dataStore")
+
+
+def remove(element: Any) -> None:
+    """Remove the element and keep the text behind it."""
+    parent, before = element.getparent(), element.getprevious()
+    if before is None:
+        parent.text = (parent.text or "") + (element.tail or "")
+    else:
+        before.tail = (before.tail or "") + (element.tail or "")
+    parent.remove(element)
+
+
 def masked(xml: str, names: set[str]) -> bytes:
-    """Canonical XML, comments included, without the attributes that may change of the disks `names`."""
+    """Canonical XML, comments included, without what may change of the disks `names`."""
     root = etree.fromstring(xml.encode())
     for target in root.findall("devices/disk/target"):
         disk = target.getparent()
         if target.get("dev") not in names or disk is None:
             continue
-        for path, attributes in ((".", ("type",)), ("source", ("file", "dev")), ("driver", ("type", "io"))):
+        for path, attributes in CHANGED.items():
             for element in disk.findall(path):
                 for attribute in attributes:
                     element.attrib.pop(attribute, "")
+        for path in REMOVED:
+            for element in disk.findall(path):
+                remove(element)
     return etree.tostring(root.getroottree(), method="c14n", with_comments=True)
 
 
@@ -332,6 +349,25 @@ def test_a_driver_without_type_gets_one_and_a_missing_driver_is_raw() -> None:
     without = localize_domain(domain(disk_xml()), {"vda": LOCAL})
     assert "driver" not in without
     assert read_domain(without)[1][0].format == "raw"
+
+
+@pytest.mark.parametrize("name", ["sda", "vda", "vdb"])
+def test_what_only_qcow2_allows_is_removed(name: str) -> None:
+    xml = text_of(DATA / "qcow2-only.in.xml")
+    element = etree.fromstring(localize_domain(xml, local_paths(xml)).encode()).find(
+        f"devices/disk/target[@dev='{name}']/.."
+    )
+    assert element is not None
+    assert element.find("driver[@type='raw']") is not None
+    assert [path for path in REMOVED if element.find(path) is not None] == []
+    assert element.find("driver[@discard_no_unref]") is None
+
+
+def test_what_only_qcow2_allows_stays_where_no_disk_is_made_local() -> None:
+    xml = text_of(DATA / "qcow2-only.in.xml")
+    after = localize_domain(xml, {"vda": LOCAL})
+    assert after.count("discard_no_unref") == xml.count("discard_no_unref") - 1
+    assert after.count("metadata_cache") == xml.count("metadata_cache")
 
 
 def test_source_with_both_attributes_keeps_only_dev() -> None:
@@ -993,6 +1029,14 @@ def start_tag(rng: random.Random, name: str, attributes: dict[str, str], empty: 
     return f"{text}{rng.choice(['', ' ', chr(10)])}{empty}>"
 
 
+def metadata_cache(rng: random.Random) -> str:
+    """What libvirt accepts only inside of a qcow2 driver, in some spelling."""
+    inside = ["", "<!--</metadata_cache>-->", "<metadata_cache/>", "<max_size unit='bytes' >1</max_size>"]
+    empty = start_tag(rng, "metadata_cache", {}, "/")
+    full = start_tag(rng, "metadata_cache", {}, "") + rng.choice(inside) + "</metadata_cache\n>"
+    return rng.choice([empty, full])
+
+
 def spelled_disk(rng: random.Random) -> str:
     """A disk `vda` of volume VOLUME in any spelling, among what looks like markup and is none."""
     misc = [
@@ -1007,9 +1051,13 @@ def spelled_disk(rng: random.Random) -> str:
     kind, path = rng.choice([("file", {"file": f"/a'\"<&>/{VOLUME}"}), ("block", {"dev": f"/b/{VOLUME}"})])
     cache = rng.choice([{}, {"cache": "none"}, {"cache": "writeback"}])
     io = rng.choice([{}, {"io": "threads"}, {"io": "native"}])
+    unref = rng.choice([{}, {"discard_no_unref": "on"}])
     children = [
         start_tag(rng, "source", path, "") + rng.choice(misc) + "</source>",
-        start_tag(rng, "driver", {"name": "qemu", "type": "qcow2", **cache, **io}, "/"),
+        start_tag(rng, "driver", {"name": "qemu", "type": "qcow2", **cache, **io, **unref}, "")
+        + rng.choice(["", rng.choice(misc).join(metadata_cache(rng) for _ in range(rng.randint(1, 2)))])
+        + rng.choice([" ", rng.choice(misc)])
+        + "</driver >",
         start_tag(rng, "target", {"dev": "vda"}, "/"),
         rng.choice(misc),
     ]
