@@ -342,14 +342,14 @@ def _chain(disk: Disk, stack: ExitStack) -> Iterator[Layer]:
         yield layer
         if header is None or not header.backing_name:
             return
-        volume_id = header.backing_name
-        path, image_format = parents.next(path, header)
+        volume_id, path, image_format = parents.next(path, header)
 
 
 class _Parents:
     """The volumes of the chain that may be a parent: those that vdsm named, each once."""
 
     def __init__(self, disk: Disk) -> None:
+        self._image_id = disk.image_id
         self._paths = {volume.volume_id: volume.path for volume in disk.volumes}
         self._leaf_directory = os.path.dirname(disk.path)
         # Without a chain from vdsm (before_vm_start of older versions): the image's own directory, where
@@ -358,13 +358,13 @@ class _Parents:
         self._any_sibling = not self._paths and is_images_own
         self._seen = {disk.volume_id}
 
-    def next(self, child: str, header: Header) -> tuple[str, str]:
-        """Path and format of the parent that `header`, read from `child`, names."""
-        volume_id = header.backing_name
+    def next(self, child: str, header: Header) -> tuple[str, str, str]:
+        """Volume id, path and format of the parent that `header`, read from `child`, names."""
+        volume_id = self._volume_id(header.backing_name)
         if not is_uuid(volume_id):
             raise SourceRefused(
                 child,
-                f"its backing file name is {volume_id!r}, not a volume of its image",
+                f"its backing file name is {header.backing_name!r}, not a volume of its image",
                 "if it is a genuine chain, correct it with qemu-img rebase -u -b VOLUME -F FORMAT",
             )
         if volume_id not in self._paths and not self._any_sibling:
@@ -383,7 +383,17 @@ class _Parents:
             )
         self._seen.add(volume_id)
         path = self._paths.get(volume_id) or os.path.join(self._leaf_directory, volume_id)
-        return path, header.backing_format
+        return volume_id, path, header.backing_format
+
+    def _volume_id(self, backing_name: str) -> str:
+        """`backing_name` without the way into the image's own directory, which vdsm wrote until 2016.
+
+        A live merge with libvirt of that time wrote it once more for each merge (bugzilla.redhat.com 1333627).
+        """
+        own, name = f"../{self._image_id}/", backing_name
+        while name.startswith(own):
+            name = name[len(own) :]
+        return name
 
 
 def _open_layer(

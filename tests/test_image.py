@@ -26,6 +26,7 @@ from localdisk.image import Header, Layer, Source
 MIB = 1 << 20
 SECRET = b"the host's own secret\n" * 100
 IMAGE = "cccccccc-0000-4000-8000-000000000000"
+OTHER_IMAGE = "cccccccc-9999-4000-8000-000000000000"
 VOLUMES = [f"aaaaaaaa-0000-4000-8000-{n:012d}" for n in range(70)]
 LEAF, MIDDLE, BASE = VOLUMES[:3]
 
@@ -365,6 +366,24 @@ def test_paths_are_those_of_vdsm_not_of_the_header(own_chain: Path, tmp_path: Pa
         assert view(source, tmp_path / "out").startswith(CHAIN_VIEW)
 
 
+@pytest.mark.parametrize("merges", [1, 2, 20])
+def test_names_that_vdsm_wrote_until_2016(tmp_path: Path, merges: int) -> None:
+    """../IMAGE/VOLUME, and once more for each live merge; qemu-img itself must read the same."""
+    directory = tmp_path / IMAGE
+    directory.mkdir()
+    make_chain(directory)
+    way = f"../{IMAGE}/" * merges  # a name has at most 1023 bytes
+    for name, backing, kind in ((MIDDLE, BASE, "raw"), (LEAF, MIDDLE, "qcow2")):
+        qemu_img("rebase", "-u", "-f", "qcow2", "-b", way + backing, "-F", kind, directory / name)
+    for given in (disk(directory / LEAF, volumes=[MIDDLE, BASE]), disk(directory / LEAF, volumes=None)):
+        with image.opened(given) as source:
+            assert [layer.path for layer in source.layers] == [
+                str(directory / name) for name in (LEAF, MIDDLE, BASE)
+            ]
+            assert view(source, tmp_path / "out").startswith(CHAIN_VIEW)
+    qemu_img("compare", "-f", "qcow2", "-F", "raw", directory / LEAF, tmp_path / "out")
+
+
 def test_a_leaf_without_parent_says_so(tmp_path: Path) -> None:
     """qemu would follow the name in the header, also one that is written there after we read it."""
     (tmp_path / "secret").write_bytes(SECRET.ljust(MIB, b"\0"))
@@ -612,7 +631,14 @@ def test_a_chain_that_is_too_long(tmp_path: Path) -> None:
     [
         "/etc/shadow",
         f"/images/{BASE}",
-        f"../{IMAGE}/{BASE}",
+        f"../{OTHER_IMAGE}/{BASE}",
+        f"../{IMAGE}/../{BASE}",
+        f"../{IMAGE}/../{OTHER_IMAGE}/{BASE}",
+        f"../../images/{IMAGE}/{BASE}",
+        f"../{IMAGE}/",
+        f"../{IMAGE}//{BASE}",
+        f"..//{BASE}",
+        f"../{IMAGE.upper()}/{BASE}",
         f"./{BASE}",
         f"{BASE}/",
         f"{BASE}.qcow2",

@@ -78,6 +78,20 @@ def test_thick_copy_of_a_chain(volume_group: str, file_storage: FileStorage) -> 
     assert host.logical_volumes() == {}
 
 
+def test_backing_names_that_vdsm_wrote_until_2016(volume_group: str, file_storage: FileStorage) -> None:
+    """../IMAGE/VOLUME, once more for each live merge with libvirt of that time."""
+    image = file_storage.clone(file_storage.template(8 * MIB, seed=1), layers=2, seed=2)
+    base, middle, leaf = image.volumes
+    for child, name, form in (
+        (middle, f"../{image.id}/{base.id}", "raw"),
+        (leaf, f"../{image.id}/" * 3 + middle.id, "qcow2"),
+    ):
+        run("qemu-img", "rebase", "-u", "-f", "qcow2", "-F", form, "-b", name, str(child.path))
+    vm_id = start(image)
+    assert equals_source(image)
+    stop(vm_id, image)
+
+
 def test_thin_copy_from_block_storage(thin_pool: str, block_storage: BlockStorage) -> None:
     image = block_storage.clone(block_storage.template(16 * MIB, seed=3), layers=2, seed=4)
     vm_id = start(image, THIN)
