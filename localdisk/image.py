@@ -37,11 +37,14 @@ _FEATURES = struct.Struct(">QQQII")  # version 3: features, refcount_order, head
 _EXTENSION = struct.Struct(">II")
 _BACKING_FORMAT = 0xE2792ACA
 _COMPRESSION_TYPE, _EXTENDED_L2 = 1 << 3, 1 << 4
+_CONVERT = "convert it with qemu-img convert -f qcow2 -O qcow2 and put the result in its place"
 _REFUSED_FEATURES = {
-    1 << 0: ("it was not closed properly", "repair it with qemu-img check -r all"),
-    1 << 1: ("it is marked corrupt", "repair it with qemu-img check -r all, or restore it"),
-    1 << 2: ("it has an external data file", "convert it to a self-contained image with qemu-img convert"),
+    1 << 0: ("it was not closed properly", "repair it with qemu-img check -f qcow2 -r all"),
+    1 << 1: ("it is marked corrupt", "repair it with qemu-img check -f qcow2 -r all, or restore it"),
+    1 << 2: ("it has an external data file", _CONVERT),
 }
+# What this program does not know, the host's qemu-img often does not open, either, and then converts nothing.
+_UNKNOWN = f"restore it; if qemu-img info opens it, or a newer one elsewhere does, {_CONVERT}"
 _REPLACED = "find out who put it there (ls -l, readlink -f), then restore the volume"
 _HEADER_BYTES = 64 * 1024  # header, extensions and backing name lie in the first cluster
 _MEASURED = 64 * 1024  # the cluster size that qemu-img measure assumes
@@ -67,17 +70,17 @@ class Header:
         version, backing_offset, backing_size, cluster_bits, size = fields[1:6]
         crypt_method, snapshots = fields[6], fields[11]
         if version not in (2, 3):
-            raise ValueError(f"qcow2 version {version} is not known", "convert it with qemu-img convert")
+            raise ValueError(f"qcow2 version {version} is not known", _UNKNOWN)
         if crypt_method:
-            raise ValueError("it is encrypted", "convert it to an image without encryption")
+            fix = "decrypt it with qemu-img convert --object secret,id=NAME,file=KEY --image-opts"
+            raise ValueError("it is encrypted", fix)
         if snapshots:
-            raise ValueError("it has internal snapshots", "remove them with qemu-img snapshot -d")
+            raise ValueError("it has internal snapshots", "remove each with qemu-img snapshot -d NAME")
         if not 9 <= cluster_bits <= 21:
             raise ValueError(f"its cluster size is 2^{cluster_bits}", "restore the volume")
         if size % SECTOR or not 0 < size <= MAX_DISK:
-            raise ValueError(
-                f"its virtual size is {size} bytes", "resize it to whole 512 bytes, at most 64 TiB"
-            )
+            fix = "set it to whole 512 bytes, at most 64 TiB, with qemu-img resize -f qcow2 --shrink"
+            raise ValueError(f"its virtual size is {size} bytes", fix)
         header_length = _header_length(version, data)
         return cls(
             virtual_size=size,
@@ -97,7 +100,7 @@ def _header_length(version: int, data: bytes) -> int:
             raise ValueError(*refusal)
     unknown = incompatible & ~(_COMPRESSION_TYPE | _EXTENDED_L2)
     if unknown:
-        raise ValueError(f"it needs unknown features {unknown:#x}", "convert it with qemu-img convert")
+        raise ValueError(f"it needs unknown features {unknown:#x}", _UNKNOWN)
     if not _FIXED.size + _FEATURES.size <= length <= len(data) or length % 8:
         raise ValueError(f"its header length is {length}", "restore the volume")
     return int(length)
@@ -365,7 +368,7 @@ class _Parents:
             raise SourceRefused(
                 child,
                 f"its backing file name is {header.backing_name!r}, not a volume of its image",
-                "if it is a genuine chain, correct it with qemu-img rebase -u -b VOLUME -F FORMAT",
+                "if it is a genuine chain, correct it with qemu-img rebase -u -f qcow2 -b VOLUME -F FORMAT",
             )
         if volume_id not in self._paths and not self._any_sibling:
             raise SourceRefused(child, f"vdsm did not name its backing volume {volume_id}")
@@ -379,7 +382,7 @@ class _Parents:
             raise SourceRefused(
                 child,
                 f"its header gives the backing format {header.backing_format!r}",
-                f"set it with qemu-img rebase -u -b {volume_id} -F raw|qcow2, whichever it is",
+                f"set it with qemu-img rebase -u -f qcow2 -b {header.backing_name} -F raw|qcow2, as it is",
             )
         self._seen.add(volume_id)
         path = self._paths.get(volume_id) or os.path.join(self._leaf_directory, volume_id)
@@ -388,7 +391,7 @@ class _Parents:
     def _volume_id(self, backing_name: str) -> str:
         """`backing_name` without the way into the image's own directory, which vdsm wrote until 2016.
 
-        A live merge with libvirt of that time wrote it once more for each merge (bugzilla.redhat.com 1333627).
+        libvirt of that time wrote it once more at each live merge (bugzilla.redhat.com 1333627).
         """
         own, name = f"../{self._image_id}/", backing_name
         while name.startswith(own):

@@ -8,8 +8,8 @@ import shutil
 import stat
 import struct
 import subprocess
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -375,8 +375,8 @@ def test_names_that_vdsm_wrote_until_2016(tmp_path: Path, merges: int) -> None:
     way = f"../{IMAGE}/" * merges  # a name has at most 1023 bytes
     for name, backing, kind in ((MIDDLE, BASE, "raw"), (LEAF, MIDDLE, "qcow2")):
         qemu_img("rebase", "-u", "-f", "qcow2", "-b", way + backing, "-F", kind, directory / name)
-    for given in (disk(directory / LEAF, volumes=[MIDDLE, BASE]), disk(directory / LEAF, volumes=None)):
-        with image.opened(given) as source:
+    for named in ([MIDDLE, BASE], None):
+        with image.opened(disk(directory / LEAF, volumes=named)) as source:
             assert [layer.path for layer in source.layers] == [
                 str(directory / name) for name in (LEAF, MIDDLE, BASE)
             ]
@@ -662,6 +662,139 @@ def test_a_parent_that_is_no_volume(tmp_path: Path, backing: str) -> None:
         assert "not a volume of its image : if it is a genuine chain, correct it with qemu-img" in message
 
 
+# -- the advice of a refusal, followed with real files
+
+
+@dataclass(frozen=True)
+class Advice:
+    """How a good volume is broken, what the refusal advises then, and the commands that follow it.
+
+    `break_it` gets the path of the volume; words of a command may be that path (IT), a new file beside it
+    (NEW) or a key file (KEY).
+    """
+
+    break_it: Callable[[Path], None]
+    advice: str
+    commands: tuple[tuple[str, ...], ...]
+
+
+def feature(bit: int) -> Callable[[Path], None]:
+    return lambda path: patch(path, 72, ">Q", 1 << bit)
+
+
+def patch(path: Path, offset: int, form: str, value: int) -> None:
+    with open(path, "r+b") as file:
+        file.seek(offset)
+        file.write(struct.pack(form, value))
+
+
+def with_data_file(path: Path) -> None:
+    data = f"data_file={path.with_name('data')},data_file_raw=on"
+    qemu_img("convert", "-f", "qcow2", "-O", "qcow2", "-o", data, path, path.with_name("made"))
+    path.with_name("made").rename(path)
+
+
+def with_snapshots(path: Path) -> None:
+    for name in ("a", "b"):
+        qemu_img("snapshot", "-c", name, path)
+
+
+def encrypted(path: Path) -> None:
+    key = path.with_name("key")
+    key.write_text("secret")
+    secret, options = f"secret,id=KEYID,file={key}", "encrypt.format=aes,encrypt.key-secret=KEYID"
+    made_there = path.with_name("made")
+    qemu_img("convert", "--object", secret, "-f", "qcow2", "-O", "qcow2", "-o", options, path, made_there)
+    made_there.rename(path)
+
+
+CHECK = ("qemu-img", "check", "-f", "qcow2", "-r", "all", "IT")
+CONVERT = (("qemu-img", "convert", "-f", "qcow2", "-O", "qcow2", "IT", "NEW"), ("mv", "NEW", "IT"))
+DECRYPT = (
+    *("qemu-img", "convert", "--object", "secret,id=NAME,file=KEY", "--image-opts"),
+    *("driver=qcow2,encrypt.key-secret=NAME,file.filename=IT", "-O", "qcow2", "NEW"),
+)
+ADVICE = {
+    "dirty": Advice(feature(0), "qemu-img check -f qcow2 -r all", (CHECK,)),
+    "corrupt": Advice(feature(1), "qemu-img check -f qcow2 -r all", (CHECK,)),
+    "data file": Advice(with_data_file, "qemu-img convert -f qcow2 -O qcow2 and put", CONVERT),
+    "snapshots": Advice(
+        with_snapshots,
+        "each with qemu-img snapshot -d NAME",
+        tuple(("qemu-img", "snapshot", "-d", name, "IT") for name in ("a", "b")),
+    ),
+    "encrypted": Advice(
+        encrypted,
+        "qemu-img convert --object secret,id=NAME,file=KEY --image-opts",
+        (DECRYPT, ("mv", "NEW", "IT")),
+    ),
+    "odd size": Advice(
+        lambda path: patch(path, 24, ">Q", MIB - 7),
+        "qemu-img resize -f qcow2 --shrink",
+        (("qemu-img", "resize", "-f", "qcow2", "--shrink", "IT", str(MIB)),),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ADVICE)
+def test_advice_that_is_followed_makes_the_volume_good(tmp_path: Path, name: str) -> None:
+    path, advice = tmp_path / LEAF, ADVICE[name]
+    qemu_img("create", "-q", "-f", "qcow2", path, MIB)
+    qemu_io(path, "write -P 0x55 64k 128k")
+    advice.break_it(path)
+    assert advice.advice in refusal(disk(path))
+    places = {"IT": str(path), "NEW": str(tmp_path / "new"), "KEY": str(tmp_path / "key")}
+    for command in advice.commands:
+        words = [re.sub(r"\b(IT|NEW|KEY)\b", lambda found: places[str(found[0])], word) for word in command]
+        subprocess.run(words, check=True, capture_output=True)
+    with image.opened(disk(path)) as source:
+        assert source.virtual_size == MIB
+        content = view(source, tmp_path / "out")
+    assert content == bytes(64 << 10) + b"\x55" * (128 << 10) + bytes(MIB - (192 << 10))
+
+
+@pytest.mark.parametrize(
+    "break_it", [feature(10), lambda path: patch(path, 4, ">I", 4)], ids=["feature", "version"]
+)
+def test_qemu_img_converts_nothing_that_it_does_not_know(
+    tmp_path: Path, break_it: Callable[[Path], None]
+) -> None:
+    """So restoring is the first advice."""
+    path = tmp_path / LEAF
+    qemu_img("create", "-q", "-f", "qcow2", path, MIB)
+    break_it(path)
+    assert " : restore it; if qemu-img info opens it" in refusal(disk(path))
+    for words in (("convert", "-f", "qcow2", "-O", "qcow2", path, tmp_path / "new"), ("info", path)):
+        with pytest.raises(subprocess.CalledProcessError):
+            qemu_img(*words)
+
+
+@pytest.mark.parametrize("backing_format", [None, "vmdk"])
+def test_a_backing_format_is_set_as_advised(
+    own_chain: Path, tmp_path: Path, backing_format: str | None
+) -> None:
+    extensions = extension(FORMAT, backing_format.encode()) if backing_format else b""
+    header = bytearray((own_chain / LEAF).read_bytes())
+    at = header.find(extension(FORMAT, b"qcow2"))
+    assert at > 0
+    header[at : at + 16] = extensions.ljust(16, b"\0")
+    (own_chain / LEAF).write_bytes(header)
+    leaf = disk(own_chain / LEAF, volumes=[MIDDLE, BASE])
+    assert f"set it with qemu-img rebase -u -f qcow2 -b {MIDDLE} -F raw|qcow2" in refusal(leaf)
+    qemu_img("rebase", "-u", "-f", "qcow2", "-b", MIDDLE, "-F", "qcow2", own_chain / LEAF)
+    with image.opened(leaf) as source:
+        assert view(source, tmp_path / "out").startswith(CHAIN_VIEW)
+
+
+def test_a_genuine_chain_is_corrected_as_advised(own_chain: Path, tmp_path: Path) -> None:
+    qemu_img("rebase", "-u", "-f", "qcow2", "-b", own_chain / MIDDLE, "-F", "qcow2", own_chain / LEAF)
+    leaf = disk(own_chain / LEAF, volumes=[MIDDLE, BASE])
+    assert "correct it with qemu-img rebase -u -f qcow2 -b VOLUME -F FORMAT" in refusal(leaf)
+    qemu_img("rebase", "-u", "-f", "qcow2", "-b", MIDDLE, "-F", "qcow2", own_chain / LEAF)
+    with image.opened(leaf) as source:
+        assert view(source, tmp_path / "out").startswith(CHAIN_VIEW)
+
+
 def leaf_on(
     directory: Path, backing: str, backing_format: str = "raw", name: str = LEAF, version: int = 3
 ) -> Path:
@@ -681,7 +814,7 @@ def test_a_parent_that_vdsm_does_not_name(tmp_path: Path) -> None:
 def test_a_parent_whose_format_is_not_known(tmp_path: Path, backing_format: str) -> None:
     (tmp_path / BASE).write_bytes(bytes(MIB))
     message = refusal(disk(leaf_on(tmp_path, BASE, backing_format), volumes=[BASE]))
-    assert f"set it with qemu-img rebase -u -b {BASE} -F raw|qcow2" in message
+    assert f"set it with qemu-img rebase -u -f qcow2 -b {BASE} -F raw|qcow2" in message
 
 
 @pytest.mark.parametrize("names", [(LEAF,), (MIDDLE, LEAF), (MIDDLE, BASE, MIDDLE), (BASE, BASE)])
