@@ -200,14 +200,17 @@ def _disk_object(data: dict[str, object]) -> dict[str, object]:
 
 
 def _disk_from_json(data: Mapping[str, object]) -> Disk:
+    image_id, volume_id = _image_and_volume(
+        _string(data, "imageID"), _string(data, "volumeID"), _string(data, "GUID")
+    )
     disk = Disk(
         name=_string(data, "name"),
         device=_device(_string(data, "device")),
         path=_path(_string(data, "path")),
         format=_string(data, "format"),
         disk_type=_string(data, "diskType"),
-        image_id=_uuid("imageID", _string(data, "imageID")),
-        volume_id=_uuid("volumeID", _string(data, "volumeID")),
+        image_id=image_id,
+        volume_id=volume_id,
         shared=_shared(data.get("shared", "none")),
         volumes=_volumes(_volume_strings(data.get("volumeChain", []))),
         domain_id=_uuid("domainID", _string(data, "domainID")),
@@ -389,9 +392,12 @@ def _metadata(root: _Element) -> dict[str, _Identity]:
 
 def _identity(device: _Element) -> _Identity:
     nodes = device.findall(f"{_VM}volumeChain/{_VM}volumeChainNode")
+    image_id, volume_id = _image_and_volume(
+        *(_child_text(device, f"{_VM}{key}") for key in ("imageID", "volumeID", "GUID"))
+    )
     return _Identity(
-        image_id=_uuid("imageID", _child_text(device, f"{_VM}imageID")),
-        volume_id=_uuid("volumeID", _child_text(device, f"{_VM}volumeID")),
+        image_id=image_id,
+        volume_id=volume_id,
         shared=_shared(_child_text(device, f"{_VM}shared") or "none"),
         volumes=_volumes((_child_text(n, f"{_VM}volumeID"), _child_text(n, f"{_VM}path")) for n in nodes),
         domain_id=_uuid("domainID", _child_text(device, f"{_VM}domainID")),
@@ -569,6 +575,17 @@ def _volumes(pairs: Iterable[tuple[str, str]]) -> tuple[Volume, ...]:
         raise _RefusedError("volumeChain has a volume without volumeID or path")
     _refuse_twice("volume", (volume.volume_id for volume in volumes))
     return volumes
+
+
+def _image_and_volume(image_id: str, volume_id: str, guid: str) -> tuple[str, str]:
+    """The canonical imageID and volumeID of a disk, both "" for a LUN and a managed block disk.
+
+    In the metadata of a VM that runs, vdsm repeats the GUID of such a device as its imageID, without volumeID
+    (get_metadata of vdsm's lib/vdsm/virt/vmdevices/storagexml.py).
+    """
+    if guid and image_id == guid and not volume_id:
+        return "", ""
+    return _uuid("imageID", image_id), _uuid("volumeID", volume_id)
 
 
 def _uuid(what: str, text: str) -> str:

@@ -12,6 +12,7 @@ import copy
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -35,6 +36,7 @@ from localdisk.definition import (
     read_disk,
     read_disk_element,
     read_domain,
+    read_running,
 )
 from localdisk.errors import BadDiskData, BadDomain, Error
 from localdisk.vdsm import DATA_LIMIT
@@ -259,6 +261,22 @@ def test_reading_luns() -> None:
     assert disks["vda"].device == "disk"
     assert disks["vdb"].path == "/run/vdsm/managedvolumes/2e3f4051-6c7d-4e8f-90a1-b2c3d4e5f607"
     assert [name for name, disk in disks.items() if disk.is_vdsm_image] == ["vdc"]
+
+
+def test_reading_luns_of_a_vm_that_runs() -> None:
+    """vdsm has saved their GUID as imageID; the one of a managed block disk may be a UUID."""
+    xml = text_of(DATA / "lun.in.xml").replace("20024f400585401ce", OTHER)
+    saved = re.sub(r"(<ovirt-vm:)GUID(>(.*?)</ovirt-vm:)GUID>", r"\g<0>\1imageID\2imageID>", xml)
+    assert saved.count("imageID") == xml.count("imageID") + 6
+    assert read_domain(saved) == read_domain(xml)
+    assert read_running(saved).disks == read_domain(xml)[1]
+    assert localize_domain(saved, local_paths(xml)).count("/dev/ovirt-local/") == 1
+
+
+@pytest.mark.parametrize("guid", ["", "<GUID>360014059f8e7d6c5</GUID>"])
+def test_an_image_id_that_is_no_uuid_is_refused_unless_it_is_the_guid(guid: str) -> None:
+    with pytest.raises(BadDomain, match="imageID is '360014059f8e7d6c4', not a UUID"):
+        read_domain(domain(disk_xml(), metadata(image="360014059f8e7d6c4", volume="", more=guid)))
 
 
 def test_reading_network_disks() -> None:
@@ -756,6 +774,21 @@ def test_reading_a_wrapped_disk_with_upper_case_ids() -> None:
 )
 def test_words_for_sharing(value: object, expected: str) -> None:
     assert read_disk(json.dumps(disk_data(shared=value))).shared == expected
+
+
+def test_a_lun_in_json_is_no_image() -> None:
+    guid = "360014059f8e7d6c5b4a3f2e1d0c9b8a7"
+    lun = {
+        "device": "disk",
+        "name": "sda",
+        "path": f"/dev/mapper/{guid}",
+        "diskType": "block",
+        "format": "raw",
+    }
+    disk = read_disk(json.dumps({**lun, "GUID": guid, "imageID": guid}))
+    assert (disk.is_vdsm_image, disk.image_id, disk.path) == (False, "", f"/dev/mapper/{guid}")
+    with pytest.raises(BadDiskData, match="only one of imageID and volumeID"):
+        read_disk(json.dumps({**lun, "GUID": guid, "imageID": IMAGE}))
 
 
 def test_a_cdrom_needs_no_identity() -> None:

@@ -269,3 +269,30 @@ def metrics() -> dict[str, float]:
     out = attempt(str(host.PROGRAM), "status", "--prometheus").stdout
     rows = (line.rpartition(" ") for line in out.splitlines() if not line.startswith("#"))
     return {name: float(value) for name, _, value in rows}
+
+
+def test_a_vm_with_a_direct_lun(volume_group: str, file_storage: FileStorage) -> None:
+    """vdsm saves a LUN's GUID as its imageID: no image, no problem, and who has the local disk is known."""
+    image, lun = file_storage.template(8 * MIB, seed=1), host.SCRATCH / "lun"
+    lun.write_bytes(bytes(MIB))
+    vm_id = start(image)
+    local = Vm(vm_id, (vdsm.local(Disk("vda", image), str(device(image))),))
+    guid = "360014059f8e7d6c5b4a3f2e1d0c9b8a7"
+    ids = f"<ovirt-vm:GUID>{guid}</ovirt-vm:GUID><ovirt-vm:imageID>{guid}</ovirt-vm:imageID>"
+    saved = f'<ovirt-vm:device devtype="disk" name="sda">{ids}</ovirt-vm:device></ovirt-vm:vm>'
+    disk = (
+        f'<disk type="file"><driver type="raw"/><source file="{lun}"/><target dev="sda" bus="scsi"/></disk>'
+    )
+    xml = domain_xml(local).replace("</ovirt-vm:vm>", saved).replace("</devices>", f"{disk}</devices>")
+    xml = xml.replace(
+        "<ovirt-vm:custom />",
+        "<ovirt-vm:custom><ovirt-vm:localdisk>lvm</ovirt-vm:localdisk></ovirt-vm:custom>",
+    )
+    run("virsh", "-c", libvirt.URI, "create", "--paused", "/dev/stdin", text=xml)
+    try:
+        (row,) = shown(0)["disks"]
+        assert (row["vm"], row["disk"], row["state"]) == (vm_id, "vda", "running")
+        assert "localdisk_unseen 0\n" in localdisk("status", "--prometheus")
+    finally:
+        libvirt.destroy(vm_id)
+        stop(vm_id, image)
