@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
-from localdisk import __version__
+from localdisk import __version__, vdsm
 from localdisk.errors import Error, HelperRefused, Interrupted, RootNeeded, UsageError, plain
 from localdisk.vdsm import POINTS
 
@@ -29,6 +29,7 @@ GOOD, PROBLEMS, REFUSED = 0, 1, 2
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one mode; returns the exit code: 0 good, 1 problems, 2 refused."""
     words = sys.argv if argv is None else ["localdisk", *argv]
+    point = _point(words)
     try:
         try:
             return _run(words)
@@ -36,18 +37,26 @@ def main(argv: Sequence[str] | None = None) -> int:
             if sys.stdout:  # None where it was closed
                 sys.stdout.flush()  # here, where a failure is told and counts
     except Error as error:
-        return _report(str(error), error.exit_code)
+        return _report(str(error), error.exit_code, point)
     except BrokenPipeError:
         _drop_output()
         return PROBLEMS
     except KeyboardInterrupt:
-        return _report("interrupted : run it again", PROBLEMS)
+        return _report("interrupted : run it again", PROBLEMS, point)
     except OSError as error:
         _drop_output()
-        return _report(f"{plain(error)} : see the system log of this host", REFUSED)
+        return _report(f"{plain(error)} : see the system log of this host", REFUSED, point)
     except Exception as error:  # noqa: BLE001 (the last line of defence: never a traceback)
         what = plain(f"{type(error).__name__}: {error}")
-        return _report(f"internal error, {what} : report it with the output of LOCALDISK_DEBUG=1", REFUSED)
+        fix = "report it with the output of LOCALDISK_DEBUG=1"
+        return _report(f"internal error, {what} : {fix}", REFUSED, point)
+
+
+def _point(words: Sequence[str]) -> str:
+    """The hook point that is called, by vdsm's link or by `hook POINT`; "" if none."""
+    by_link = os.path.basename(os.path.dirname(words[0]))
+    named = words[2] if len(words) == 3 and words[1] == "hook" else by_link
+    return named if named in POINTS else ""
 
 
 def _run(words: Sequence[str]) -> int:
@@ -66,11 +75,15 @@ def _drop_output() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _report(message: str, exit_code: int) -> int:
+def _report(message: str, exit_code: int, point: str = "") -> int:
+    """Print an error; returns the exit code, which at a hook point is for vdsm to understand."""
     if os.environ.get("LOCALDISK_DEBUG") == "1":
         import traceback
 
         traceback.print_exc()
+    if point:
+        print(vdsm.shown(message), file=sys.stderr)
+        return vdsm.exit_code(point, exit_code)
     *details, last = message.splitlines()
     print(*details, f"localdisk: {last}", sep="\n", file=sys.stderr)
     return exit_code

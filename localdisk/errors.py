@@ -202,8 +202,9 @@ class HelperRefused(Error):
         self.message = message
 
     def __str__(self) -> str:
-        # A configuration's problems are several lines; each stays one plain line.
-        lines = [line[:1000] for line in self.message.splitlines()[:100]]
+        # A configuration's problems are several lines, each of them plain; the last one says what to do.
+        every = self.message.splitlines()
+        lines = [line[:1000] for line in (*every[:99], *every[99:][-1:])]
         shown = ["".join(c for c in line if c.isprintable()) for line in lines]
         return "\n".join(filter(None, shown)) or "the helper refused : see the system log of this host"
 

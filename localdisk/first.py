@@ -18,15 +18,26 @@ POINTS_OF_A_VM = (
     "before_vm_hibernate",
     "before_disk_hotplug",
 )
+UNREFUSABLE = ("before_vdsm_start", "before_vm_destroy", "after_vm_destroy")
 PYTHONS = ((3, 9), (3, 10), (3, 11), (3, 12), (3, 13))  # build.sh packs for these
 MACHINE = "x86_64"
 
 
 def called_point(argv):  # type: (list[str]) -> str
     """The hook point of a VM that we are called for, by vdsm's link or by `hook POINT`; "" if none."""
-    by_link = os.path.basename(os.path.dirname(argv[0]))
-    named = argv[2] if len(argv) == 3 and argv[1] == "hook" else by_link
+    named = named_point(argv)
     return named if named in POINTS_OF_A_VM else ""
+
+
+def named_point(argv):  # type: (list[str]) -> str
+    """The directory of the link that we are called by, or POINT of `hook POINT`."""
+    by_link = os.path.basename(os.path.dirname(argv[0]))
+    return argv[2] if len(argv) == 3 and argv[1] == "hook" else by_link
+
+
+def refused(argv):  # type: (list[str]) -> int
+    """The exit code where we cannot run: 2 would keep the hooks that come after ours from running."""
+    return 1 if named_point(argv) in UNREFUSABLE else 2
 
 
 def wrong_host(version, machine):  # type: (tuple[object, ...], str) -> str
@@ -45,7 +56,7 @@ if __name__ == "__main__" and not (
     problem = wrong_host(sys.version_info, os.uname().machine)
     if problem:
         sys.stderr.write(problem + "\n")
-        sys.exit(2)
+        sys.exit(refused(sys.argv))
     try:
         import front  # type: ignore[import-not-found]
     except Exception:
@@ -55,4 +66,4 @@ if __name__ == "__main__" and not (
         os.environ["LOCALDISK_AGAIN"] = os.environ.get("LOCALDISK_AGAIN", "") + "x"
         os.execv(sys.argv[0], sys.argv)  # noqa: S606 (ourselves)
 
-    front.main(called_by_vdsm=bool(called_point(sys.argv)))
+    front.main(called_by_vdsm=bool(called_point(sys.argv)), refused=refused(sys.argv))

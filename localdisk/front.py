@@ -21,11 +21,17 @@ TREES = "/var/cache/localdisk"
 BUILD_ID = "@BUILD_ID@"  # build.sh puts a hash of everything that is in the zipapp here
 FILES, PACKAGES = "files", "site-packages"
 
+_refused = 2
 _in_use: list[int] = []  # descriptors whose shared locks say that a tree is in use
 
 
-def main(called_by_vdsm: bool) -> None:
-    """Run the program from its extracted packages; extract them where that was not done."""
+def main(called_by_vdsm: bool, refused: int = 2) -> None:
+    """Run the program from its extracted packages; extract them where that was not done.
+
+    `refused` is the exit code where it cannot run (first.py).
+    """
+    global _refused
+    _refused = refused
     clean(os.environ)
     os.umask(0o022)
     # Inherited as ignored, it makes every command that fails look as if it had succeeded.
@@ -186,9 +192,9 @@ def is_alone(path: str, user: int) -> bool:
 
 
 def refuse(what: str, fix: str) -> NoReturn:
-    """End with one line and exit code 2, as cli.py would."""
+    """End with one line and the exit code of a refusal, as cli.py would."""
     print(f"localdisk: {what} : {fix}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(_refused)
 
 
 def program() -> str:

@@ -40,6 +40,13 @@ _DATA = {
 }
 POINTS = frozenset(_DATA)
 
+# At these points vdsm goes on when a hook fails (raiseError=False in vdsm's lib/vdsm/common/hooks.py); at all
+# others of ours it refuses the operation.
+UNREFUSABLE = frozenset({"after_vm_destroy", "before_vdsm_start", "before_vm_destroy"})
+
+MESSAGE_LIMIT = 1000  # characters on standard error: the engine shows at most 4000, each escaped
+_PART_LIMIT = 400  # of what is wrong, and of what to do
+
 
 @dataclass(frozen=True)
 class Call:
@@ -83,6 +90,46 @@ def read_call(point: str, environ: Mapping[str, str]) -> Call:
     if wanted is None:
         return Call(point, "", "", None)
     return Call(point, _vm_id(environ), _property_value(environ), _data_path(wanted, environ))
+
+
+def exit_code(point: str, code: int) -> int:
+    """What a hook at `point` ends with instead of `code`.
+
+    2 makes vdsm leave out the hooks that come after ours, other products' too.  They have nothing to do where
+    vdsm refuses the operation, and must run where it goes on.
+    """
+    return 1 if code == 2 and point in UNREFUSABLE else code
+
+
+def shown(message: str) -> str:
+    """`message` as one line for standard error: `localdisk: …` in ASCII, shorter than MESSAGE_LIMIT.
+
+    vdsm shows the bytes as Python writes them, b'...', so that anything but ASCII is unreadable.  The last
+    line of `message`, with what to do, stays at the end; of the lines before it (problems of a configuration)
+    the first are shown, and how many more there are.
+    """
+    *problems, last = [line.replace("…", "...") for line in message.splitlines()]
+    what, colon, fix = last.rpartition(" : ")
+    last = _ascii(what) + colon + _ascii(fix)
+    parts: list[str] = []
+    for count, problem in enumerate(problems):
+        more = f"and {len(problems) - count} more"
+        if len(_line(*parts, _ascii(problem), more, last)) >= MESSAGE_LIMIT:
+            parts.append(more)
+            break
+        parts.append(_ascii(problem))
+    return _line(*parts, last)
+
+
+def _line(*parts: str) -> str:
+    return f"localdisk: {'; '.join(parts)}"
+
+
+def _ascii(text: str) -> str:
+    """`text` in ASCII, cut in its middle if it is longer than _PART_LIMIT."""
+    text = text.encode("ascii", "backslashreplace").decode()
+    half = _PART_LIMIT // 2 - 2
+    return text if len(text) <= _PART_LIMIT else f"{text[:half]}...{text[-half:]}"
 
 
 def read_data(call: Call) -> str:

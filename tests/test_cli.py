@@ -25,11 +25,20 @@ from localdisk import (
 )
 from localdisk.disk import LocalDisk
 from localdisk.drift import Problem
-from localdisk.errors import BadProperty, ConfigRefused, Interrupted, NoTemplate, NoVolumeGroup, UsageError
+from localdisk.errors import (
+    BadProperty,
+    ConfigRefused,
+    HelperRefused,
+    Interrupted,
+    NoTemplate,
+    NoVolumeGroup,
+    UsageError,
+)
 from localdisk.gc import Action, Collection, Finding, Verdict
 from localdisk.lvm import VolumeGroup
 from localdisk.snapshot import Snapshot
 from localdisk.vdsm import POINTS
+from tests.bed.player import RAISING_POINTS
 from tests.fakes import VM, VOLUME, FakeHost, report, tags
 
 ROOT = Path(__file__).parent.parent
@@ -301,6 +310,74 @@ def test_a_refused_hook(run: Run, monkeypatch: pytest.MonkeyPatch, points: list[
     )
 
 
+def config_refused(count: int, problem: str = "on_stop: 'kepp' is none of delete, keep") -> ConfigRefused:
+    lines = tuple(f"/etc/localdisk.yaml:{number}:3: {problem}" for number in range(1, count + 1))
+    return ConfigRefused("/etc/localdisk.yaml", lines)
+
+
+@pytest.mark.parametrize("point", sorted(POINTS))
+@pytest.mark.parametrize(
+    "error",
+    [BadProperty(value="x"), OSError(28, "No space left"), ValueError("x")],
+    ids=lambda e: type(e).__name__,
+)
+def test_only_where_vdsm_refuses_other_hooks_do_not_run(
+    run: Run, monkeypatch: pytest.MonkeyPatch, points: list[str], point: str, error: Exception
+) -> None:
+    """Exit code 2 keeps vdsm from running the hooks that come after ours."""
+    monkeypatch.setattr(hook, "run", raising(error))
+    assert run.refused("hook", point, code=2 if point in RAISING_POINTS else 1)
+    monkeypatch.setattr(sys, "argv", [f"/usr/libexec/vdsm/hooks/{point}/50_localdisk"])
+    assert cli.main() == (2 if point in RAISING_POINTS else 1)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        config_refused(80),
+        config_refused(80, "ж" * 200),
+        config_refused(1, "x" * 5000),
+        ConfigRefused("/" + "ж" * 5000, ("ж" * 300,) * 90),
+        HelperRefused(str(config_refused(80))),
+        HelperRefused("ж" * 900 + " : " + "я" * 900),
+        BadProperty(value="\N{GRINNING FACE}" * 5000),
+    ],
+    ids=["many", "not ASCII", "one long", "all long", "helper's", "helper's long", "long value"],
+)
+def test_what_the_engine_shows_is_one_short_line_of_ascii(
+    run: Run, monkeypatch: pytest.MonkeyPatch, points: list[str], error: Exception
+) -> None:
+    monkeypatch.setattr(hook, "run", raising(error))
+    line = run.refused("hook", "after_disk_prepare")
+    assert line.isascii()
+    assert len(f"localdisk: {line}\n") <= 1000
+
+
+def test_the_fix_of_very_many_problems_is_shown(
+    run: Run, monkeypatch: pytest.MonkeyPatch, points: list[str]
+) -> None:
+    monkeypatch.setattr(hook, "run", raising(HelperRefused(str(config_refused(3000)))))
+    line = run.refused("hook", "after_disk_prepare")
+    assert "3000 problem(s) : correct it, then run localdisk check" in line
+
+
+def test_the_first_of_many_problems_are_shown(
+    run: Run, monkeypatch: pytest.MonkeyPatch, points: list[str]
+) -> None:
+    monkeypatch.setattr(hook, "run", raising(config_refused(80)))
+    line = run.refused("hook", "before_vm_start")
+    assert line.startswith("/etc/localdisk.yaml:1:3: on_stop: 'kepp' is none of delete, keep; /etc/")
+    *shown, more, last = line.split("; ")
+    assert len(shown) > 5
+    assert more == f"and {80 - len(shown)} more"
+    assert last == (
+        "configuration /etc/localdisk.yaml is refused, 80 problem(s)"
+        " : correct it, then run localdisk check --config /etc/localdisk.yaml"
+    )
+    monkeypatch.setattr(hook, "run", raising(config_refused(3)))
+    assert run.refused("hook", "before_vm_start").count("; ") == 3
+
+
 # -- errors
 
 
@@ -391,7 +468,7 @@ def test_a_hook_that_is_ended_says_so(number: str) -> None:
         "hook.run = run\n"
     )
     done = run_process("hook", "after_vm_destroy", code=f"exec({code!r})")
-    assert (done.returncode, done.stdout) == (2, b"")
+    assert (done.returncode, done.stdout) == (1, b"")
     assert done.stderr.decode() == (
         f"localdisk: ended by signal {number} before it was done"
         " : start the VM again; nothing is left behind\n"

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from localdisk import first, front, unpack, vdsm
+from tests.bed.player import RAISING_POINTS
 
 FIRST = Path(first.__file__)
 POINT = "after_disk_prepare"
@@ -25,6 +26,15 @@ POINT = "after_disk_prepare"
 def test_points_are_vdsms() -> None:
     assert {*first.POINTS_OF_A_VM, "before_vdsm_start"} == vdsm.POINTS
     assert "before_vdsm_start" not in first.POINTS_OF_A_VM
+    assert set(first.UNREFUSABLE) == vdsm.UNREFUSABLE
+
+
+@pytest.mark.parametrize("point", [*first.POINTS_OF_A_VM, *first.UNREFUSABLE])
+def test_where_it_cannot_run_other_hooks_run_unless_vdsm_refuses(point: str) -> None:
+    code = 2 if point in RAISING_POINTS else 1
+    assert first.refused([f"/usr/libexec/vdsm/hooks/{point}/50_localdisk"]) == code
+    assert first.refused(["/usr/local/libexec/localdisk", "hook", point]) == code
+    assert first.refused(["/usr/local/libexec/localdisk", "gc"]) == 2
 
 
 @pytest.mark.parametrize(
@@ -73,11 +83,12 @@ def test_who_is_let_through(tmp_path: Path, words: list[str], environ: dict[str,
     program = tmp_path / "program"
     program.mkdir()
     (program / "__main__.py").write_bytes(FIRST.read_bytes())
-    (program / "front.py").write_text("def main(called_by_vdsm): print(called_by_vdsm)")
+    (program / "front.py").write_text("def main(called_by_vdsm, refused): print(called_by_vdsm, refused)")
     done = subprocess.run(
         [sys.executable, str(program), *words], capture_output=True, text=True, env=environ, check=True
     )
-    assert done.stdout == (f"{len(words) == 2 and words[1] == POINT}\n" if goes_on else "")
+    code = 1 if words == ["hook", "before_vdsm_start"] else 2
+    assert done.stdout == (f"{len(words) == 2 and words[1] == POINT} {code}\n" if goes_on else "")
     assert done.stderr == ""
 
 
@@ -123,6 +134,9 @@ def test_the_wrong_machine(tmp_path: Path) -> None:
     (tmp_path / "__main__.py").write_text(text)
     done = subprocess.run([sys.executable, str(tmp_path), "gc"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    argv = [sys.executable, str(tmp_path), "hook", "before_vdsm_start"]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
 
 
 def test_an_update_between_two_looks_at_the_file(tmp_path: Path) -> None:
@@ -131,7 +145,7 @@ def test_an_update_between_two_looks_at_the_file(tmp_path: Path) -> None:
     program.write_text(f"#!{sys.executable}\n" + FIRST.read_text())
     program.chmod(0o755)
     (tmp_path / "front.py").write_text("import os\nos.rename('new', 'front.py')\nraise ImportError\n")
-    (tmp_path / "new").write_text("def main(called_by_vdsm): print('new')\n")
+    (tmp_path / "new").write_text("def main(called_by_vdsm, refused): print('new')\n")
     argv = [str(program), "gc"]
     done = subprocess.run(argv, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert (done.stdout, done.stderr) == ("new\n", "")
@@ -422,6 +436,20 @@ def fixture_started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(front, "is_alone", lambda path, _user: os.path.isdir(path))
     monkeypatch.setattr(front, "require_trusted", lambda path: started.append(f"trusts {path}"))
     return started
+
+
+def test_a_refusal_of_the_bootstrap_has_the_points_exit_code(
+    monkeypatch: pytest.MonkeyPatch, trees: Path, started: list[str]
+) -> None:
+    def refuse(_path: str) -> None:
+        front.refuse("it is another's", "install it")
+
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(front, "require_trusted", refuse)
+    for code in (1, 2):
+        with pytest.raises(SystemExit) as caught:
+            front.main(called_by_vdsm=True, refused=code)
+        assert caught.value.code == code
 
 
 def runs() -> None:
