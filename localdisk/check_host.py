@@ -35,6 +35,7 @@ def check_host(config: Config, host: Host) -> Iterator[Finding]:
     if not ways:
         yield from _sudo(host)
     yield from _hooks(host)
+    yield from _older_rules(host)
     yield from _cron(host)
     yield from _udev(config, host)
     yield from _scan_lvs(host)
@@ -167,6 +168,20 @@ def _hooks(host: Host) -> Iterator[Finding]:
         if hook.path not in ours and hook.path not in replaced and "localdisk" in name.lower():
             what = f"{hook.path} is another hook for local disks"
             yield Finding(what, "two of them copy twice", f"{fix} # moves it to {places.HOOKS_ASIDE}")
+
+
+_OLDER_RULES = {
+    places.OLDER_SUDOERS: "vdsm may run that hook's helper as root, which removes any LV",
+    places.OLDER_UDEV_RULE: "every LV of the group would be vdsm's",
+}
+
+
+def _older_rules(host: Host) -> Iterator[Finding]:
+    """Of the hook that vdsm's package brings; its scripts are found among all other hooks."""
+    for path, why in _OLDER_RULES.items():
+        if path in host.older_files:
+            what = f"{path} belongs to the localdisk hook of vdsm's package"
+            yield Finding(what, why, f"{_install_ours(host)} # moves it aside")
 
 
 # -- cron, udev, the clock

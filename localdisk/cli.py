@@ -15,7 +15,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 from localdisk import __version__, vdsm
-from localdisk.errors import Error, HelperRefused, Interrupted, RootNeeded, UsageError, plain
+from localdisk.errors import Error, HelperRefused, Interrupted, OlderHookBack, RootNeeded, UsageError, plain
 from localdisk.vdsm import POINTS
 
 if TYPE_CHECKING:
@@ -140,9 +140,21 @@ def _gc_mode(arguments: argparse.Namespace) -> int:
     _require_root("gc")
     found = gc.collect(_load(arguments), dry_run=arguments.dry_run)
     print(gc.as_json(found) if arguments.json else gc.as_lines(found, arguments.dry_run), end="")
-    for problem in found.problems:
+    problems = (*found.problems, *_older_hook())
+    for problem in problems:
         _report(problem, PROBLEMS)
-    return PROBLEMS if found.is_problem else GOOD
+    return PROBLEMS if problems or found.is_problem else GOOD
+
+
+def _older_hook() -> Iterator[str]:
+    """What is wrong after an update of vdsm's package, which brings its own hook back."""
+    from localdisk import log, places
+
+    files = places.older_files()
+    if files:
+        error = OlderHookBack(files=", ".join(files), program=places.PROGRAM)
+        log.problem("two hooks for local disks", why=error)
+        yield str(error)
 
 
 def _status_mode(arguments: argparse.Namespace) -> int:

@@ -80,6 +80,12 @@ class InstallRefused(Error):
     fix = "{fix}"
 
 
+class OlderHookBack(Error):
+    what = "the localdisk hook of vdsm's package is there beside this one: {files}"
+    fix = "run {program} install, which moves it aside"
+    exit_code = 1
+
+
 class WorkUnfinished(Error):
     what = "uninstall is refused, {what}"
     fix = "stop the VMs, run localdisk gc until localdisk status shows nothing under way, or say --force"

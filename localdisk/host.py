@@ -92,6 +92,7 @@ class Host:
     way: tuple[Entry, ...]  # the program, and the directories above it
     hooks: tuple[Hook, ...]
     udev_rules: tuple[Entry, ...]  # those of places.UDEV_RULES that are there
+    older_files: tuple[str, ...]  # those of places.OLDER_FILES that are there
     cron: Entry | None
     sudoers: Entry | None
     run_directory: Entry | None
@@ -131,6 +132,7 @@ def look(config: Config, program: str) -> Host:
         udev_rules=tuple(
             filter(None, (asked(partial(entry, path, read=True)) for path in places.UDEV_RULES))
         ),
+        older_files=tuple(places.older_files()),
         cron=asked(partial(entry, places.CRON, read=True)),
         sudoers=asked(partial(entry, places.SUDOERS, read=True)) if is_root else None,
         run_directory=asked(partial(entry, lock.RUN)),

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 
 PROGRAM = "/usr/local/libexec/localdisk"  # where install puts it; any place that is root's alone will do
@@ -32,6 +33,14 @@ METRICS = "localdisk.prom"
 # root, and every LV of the group is vdsm's.
 OLDER_SUDOERS = "/etc/sudoers.d/50_vdsm_hook_localdisk"
 OLDER_UDEV_RULE = "/usr/lib/udev/rules.d/12-vdsm-localdisk.rules"
+# What vdsm's package brings back when it is updated.  Its helper is not here: without the sudo rule it does
+# nothing.
+OLDER_FILES = (
+    f"{HOOKS}/after_disk_prepare/localdisk",
+    f"{HOOKS}/before_vm_migrate_source/localdisk",
+    OLDER_SUDOERS,
+    OLDER_UDEV_RULE,
+)
 ASIDE = ".aside"  # neither sudo nor udev reads a file whose name ends so
 
 _HEX = "[0-9a-f]"
@@ -41,6 +50,11 @@ _UUID = "-".join(_HEX * length for length in (8, 4, 4, 4, 12))
 def hook_link(point: str) -> str:
     """The link through which vdsm calls us at a hook point."""
     return f"{HOOKS}/{point}/{LINK}"
+
+
+def older_files() -> list[str]:
+    """Those of OLDER_FILES that are there; without root, the sudo rule is not seen."""
+    return [path for path in OLDER_FILES if os.path.lexists(path)]
 
 
 def sudoers(program: str) -> str:

@@ -39,6 +39,7 @@ from localdisk import (
     lock,
     lvm,
     metrics,
+    places,
     prefetch,
     removal,
     run,
@@ -224,7 +225,16 @@ def ended_by(error: Callable[[World], BaseException]) -> Provoke:
     return provoke
 
 
+def older_hook_back(world: World) -> str:
+    paths = [world.directory / "localdisk", world.directory / "rule"]
+    for path in paths:
+        path.touch()
+    world.patch.setattr(places, "OLDER_FILES", tuple(map(str, paths)))
+    return next(cli._older_hook())
+
+
 CLI = {
+    "older hook": case(older_hook_back, "/localdisk, ", "/rule", "/usr/local/libexec/localdisk install"),
     "signal": case(interrupted, "SIGTERM"),
     "no point": case(lambda w: as_root(w, "hook"), "hook point"),
     "no terminal": case(watched, "--watch"),

@@ -82,6 +82,7 @@ GOOD = Host(
     way=WAY,
     hooks=HOOKS,
     udev_rules=RULES,
+    older_files=(),
     cron=a_file(places.CRON, text=places.cron_line(PROGRAM)),
     sudoers=a_file(places.SUDOERS, 0o440, places.sudoers(PROGRAM)),
     run_directory=a_directory(lock.RUN),
@@ -316,6 +317,17 @@ def test_hooks_that_are_too_many() -> None:
         f"{more[1].path} is another hook for local disks, two of them copy twice"
         f" : {INSTALL} # moves it to {places.HOOKS_ASIDE}",
     ]
+
+
+def test_all_that_vdsms_package_brings_back_is_named() -> None:
+    scripts, rules = places.OLDER_FILES[:2], places.OLDER_FILES[2:]
+    hooks = tuple(Hook(path.split("/")[-2], path, path) for path in scripts)
+    found = lines(hooks=HOOKS + hooks, older_files=places.OLDER_FILES)
+    assert [line.split()[0] for line in found] == [*scripts, *rules]
+    assert all(f" : {INSTALL} # moves it" in line for line in found)
+    assert found[2].startswith(
+        f"{rules[0]} belongs to the localdisk hook of vdsm's package, vdsm may run that hook's helper as root"
+    )
 
 
 # -- cron and udev

@@ -19,6 +19,7 @@ from localdisk import (
     helper,
     hook,
     host,
+    places,
     prefetch,
     snapshot,
     status,
@@ -250,6 +251,7 @@ def test_gc(run: Run, monkeypatch: pytest.MonkeyPatch, collection: Collection, c
         return collection
 
     monkeypatch.setattr(gc, "collect", collect)
+    monkeypatch.setattr(places, "OLDER_FILES", ())
     err = "".join(f"localdisk: {problem}\n" for problem in collection.problems)
     assert run("gc") == (code, gc.as_lines(collection, dry_run=False), err)
     assert run("gc", "--dry-run") == (code, gc.as_lines(collection, dry_run=True), err)
@@ -267,6 +269,23 @@ def test_status(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     found = replace(found, problems=(Problem("clock", "what", "fix"),))
     assert run("status")[0] == 1
     assert run.refused("status", "--watch") == "--watch needs a terminal : see localdisk --help"
+
+
+@pytest.mark.usefixtures("as_root")
+def test_gc_tells_that_vdsms_package_has_brought_its_hook_back(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """cron mails it."""
+    there, not_there = tmp_path / "localdisk", tmp_path / "50_vdsm_hook_localdisk"
+    there.touch()
+    monkeypatch.setattr(gc, "collect", lambda _config, dry_run: Collection(()))
+    monkeypatch.setattr(places, "OLDER_FILES", (str(there), str(not_there)))
+    code, _, err = run("gc")
+    assert (code, err) == (
+        1,
+        f"localdisk: the localdisk hook of vdsm's package is there beside this one: {there}"
+        f" : run {places.PROGRAM} install, which moves it aside\n",
+    )
 
 
 # -- hooks

@@ -222,6 +222,33 @@ def test_the_older_hook() -> None:
     sudoers.unlink()
 
 
+def test_an_update_of_vdsms_package_brings_its_hook_back() -> None:
+    """check names all four files, gc tells cron, and install moves them aside again."""
+    texts = {
+        host.HOOKS / "after_disk_prepare/localdisk": "#!/bin/sh\n",
+        host.HOOKS / "before_vm_migrate_source/localdisk": "#!/bin/sh\n",
+        Path(
+            "/etc/sudoers.d/50_vdsm_hook_localdisk"
+        ): "vdsm ALL=(ALL) NOPASSWD: /usr/libexec/vdsm/localdisk-helper\n",
+        Path("/usr/lib/udev/rules.d/12-vdsm-localdisk.rules"): "# rules\n",
+    }
+    for path, text in texts.items():
+        path.write_text(text)
+        path.chmod(0o755 if host.HOOKS in path.parents else 0o440)
+    named = localdisk("check", code=1)
+    assert [path for path in texts if f"{path} " not in named] == []
+    collected = attempt(str(host.PROGRAM), "gc")
+    assert collected.returncode == 1
+    assert [path for path in texts if str(path) not in collected.stderr] == []
+    localdisk("install")
+    assert [path for path in texts if path.exists()] == []
+    assert localdisk("check").endswith("this host: good\n")
+    assert attempt(str(host.PROGRAM), "gc").stderr == ""
+    for path in texts:
+        path.with_name(f"{path.name}.aside").unlink(missing_ok=True)
+    shutil.rmtree("/usr/libexec/vdsm/hooks.aside")
+
+
 # -- sudo
 
 
