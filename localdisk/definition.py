@@ -1,8 +1,9 @@
 """What vdsm says about a VM's disks, and the same text back with disks on their local paths.
 
 There are two texts: the JSON of one disk (`after_disk_prepare`) and libvirt XML, of a whole domain
-(`before_vm_start`) or of one disk (`before_disk_hotplug`).  All are `str`, as `vdsm.read_data` returns them,
-and input that nobody has checked.  The functions are pure and raise BadDiskData (JSON) or BadDomain (XML).
+(`before_vm_start`) or of one disk (`before_disk_hotplug`, `before_disk_hotunplug`).  All are `str`, as
+`vdsm.read_data` returns them, and input that nobody has checked.  The functions are pure and raise
+BadDiskData (JSON) or BadDomain (XML).
 
 XML is read with lxml but never written by it: a document that went through a tree has other quotes, other
 line ends, other empty elements.  Only the start tags that must change are edited, where they stand in the
@@ -51,6 +52,8 @@ _QCOW2_CHILDREN = ("driver/metadata_cache", "source/dataStore")
 
 _UUID = "[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}"
 _IMAGE_PATH = re.compile(rf"/({_UUID})/({_UUID})\Z")  # at the end of every path of a vdsm image
+# A local disk as vdsm has it: a logical volume of a group whose name is no UUID, as a storage domain's is.
+_LOCAL_DISK = re.compile(rf"/dev/(?!(?:{_UUID}|mapper|disk)/)[^/]+/{_UUID}")
 _LOCAL_PATH = re.compile(r"/[A-Za-z0-9_+.:@/-]+")  # what LVM can name; nothing that XML would have to escape
 _UNFIT = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")  # in a path: control characters, halves of characters
 
@@ -107,6 +110,11 @@ class Disk:
     def is_vdsm_image(self) -> bool:
         """Whether this is a disk (no CD-ROM, floppy, LUN) whose content is a volume of vdsm's."""
         return self.device == "disk" and bool(self.image_id and self.volume_id)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether its path is a local disk's, whatever the configuration says now."""
+        return self.disk_type == "block" and bool(_LOCAL_DISK.fullmatch(self.path))
 
 
 class _RefusedError(Exception):
@@ -318,7 +326,7 @@ def _backing(root: _Element) -> Iterator[tuple[str, str]]:
 
 @_refused_as(BadDomain)
 def read_disk_element(xml: str) -> Disk:
-    """The disk in the XML of `before_disk_hotplug`, one `<disk>` element.
+    """The disk in the XML of `before_disk_hotplug` and `before_disk_hotunplug`, one `<disk>` element.
 
     It comes without metadata.  A disk whose path ends in `/<image or storage domain>/<volume>` is a vdsm
     image: its volume is the last part, its image is its serial, or where that is no UUID the part before.

@@ -147,6 +147,11 @@ class HotplugRefused(Error):
     fix = "stop the VM first, or set `hotplug: shared` in /etc/localdisk.yaml"
 
 
+class UnplugRefused(Error):
+    what = "disk {disk} of VM {vm} is the local disk {path}, which is not unplugged while the VM runs"
+    fix = "stop the VM first"
+
+
 # -- tools and privileges
 
 

@@ -17,6 +17,7 @@ POINTS_OF_A_VM = (
     "before_vm_migrate_destination",
     "before_vm_hibernate",
     "before_disk_hotplug",
+    "before_disk_hotunplug",
 )
 UNREFUSABLE = ("before_vdsm_start", "before_vm_destroy", "after_vm_destroy")
 PYTHONS = ((3, 9), (3, 10), (3, 11), (3, 12), (3, 13))  # build.sh packs for these

@@ -21,6 +21,7 @@ from localdisk.errors import (
     NotLocal,
     OperationRefused,
     SourceRefused,
+    UnplugRefused,
 )
 from localdisk.image import Source
 from localdisk.vdsm import Call
@@ -94,6 +95,13 @@ def before_disk_hotplug(call: Call) -> None:
         raise HotplugRefused(vm=call.vm_id, disk=disk.name or disk.path)
 
 
+def before_disk_hotunplug(call: Call) -> None:
+    """Refuse to unplug a local disk: plugged in again, it would be the shared one, with older data."""
+    disk = definition.read_disk_element(vdsm.read_data(call))
+    if disk.is_local:
+        raise UnplugRefused(vm=call.vm_id, disk=disk.name, path=disk.path)
+
+
 def before_vdsm_start(call: Call) -> None:
     """Remove what no VM needs, before vdsm starts any.
 
@@ -113,6 +121,7 @@ POINTS: dict[str, Callable[[Call], str | None]] = {
     "before_vm_migrate_destination": before_vm_migrate_destination,
     "before_vm_hibernate": before_vm_hibernate,
     "before_disk_hotplug": before_disk_hotplug,
+    "before_disk_hotunplug": before_disk_hotunplug,
     "before_vdsm_start": before_vdsm_start,
 }
 

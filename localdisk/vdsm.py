@@ -36,6 +36,7 @@ _DATA = {
     "before_vm_migrate_destination": DOMXML,
     "before_vm_hibernate": DOMXML,
     "before_disk_hotplug": DOMXML,
+    "before_disk_hotunplug": DOMXML,
     "before_vdsm_start": None,
 }
 POINTS = frozenset(_DATA)

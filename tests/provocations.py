@@ -807,6 +807,11 @@ def plugged(world: World) -> None:
     world.vdsm().call("before_disk_hotplug", element)
 
 
+def unplugged(world: World) -> None:
+    element = f"<disk type='block'><source dev='/dev/{LV}'/><target dev='{world.xml()}'/></disk>"
+    world.vdsm().call("before_disk_hotunplug", element)
+
+
 def before_vdsm(world: World) -> None:
     machine = world.vdsm()
     machine.host.add(VOLUME, tags())
@@ -824,6 +829,7 @@ NO_IMAGE: dict[str, Any] = {"imageID": "", "volumeID": "", "serial": "", "volume
 HOOK = {
     "another VM": case(starts(vm=OTHER_VM), VM, OTHER_VM),
     "plugged": case(plugged, "disk evil", VM),
+    "unplugged": case(unplugged, "disk evil", VM, f"/dev/{LV}"),
     "migrated": case(lambda w: w.vdsm().call("before_vm_migrate_source", ""), VM, "migrated"),
     "suspended": case(lambda w: w.vdsm().call("before_vm_hibernate", ""), VM, "suspended"),
     "not ready": case(local_but_not_ready, "disk evil", VM, f"/dev/{LV}", "absent"),

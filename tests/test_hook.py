@@ -25,6 +25,7 @@ from localdisk.errors import (
     NotLocal,
     OperationRefused,
     SourceRefused,
+    UnplugRefused,
 )
 from localdisk.helper import Ended
 from localdisk.image import Layer, Source
@@ -448,6 +449,44 @@ def test_hotplug(host_vdsm: Vdsm, text: str, element: str, is_refused: bool) -> 
         assert message.startswith(f"disk vdc cannot be plugged into VM {VM}")
     else:
         assert host_vdsm.call("before_disk_hotplug", element) == element
+    assert host_vdsm.helpers == []
+
+
+def unplugged_element(path: str, kind: str = "block") -> str:
+    attribute = "dev" if kind == "block" else "file"
+    return (
+        f"<disk type='{kind}' device='disk'><driver name='qemu' type='raw'/><source {attribute}='{path}'/>"
+        f"<target dev='vdb' bus='virtio'/><serial>{IMAGE}</serial></disk>"
+    )
+
+
+@pytest.mark.parametrize(
+    "text", ["", "hotplug: shared", f"vms: {{{VM}: {{enabled: false}}}}", "volume_group: other", "broken: ["]
+)
+@pytest.mark.parametrize("group", ["ovirt-local", "scratch", "a.b_c+d"])
+def test_a_local_disk_is_never_unplugged(host_vdsm: Vdsm, text: str, group: str) -> None:
+    """Whatever the configuration says now: the VM runs from it."""
+    host_vdsm.configure(text)
+    path = f"/dev/{group}/{VOLUME}"
+    message = host_vdsm.refused(UnplugRefused, "before_disk_hotunplug", unplugged_element(path))
+    assert message.startswith(f"disk vdb of VM {VM} is the local disk {path}, which is not unplugged")
+
+
+@pytest.mark.parametrize(
+    "element",
+    [
+        disk_element(),
+        disk_element("cdrom"),
+        unplugged_element(f"/dev/{OTHER_VM}/{VOLUME}"),
+        unplugged_element(f"/rhev/data-center/mnt/blockSD/{OTHER_VM}/images/{IMAGE}/{VOLUME}"),
+        unplugged_element(f"/dev/mapper/{VOLUME}"),
+        unplugged_element("/dev/mapper/3600140565f2a1b0c4d24f1c9a1b2c3d4"),
+        unplugged_element(f"/run/vdsm/managedvolumes/{VOLUME}"),
+        unplugged_element(f"/dev/ovirt-local/{VOLUME}", "file"),
+    ],
+)
+def test_a_shared_disk_of_a_local_vm_may_be_unplugged(host_vdsm: Vdsm, element: str) -> None:
+    assert host_vdsm.call("before_disk_hotunplug", element) == element
     assert host_vdsm.helpers == []
 
 

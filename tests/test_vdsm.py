@@ -44,6 +44,7 @@ def test_points_are_those_of_the_design() -> None:
         "before_vm_migrate_destination",
         "before_vm_hibernate",
         "before_disk_hotplug",
+        "before_disk_hotunplug",
         "before_vdsm_start",
     } == vdsm.POINTS
 

@@ -49,6 +49,7 @@ POINTS = (
     "before_vm_migrate_destination",
     "before_vm_hibernate",
     "before_disk_hotplug",
+    "before_disk_hotunplug",
     "after_disk_hotunplug",
     "after_vm_destroy",
 )

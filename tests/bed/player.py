@@ -47,6 +47,7 @@ RAISING_POINTS = frozenset(
         "before_vm_migrate_destination",
         "before_vm_hibernate",
         "before_disk_hotplug",
+        "before_disk_hotunplug",
     }
 )
 

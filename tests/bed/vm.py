@@ -132,7 +132,7 @@ def domain_xml(vm: Vm) -> str:
 
 
 def disk_xml(disk: Disk) -> str:
-    """One <disk> as vdsm writes it; also what before_disk_hotplug gets."""
+    """One <disk> as vdsm writes it; also what before_disk_hotplug and before_disk_hotunplug get."""
     image = disk.image
     attribute = {"file": "file", "block": "dev"}[image.kind]
     driver = "qcow2" if image.leaf.format == COW else "raw"

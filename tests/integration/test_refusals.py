@@ -94,6 +94,19 @@ def test_hotplug(volume_group: str, image: Image) -> None:
     assert (result.rc, result.data) == (0, data), result.stderr
 
 
+def test_unplugging(volume_group: str, image: Image) -> None:
+    """A local disk stays; what was plugged in with `hotplug: shared` may go."""
+    vm_id = start(image)
+    shared, disk = disk_xml(Disk("vdb", image)), vdsm.local(Disk("vda", image), str(device(image)))
+    for text in ("", "hotplug: shared\n"):
+        configure(text)
+        assert "is not unplugged" in refused("before_disk_hotunplug", vm_id, disk_xml(disk))
+        result = run_point("before_disk_hotunplug", vm_id, shared, THICK)
+        assert (result.rc, result.data) == (0, shared), result.stderr
+    assert run_point("before_disk_hotunplug", vm_id, disk_xml(disk)).rc == 0, "no VM of ours"
+    stop(vm_id, image)
+
+
 # -- the source
 
 
