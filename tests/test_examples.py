@@ -122,5 +122,19 @@ def test_the_engine_s_property_is_one() -> None:
         assert re.match(pattern, value)
 
 
+def test_the_tests_that_the_engine_s_table_names_exist() -> None:
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", ENGINE.read_text())
+    assert len(named) > 8
+    tests = ROOT / "tests/integration"
+    assert [each for each in named if f"\ndef {each[1]}(" not in (tests / each[0]).read_text()] == []
+
+
+def test_every_note_of_the_engine_s_table_names_a_test() -> None:
+    table, _, notes = ENGINE.read_text().partition("Played on real LVM")
+    in_table = set(re.findall(r"\((\d)\)", table.partition("## 3.")[2]))
+    assert in_table == set(re.findall(r"^(\d)\. `test_", notes.partition("## 4.")[0], re.M))
+    assert len(in_table) > 6
+
+
 if __name__ == "__main__":
     ROLE_README.write_text(filled(ROLE_README.read_text()))
