@@ -13,6 +13,7 @@ from tests.bed.shell import attempt, run
 from tests.bed.storage import FileStorage, Image, new_id
 from tests.bed.vm import Disk, Vm, disk_xml, domain_xml
 from tests.integration.steps import (
+    CONFIG,
     LOCKS,
     MIB,
     THICK,
@@ -92,6 +93,37 @@ def test_hotplug(volume_group: str, image: Image) -> None:
     configure("hotplug: shared\n")
     result = run_point("before_disk_hotplug", vm_id, data, THICK)
     assert (result.rc, result.data) == (0, data), result.stderr
+
+
+def test_many_errors_in_the_configuration(volume_group: str, image: Image) -> None:
+    """What the engine shows is one short line, with what to do at its end."""
+    configure("".join(f"wrong{number}: 1\n" for number in range(80)))
+    line = refused_disk(image)
+    assert line.isascii()
+    assert len(line) < 1000
+    assert f"{CONFIG}:1:1: wrong0: unknown key" in line
+    assert " more; configuration" in line
+    assert line.endswith(f" problem(s) : correct it, then run localdisk check --config {CONFIG}")
+
+
+def test_other_hooks_run_where_vdsm_goes_on(volume_group: str, image: Image) -> None:
+    """A stop that fails for us, with another product's hook behind ours."""
+    vm_id = start(image)
+    other = host.HOOKS / "after_vm_destroy/90_other"
+    other.write_text("#!/bin/sh\nexit 0\n")
+    other.chmod(0o755)
+    try:
+        configure("wrong: 1\n")
+        xml = domain_xml(Vm(vm_id, (Disk("vda", image),)))
+        result = run_point("after_vm_destroy", vm_id, xml, THICK)
+        assert [(script.path.name, script.rc) for script in result.scripts] == [
+            ("50_localdisk", 1),
+            ("90_other", 0),
+        ]
+    finally:
+        other.unlink()
+        configure()
+    stop(vm_id, image)
 
 
 def test_unplugging(volume_group: str, image: Image) -> None:
