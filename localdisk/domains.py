@@ -7,6 +7,7 @@ the system's libvirt, which is found behind a modular daemon (virtqemud) as behi
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -18,6 +19,24 @@ VIRSH = ("virsh", "--readonly", "--connect", "qemu:///system")
 DEADLINE = 30  # seconds
 _END = "</domain>"
 _RULE = "===="
+_BOTH_LISTS = f"list --all --uuid; echo {_RULE}; list --uuid"
+
+
+class DomainState(enum.Enum):
+    """What libvirt has of a VM."""
+
+    UNKNOWN = "unknown"
+    PLACEHOLDER = "placeholder"  # inactive, without disks: vdsm prepares the disks of a start (vm.py, `_run`)
+    SHUT_OFF = "shut off"  # inactive, with disks: it ran, or vdsm starts it at this moment
+    ACTIVE = "active"  # it runs or is paused
+
+
+@dataclass(frozen=True)
+class Domains:
+    """The UUIDs of all VMs that libvirt knows in any state, and of those that run, paused ones included."""
+
+    known: frozenset[str]
+    active: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -47,16 +66,38 @@ def active() -> frozenset[str]:
 
 
 def known() -> frozenset[str]:
-    """The UUIDs of all VMs in any state: a VM that vdsm is starting is defined but not active.
+    """The UUIDs of all VMs in any state.
 
     Raises LibvirtSilent.
     """
-    return ask_known().answer()
+    return _list("--all").answer()
 
 
-def ask_known() -> Question:
-    """As `known`; libvirt answers while the caller does something else."""
-    return _list("--all")
+def ask_domains() -> Question:
+    """Which VMs there are and run; `read_domains` reads the answer."""
+    return _ask(_BOTH_LISTS)
+
+
+def read_domains(text: str) -> Domains:
+    """What `ask_domains` printed.  Raises LibvirtSilent."""
+    every, _, running = text.partition(f"{_RULE}\n")
+    return Domains(frozenset(_uuids(every.split())), frozenset(_uuids(running.split())))
+
+
+def state(vm_id: str) -> DomainState:
+    """What libvirt has of one VM, a canonical UUID.  Raises LibvirtSilent."""
+    # The lists come last: if libvirt does not answer, the last command fails, and with it virsh.
+    text = _ask(f"domblklist {vm_id}; echo {_RULE}; {_BOTH_LISTS}").text()
+    parts = text.rsplit(f"{_RULE}\n", 2)  # from the right: a disk's path may hold anything
+    if len(parts) != 3:
+        raise LibvirtSilent(problem=f"virsh domblklist and list printed {text[:80]!r}")
+    disks, known, running = parts
+    found = Domains(frozenset(_uuids(known.split())), frozenset(_uuids(running.split())))
+    if vm_id not in found.known:
+        return DomainState.UNKNOWN
+    if vm_id in found.active:
+        return DomainState.ACTIVE
+    return DomainState.SHUT_OFF if _has_disks(disks) else DomainState.PLACEHOLDER
 
 
 def ask_names() -> Question:
@@ -88,6 +129,14 @@ def xmls(vm_ids: Iterable[str]) -> tuple[str, ...]:
     out = _ask("; ".join([*(f"dumpxml {vm_id}" for vm_id in asked), "echo"])).text()
     *texts, _ = out.split(f"\n{_END}\n")  # what is inside is indented
     return tuple(f"{text.lstrip()}\n{_END}\n" for text in texts)
+
+
+def _has_disks(table: str) -> bool:
+    """Whether `domblklist` printed any; a heading, a rule and an empty line stand around them."""
+    heading, *rows = table.splitlines() or [""]
+    if heading.split() != ["Target", "Source"]:
+        raise LibvirtSilent(problem=f"virsh domblklist printed {table[:80]!r}")
+    return any(row.strip() for row in rows[1:])
 
 
 def _list(*options: str) -> Question:

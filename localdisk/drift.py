@@ -14,7 +14,7 @@ from localdisk.config import Config
 from localdisk.definition import Disk, Running
 from localdisk.disk import LocalDisk, State, is_fingerprint
 from localdisk.errors import Error, plain
-from localdisk.gc import Action, Witnesses
+from localdisk.gc import Action
 from localdisk.lvm import VolumeGroup
 from localdisk.progress import Progress
 from localdisk.template import Template
@@ -117,7 +117,7 @@ def of_disks(disks: Disks, held: Held, vms: Vms | None, config: Config, now: flo
         elif disk.state is State.UNFINISHED:
             yield Problem(NO_COPIER, f"{name} is an unfinished copy that nobody works on", "localdisk gc")
         else:
-            yield from _uncertain(disk, name, vms, config, now)
+            yield from _uncertain(disk, name, held, vms, config, now)
     if vms:
         for vm in vms.running:
             yield from _of_vm(vm, found, config)
@@ -137,10 +137,12 @@ def _open_elsewhere(path: str, what: str) -> Problem:
     return Problem(OPEN_ELSEWHERE, f"{what}: {users}", f"end it; fuser -v {path}")
 
 
-def _uncertain(disk: LocalDisk, name: str, vms: Vms | None, config: Config, now: float) -> Iterator[Problem]:
+def _uncertain(
+    disk: LocalDisk, name: str, held: Held, vms: Vms | None, config: Config, now: float
+) -> Iterator[Problem]:
     if vms is None:
         return
-    witnesses = Witnesses(False, disk.vm_id in vms.names, may_start=True)
+    witnesses = gc.witnesses_for(disk, False, vms.domains, held)
     verdict = gc.decide(disk, witnesses, config.policy(disk.vm_id), now)
     if not verdict.is_certain:
         yield Problem(CLOCK, f"{name}: {verdict.reason}", _SET_CLOCK)

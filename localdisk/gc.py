@@ -10,14 +10,16 @@ from __future__ import annotations
 import enum
 import json
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 
-from localdisk import counters, domains, lock, log, lvm, template
+from localdisk import counters, domains, lock, log, lvm, progress, template
 from localdisk.config import Config, Policy
 from localdisk.disk import LocalDisk, State, local_disks, stopped_tag, unneeded_tag
+from localdisk.domains import Domains
 from localdisk.errors import Error, Interrupted, LibvirtSilent
 from localdisk.lvm import VolumeGroup
+from localdisk.progress import Progress
 from localdisk.removal import erase_and_remove, take_away
 from localdisk.template import Template
 from localdisk.units import format_duration, format_size
@@ -37,8 +39,12 @@ class Witnesses:
     """What speaks for a disk."""
 
     is_locked: bool  # a process works on it
-    vm_is_known: bool | None  # by libvirt, in any state; None: libvirt could not be asked
+    vm_runs: bool | None  # or is paused; None: libvirt could not be asked
     may_start: bool  # vdsm may be starting its VM just now
+    vm_is_defined: bool = (
+        False  # in libvirt, but does not run: vdsm may have prepared this disk for its start
+    )
+    vm_is_prepared: bool = False  # a process works on another disk of its VM
 
 
 @dataclass(frozen=True)
@@ -82,19 +88,24 @@ class Collection:
 def decide(disk: LocalDisk, witnesses: Witnesses, policy: Policy, now: float) -> Verdict:
     """What to do with `disk`; `now` in seconds since the epoch.
 
-    Never removed: what is open, locked, or of a VM that libvirt knows or cannot be asked about.  A complete
-    copy that nothing says to be given up is not removed on one look either: the first marks it, one that
-    is at least `grace` later removes it, unless no VM can be starting: then vdsm waits for us, and what must
-    be erased is left to the next gc.
+    Never removed: what is open, locked, or of a VM that runs, is being prepared, or cannot be asked about.
+
+    A VM that libvirt knows and that does not run needs nothing: vdsm leaves its placeholder behind if it is
+    restarted during a start, and the domain of a VM that is shut off until the engine destroys it.  But vdsm
+    may be starting it.  So a complete disk of such a VM, and one that nothing says to be given up, is not
+    removed on one look: the first marks it, one that is at least `grace` later removes it, unless no VM can
+    be starting: then vdsm waits for us, and what must be erased is left to the next gc.
     """
     if disk.is_open:
         return _needed(disk, "in use, its device is open")
     if witnesses.is_locked:
         return Verdict(Action.KEEP, "a process works on it")
-    if witnesses.vm_is_known is None:
+    if witnesses.vm_runs is None:
         return Verdict(Action.KEEP, "libvirt cannot be asked about its VM", is_certain=False)
-    if witnesses.vm_is_known:
-        return _needed(disk, "libvirt knows its VM")
+    if witnesses.vm_runs:
+        return _needed(disk, "its VM runs")
+    if witnesses.vm_is_prepared:
+        return _needed(disk, "another disk of its VM is being prepared")
     if disk.state is State.UNFINISHED:
         return Verdict(Action.REMOVE, "unfinished copy that nobody works on")
     if disk.is_aside and not witnesses.may_start:
@@ -104,8 +115,37 @@ def decide(disk: LocalDisk, witnesses: Witnesses, policy: Policy, now: float) ->
     if disk.state is State.DELETING:
         return Verdict(Action.REMOVE, "marked for removal when its VM stopped")
     if disk.state is State.STOPPED:
-        return _decide_stopped(disk, policy, now)
-    return _decide_ready(disk, witnesses, policy, now)
+        verdict = _decide_stopped(disk, policy, now)
+    else:
+        verdict = _decide_ready(disk, witnesses, policy, now)
+    if verdict.action in (Action.REMOVE, Action.STOP) and witnesses.vm_is_defined and witnesses.may_start:
+        return _after_grace(disk, policy, now, verdict)
+    return verdict
+
+
+def witnesses_for(
+    disk: LocalDisk,
+    is_locked: bool,
+    found: Domains | None,
+    prepared: Mapping[str, Progress | None],
+    may_start: bool = True,
+) -> Witnesses:
+    """What speaks for `disk`.
+
+    `found` is what libvirt knows, None if it does not say; `prepared` is `progress.read_all`.
+    """
+    if disk.is_aside:
+        return Witnesses(is_locked, False, may_start)
+    if found is None:
+        return Witnesses(is_locked, None, may_start)
+    others = {record.vm for volume, record in prepared.items() if record and volume != disk.volume_id}
+    return Witnesses(
+        is_locked,
+        disk.vm_id in found.active,
+        may_start,
+        vm_is_defined=disk.vm_id in found.known,
+        vm_is_prepared=disk.vm_id in others,
+    )
 
 
 def _needed(disk: LocalDisk, why: str) -> Verdict:
@@ -125,15 +165,21 @@ def _decide_stopped(disk: LocalDisk, policy: Policy, now: float) -> Verdict:
 
 def _decide_ready(disk: LocalDisk, witnesses: Witnesses, policy: Policy, now: float) -> Verdict:
     """A complete copy, closed, that is not marked as stopped: its VM stopped unseen, or is just starting."""
-    grace = policy.retention.grace
     if policy.retention.on_stop == "keep":
         kept = format_duration(policy.retention.keep_for)
         why = f"its VM does not run, kept for {kept} from now"
         return Verdict(Action.STOP, why, due=now + policy.retention.keep_for)
     if not witnesses.may_start:
         return Verdict(Action.REMOVE, "its VM stopped while vdsm did not run")
+    return _after_grace(disk, policy, now, Verdict(Action.REMOVE, ""))
+
+
+def _after_grace(disk: LocalDisk, policy: Policy, now: float, then: Verdict) -> Verdict:
+    """Mark the disk, and `grace` later do `then`."""
+    grace = policy.retention.grace
     if disk.unneeded is None:
-        why = f"no VM needs it; removed if that is so after {format_duration(grace)}"
+        done = "marked as stopped" if then.action is Action.STOP else "removed"
+        why = f"no VM needs it; {done} if that is so after {format_duration(grace)}"
         return Verdict(Action.MARK, why, due=now + grace)
     if disk.unneeded > now:  # not marked anew, for the same reason
         return Verdict(Action.KEEP, "unneeded since the future, the clock went backwards", is_certain=False)
@@ -141,7 +187,7 @@ def _decide_ready(disk: LocalDisk, witnesses: Witnesses, policy: Policy, now: fl
     if now - disk.unneeded < grace:
         why = f"no VM needs it since {since}, of {format_duration(grace)} (grace)"
         return Verdict(Action.KEEP, why, due=disk.unneeded + grace)
-    return Verdict(Action.REMOVE, f"no VM needs it since {since}, past grace")
+    return replace(then, reason=then.reason or f"no VM needs it since {since}, past grace")
 
 
 def decide_template(
@@ -181,11 +227,13 @@ def collect(config: Config, dry_run: bool = False, may_start: bool = True) -> Co
     `may_start` says whether vdsm can be starting VMs.  Raises NoVolumeGroup, CommandFailed and so on where
     no volume group can be looked at.
     """
-    asked = domains.ask_known()
+    asked = domains.ask_domains()
     groups, failed = lvm.read_all(config.volume_groups)
-    known, silence = _answer(asked)
+    found_domains, silence = _answer(asked)
     findings = tuple(
-        finding for vg in groups for finding in _Group(config, vg, known, may_start, dry_run).collect()
+        finding
+        for vg in groups
+        for finding in _Group(config, vg, found_domains, may_start, dry_run).collect()
     )
     failures = [*failed, *([silence] if silence and any(not f.verdict.is_certain for f in findings) else [])]
     found = Collection(findings, tuple(map(str, failures)))
@@ -195,10 +243,10 @@ def collect(config: Config, dry_run: bool = False, may_start: bool = True) -> Co
     return found
 
 
-def _answer(asked: domains.Question) -> tuple[frozenset[str] | None, LibvirtSilent | None]:
+def _answer(asked: domains.Question) -> tuple[Domains | None, LibvirtSilent | None]:
     """What libvirt knows, or why it does not say."""
     try:
-        return asked.answer(), None
+        return domains.read_domains(asked.text()), None
     except LibvirtSilent as error:
         log.problem("gc asks libvirt in vain", why=error)
         return None, error
@@ -220,14 +268,14 @@ class _Group:
 
     config: Config
     vg: VolumeGroup
-    known: frozenset[str] | None
+    domains: Domains | None
     may_start: bool
     dry_run: bool
 
     def collect(self) -> Iterator[Finding]:
-        held = lock.held()
+        held, prepared = lock.held(), progress.read_all()
         for disk in local_disks(self.vg):
-            verdict = self._judge(disk, lock.disk_lock(disk.volume_id) in held, self.known)
+            verdict = self._judge(disk, lock.disk_lock(disk.volume_id) in held, self.domains, prepared)
             if verdict.action is Action.KEEP or self.dry_run:
                 yield Finding(self.vg.vg_name, disk, verdict)
             else:
@@ -279,11 +327,10 @@ class _Group:
             return self._template(found, verdict, str(error))
         return self._template(found, verdict)
 
-    def _judge(self, disk: LocalDisk, is_locked: bool, known: frozenset[str] | None) -> Verdict:
-        vm_is_known = None if known is None else disk.vm_id in known
-        if disk.is_aside:
-            vm_is_known = False
-        witnesses = Witnesses(is_locked, vm_is_known, self.may_start)
+    def _judge(
+        self, disk: LocalDisk, is_locked: bool, found: Domains | None, prepared: Mapping[str, Progress | None]
+    ) -> Verdict:
+        witnesses = witnesses_for(disk, is_locked, found, prepared, self.may_start)
         return decide(disk, witnesses, self.config.policy(disk.vm_id), time.time())
 
     def _act(self, disk: LocalDisk, verdict: Verdict) -> Finding:
@@ -297,7 +344,8 @@ class _Group:
                 if again is None:  # somebody else has just removed it
                     return Finding(name, disk, verdict)
                 # Libvirt, too, is asked again: since the first look, the VM may have taken the disk.
-                disk, verdict = again, self._judge(again, False, _answer(domains.ask_known())[0])
+                found, prepared = _answer(domains.ask_domains())[0], progress.read_all()
+                disk, verdict = again, self._judge(again, False, found, prepared)
                 aside = self._carry_out(vg, disk, verdict)
             if aside and self.may_start:
                 self._finish(aside)

@@ -18,7 +18,7 @@ from localdisk.config import Config, Policy
 from localdisk.disk import LocalDisk, State, local_disks, silent_pool
 from localdisk.drift import Problem
 from localdisk.errors import LibvirtSilent, VolumeGroupUnusable
-from localdisk.gc import Action, Verdict, Witnesses
+from localdisk.gc import Action, Verdict
 from localdisk.lvm import VolumeGroup
 from localdisk.progress import Progress
 from localdisk.template import Template
@@ -328,9 +328,12 @@ class _View:
             return _when_closed(disk, policy)
         if disk.is_open:
             return Next("keep", None, "kept while open")
-        vm_is_known = None if self.vms is None else disk.vm_id in self.vms.names and not disk.is_aside
-        witnesses = Witnesses(disk.volume_id in self.held, vm_is_known, may_start=True)
-        return _by_gc(gc.decide(disk, witnesses, policy, self.now), disk, policy, self.now)
+        found = self.vms.domains if self.vms else None
+        witnesses = gc.witnesses_for(disk, disk.volume_id in self.held, found, self.held)
+        verdict = gc.decide(disk, witnesses, policy, self.now)
+        if verdict.action is Action.MARK and witnesses.vm_is_defined:
+            return Next("keep", None, "VM starts")
+        return _by_gc(verdict, disk, policy, self.now)
 
 
 def _state(disk: LocalDisk, is_locked: bool, runs: bool) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from localdisk import definition, domains, log
 from localdisk.definition import Running
+from localdisk.domains import Domains
 from localdisk.errors import BadDomain
 
 
@@ -18,6 +19,11 @@ class Vms:
     names: Mapping[str, str]
     running: tuple[Running, ...]
     unread: tuple[str, ...] = ()  # VMs that run and whose XML is not understood
+
+    @property
+    def domains(self) -> Domains:
+        """The same without names and disks."""
+        return Domains(frozenset(self.names), frozenset(vm.vm_id for vm in self.running).union(self.unread))
 
     def disk_name(self, vm_id: str, volume_id: str) -> str:
         """What a volume is called in its VM that runs, such as `vda`; "" where it does not run from it."""

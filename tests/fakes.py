@@ -159,7 +159,8 @@ class FakeHost:
             values = {**row, "lv_size": int(row["lv_size"]), "lv_tags": words}
             self.volumes[row["lv_name"]] = Volume(**values)
         self.active: set[str] = set()
-        self.defined: set[str] = set()
+        self.defined: set[str] = set()  # not running; without disks, as vdsm's placeholder is
+        self.shut_off: set[str] = set()  # not running; with disks
         self.names: dict[str, str] = {}  # of VMs; without one it is vm-XXXXXXXX
         self.xmls: dict[str, str] = {}  # of VMs that run
         self.libvirt_is_silent = False
@@ -450,14 +451,23 @@ class FakeHost:
             return " ".join(words[1:]) + "\n"
         if words[0] == "dumpxml":
             return self.xmls[words[1]] + "\n" if words[1] in self.xmls else ""
+        if words[0] == "domblklist":
+            return self._domblklist(words[1])
         options = {"list", "--uuid", "--all", "--name"}
         assert words[0] == "list"
         assert options.issuperset(words)
-        shown = sorted(self.active | self.defined if "--all" in words else self.active)
+        every = self.active | self.defined | self.shut_off
+        shown = sorted(every if "--all" in words else self.active)
         if "--name" not in words:
             return "".join(f"{vm_id}\n" for vm_id in shown) + "\n"
         named = ((vm_id, self.names.get(vm_id, f"vm-{vm_id[:8]}")) for vm_id in shown)
         return "".join(f"{vm_id:<36} {name:<30}\n" for vm_id, name in named) + "\n"
+
+    def _domblklist(self, vm_id: str) -> str:
+        if vm_id not in self.active | self.defined | self.shut_off:
+            return ""  # it says why on standard error, and virsh goes on
+        disk = " vda      /dev/somewhere\n" if vm_id not in self.defined else ""
+        return f" Target   Source\n{'-' * 20}\n{disk}\n"
 
     def _new_uuid(self) -> str:
         self._count = getattr(self, "_count", 0) + 1

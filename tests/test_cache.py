@@ -1158,10 +1158,10 @@ def test_prefetch_that_ends_in_the_middle(host: FakeHost) -> None:
 # -- killed
 
 
-def settle(host: FakeHost, text: str, vm_is_known: bool = True) -> None:
+def settle(host: FakeHost, text: str, vm_runs: bool = True) -> None:
     """Two rounds of gc, after which nothing is left that nobody needs."""
     host.bury()
-    host.defined = {VM} if vm_is_known else set()
+    host.active = {VM} if vm_runs else set()
     for _ in range(2):
         assert not gc.collect(parsed(text)).is_problem
 
@@ -1196,7 +1196,7 @@ def test_a_start_that_is_killed_is_made_good(host: FakeHost, number: int, backen
 @BACKENDS
 def test_gc_alone_makes_good_what_was_killed(host: FakeHost, number: int, backend: str) -> None:
     killed_start(host, ON, backend, number)
-    settle(host, ON, vm_is_known=False)
+    settle(host, ON, vm_runs=False)
     for name, volume in host.volumes.items():
         assert "UPDATING" not in volume.lv_tags
         if name == LVS[backend]:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 
 from localdisk import domains, run
+from localdisk.domains import DomainState
 from localdisk.errors import CommandFailed, CommandMissing, CommandTimeout, Error, LibvirtSilent
 from tests.fakes import OTHER_VM, VM
 
@@ -62,6 +63,49 @@ def test_a_libvirt_that_cannot_be_asked(monkeypatch: pytest.MonkeyPatch, error: 
     Libvirt(monkeypatch, error=error)
     with pytest.raises(LibvirtSilent, match=f"{said}[^:]* : check that libvirt runs"):
         domains.active()
+
+
+# Output of virsh 9.0 (captured) for what asks for one VM: its disks, all VMs, those that run.
+DISKS = " Target   Source\n----------------------------\n vda      /dev/ovirt-local/x====\n sdc      -\n\n"
+NO_DISKS = " Target   Source\n----------------\n\n"
+
+
+@pytest.mark.parametrize(
+    ("disks", "known", "active", "state"),
+    [
+        ("", "", "", DomainState.UNKNOWN),
+        ("", f"{OTHER_VM}\n", f"{OTHER_VM}\n", DomainState.UNKNOWN),
+        (NO_DISKS, f"{OTHER_VM}\n{VM}\n", f"{OTHER_VM}\n", DomainState.PLACEHOLDER),
+        (DISKS, f"{VM}\n", "", DomainState.SHUT_OFF),
+        (DISKS.replace("====", "====\n====\n"), f"{VM}\n", "", DomainState.SHUT_OFF),
+        (DISKS, f"{VM}\n", f"{VM}\n", DomainState.ACTIVE),
+        (NO_DISKS, f"{VM}\n", f"{VM}\n", DomainState.ACTIVE),
+    ],
+)
+def test_the_state_of_a_vm(
+    monkeypatch: pytest.MonkeyPatch, disks: str, known: str, active: str, state: DomainState
+) -> None:
+    libvirt = Libvirt(monkeypatch, f"{disks}====\n{known}\n====\n{active}\n")
+    assert domains.state(VM) is state
+    script = f"domblklist {VM}; echo ====; list --all --uuid; echo ====; list --uuid"
+    assert libvirt.commands == [(f"virsh --readonly --connect qemu:///system {script}", 30)]
+
+
+@pytest.mark.parametrize(
+    "out",
+    [
+        "",
+        "====\n",
+        f"====\n{VM}\n\n====\n\n",
+        f"nonsense====\n{VM}\n\n====\n\n",
+        f"{NO_DISKS}====\nx\n====\n",
+    ],
+)
+def test_what_is_no_state_is_no_answer(monkeypatch: pytest.MonkeyPatch, out: str) -> None:
+    """A VM is only unknown if libvirt has listed the others."""
+    Libvirt(monkeypatch, out)
+    with pytest.raises(LibvirtSilent, match=r"virsh .* printed"):
+        domains.state(VM)
 
 
 # Output of virsh 9.0 (captured): UUID and name in columns.

@@ -21,12 +21,14 @@ from localdisk.disk import LocalDisk, unneeded_tag
 from localdisk.errors import CommandFailed, Interrupted, NoVolumeGroup
 from localdisk.gc import Action, Collection, Verdict, Witnesses
 from localdisk.lvm import VolumeGroup
+from localdisk.progress import Progress
 from localdisk.session import Session
 from localdisk.template import Template
 from tests.fakes import (
     FINGERPRINT,
     FULLREPORT,
     IMAGE,
+    OTHER_IMAGE,
     OTHER_VM,
     OTHER_VOLUME,
     VM,
@@ -43,7 +45,7 @@ NOW = 1_760_000_000
 GRACE, KEEP_FOR = 600, 7 * 86400  # the defaults
 SIZE = 64 << 20
 LOOK = f"{FULLREPORT} ovirt-local"
-LIST = "virsh --readonly --connect qemu:///system list --uuid --all"
+LIST = "virsh --readonly --connect qemu:///system list --all --uuid; echo ====; list --uuid"
 NAME = f"ovirt-local/{VOLUME}"
 KEEP = "retention: {on_stop: keep}"
 ERASE = "retention: {erase: discard}"
@@ -84,7 +86,7 @@ class Case(NamedTuple):
     state: str
     is_open: bool
     is_locked: bool
-    is_known: bool | None
+    vm: str | None  # in libvirt; None: libvirt is silent; prepared: defined, and its other disk is worked on
     may_start: bool
     marked: int | None  # seconds ago; negative: in the future
     stopped: int
@@ -92,7 +94,9 @@ class Case(NamedTuple):
 
     @property
     def verdict(self) -> Verdict:
-        witnesses = Witnesses(self.is_locked, self.is_known, self.may_start)
+        runs = None if self.vm is None else self.vm == "runs"
+        is_defined, is_prepared = self.vm in ("defined", "prepared"), self.vm == "prepared"
+        witnesses = Witnesses(self.is_locked, runs, self.may_start, is_defined, is_prepared)
         return gc.decide(self.disk, witnesses, policy(f"retention: {{on_stop: {self.on_stop}}}"), NOW)
 
     @property
@@ -110,39 +114,41 @@ class Case(NamedTuple):
 
 BOTH = (False, True)
 STATES = ("ready", "stopped", "unfinished", "deleting", "aside")
+VMS = (None, "unknown", "defined", "prepared", "runs")
 MARKS = (None, -1, 0, GRACE - 1, GRACE, GRACE + 1)
 STOPS = (-1, 0, KEEP_FOR - 1, KEEP_FOR, KEEP_FOR + 1)
 CASES = [
     Case(*values)
-    for values in itertools.product(
-        STATES, BOTH, BOTH, (None, False, True), BOTH, MARKS, STOPS, ("delete", "keep")
-    )
+    for values in itertools.product(STATES, BOTH, BOTH, VMS, BOTH, MARKS, STOPS, ("delete", "keep"))
     if values[0] == "stopped" or values[6] == 0
 ]
 
 
 def expected(case: Case) -> tuple[Action, bool]:
     """What DESIGN.md says: the action, and whether all that counts could be asked."""
-    can_go = not case.is_open and not case.is_locked and case.is_known is False
-    must_wait = can_go and case.state == "ready" and case.on_stop == "delete" and case.may_start
+    can_go = not case.is_open and not case.is_locked and case.vm in ("unknown", "defined")
+    is_kept = case.state == "ready" and case.on_stop == "keep"
+    is_over = case.state == "stopped" and case.stopped >= KEEP_FOR
+    may_be_starting = case.vm == "defined" and (is_kept or is_over)
+    must_wait = can_go and case.may_start and ((case.state == "ready" and not is_kept) or may_be_starting)
+    has_waited = not must_wait or (case.marked is not None and case.marked >= GRACE)
     is_due = {
         "unfinished": True,
         "deleting": True,
         "aside": case.may_start,
-        "stopped": case.stopped >= KEEP_FOR,
-        "ready": case.on_stop == "delete"
-        and (not case.may_start or (case.marked is not None and case.marked >= GRACE)),
+        "stopped": is_over,
+        "ready": not is_kept,
     }
+    needed = case.is_open or (not case.is_locked and case.vm in ("runs", "prepared"))
     actions = {
-        Action.REMOVE: can_go and is_due[case.state],
-        Action.STOP: can_go and case.state == "ready" and case.on_stop == "keep",
+        Action.REMOVE: can_go and is_due[case.state] and has_waited,
+        Action.STOP: can_go and is_kept and has_waited,
         Action.MARK: must_wait and case.marked is None,
-        Action.UNMARK: case.marked is not None
-        and (case.is_open or (not case.is_locked and case.is_known is True)),
+        Action.UNMARK: case.marked is not None and needed,
     }
     wanted = [action for action, holds in actions.items() if holds]
     assert len(wanted) <= 1
-    was_silent = not case.is_open and not case.is_locked and case.is_known is None
+    was_silent = not case.is_open and not case.is_locked and case.vm is None
     mark_is_ahead = must_wait and case.marked is not None and case.marked < 0
     stop_is_ahead = can_go and case.state == "stopped" and case.stopped < 0
     return (*wanted, Action.KEEP)[0], not (was_silent or mark_is_ahead or stop_is_ahead)
@@ -170,6 +176,7 @@ def test_decide_does_what_the_design_says() -> None:
         (tags(), KEEP, True, "its VM does not run, kept for 7 d from now"),
         (tags("UPDATING"), "", True, "unfinished copy that nobody works on"),
         (tags("DELETING"), "", True, "marked for removal when its VM stopped"),
+        (tags(f"UNNEEDED_{NOW - 61}"), KEEP, True, "its VM does not run, kept for 7 d from now"),
         (ASIDE, "", True, "set aside to be erased"),
         (ASIDE, "", False, "set aside, the next gc erases it: vdsm does not wait for that"),
         (NOT_RENAMED, "", False, "set aside, the next gc erases it: vdsm does not wait for that"),
@@ -180,16 +187,34 @@ def test_reasons(lv_tags: set[str], text: str, may_start: bool, reason: str) -> 
 
 
 @pytest.mark.parametrize(
-    ("is_open", "is_locked", "is_known", "reason"),
+    ("more", "text", "reason"),
+    [
+        ((), "", "no VM needs it; removed if that is so after 10 min"),
+        ((), KEEP, "no VM needs it; marked as stopped if that is so after 10 min"),
+        ((LONG_STOPPED,), KEEP, "no VM needs it; removed if that is so after 10 min"),
+        ((LONG_STOPPED, LONG_MARKED), KEEP, "stopped 7 d ago, past keep_for"),
+        ((LONG_MARKED,), KEEP, "its VM does not run, kept for 7 d from now"),
+        ((LONG_MARKED,), "", "no VM needs it since 10 min, past grace"),
+        (("UPDATING",), "", "unfinished copy that nobody works on"),
+    ],
+)
+def test_reasons_for_a_vm_that_is_only_defined(more: tuple[str, ...], text: str, reason: str) -> None:
+    witnesses = Witnesses(False, False, may_start=True, vm_is_defined=True)
+    assert gc.decide(disk(tags(*more)), witnesses, policy(text), NOW).reason == reason
+
+
+@pytest.mark.parametrize(
+    ("is_open", "is_locked", "runs", "reason"),
     [
         (True, True, True, "in use, its device is open"),
         (False, True, True, "a process works on it"),
-        (False, False, True, "libvirt knows its VM"),
+        (False, False, True, "its VM runs"),
         (False, False, None, "libvirt cannot be asked about its VM"),
+        (False, False, False, "another disk of its VM is being prepared"),
     ],
 )
-def test_reasons_to_keep(is_open: bool, is_locked: bool, is_known: bool | None, reason: str) -> None:
-    witnesses = Witnesses(is_locked, is_known, may_start=True)
+def test_reasons_to_keep(is_open: bool, is_locked: bool, runs: bool | None, reason: str) -> None:
+    witnesses = Witnesses(is_locked, runs, may_start=True, vm_is_prepared=True)
     assert gc.decide(disk(tags("UPDATING"), is_open), witnesses, policy(), NOW).reason == reason
 
 
@@ -201,7 +226,9 @@ TAG_SETS = st.frozensets(
     | st.builds("{}_{}".format, st.sampled_from(["STOPPED", "UNNEEDED"]), EPOCHS | st.just("x")),
     max_size=4,
 )
-WITNESSES = st.builds(Witnesses, st.booleans(), st.none() | st.booleans(), st.booleans())
+WITNESSES = st.builds(
+    Witnesses, st.booleans(), st.none() | st.booleans(), st.booleans(), st.booleans(), st.booleans()
+)
 POLICIES = st.builds(
     lambda on_stop, keep_for, grace: dataclasses.replace(
         policy(),
@@ -224,11 +251,12 @@ def test_decide_never_breaks_a_promise(
     if verdict.action is Action.REMOVE:
         assert not is_open
         assert not witnesses.is_locked
-        assert witnesses.vm_is_known is False
+        assert witnesses.vm_runs is False
+        assert not witnesses.vm_is_prepared
         assert verdict.is_certain
         if not more & {"UPDATING", "DELETING"}:  # a complete copy
             assert found.stopped is None or now - found.stopped >= its.retention.keep_for
-            if found.stopped is None and witnesses.may_start:
+            if (found.stopped is None or witnesses.vm_is_defined) and witnesses.may_start:
                 assert found.unneeded is not None
                 assert now - found.unneeded >= its.retention.grace
     if verdict.action is Action.MARK:
@@ -305,7 +333,7 @@ def populate(host: FakeHost, digits: str = DIGITS) -> None:
     for digit in digits:
         host.add(name(digit), POPULATION[digit], SIZE)
     host.add("data", {"localdisk"}, SIZE)
-    host.defined = {OTHER_VM}
+    host.active = {OTHER_VM}
 
 
 def test_collect(host: FakeHost) -> None:
@@ -356,9 +384,75 @@ def test_a_missed_stop_of_a_kept_disk(host: FakeHost, monkeypatch: pytest.Monkey
 
 def test_a_kept_disk_that_is_unmarked_stays_stopped(host: FakeHost) -> None:
     volume = host.add(VOLUME, tags(LONG_STOPPED, LONG_MARKED), SIZE)
-    host.defined = {VM}
+    host.active = {VM}
     assert outcome(gc.collect(parsed(KEEP))) == {"1": "unmark"}
     assert volume.lv_tags == tags(LONG_STOPPED)
+
+
+# -- VMs that libvirt knows and that do not run
+
+
+def collected(host: FakeHost, monkeypatch: pytest.MonkeyPatch, text: str, *seconds: int) -> list[str]:
+    """What came of the only disk at these times after NOW."""
+    seen: list[str] = []
+    for second in seconds:
+        monkeypatch.setattr(time, "time", lambda now=NOW + second: float(now))
+        seen += outcome(gc.collect(parsed(text))).values()
+    return seen
+
+
+@pytest.mark.parametrize("kind", ["defined", "shut_off"])
+def test_an_unfinished_disk_is_needed_by_no_vm_that_does_not_run(host: FakeHost, kind: str) -> None:
+    """vdsm was killed while it started the VM, and nobody removes its placeholder."""
+    setattr(host, kind, {VM})
+    host.add(VOLUME, tags("UPDATING"), SIZE)
+    assert outcome(gc.collect(parsed())) == {"1": "remove"}
+
+
+@pytest.mark.parametrize("kind", ["defined", "shut_off"])
+def test_a_complete_disk_of_a_vm_that_does_not_run_is_as_one_that_stopped(
+    host: FakeHost, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    setattr(host, kind, {VM})
+    volume = host.add(VOLUME, tags(), SIZE)
+    assert collected(host, monkeypatch, "", 0, GRACE - 1, GRACE) == ["mark", "keep", "remove"]
+    assert host.removed == [volume]
+
+
+def test_a_kept_disk_of_a_vm_that_does_not_run_is_marked_as_stopped_after_grace(
+    host: FakeHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host.defined = {VM}
+    volume = host.add(VOLUME, tags(), SIZE)
+    assert collected(host, monkeypatch, KEEP, 0, GRACE - 1, GRACE) == ["mark", "keep", "stop"]
+    assert volume.lv_tags == tags(f"STOPPED_{NOW + GRACE}")
+
+
+def test_a_kept_disk_past_its_time_whose_vm_may_be_starting(
+    host: FakeHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host.defined = {VM}
+    host.add(VOLUME, tags(LONG_STOPPED), SIZE)
+    assert collected(host, monkeypatch, KEEP, 0, GRACE - 1, GRACE) == ["mark", "keep", "remove"]
+
+
+@pytest.mark.parametrize("text", ["", KEEP])
+def test_a_disk_waits_for_the_other_disk_of_its_vm(host: FakeHost, text: str) -> None:
+    """It is complete since long, and the VM's next disk is still copied."""
+    host.defined = {VM}
+    volume = host.add(VOLUME, tags(LONG_MARKED), SIZE)
+    with lock.holding(lock.disk_lock(OTHER_VOLUME), lambda _: None) as held:
+        held.write(Progress(VM, OTHER_IMAGE, "copying", NOW, NOW).as_text())
+        assert outcome(gc.collect(parsed(text))) == {"1": "unmark"}
+    assert volume.lv_tags == tags()
+
+
+@pytest.mark.parametrize("kind", ["defined", "shut_off"])
+@pytest.mark.parametrize(("text", "what"), [("", "remove"), (KEEP, "stop")])
+def test_before_vdsm_starts_no_vm_is_being_started(host: FakeHost, kind: str, text: str, what: str) -> None:
+    setattr(host, kind, {VM})
+    host.add(VOLUME, tags(), SIZE)
+    assert outcome(gc.collect(parsed(text), may_start=False)) == {"1": what}
 
 
 def test_before_vdsm_starts_one_sighting_is_enough(host: FakeHost) -> None:
@@ -407,14 +501,14 @@ def test_a_disk_that_is_claimed_after_the_look(host: FakeHost, monkeypatch: pyte
         ({"lv_tags": tags()}, Action.MARK, "no VM needs it; removed if that is so after 10 min"),
         ({"lv_device_open": "open"}, Action.KEEP, "in use, its device is open"),
         ({"lv_tags": tags(f"STOPPED_{NOW}")}, Action.KEEP, "kept for another 7 d"),
-        ({"lv_tags": tags(LONG_MARKED, vm=OTHER_VM)}, Action.UNMARK, "libvirt knows its VM"),
+        ({"lv_tags": tags(LONG_MARKED, vm=OTHER_VM)}, Action.UNMARK, "its VM runs"),
     ],
 )
 def test_a_disk_that_changes_after_the_look_is_judged_again(
     host: FakeHost, change: dict[str, object], action: Action, reason: str
 ) -> None:
     volume = host.add(VOLUME, tags("UPDATING"), SIZE)
-    host.defined = {OTHER_VM}
+    host.active = {OTHER_VM}
     host.before_command(2, lambda: vars(volume).update(change))
     (finding,) = gc.collect(parsed()).findings
     assert (finding.verdict.action, finding.verdict.reason) == (action, reason)
@@ -422,12 +516,12 @@ def test_a_disk_that_changes_after_the_look_is_judged_again(
 
 
 @pytest.mark.parametrize("text", ["", KEEP])
-def test_a_vm_that_libvirt_knows_only_after_the_look(host: FakeHost, text: str) -> None:
+def test_a_vm_that_runs_only_after_the_look(host: FakeHost, text: str) -> None:
     """Its start has taken the disk and let go of the lock, all since gc has asked libvirt."""
     volume = host.add(VOLUME, tags(), SIZE)
-    host.before_command(1, lambda: host.defined.add(VM))
+    host.before_command(1, lambda: host.active.add(VM))
     (finding,) = gc.collect(parsed(text)).findings
-    assert (finding.verdict.action, finding.verdict.reason) == (Action.KEEP, "libvirt knows its VM")
+    assert (finding.verdict.action, finding.verdict.reason) == (Action.KEEP, "its VM runs")
     assert volume.lv_tags == tags()
 
 
@@ -656,7 +750,7 @@ def test_a_rename_that_fails_is_done_by_whoever_comes_next(
     if next_is == "start":
         assert start(parsed(), VOLUME)
         assert host.volumes[VOLUME].lv_tags == tags()
-        host.defined = {VM}
+        host.active = {VM}
     assert not gc.collect(parsed()).is_problem
     assert len({command for command in host.commands if "lvrename" in command}) == 1
     assert volume.lv_name == new_name(volume)
@@ -685,7 +779,7 @@ def test_before_vdsm_starts_a_start_takes_what_was_set_aside(host: FakeHost) -> 
     old = host.add(VOLUME, tags("DELETING"), SIZE)
     gc.collect(parsed(ERASE), may_start=False)
     assert start(parsed(ERASE), VOLUME)
-    host.defined = {VM}
+    host.active = {VM}
     assert not gc.collect(parsed()).is_problem
     assert left_on(host) == {"1": tags(), "p": set()}
     assert (host.removed, host.erased) == ([old], {old.lv_uuid})
@@ -853,7 +947,8 @@ def test_a_start_while_gc_runs(tmp_path: Path, text: str, digit: str) -> None:
         host.before_command(number, act)
         assert not gc.collect(parsed(text)).is_problem
         if taken == [True]:
-            assert host.volumes[name(digit)].lv_tags == tags(), number
+            marked = host.volumes[name(digit)].lv_tags - tags()
+            assert marked <= {f"UNNEEDED_{NOW}"}, number  # qemu does not have it open yet
         assert taken >= renamed, number
 
 
@@ -990,12 +1085,12 @@ def test_lines(host: FakeHost) -> None:
     [
         (tags(), "", "marked as unneeded: "),
         (tags(), KEEP, "marked as stopped: "),
-        (tags("UNNEEDED_5", vm=OTHER_VM), "", "unmarked: libvirt knows its VM"),
+        (tags("UNNEEDED_5", vm=OTHER_VM), "", "unmarked: its VM runs"),
     ],
 )
 def test_lines_of_marks(host: FakeHost, lv_tags: set[str], text: str, outcome_: str) -> None:
     host.add(VOLUME, lv_tags, SIZE)
-    host.defined = {OTHER_VM}
+    host.active = {OTHER_VM}
     assert f"  64 MiB  would be {outcome_}" in gc.as_lines(gc.collect(parsed(text), dry_run=True), True)
     assert f"  64 MiB  {outcome_}" in gc.as_lines(gc.collect(parsed(text)), False)
 

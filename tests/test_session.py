@@ -375,7 +375,7 @@ def test_a_rename_that_fails_is_done_by_whoever_comes_next(
         assert Hook(host, ERASE).start()["target"]
         assert set_aside(host) == [old.lv_uuid]
     assert old.lv_name == recorded
-    host.defined = {VM}
+    host.active = {VM}
     assert not gc.collect(parsed("")).is_problem
     assert [volume.lv_uuid for volume in host.removed] == [old.lv_uuid]
     assert host.erased == {old.lv_uuid}
@@ -423,7 +423,7 @@ def test_a_start_that_is_killed_is_made_good_by_the_next_and_by_gc(
     hook = Hook(host, text)
     assert hook.start()["target"]
     assert hook.ask(COMMIT_IT) == {}
-    host.defined = {VM}
+    host.active = {VM}
     assert not gc.collect(parsed(text)).is_problem
     assert {name: volume.lv_tags for name, volume in host.volumes.items()} == {"pool0": set(), VOLUME: tags()}
     assert {volume.lv_uuid for volume in old} <= {volume.lv_uuid for volume in host.removed}

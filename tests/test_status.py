@@ -442,6 +442,29 @@ def test_disks_that_are_as_they_should_be(host: FakeHost, more: tuple[str, ...])
     assert take().problems == ()
 
 
+def test_a_disk_of_a_vm_that_starts(host: FakeHost) -> None:
+    host.defined = {VM}
+    assert row(host).next == Next("keep", None, "VM starts")
+
+
+def test_a_disk_of_a_vm_whose_other_disk_is_prepared(host: FakeHost) -> None:
+    host.defined = {VM}
+    with lock.holding(lock.disk_lock(OTHER_VOLUME), lambda _: None) as held:
+        held.write(record().as_text())
+        host.add(VOLUME, tags("UNNEEDED_5"), SIZE)
+        found, _ = sorted(take().disks, key=lambda each: each.volume)
+    assert found.next == Next("keep", None, "VM starts")
+
+
+def test_a_disk_of_a_vm_that_vdsm_gave_up(host: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only its placeholder is left, and gc has seen the disk once."""
+    monkeypatch.setattr(time, "time", lambda: 1_760_000_060.0)
+    host.defined = {VM}
+    found = row(host, "UNNEEDED_1760000000").next
+    assert (found.action, found.text) == ("remove", "gc removes in 9 min")
+    assert take().problems == ()
+
+
 def test_a_vm_that_starts_is_no_problem(host: FakeHost) -> None:
     host.defined = {VM}
     host.add(VOLUME, tags(), SIZE)
