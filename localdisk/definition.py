@@ -148,7 +148,12 @@ def read_disk(text: str) -> Disk:
 
 @_refused_as(BadDiskData)
 def localize_disk(text: str, path: str) -> str:
-    """`text` with the disk being the raw block device `path`.
+    """`text` with the disk being the raw block device `path`, which one VM uses exclusively.
+
+    `path`, `format`, `diskType` and `shared` get new values; every other key, its value, the order and the
+    wrapping stay.  vdsm refuses live snapshot, live storage migration and unplugging of a disk that is shared
+    "exclusive" and whose volumes have leases (vdsm, vmdevices/storage.py, `Drive.hasVolumeLeases`): each of
+    them would take the running VM away from its local disk.
 
     `path`, `format` and `diskType` get new values; every other key, its value, the order and the wrapping
     stay.  The text is written as vdsm writes it (`json.dumps`), so white space is not kept.  Raises
@@ -157,7 +162,7 @@ def localize_disk(text: str, path: str) -> str:
     data = _load(text)
     inner = _disk_object(data)
     _check_can_be_local(_disk_from_json(inner), path)
-    inner.update(path=path, format="raw", diskType="block")
+    inner.update(path=path, format="raw", diskType="block", shared="exclusive")
     return json.dumps(data)
 
 

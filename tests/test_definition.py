@@ -921,12 +921,12 @@ def test_a_local_path_is_checked() -> None:
 
 
 def check_disk_rewritten(before: str, after: str) -> None:
-    """The same pairs in the same order at every level, but three values of the disk."""
+    """The same pairs in the same order at every level, but four values of the disk."""
     old, new = (json.loads(text, object_pairs_hook=list) for text in (before, after))
     wrapped = [key for key, _ in old] == ["disk"]
     if wrapped:
         (_, old), (_, new) = old[0], new[0]
-    changed = {"path": LOCAL, "format": "raw", "diskType": "block"}
+    changed = {"path": LOCAL, "format": "raw", "diskType": "block", "shared": "exclusive"}
     expected = [(key, changed.get(key, value)) for key, value in old]
     assert new == expected
     assert repr(new) == repr(expected)  # 1, 1.0 and true are equal but not the same
@@ -949,6 +949,8 @@ VALUES = st.recursive(
 @settings(max_examples=60, deadline=None)
 @given(
     others=st.dictionaries(
+    if "shared" not in dict(old):
+        expected.append(("shared", "exclusive"))
         st.text().filter(lambda key: key not in ("volumeChain", "disk")), VALUES, max_size=5
     ),
     order=st.randoms(use_true_random=False),
@@ -964,8 +966,8 @@ def test_rewriting_keeps_any_other_json(
     text = json.dumps(data, ensure_ascii=ascii_only, indent=1 if ascii_only else None)
     after = localize_disk(text, LOCAL)
     check_disk_rewritten(text, after)
-    assert replace(read_disk(after), path="", format="", disk_type="") == replace(
-        read_disk(text), path="", format="", disk_type=""
+    assert replace(read_disk(after), path="", format="", disk_type="", shared="") == replace(
+        read_disk(text), path="", format="", disk_type="", shared=""
     )
 
 

@@ -165,7 +165,7 @@ def domain_xml(*disks: tuple[str, str, str, str], vm: str = VM, more: str = "") 
 def test_a_disk_is_made_local(host_vdsm: Vdsm) -> None:
     text = disk_json(host_vdsm)
     answer = json.loads(host_vdsm.call("after_disk_prepare", text))
-    changed = {"path": LOCAL, "format": "raw", "diskType": "block"}
+    changed = {"path": LOCAL, "format": "raw", "diskType": "block", "shared": "exclusive"}
     assert answer == {**json.loads(text), **changed}
     assert host_vdsm.verbs == [["claim", "prepare", "progress", "commit"]]
     assert [target.path for target in host_vdsm.copied] == [LOCAL]

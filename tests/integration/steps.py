@@ -46,7 +46,7 @@ def start(image: Image, custom: Mapping[str, str] = THICK, vm_id: str = "", **ch
     result = run_point("after_disk_prepare", vm_id, json.dumps(before), custom)
     assert result.rc == 0, result.stderr
     after = json.loads(result.data)
-    local = {"path": str(device(image)), "format": "raw", "diskType": "block"}
+    local = {"path": str(device(image)), "format": "raw", "diskType": "block", "shared": "exclusive"}
     assert after == {**before, **local}
     assert list(after) == list(before)
     libvirt.undefine(vm_id)
