@@ -93,6 +93,7 @@ class Disk:
     shared     one of SHARED
     volumes    every volume of the image directory, the template's included, in no particular order
     domain_id  canonical UUID of the storage domain that all of them are in, "" where it is not told
+    storage_type  vdsm's word for the kind of storage: "file", "block" or "network"; "" if vdsm does not name it
     """
 
     name: str
@@ -105,6 +106,12 @@ class Disk:
     shared: str
     volumes: tuple[Volume, ...]
     domain_id: str = ""
+    storage_type: str = ""
+
+    @property
+    def was_local(self) -> bool:
+        """Whether vdsm read this disk from a domain in which it was local: a block device, of a file."""
+        return self.disk_type == "block" and self.storage_type not in ("", "block")
 
     @property
     def is_vdsm_image(self) -> bool:
@@ -155,9 +162,8 @@ def localize_disk(text: str, path: str) -> str:
     "exclusive" and whose volumes have leases (vdsm, vmdevices/storage.py, `Drive.hasVolumeLeases`): each of
     them would take the running VM away from its local disk.
 
-    `path`, `format` and `diskType` get new values; every other key, its value, the order and the wrapping
-    stay.  The text is written as vdsm writes it (`json.dumps`), so white space is not kept.  Raises
-    BadDiskData as `read_disk`, and for what cannot be made local: no disk, or neither file nor block.
+    The text is written as vdsm writes it (`json.dumps`), so white space is not kept.  Raises BadDiskData as
+    `read_disk`, and for what cannot be made local: no disk, or neither file nor block.
     """
     data = _load(text)
     inner = _disk_object(data)
@@ -227,9 +233,14 @@ def _disk_from_json(data: Mapping[str, object]) -> Disk:
         shared=_shared(data.get("shared", "none")),
         volumes=_volumes(_volume_strings(data.get("volumeChain", []))),
         domain_id=_uuid("domainID", _string(data, "domainID")),
+        storage_type=_storage_type(data.get("volumeInfo")),
     )
     _check_disk(disk, _string(data, "serial"))
     return disk
+
+
+def _storage_type(volume_info: object) -> str:
+    return _string(volume_info, "type") if isinstance(volume_info, dict) else ""
 
 
 def _string(data: Mapping[str, object], key: str) -> str:

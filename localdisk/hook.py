@@ -7,17 +7,19 @@ where nothing changes; it raises to refuse.  `vdsm.py` is the contract, `session
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from localdisk import copy, definition, image, log, origin, vdsm
+from localdisk import copy, definition, domains, image, log, origin, vdsm
 from localdisk.client import Base, Helper, Looked, Prepared
 from localdisk.copy import OnProgress
 from localdisk.definition import Disk
+from localdisk.domains import DomainState
 from localdisk.errors import (
     BadDomain,
     DiskRefused,
     HotplugRefused,
+    LibvirtSilent,
     NotLocal,
     OperationRefused,
     SourceRefused,
@@ -32,6 +34,11 @@ if TYPE_CHECKING:
 
 def run(point: str, environ: Mapping[str, str]) -> None:
     """Serve one hook point as vdsm calls it.  Raises Error to refuse."""
+    if point == "after_disk_prepare":
+        # Before all else: for a VM that runs, neither its property nor the configuration may refuse anything.
+        vm_id = vdsm.local_vm(environ)
+        if vm_id and not _is_start(vm_id):
+            return
     call = vdsm.read_call(point, environ)
     if call.vm_id and call.property_value == "off":
         return
@@ -40,11 +47,41 @@ def run(point: str, environ: Mapping[str, str]) -> None:
         vdsm.write_data(call, answer)
 
 
+# Why vdsm prepares the disks of a VM that it does not start (vm.py, `_run`; clientIF.py,
+# `_preparePathsForRecoveredVMs`).  For a start it has defined a placeholder before.
+_NO_START = {
+    DomainState.ACTIVE: "the VM runs, vdsm recovers it",
+    DomainState.SHUT_OFF: "the VM has run and is shut off, vdsm recovers it",
+    DomainState.UNKNOWN: "the VM is not started here, it is migrated to this host or resumed",
+}
+
+
+def _is_start(vm_id: str) -> bool:
+    """Whether vdsm prepares the disks of this VM to start it.
+
+    If libvirt does not answer, the VM may be one that runs: nothing is done for it, either.  The start of
+    another VM is refused at before_vm_start then.
+    """
+    try:
+        state = domains.state(vm_id)
+    except LibvirtSilent as error:
+        log.problem("disk left as it is", vm=vm_id, why=error)
+        return False
+    if state in _NO_START:
+        log.event("disk left as it is", vm=vm_id, why=_NO_START[state])
+    return state not in _NO_START
+
+
 def after_disk_prepare(call: Call) -> str | None:
-    """Make one disk local and point vdsm to it."""
+    """Make one disk of a VM that vdsm starts local, and point vdsm to it."""
     text = vdsm.read_data(call)
     disk = definition.read_disk(text)
     if disk.device in ("cdrom", "floppy"):
+        return None
+    if disk.was_local:
+        log.event(
+            "disk left as it is", vm=call.vm_id, disk=disk.volume_id, why="it is read from a VM that ran"
+        )
         return None
     with Helper(call.vm_id, call.property_value) as helper:
         path = _make_local(helper, disk)
@@ -61,10 +98,10 @@ def before_vm_start(call: Call) -> str | None:
     if not disks:
         return None
     with Helper(call.vm_id, call.property_value) as helper:
-        paths = {
-            disk.name: _be_local(helper, call.vm_id, disk, looked)
-            for disk, looked in zip(disks, helper.look(disks))
-        }
+        looks = helper.look(disks)
+        if _is_resumed(call.vm_id, disks, looks):
+            return None
+        paths = {disk.name: _be_local(helper, call.vm_id, disk, looked) for disk, looked in zip(disks, looks)}
     # Also what after_disk_prepare has made local: vdsm can leave `file=` beside `dev=` there.
     return definition.localize_domain(xml, {name: path for name, path in paths.items() if path})
 
@@ -85,6 +122,10 @@ def before_vm_migrate_destination(call: Call) -> None:
 
 def before_vm_hibernate(call: Call) -> None:
     _refuse(call, "be suspended")
+
+
+def before_vm_dehibernate(call: Call) -> None:
+    _refuse(call, "be resumed from a saved state")
 
 
 def before_disk_hotplug(call: Call) -> None:
@@ -120,6 +161,7 @@ POINTS: dict[str, Callable[[Call], str | None]] = {
     "before_vm_migrate_source": before_vm_migrate_source,
     "before_vm_migrate_destination": before_vm_migrate_destination,
     "before_vm_hibernate": before_vm_hibernate,
+    "before_vm_dehibernate": before_vm_dehibernate,
     "before_disk_hotplug": before_disk_hotplug,
     "before_disk_hotunplug": before_disk_hotunplug,
     "before_vdsm_start": before_vdsm_start,
@@ -135,6 +177,18 @@ def _policy(call: Call) -> Policy:
     from localdisk import config
 
     return config.load().policy(call.vm_id, call.property_value)
+
+
+def _is_resumed(vm_id: str, disks: Sequence[Disk], looks: Sequence[Looked]) -> bool:
+    """Whether the VM is resumed from a saved state: libvirt does not know it yet.
+
+    vdsm starts the saved domain then, whatever the answer here is; before_vm_dehibernate refuses.
+    """
+    is_prepared = all(disk.path == looked.path for disk, looked in zip(disks, looks) if looked.is_local)
+    if is_prepared or domains.state(vm_id) is not DomainState.UNKNOWN:
+        return False
+    log.event("disks left as they are", vm=vm_id, why="the VM is resumed from a saved state")
+    return True
 
 
 def _be_local(helper: Helper, vm_id: str, disk: Disk, looked: Looked) -> str:

@@ -36,6 +36,7 @@ from localdisk import disk as life
 from localdisk.cache import Base, Shelf
 from localdisk.config import Config, Policy
 from localdisk.disk import LocalDisk, Start, State, Stop
+from localdisk.domains import DomainState
 from localdisk.errors import (
     BadRequest,
     CacheOff,
@@ -537,20 +538,24 @@ def _other_leaves(claim: Claim, vg: VolumeGroup) -> list[LocalDisk]:
 
 
 def _running(vg: VolumeGroup, found: LocalDisk | None, vm_id: str, volume_id: str) -> tuple[bool, str]:
-    """Whether the disk stays where it is, and the path of the local disk that the VM runs from already.
+    """Whether the disk is left as it is, and the path of the local disk that the VM runs from already.
 
-    vdsm, restarted, recovers running VMs by the same hook points; nothing of theirs may change.
+    vdsm, restarted, recovers VMs by the same hook points, those that run and those that have run and are shut
+    off; nothing of theirs may change.
     """
     found = None if found is not None and found.is_aside else found
     is_open = found is not None and found.is_open
     try:
-        runs = vm_id in domains.active()
+        state = domains.state(vm_id)
     except LibvirtSilent:
         if not is_open:
             raise
-        runs = True  # nothing says otherwise: an open disk is in use
-    if not runs:
+        state = DomainState.ACTIVE  # nothing says otherwise: an open disk is in use
+    if state in (DomainState.UNKNOWN, DomainState.PLACEHOLDER):
         return False, ""
+    if state is DomainState.SHUT_OFF:
+        log.problem("VM is shut off and not being started; disk left as it is", vm=vm_id, disk=volume_id)
+        return True, ""
     if found is not None and found.state in (State.UNFINISHED, State.DELETING):
         raise VmRuns(vg=vg.vg_name, lv=volume_id, vm=vm_id)
     if found is not None and found.is_open:

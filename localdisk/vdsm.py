@@ -35,6 +35,7 @@ _DATA = {
     "before_vm_migrate_source": DOMXML,
     "before_vm_migrate_destination": DOMXML,
     "before_vm_hibernate": DOMXML,
+    "before_vm_dehibernate": DOMXML,
     "before_disk_hotplug": DOMXML,
     "before_disk_hotunplug": DOMXML,
     "before_vdsm_start": None,
@@ -131,6 +132,12 @@ def _ascii(text: str) -> str:
     text = text.encode("ascii", "backslashreplace").decode()
     half = _PART_LIMIT // 2 - 2
     return text if len(text) <= _PART_LIMIT else f"{text[:half]}...{text[-half:]}"
+
+
+def local_vm(environ: Mapping[str, str]) -> str:
+    """The VM that the hook is called for, if it has the property; "" if not, or if its id is no UUID."""
+    vm_id = environ.get("vmId", "").lower()
+    return vm_id if is_uuid(vm_id) and environ.get(PROPERTY, "off") != "off" else ""
 
 
 def read_data(call: Call) -> str:

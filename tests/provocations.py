@@ -52,6 +52,7 @@ from localdisk.client import Helper
 from localdisk.config import Config
 from localdisk.definition import Disk, localize_disk, localize_domain, read_disk, read_domain
 from localdisk.disk import LocalDisk
+from localdisk.domains import DomainState
 from localdisk.errors import CommandFailed, Error
 from localdisk.image import Layer, Source
 from localdisk.lvm import VolumeGroup
@@ -651,6 +652,12 @@ def not_local(world: World) -> object:
     return world.ask(CLAIM, host=there)
 
 
+def shut_off(world: World) -> object:
+    there = world.host()
+    there.shut_off = {VM}
+    return world.ask(CLAIM, host=there)
+
+
 def fails_later(tool: str, when: str, *requests: object, lv: str = "") -> Provoke:
     """Where that command fails, so that it is left to gc."""
 
@@ -742,6 +749,7 @@ SESSION = {
         "evil",
     ),
     "not from a local disk": case(not_local, VM, VOLUME),
+    "shut off": case(shut_off, VM, VOLUME),
 }
 
 # -- domains, gc, vms
@@ -763,6 +771,27 @@ def no_list(world: World) -> object:
     there = world.host()
     there.active = {world.evil()}
     return domains.active()
+
+
+@dataclass(frozen=True)
+class Printed:
+    """A tool that has printed this."""
+
+    text: str
+
+    def output(self, _deadline: float) -> str:
+        return self.text
+
+
+def no_state(text: str) -> Provoke:
+    """What virsh prints about one VM makes no sense."""
+
+    def provoke(world: World) -> object:
+        printed = Printed(text.replace("evil", world.evil()))
+        world.patch.setattr(run, "begin", lambda _argv: printed)
+        return domains.state(VM)
+
+    return provoke
 
 
 def not_removed(world: World) -> str:
@@ -790,6 +819,8 @@ def unread_vm(world: World) -> object:
 GC = {
     "in vain": case(in_vain, "libvirt", "virsh"),
     "no list": case(no_list, "evil", "virsh"),
+    "no state": case(no_state("evil"), "evil", "virsh"),
+    "no disks": case(no_state(f"evil====\n{VM}\n====\n"), "evil", "virsh"),
     "not removed": case(not_removed, VOLUME, "evil"),
     "template not removed": case(template_not_removed, OWN_VOLUME, "evil"),
     "VM's XML": case(unread_vm, f"vm={VM}", "evil"),
@@ -825,6 +856,31 @@ def local_but_not_ready(world: World) -> None:
     world.vdsm().call("before_vm_start", text)
 
 
+def recovered(world: World) -> None:
+    """vdsm recovers the VM, once it runs and once it is shut off; then it is migrated here."""
+    machine = world.vdsm()
+    for state in (DomainState.ACTIVE, DomainState.SHUT_OFF, DomainState.UNKNOWN):
+        test_hook.with_state(machine.host, state)
+        machine.call("after_disk_prepare", "")
+
+
+def was_local(world: World) -> None:
+    world.prepare(diskType="block", volumeInfo={"type": "file"})
+
+
+def starts_in_vain(world: World) -> None:
+    machine = world.vdsm()
+    machine.host.libvirt_is_silent = True
+    machine.call("after_disk_prepare", "")
+
+
+def resumed(world: World) -> None:
+    machine = world.vdsm()
+    test_hook.with_state(machine.host, DomainState.UNKNOWN)
+    path = machine.source(VOLUME)
+    machine.call("before_vm_start", test_hook.domain_xml(("vda", path, IMAGE, VOLUME)))
+
+
 NO_IMAGE: dict[str, Any] = {"imageID": "", "volumeID": "", "serial": "", "volumeChain": []}
 HOOK = {
     "another VM": case(starts(vm=OTHER_VM), VM, OTHER_VM),
@@ -832,6 +888,11 @@ HOOK = {
     "unplugged": case(unplugged, "disk evil", VM, f"/dev/{LV}"),
     "migrated": case(lambda w: w.vdsm().call("before_vm_migrate_source", ""), VM, "migrated"),
     "suspended": case(lambda w: w.vdsm().call("before_vm_hibernate", ""), VM, "suspended"),
+    "resumed": case(lambda w: w.vdsm().call("before_vm_dehibernate", ""), VM, "resumed"),
+    "recovered": case(recovered, VM),
+    "read from a VM": case(was_local, VM, VOLUME),
+    "in vain": case(starts_in_vain, VM, "libvirt"),
+    "of a VM that is resumed": case(resumed, VM),
     "not ready": case(local_but_not_ready, "disk evil", VM, f"/dev/{LV}", "absent"),
     "no image": case(lambda w: w.prepare(**NO_IMAGE, name=w.evil()), "disk evil"),
     "shared": case(lambda w: w.prepare(shared="shared", name=w.evil()), "disk evil", "shared"),

@@ -108,7 +108,9 @@ def test_hook_without_the_property(link: str, environment: dict[str, str]) -> No
 
 
 def test_hook_refuses_in_one_line(link: str) -> None:
-    done = run(link, localdisk="fast", vmId=VM, _hook_json="/nonexistent")
+    Path(link).parent.rename(Path(link).parent.with_name("before_vm_start"))
+    link = link.replace("after_disk_prepare", "before_vm_start")
+    done = run(link, localdisk="fast", vmId=VM, _hook_domxml="/nonexistent")
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "set it to lvm, lvmthin, on or off" in done.stderr

@@ -746,7 +746,28 @@ def test_reading_a_disk() -> None:
         shared="none",
         volumes=(Volume(VOLUME, f"{DIRECTORY}/{VOLUME}"), Volume(BASE, f"{DIRECTORY}/{BASE}")),
         domain_id=DOMAIN,
+        storage_type="file",
     )
+
+
+@pytest.mark.parametrize(
+    ("disk_type", "volume_info", "was_local"),
+    [
+        ("block", {"type": "file"}, True),
+        ("block", {"type": "network"}, True),
+        ("block", {"type": "block"}, False),
+        ("file", {"type": "file"}, False),
+        ("file", {"type": "network"}, False),  # Gluster's own protocol is not used
+        ("block", {}, False),
+        ("block", "x", False),
+        ("block", ..., False),
+    ],
+)
+def test_a_disk_that_vdsm_read_from_the_domain_of_a_local_vm(
+    disk_type: str, volume_info: object, was_local: bool
+) -> None:
+    text = json.dumps(disk_data(diskType=disk_type, volumeInfo=volume_info))
+    assert read_disk(text).was_local == was_local
 
 
 def test_reading_a_wrapped_disk_with_upper_case_ids() -> None:
@@ -928,6 +949,8 @@ def check_disk_rewritten(before: str, after: str) -> None:
         (_, old), (_, new) = old[0], new[0]
     changed = {"path": LOCAL, "format": "raw", "diskType": "block", "shared": "exclusive"}
     expected = [(key, changed.get(key, value)) for key, value in old]
+    if "shared" not in dict(old):
+        expected.append(("shared", "exclusive"))
     assert new == expected
     assert repr(new) == repr(expected)  # 1, 1.0 and true are equal but not the same
     assert localize_disk(after, LOCAL) == after
@@ -949,8 +972,6 @@ VALUES = st.recursive(
 @settings(max_examples=60, deadline=None)
 @given(
     others=st.dictionaries(
-    if "shared" not in dict(old):
-        expected.append(("shared", "exclusive"))
         st.text().filter(lambda key: key not in ("volumeChain", "disk")), VALUES, max_size=5
     ),
     order=st.randoms(use_true_random=False),

@@ -12,6 +12,7 @@ import pytest
 from localdisk import config, copy, hook, lock, origin, run, vdsm
 from localdisk.client import Base
 from localdisk.copy import OnProgress, Target
+from localdisk.domains import DomainState
 from localdisk.errors import (
     BadDiskData,
     BadDomain,
@@ -22,6 +23,7 @@ from localdisk.errors import (
     Error,
     HelperRefused,
     HotplugRefused,
+    LibvirtSilent,
     NotLocal,
     OperationRefused,
     SourceRefused,
@@ -53,6 +55,7 @@ class Vdsm:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, directory: Path) -> None:
         self.host = FakeHost().install(monkeypatch, directory)
+        self.host.defined = {VM}  # vdsm's placeholder: it starts the VM
         self.directory = directory
         self.helpers: list[Conversation] = []
         self.copied: list[Target] = []
@@ -207,7 +210,7 @@ def test_a_disk_that_stays(host_vdsm: Vdsm) -> None:
         host_vdsm.configure(f"vms: {{{VM}: {{{override}}}}}")
         assert host_vdsm.call("after_disk_prepare", text) == text
     assert host_vdsm.verbs == [["claim"]] * 2
-    assert host_vdsm.host.commands == []
+    assert host_vdsm.host.tools == ["virsh"] * 2
 
 
 @pytest.mark.parametrize("shared", ["shared", "transient"])
@@ -241,21 +244,80 @@ def test_disks_of_one_vm(host_vdsm: Vdsm, shared: str) -> None:
     assert LOCAL in host_vdsm.call("after_disk_prepare", text)
 
 
-def test_a_running_vm_gets_its_disk_back(host_vdsm: Vdsm) -> None:
-    """vdsm, restarted, asks for the shared path again, with the format of the local disk."""
-    host_vdsm.host.add(VOLUME, tags(), SIZE, lv_device_open="open")
-    host_vdsm.host.active = {VM}
-    os.unlink(host_vdsm.directory / VOLUME)  # it is not even looked at
-    text = disk_json(host_vdsm, diskType="block", format="raw")
-    assert json.loads(host_vdsm.call("after_disk_prepare", text))["path"] == LOCAL
-    assert host_vdsm.verbs == [["claim"]]
-    assert host_vdsm.host.tools == ["fullreport", "virsh"]
+# What vdsm asks about a disk of a VM that it recovers: as its domain has it, but with the shared path again.
+RECOVERED = {"diskType": "block", "format": "raw", "shared": "exclusive"}
 
 
-def test_a_running_vm_that_is_not_local_stays(host_vdsm: Vdsm) -> None:
-    host_vdsm.host.active = {VM}
+def with_state(host: FakeHost, state: DomainState) -> None:
+    host.defined = {VM} if state is DomainState.PLACEHOLDER else set()
+    host.shut_off = {VM} if state is DomainState.SHUT_OFF else set()
+    host.active = {VM} if state is DomainState.ACTIVE else set()
+
+
+@pytest.mark.parametrize("state", [s for s in DomainState if s is not DomainState.PLACEHOLDER])
+@pytest.mark.parametrize("more", [(), ("UNNEEDED_5",), ("STOPPED_5",), ("UPDATING",)])
+def test_a_vm_that_vdsm_does_not_start_is_left_alone(
+    host_vdsm: Vdsm, state: DomainState, more: tuple[str, ...]
+) -> None:
+    """vdsm recovers it, running or shut off, or it is migrated to this host or resumed."""
+    host_vdsm.configure("retention: {on_stop: keep, on_source_change: recopy}")
+    host_vdsm.host.add(VOLUME, tags(*more), SIZE, lv_device_open="open" if state.value == "active" else "")
+    with_state(host_vdsm.host, state)
+    text = disk_json(host_vdsm, **RECOVERED)
+    assert host_vdsm.call("after_disk_prepare", text) == text
+    assert host_vdsm.helpers == []
+    assert host_vdsm.host.tools == ["virsh"]
+    assert host_vdsm.host.volumes[VOLUME].lv_tags == tags(*more)
+
+
+@pytest.mark.parametrize("state", [DomainState.ACTIVE, DomainState.SHUT_OFF])
+@pytest.mark.parametrize(
+    "break_it",
+    [
+        lambda machine: machine.configure("volume_grop: x"),
+        lambda machine: machine.host.fail("lvm", "it hangs", times=9),
+        lambda machine: machine.host.vg.update(vg_name="another"),
+    ],
+    ids=["configuration", "LVM", "volume group"],
+)
+def test_nothing_is_refused_while_vdsm_recovers_a_vm(
+    host_vdsm: Vdsm, state: DomainState, break_it: Callable[[Vdsm], None]
+) -> None:
+    with_state(host_vdsm.host, state)
+    break_it(host_vdsm)
+    for text in (disk_json(host_vdsm, **RECOVERED), disk_json(host_vdsm, shared="shared"), "no JSON"):
+        assert host_vdsm.call("after_disk_prepare", text) == text
+        assert host_vdsm.call("after_disk_prepare", text, localdisk="nonsense") == text
+
+
+def test_a_silent_libvirt_refuses_a_start_only_when_the_domain_is_created(host_vdsm: Vdsm) -> None:
+    """Before that, the VM may be one that vdsm recovers."""
+    host_vdsm.host.libvirt_is_silent = True
     text = disk_json(host_vdsm)
     assert host_vdsm.call("after_disk_prepare", text) == text
+    assert host_vdsm.helpers == []
+    domain = domain_xml(("vda", host_vdsm.source(VOLUME), IMAGE, VOLUME))
+    assert "libvirt does not say" in host_vdsm.refused(LibvirtSilent, "before_vm_start", domain)
+
+
+@pytest.mark.parametrize("storage", ["file", "network"])
+def test_a_block_device_of_another_kind_of_storage_is_of_a_vm_that_ran(host_vdsm: Vdsm, storage: str) -> None:
+    """The second sign of a recovery, whatever libvirt has."""
+    host_vdsm.host.add(VOLUME, tags(), SIZE)
+    text = disk_json(host_vdsm, **RECOVERED, volumeInfo={"type": storage, "path": "/x"})
+    assert host_vdsm.call("after_disk_prepare", text) == text
+    assert host_vdsm.helpers == []
+
+
+def test_block_storage_alone_is_no_sign(host_vdsm: Vdsm) -> None:
+    text = disk_json(host_vdsm, diskType="block", volumeInfo={"type": "block", "path": "/x"})
+    assert LOCAL in host_vdsm.call("after_disk_prepare", text)
+
+
+@pytest.mark.parametrize("point", ["after_disk_prepare", "before_vm_start"])
+def test_a_vm_without_the_property_asks_nobody(host_vdsm: Vdsm, point: str) -> None:
+    host_vdsm.call(point, "anything", localdisk="off")
+    assert host_vdsm.host.commands == []
 
 
 def test_a_copy_that_fails_leaves_nothing(host_vdsm: Vdsm) -> None:
@@ -267,7 +329,7 @@ def test_a_copy_that_fails_leaves_nothing(host_vdsm: Vdsm) -> None:
 def test_a_source_that_is_refused_leaves_nothing(host_vdsm: Vdsm) -> None:
     os.truncate(host_vdsm.directory / VOLUME, 0)
     host_vdsm.refused(SourceRefused, "after_disk_prepare", disk_json(host_vdsm))
-    assert host_vdsm.host.tools == ["fullreport", "virsh"]
+    assert host_vdsm.host.tools == ["virsh", "fullreport", "virsh"]
 
 
 def test_what_the_helper_refuses_is_refused(host_vdsm: Vdsm) -> None:
@@ -362,8 +424,13 @@ def test_disks_of_a_domain_that_stay(host_vdsm: Vdsm) -> None:
     assert host_vdsm.verbs == [["look"]]
 
 
-def test_a_running_domain_is_left_alone(host_vdsm: Vdsm) -> None:
-    host_vdsm.host.active = {VM}
+@pytest.mark.parametrize(
+    "state",
+    [DomainState.ACTIVE, DomainState.SHUT_OFF, DomainState.UNKNOWN],
+    ids=["runs", "shut off", "resumed"],
+)
+def test_a_domain_that_is_not_started_is_left_alone(host_vdsm: Vdsm, state: DomainState) -> None:
+    with_state(host_vdsm.host, state)
     text = domain_xml(("vda", host_vdsm.source(VOLUME), IMAGE, VOLUME))
     assert host_vdsm.call("before_vm_start", text) == text
     assert host_vdsm.copied == []
@@ -411,6 +478,7 @@ def test_stopping_does_not_look_at_the_domain(host_vdsm: Vdsm) -> None:
         ("before_vm_migrate_source", "migrated"),
         ("before_vm_migrate_destination", "migrated"),
         ("before_vm_hibernate", "suspended"),
+        ("before_vm_dehibernate", "resumed from a saved state"),
     ],
 )
 def test_operations_that_are_refused(host_vdsm: Vdsm, point: str, operation: str) -> None:

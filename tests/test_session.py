@@ -44,7 +44,11 @@ THIRD_VOLUME = "33333333-3333-4333-8333-333333333333"
 REAL_DM_UUID = VolumeGroup.dm_uuid
 SIZE = 10 * EXTENT
 LOOK = f"{FULLREPORT} ovirt-local"
-LIST = "virsh --readonly --connect qemu:///system list --uuid"
+ACTIVE = "virsh --readonly --connect qemu:///system list --uuid"
+LIST = (
+    f"virsh --readonly --connect qemu:///system"
+    f" domblklist {VM}; echo ====; list --all --uuid; echo ====; list --uuid"
+)
 NAME = f"ovirt-local/{VOLUME}"
 PATH = f"/dev/{NAME}"
 CREATE = f"lvcreate --quiet --yes --name {VOLUME} --setactivationskip y --ignoreactivationskip"
@@ -686,6 +690,22 @@ def test_a_vm_that_is_only_defined_does_not_run(host: FakeHost) -> None:
     assert Hook(host).start()["target"]
 
 
+@pytest.mark.parametrize("more", [None, (), ("UPDATING",), ("DELETING",), ("STOPPED_5",), ("UNNEEDED_5",)])
+@pytest.mark.parametrize("text", ["", KEEP])
+def test_a_vm_that_is_shut_off_stays_as_it_is(
+    host: FakeHost, more: tuple[str, ...] | None, text: str
+) -> None:
+    """vdsm, restarted, recovers it, too: its domain is persistent, with the disks that it ran from."""
+    before = None if more is None else host.add(VOLUME, tags(*more), SIZE).row
+    host.shut_off = {VM}
+    hook = Hook(host, text)
+    assert hook.ask(CLAIM) == STAYS
+    assert "wrong order" in hook.refused(PREPARE)
+    assert before is None or host.volumes[VOLUME].row == before
+    assert host.commands == [LOOK, LIST]
+    assert locks() == []
+
+
 def test_without_libvirt_an_open_disk_is_in_use(host: FakeHost) -> None:
     host.add(VOLUME, tags(), SIZE, lv_device_open="open")
     host.libvirt_is_silent = True
@@ -1050,7 +1070,7 @@ def test_release(
     else:
         assert lv_tags(host) == tags(*after)
     if commands is not None:
-        asked = [LIST] if is_open else []
+        asked = [ACTIVE] if is_open else []
         assert host.commands == [LOOK, LOOK, *asked, *commands]
     assert locks() == []
 
@@ -1067,7 +1087,7 @@ def test_release_of_a_vm_that_still_runs(host: FakeHost) -> None:
     host.add(OTHER_VOLUME, tags(image=OTHER_VOLUME), SIZE)
     host.active = {VM}
     assert "still runs" in str(Hook(host).ask(RELEASE)["error"])
-    assert host.commands == [LOOK, LOOK, LIST]
+    assert host.commands == [LOOK, LOOK, ACTIVE]
     assert locks() == []
 
 
@@ -1086,7 +1106,7 @@ def test_release_of_several_disks_is_one_command_of_each_kind(host: FakeHost) ->
     host.add("44444444-4444-4444-8444-444444444444", tags(vm=OTHER_VM), SIZE)
     assert Hook(host).ask(RELEASE) == {}
     assert host.commands[2:] == [
-        LIST,
+        ACTIVE,
         f"lvremove --quiet --yes ovirt-local/{VOLUME} ovirt-local/{OTHER_VOLUME}",
         f"lvchange --quiet --addtag DELETING ovirt-local/{THIRD_VOLUME}",
     ]

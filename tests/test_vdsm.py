@@ -43,6 +43,7 @@ def test_points_are_those_of_the_design() -> None:
         "before_vm_migrate_source",
         "before_vm_migrate_destination",
         "before_vm_hibernate",
+        "before_vm_dehibernate",
         "before_disk_hotplug",
         "before_disk_hotunplug",
         "before_vdsm_start",
