@@ -1,8 +1,9 @@
 """A real libvirt in the bed: starts its daemons where systemd does not, and does what vdsm does with it.
 
 start()                          once; afterwards virsh works, read-only for user vdsm
-create(xml); destroy(vm_id)      a VM starts, as transient as vdsm's; is pulled the plug
 define_placeholder(vm_id)        what vdsm has there while it prepares the disks of a VM
+start_domain(xml)                a VM starts as vdsm starts it: its domain stays when it ends
+create(xml); destroy(vm_id)      a VM starts whose domain goes when it ends; a VM is pulled the plug
 """
 
 from __future__ import annotations
@@ -66,8 +67,15 @@ def answers() -> bool:
     return attempt("virsh", "-r", "-c", URI, "list", "--uuid").returncode == 0
 
 
+def start_domain(xml: str) -> None:
+    """Defines the VM with this domain XML, in the place of its placeholder, and starts it."""
+    vm_id = xml.partition("<uuid>")[2].partition("</uuid>")[0]
+    run("virsh", "-c", URI, "define", "/dev/stdin", text=xml)
+    run("virsh", "-c", URI, "start", vm_id)
+
+
 def create(xml: str) -> None:
-    """Starts the VM with this domain XML."""
+    """Starts the VM with this domain XML, which libvirt forgets when the VM ends."""
     run("virsh", "-c", URI, "create", "/dev/stdin", text=xml)
 
 
@@ -89,7 +97,7 @@ def define_placeholder(vm_id: str) -> None:
 
 
 def undefine(vm_id: str) -> None:
-    """Removes what define_placeholder defined."""
+    """Removes the definition of a VM that does not run."""
     run("virsh", "-c", URI, "undefine", vm_id)
 
 

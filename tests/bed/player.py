@@ -46,6 +46,7 @@ RAISING_POINTS = frozenset(
         "before_vm_migrate_source",
         "before_vm_migrate_destination",
         "before_vm_hibernate",
+        "before_vm_dehibernate",
         "before_disk_hotplug",
         "before_disk_hotunplug",
     }

@@ -323,9 +323,8 @@ def test_running_vm_and_a_device_is_gone(group: Group, image: Image) -> None:
     started = vdsm.start(vm, THICK)
     before = tags(image)
     group.other(group.under(image)).fail()
-    again = run_point("after_disk_prepare", vm.id, disk_json(vm.disks[0]), THICK)
-    assert again.rc == 0, again.stderr
-    assert json.loads(again.data)["path"] == str(device(image))
+    (again,) = vdsm.recover(vm, THICK)
+    assert (again.rc, again.data) == (0, vdsm.recovered_disk(vm.disks[0])), again.stderr
     assert "kept: in use" in told("gc")[1]
     assert vdsm.stop(started, THICK).stderr.startswith(PARTIAL)
     group.mend()
@@ -732,7 +731,10 @@ def test_libvirt_is_silent(group: Group, image: Image, how: str) -> None:
     stopped = tags(image)
     with silent_libvirt(how), ThreadPoolExecutor() as background:
         gc = background.submit(told, "gc")
-        line = refused("after_disk_prepare", vm_id, disk_json(Disk("vda", image)))
+        data = disk_json(Disk("vda", image))
+        asked = run_point("after_disk_prepare", vm_id, data, THICK)
+        assert (asked.rc, asked.data) == (0, data), "the VM may be one that runs"
+        line = refused("before_vm_start", vm_id, domain_xml(Vm(vm_id, (Disk("vda", image),))))
         assert line.startswith("localdisk: libvirt does not say which VMs run: ")
         code, out, _ = gc.result()
         assert (code, "kept: libvirt cannot be asked" in out) == (1, True)

@@ -17,7 +17,7 @@ from tests.bed import host, libvirt, vdsm
 from tests.bed.player import run_point
 from tests.bed.shell import run
 from tests.bed.storage import FileStorage, Image, Volume, digest, new_id, qemu_io
-from tests.bed.vm import Disk, Vm, boot_sector, disk_json
+from tests.bed.vm import Disk, Vm, boot_sector, disk_json, domain_xml
 from tests.integration.steps import (
     LOCKS,
     MIB,
@@ -95,20 +95,18 @@ def test_a_vm_that_stops_while_vdsm_is_down(volume_group: str, file_storage: Fil
     before = (seqno(), metadata(), digest(device(image), SIZE), tags(image), lv_uuid(image))
     assert run_point("before_vdsm_start").rc == 0
     with vdsm_runs():
-        recovered = run_point(
-            "after_disk_prepare", vm.id, disk_json(disk, format="raw", diskType="block"), THICK
-        )
-        assert (recovered.rc, json.loads(recovered.data)["path"]) == (0, str(device(image)))
+        (recovered,) = vdsm.recover(Vm(vm.id, (disk,)), THICK)
+        assert (recovered.rc, recovered.data) == (0, vdsm.recovered_disk(disk))
         assert gc() == {image.leaf.id: "keep"}
     assert (seqno(), metadata(), digest(device(image), SIZE), tags(image), lv_uuid(image)) == before
 
-    libvirt.destroy(vm.id)
-    libvirt.undefine(vm.id)  # a placeholder would be there still if vdsm did not undefine it
+    libvirt.destroy(vm.id)  # its domain is there still, until the engine has vdsm destroy the VM
     with vdsm_runs():  # somebody calls the hook by hand: a VM may be starting
         assert run_point("before_vdsm_start").rc == 0
     assert any(tag.startswith("UNNEEDED_") for tag in tags(image))
     assert run_point("before_vdsm_start").rc == 0
     assert host.logical_volumes() == {}
+    libvirt.undefine(vm.id)
 
 
 def test_a_missed_stop_of_a_kept_disk(volume_group: str, file_storage: FileStorage) -> None:
@@ -139,10 +137,13 @@ def test_two_sightings(volume_group: str) -> None:
     (mark,) = (tag for tag in host.logical_volumes()[name] if tag.startswith("UNNEEDED_"))
     (owner,) = (tag for tag in host.logical_volumes()[name] if tag.startswith("VM_"))
 
-    libvirt.define_placeholder(owner[3:])
+    libvirt.define_placeholder(owner[3:])  # which says nothing
+    assert gc() == {name: "keep"}
+    libvirt.undefine(owner[3:])
+    libvirt.create(domain_xml(Vm(owner[3:], ())))
     assert gc() == {name: "unmark"}
     assert mark not in host.logical_volumes()[name]
-    libvirt.undefine(owner[3:])
+    libvirt.destroy(owner[3:])
 
     older = f"UNNEEDED_{int(mark.partition('_')[2]) - 3700}"
     run("lvchange", "--addtag", older, f"{host.VOLUME_GROUP}/{name}")
@@ -207,7 +208,7 @@ def test_two_at_once(volume_group: str) -> None:
 
 
 def test_gc_while_vms_start_and_stop(volume_group: str, file_storage: FileStorage) -> None:
-    configure("retention: {grace: 0s}\n")
+    configure("retention: {grace: 1m}\n")
     image = file_storage.template(SIZE, seed=42)
     done = threading.Event()
     codes = []
@@ -307,7 +308,9 @@ def test_a_vm_whose_property_was_removed(volume_group: str, file_storage: FileSt
     data = disk_json(Disk("vda", image))
     result = run_point("after_disk_prepare", vm_id, data, {})
     assert (result.rc, result.data) == (0, data)
+    libvirt.start_domain(domain_xml(Vm(vm_id, (Disk("vda", image),))))
     assert gc() == {image.leaf.id: "keep"}
+    libvirt.destroy(vm_id)
     libvirt.undefine(vm_id)
     assert gc() == {image.leaf.id: "remove"}
     assert host.logical_volumes() == {}

@@ -296,14 +296,17 @@ def test_running_vm_is_never_touched(volume_group: str, file_storage: FileStorag
     vm = vdsm.start(Vm(new_id(), (disk,), host.SCRATCH / "serial-running"), THICK)
     try:
         before, content = seqno(), digest(device(image), 8 * MIB)
-        recovered = disk_json(disk, format="raw", diskType="block")
-        result = run_point("after_disk_prepare", vm.id, recovered, THICK)
-        assert result.rc == 0, result.stderr
-        assert json.loads(result.data)["path"] == str(device(image))
+        (result,) = vdsm.recover(Vm(vm.id, (disk,)), THICK)
+        assert (result.rc, result.data) == (0, vdsm.recovered_disk(disk)), result.stderr
         assert (seqno(), digest(device(image), 8 * MIB)) == (before, content)
         assert "kept: in use, its device is open" in localdisk("gc")
         assert seqno() == before
-        for point in ("before_vm_migrate_source", "before_vm_migrate_destination", "before_vm_hibernate"):
+        for point in (
+            "before_vm_migrate_source",
+            "before_vm_migrate_destination",
+            "before_vm_hibernate",
+            "before_vm_dehibernate",
+        ):
             refusal = run_point(point, vm.id, domain_xml(vm), THICK)
             assert (refusal.rc, refusal.refused) == (2, True)
             assert "runs from local disks" in refusal.stderr

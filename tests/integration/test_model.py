@@ -358,7 +358,8 @@ class RealWorld:
         else:  # what is on shared storage is left out: it is changed while the VM runs
             disks = tuple(disk for disk in self._disks(state, vm_id) if disk.image.id in vm.paths)
             xml = domain_xml(Vm(vm_id, disks))
-            run("virsh", "-c", libvirt.URI, "create", "--paused", "/dev/stdin", text=xml)
+            run("virsh", "-c", libvirt.URI, "define", "/dev/stdin", text=xml)
+            run("virsh", "-c", libvirt.URI, "start", "--paused", vm_id)
             self._changed(vm.paths.values())
 
     def _changed(self, names: Iterable[str]) -> None:
@@ -381,8 +382,8 @@ class RealWorld:
             return start_point("before_vdsm_start")
         vm = state.vms[call.vm_id]
         if call.what == "after_disk_prepare":
-            running = {"format": "raw", "diskType": "block"} if vm.is_active else {}
-            data = disk_json(Disk("vda", self.images[call.arguments[1]]), **running)
+            disk = Disk("vda", self.images[call.arguments[1]])
+            data = vdsm.recovered_disk(disk) if vm.has_started else disk_json(disk)
         else:
             data = domain_xml(Vm(call.vm_id, tuple(self._disks(state, call.vm_id))))
         return start_point(call.what, call.vm_id, data, {"localdisk": vm.using})

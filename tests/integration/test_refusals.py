@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.bed import host, vdsm
+from tests.bed import host, libvirt, vdsm
 from tests.bed.player import run_point
 from tests.bed.shell import attempt, run
 from tests.bed.storage import FileStorage, Image, new_id
@@ -25,6 +25,7 @@ from tests.integration.steps import (
     refused_disk,
     seqno,
     start,
+    starting,
     status,
     stop,
 )
@@ -55,7 +56,11 @@ def test_property_value(volume_group: str, image: Image, value: str) -> None:
     "data", ["", "{", "[]", "[" * 100_000, '{"device": "disk"}'], ids=["empty", "cut", "list", "deep", "keys"]
 )
 def test_json(volume_group: str, data: str) -> None:
-    refused("after_disk_prepare", new_id(), data)
+    vm_id = starting(new_id())
+    try:
+        refused("after_disk_prepare", vm_id, data)
+    finally:
+        libvirt.undefine(vm_id)
 
 
 @pytest.mark.parametrize(
