@@ -43,6 +43,8 @@ from tests.model.world import FORBIDDEN, LEFT, STRANGERS, Ended, Look, Trouble
 VG = "ovirt-local"
 NOW = 1_760_000_000
 POOL = 512 * MIB
+# What vdsm asks when it recovers a VM, on storage whose kind says nothing.
+RECOVERED = {"format": "raw", "diskType": "block", "shared": "exclusive", "volumeInfo": {"type": "block"}}
 WAITS = 1000  # times that a call may wait while nobody else gets any further
 
 
@@ -529,6 +531,7 @@ class FakeWorld:
 
     def power_cut(self) -> None:
         self.end()
+        self.host.shut_off |= self.host.active
         self.host.active.clear()
         self.host.of_running.clear()
         self.host.openers.clear()
@@ -619,17 +622,22 @@ class FakeWorld:
     def _libvirt(self, state: State, what: str, vm_id: str) -> Ended:
         host, paths = self.host, state.vms[vm_id].paths
         if what == "define":
+            host.shut_off.discard(vm_id)
             host.defined.add(vm_id)
         elif what == "undefine":
             host.defined.discard(vm_id)
+            host.shut_off.discard(vm_id)
         elif what == "destroy":
             host.active.discard(vm_id)
+            if state.vms[vm_id].is_defined:
+                host.shut_off.add(vm_id)
             for lv_uuid in [u for u, who in host.openers.items() if vm_id in who]:
                 host.close(lv_uuid, vm_id)
                 host.of_running.pop(lv_uuid, None)
         elif host.libvirt_is_silent:
             return Ended("refused", said="libvirt is silent")
         else:
+            host.defined.discard(vm_id)
             host.active.add(vm_id)
             for volume in paths.values():
                 host.open(volume, vm_id)
@@ -657,8 +665,7 @@ class FakeWorld:
         vm = state.vms[vm_id]
         if point == "after_disk_prepare":
             disk = bed_disk(state, vm_id, str(call.arguments[1]))
-            running = {"format": "raw", "diskType": "block"} if vm.is_active else {}
-            text, variable = disk_json(disk, **running), "_hook_json"
+            text, variable = disk_json(disk, **(RECOVERED if vm.has_started else {})), "_hook_json"
         else:
             disks = (bed_disk(state, vm_id, image_id, number) for number, image_id in enumerate(vm.images))
             local = (

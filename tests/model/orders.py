@@ -35,7 +35,8 @@ class Branch:
     def key(self) -> Hashable:
         """What tells it from others."""
         vms = tuple(
-            (vm.is_defined, vm.is_active, frozenset(vm.paths.items())) for vm in self.state.vms.values()
+            (vm.is_defined, vm.has_started, vm.is_active, frozenset(vm.paths.items()))
+            for vm in self.state.vms.values()
         )
         return frozenset(self.state.disks.items()), vms, len(self.left), self.is_refused
 
@@ -43,7 +44,7 @@ class Branch:
         """The same when the paused call has gone on, as far as that can matter to this VM."""
         for part in _parts_of_gc(self.state, vm_id) if self.paused.what == "gc" else self.left[:1]:
             p = predict(self.state, part)
-            left = () if p.is_refused else self.left[1:]
+            left = () if p.is_refused or p.is_over else self.left[1:]
             yield replace(self.after(p), left=left, is_refused=p.is_refused)
 
     def after(self, p: Prediction) -> Branch:
@@ -99,10 +100,13 @@ def _parts(state: State, call: Call) -> Iterator[Call]:
     images = [*call.arguments[1:]] if call.vm_id else []
     if call.what == "before_vm_start":
         yield Call("look", (call.vm_id,))
+        yield Call("is resumed", (call.vm_id,))
         images = [i for i in state.vms[call.vm_id].images if i not in state.vms[call.vm_id].paths]
+    if call.what == "after_disk_prepare":
+        yield Call("is start", (call.vm_id,))
     for image_id in images:
         yield Call("make way", (call.vm_id, image_id))
-        yield Call("after_disk_prepare", (call.vm_id, image_id))
+        yield Call("prepare", (call.vm_id, image_id))
     if call.what in ("before_vm_start", "after_vm_destroy", "prefetch"):
         yield call
 
@@ -130,9 +134,17 @@ def _passing_over(state: State, call: Call, paused: Call) -> Iterator[Prediction
         disks = {key: state.disks[key] for key in changed}
         locks = [frozenset(k for k, d in disks.items() if d.vm == paused.vm_id or d.name in names)]
     for locked in filter(None, locks):
-        p = predict(replace(state, locked=locked), call)
-        p.state = replace(p.state, locked=frozenset())
-        yield p
+        yield _predicted(state, call, locked)
+    if call.what == "gc" and paused.vm_id:
+        for key in ("", *state.disks):  # the one that the paused call works on, if it is there
+            yield _predicted(state, call, frozenset({key}), paused.vm_id)
+
+
+def _predicted(state: State, call: Call, locked: frozenset[str], prepared: str = "") -> Prediction:
+    """What the call does where somebody works on these disks."""
+    p = predict(replace(state, locked=locked, prepared=prepared), call)
+    p.state = replace(p.state, locked=frozenset(), prepared="")
+    return p
 
 
 def _squeezed(state: State, call: Call) -> Iterator[Prediction]:

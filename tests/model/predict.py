@@ -61,6 +61,7 @@ class Prediction:
 
     state: State
     is_refused: bool = False
+    is_over: bool = False  # of a part of a call: what is left of the call is not done
     has_doubts: bool = False  # gc must end with 1
     stages: dict[str, Stages] = field(default_factory=dict)
     instead: dict[str, Stages] = field(default_factory=dict)
@@ -106,13 +107,15 @@ def predict(state: State, call: Call) -> Prediction:
 
 def _define(p: Prediction, vm_id: str) -> None:
     """A placeholder, there as long as vdsm deals with the VM."""
-    p.state = p.state.with_vm(vm_id, is_defined=True, using=p.state.vms[vm_id].value, paths={})
+    p.state = p.state.with_vm(
+        vm_id, is_defined=True, has_started=False, using=p.state.vms[vm_id].value, paths={}
+    )
 
 
 def _create(p: Prediction, vm_id: str) -> None:
     if p.state.is_silent:
         raise Refused
-    p.state = p.state.with_vm(vm_id, is_active=True)
+    p.state = p.state.with_vm(vm_id, has_started=True, is_active=True)
 
 
 def _destroy(p: Prediction, vm_id: str) -> None:
@@ -120,13 +123,29 @@ def _destroy(p: Prediction, vm_id: str) -> None:
 
 
 def _undefine(p: Prediction, vm_id: str) -> None:
-    p.state = p.state.with_vm(vm_id, is_defined=False)
+    p.state = p.state.with_vm(vm_id, is_defined=False, has_started=False)
 
 
 # -- starting
 
 
+def _is_start(state: State, vm_id: str) -> bool:
+    """Whether vdsm prepares disks to start the VM, as far as libvirt says: not to recover it."""
+    vm = state.vms[vm_id]
+    return not (state.is_silent or state.is_mute) and vm.is_defined and not vm.has_started
+
+
+def _check_start(p: Prediction, vm_id: str) -> None:
+    """after_disk_prepare to begin with."""
+    p.is_over = not _is_start(p.state, vm_id)
+
+
 def _after_disk_prepare(p: Prediction, vm_id: str, image_id: str) -> None:
+    if _is_start(p.state, vm_id):
+        _prepare(p, vm_id, image_id)
+
+
+def _prepare(p: Prediction, vm_id: str, image_id: str) -> None:
     policy = _make_way(p, vm_id, image_id)
     if policy:
         base = _bring_in(p, vm_id, image_id, policy)
@@ -135,6 +154,8 @@ def _after_disk_prepare(p: Prediction, vm_id: str, image_id: str) -> None:
 
 def _before_copy(p: Prediction, vm_id: str, image_id: str) -> None:
     """after_disk_prepare, left alone while it copies, if it does."""
+    if not _is_start(p.state, vm_id):
+        return
     policy = _make_way(p, vm_id, image_id)
     if policy:
         base = _bring_in(p, vm_id, image_id, policy)
@@ -145,6 +166,8 @@ def _before_copy(p: Prediction, vm_id: str, image_id: str) -> None:
 
 def _before_fill(p: Prediction, vm_id: str, image_id: str) -> None:
     """after_disk_prepare, left alone while it fills a template LV, if it does."""
+    if not _is_start(p.state, vm_id):
+        return
     policy = _make_way(p, vm_id, image_id)
     if policy:
         base = _bring_in(p, vm_id, image_id, policy, is_left=True)
@@ -201,12 +224,33 @@ def _rest(p: Prediction, flight: Flight) -> None:
 def _before_vm_start(p: Prediction, vm_id: str) -> None:
     """Each disk that must be local is, or is made so, in the order of the VM's disks."""
     _look(p, vm_id)
+    _check_resumed(p, vm_id)
+    if p.is_over:
+        return
     for image_id in _local_images(p.state, vm_id):
         volume = p.state.sources[image_id].volume
         if p.state.vms[vm_id].paths.get(image_id) != volume:
-            _after_disk_prepare(p, vm_id, image_id)
+            _prepare(p, vm_id, image_id)
         elif volume not in (disk.name for disk in p.state.disks.values() if disk.state == READY):
             raise Refused
+
+
+def _must_make(state: State, vm_id: str) -> bool:
+    """Whether a disk that must be local is not."""
+    paths = state.vms[vm_id].paths
+    return any(paths.get(i) != state.sources[i].volume for i in _local_images(state, vm_id))
+
+
+def _check_resumed(p: Prediction, vm_id: str) -> None:
+    """before_vm_start, once it has looked."""
+    p.is_over = _must_make(p.state, vm_id) and _is_resumed(p.state, vm_id)
+
+
+def _is_resumed(state: State, vm_id: str) -> bool:
+    """Whether libvirt does not know the VM; refused if it does not answer."""
+    if state.is_silent or state.is_mute:
+        raise Refused
+    return not state.vms[vm_id].is_defined
 
 
 def _look(p: Prediction, vm_id: str) -> None:
@@ -246,6 +290,8 @@ def _make_way(p: Prediction, vm_id: str, image_id: str) -> Policy | None:
     if _runs(state, vm_id, key):
         _leave_running(p, vm_id, image_id, key)
         return None
+    if state.vms[vm_id].has_started and not (state.is_silent or state.is_flaky):
+        return None  # it is shut off
     if disk:
         _require_idle(state, policy, source, key, disk)
     for other, copy in state.disks.items():
@@ -368,7 +414,7 @@ def _begin_copy(p: Prediction, vm_id: str, image_id: str, policy: Policy, base: 
     """
     is_room = shelf.fits(policy, *_wanted(p.state, image_id, policy, is_whole=not base))
     if base and not shelf.is_thin(policy):  # it is opened first
-        p.state = p.state.with_cached(base, replace(p.state.cached[base], used=p.state.now))
+        p.state = p.state.with_cached(base, p.state.cached[base].used_at(p.state.now))
     p.state, is_good = shelf.with_room(p.state, policy, is_room, base)
     if not is_good and base and not shelf.is_thin(policy):  # there may be if that one makes room, too
         if not p.state.is_open(base):
@@ -378,7 +424,7 @@ def _begin_copy(p: Prediction, vm_id: str, image_id: str, policy: Policy, base: 
         raise Refused
     key, made = _made(p, vm_id, image_id, policy, base)
     if base:
-        p.state = p.state.with_cached(base, replace(p.state.cached[base], used=p.state.now))
+        p.state = p.state.with_cached(base, p.state.cached[base].used_at(p.state.now))
     p.becomes(key, made)
     p.instead[key] = [*_given_up(made, policy)]
     if made.shared[0]:  # a snapshot is as large as what it is of, and then larger
@@ -420,8 +466,8 @@ def _after_vm_destroy(p: Prediction, vm_id: str) -> None:
         raise Refused
     for key, disk in own.items():
         if policy.on_stop == "keep" and disk.state in COMPLETE:
-            stopped = state.now if disk.state == READY else disk.stopped
-            p.becomes(key, replace(disk, state=STOPPED, stopped=stopped, unneeded=None))
+            stopped = replace(disk, state=STOPPED, stopped=state.now, unneeded=None)
+            p.becomes(key, stopped if disk.state == READY else disk)
         elif state.is_open(key) or policy.erase != "none":
             p.becomes(key, replace(disk, state=DELETING))
         else:
@@ -440,7 +486,7 @@ def _prefetch(p: Prediction, template: str, backend: str, is_left: bool = False)
         raise Refused
     p.state, key, is_good = shelf.look(p.state, base, policy)
     if key:
-        p.state = p.state.with_cached(key, replace(p.state.cached[key], used=p.state.now))
+        p.state = p.state.with_cached(key, p.state.cached[key].used_at(p.state.now))
         return
     if is_good:
         p.state, key = shelf.begin_fill(p.state, base, policy, None)
@@ -486,7 +532,10 @@ def _collect(p: Prediction, key: str, may_start: bool, does_erase: bool) -> None
     policy = p.state.rules.of(disk.vm)
     if p.state.is_locked(key):
         return
-    if p.state.is_open(key) or (not disk.is_aside and p.state.is_known(disk.vm)):
+    is_needed = p.state.is_open(key)
+    if not disk.is_aside and not p.state.is_silent:
+        is_needed = is_needed or p.state.is_running(disk.vm) or p.state.is_prepared(key)
+    if is_needed:
         if disk.state in COMPLETE and disk.unneeded is not None:
             p.becomes(key, replace(disk, unneeded=None))
         return
@@ -497,14 +546,24 @@ def _collect(p: Prediction, key: str, may_start: bool, does_erase: bool) -> None
     elif disk.state not in COMPLETE:
         _erase_and_remove(p, key, policy, does_erase)
     elif disk.state == STOPPED:
-        if _is_due(p, now - (disk.stopped or 0), policy.keep_for):
+        is_past = _is_due(p, now - (disk.stopped or 0), policy.keep_for)
+        is_waiting = may_start and p.state.is_waiting(disk.vm)
+        if is_past and (not is_waiting or _is_past_grace(p, key, policy)):
             _erase_and_remove(p, key, policy, does_erase)
     elif policy.on_stop == "keep":
-        p.becomes(key, replace(disk, state=STOPPED, stopped=now, unneeded=None))
-    elif may_start and disk.unneeded is None:
-        p.becomes(key, replace(disk, unneeded=now))
-    elif not may_start or _is_due(p, now - (disk.unneeded or 0), policy.grace):
+        if not (may_start and p.state.is_waiting(disk.vm)) or _is_past_grace(p, key, policy):
+            p.becomes(key, replace(disk, state=STOPPED, stopped=now, unneeded=None))
+    elif not may_start or _is_past_grace(p, key, policy):
         _erase_and_remove(p, key, policy, does_erase)
+
+
+def _is_past_grace(p: Prediction, key: str, policy: Policy) -> bool:
+    """Whether it was seen as unneeded long enough; it is marked if it was not seen so before."""
+    disk = p.state.disks[key]
+    if disk.unneeded is None:
+        p.becomes(key, replace(disk, unneeded=p.state.now))
+        return False
+    return _is_due(p, p.state.now - disk.unneeded, policy.grace)
 
 
 def _is_due(p: Prediction, age: int, due: int) -> bool:
@@ -540,11 +599,15 @@ CALLS: Mapping[str, Callable[..., object]] = {
     "before_vm_migrate_source": _forbidden,
     "before_vm_migrate_destination": _forbidden,
     "before_vm_hibernate": _forbidden,
+    "before_vm_dehibernate": _forbidden,
     "prefetch": _prefetch,
     "gc": _gc,
     "gc --dry-run": _gc_dry_run,
     # parts of those above
     "look": _look,
+    "is start": _check_start,
+    "is resumed": _check_resumed,
+    "prepare": _prepare,
     "make way": _make_way,
     "gc of some": _gc_of_some,
     "before copy": _before_copy,

@@ -35,7 +35,8 @@ class Vm:
     images: tuple[str, ...]
     value: str
     using: str = "off"
-    is_defined: bool = False  # vdsm's placeholder
+    is_defined: bool = False  # in libvirt: vdsm's placeholder, or once the VM has started its domain
+    has_started: bool = False  # since it was defined: its domain has disks
     is_active: bool = False
     paths: Mapping[str, str] = field(default_factory=dict)  # image id -> volume id, of its local disks
 
@@ -82,6 +83,10 @@ class Cached:
     is_sound: bool = True  # nobody has changed what says what it is
     is_odd: bool = False  # it is plainly not as it was made
     is_spoiled: bool = False  # somebody has written to it
+
+    def used_at(self, now: int) -> Cached:
+        """It is used now, which is written down to the minute."""
+        return self if 0 <= now - self.used < 60 else replace(self, used=now)
 
     @property
     def takes(self) -> int:
@@ -131,8 +136,10 @@ class State:
     busy: frozenset[str] = frozenset()  # keys of disks that something else has open
     flight: Flight | None = None
     locked: frozenset[str] = frozenset()  # keys of disks that somebody else works on just now
+    prepared: str = ""  # the VM that somebody else prepares a disk of just now
     is_silent: bool = False  # libvirt does not answer
-    is_flaky: bool = False  # it does not answer just once
+    is_flaky: bool = False  # it does not answer just once, the helper
+    is_mute: bool = False  # it does not answer just once, the hook
     is_uncached: bool = False  # something goes wrong about the cache just once
 
     def named(self, volume: str) -> str:
@@ -151,10 +158,20 @@ class State:
     def is_locked(self, key: str) -> bool:
         return key in self.locked or (self.flight is not None and self.flight.key == key)
 
-    def is_known(self, vm_id: str) -> bool:
-        """To libvirt, in any state."""
+    def is_running(self, vm_id: str) -> bool:
+        """By libvirt."""
         vm = self.vms.get(vm_id)
-        return not self.is_silent and vm is not None and (vm.is_active or vm.is_defined)
+        return not self.is_silent and vm is not None and vm.is_active
+
+    def is_waiting(self, vm_id: str) -> bool:
+        """By libvirt it is defined and does not run: vdsm may be starting it."""
+        vm = self.vms.get(vm_id)
+        return not self.is_silent and vm is not None and vm.is_defined and not vm.is_active
+
+    def is_prepared(self, key: str) -> bool:
+        """Whether somebody works on another disk of the VM of this one."""
+        flying = self.flight.vm if self.flight and self.flight.key != key else ""
+        return self.disks[key].vm in (self.prepared, flying)
 
     @property
     def in_use(self) -> Mapping[str, str]:

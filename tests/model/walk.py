@@ -18,6 +18,7 @@ In the end everything stops, time goes by, gc runs, and nothing may be left.
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -224,9 +225,9 @@ class Walk:
         self._go_on(vm_id, 9 if self._chance(0.7) else self.rng.randint(0, 2))
 
     def _go_on(self, vm_id: str, most: int = 9) -> None:
-        """Some more calls of a start; refused, vdsm gives it up."""
-        for _ in range(most):
-            flight = self.state.flight
+        """Some more calls of a start; refused, vdsm gives it up.  A domain that may be created is at once."""
+        while most > 0 or [call.what for call in self.pending.get(vm_id, ())] == ["create"]:
+            most, flight = most - 1, self.state.flight
             if not self.pending.get(vm_id) or (flight and flight.vm == vm_id):
                 return
             call = self.pending[vm_id].pop(0)
@@ -289,7 +290,7 @@ class Walk:
         self._call(self.rng.choice(FORBIDDEN), vm_id)
 
     def _restart_vdsm(self, _: None) -> None:
-        """What it did is ended; before it starts, gc; then it takes up the VMs that run."""
+        """What it did is ended; before it starts, gc; then it takes up the VMs that run or are shut off."""
         if self.state.flight:
             self._call(self.rng.choice(("give up", "lose")))
         for vm_id in [*self.pending]:
@@ -298,7 +299,7 @@ class Walk:
                 self._undefine(vm_id)
         self._call("gc", False)
         for vm_id, vm in self.state.vms.items():
-            for image_id in vm.images if vm.is_active else ():
+            for image_id in vm.images if vm.has_started else ():
                 self._call("after_disk_prepare", vm_id, image_id)
 
     def _end_copy(self, _: None) -> None:
@@ -557,14 +558,15 @@ class Walk:
         for vm_id, vm in self.state.vms.items():
             if vm.is_active:
                 self._call("destroy", vm_id)
-            self._undefine(vm_id)
+            if self._chance(0.5):  # a domain that vdsm left behind holds nothing
+                self._undefine(vm_id)
         for key in sorted(self.state.busy):
             self._let_go(key)
         if self._chance(0.5):  # then they go at once
             self._apply(self.state.rules.without_templates())
             self._call("gc", True)
             assert not self.state.cached, f"left: {self.state.cached}"
-        for _ in range(2):  # what is unneeded is marked; then it is past keep_for and grace
+        for _ in range(4):  # marked as unneeded, past grace, past keep_for, past grace once more
             self._call("gc", True)
             self._until_all_is_due()
         self._call("gc", True)
@@ -598,22 +600,25 @@ class Walk:
             return self._overlap(call)
         p = predict(self.state, call)
         if ended.trouble == "fail" and ended.is_good:
-            p = self._in_spite(call)
+            p = self._in_spite(call, ended)
         self.state = self.judge.after(self.state, call, ended, p)
         return ended.is_good
 
-    def _in_spite(self, call: Call) -> Prediction:
+    def _in_spite(self, call: Call, ended: Ended) -> Prediction:
         """What the call does if it goes well though something fails.
 
-        If that was virsh, an open disk is taken to be in use; if it was about a template, it is not used.
+        If that was the helper's virsh, an open disk is taken to be in use; if it was the hook's, the disk is
+        left as it is; if it was about a template, that is not used.
         """
         ways = []
-        for is_flaky in (False, True):
-            for is_uncached in (False, True):
-                p = predict(replace(self.state, is_flaky=is_flaky, is_uncached=is_uncached), call)
-                p.state = replace(p.state, is_flaky=False, is_uncached=False)
-                ways.append(p)
+        for is_flaky, is_mute, is_uncached in itertools.product((False, True), repeat=3):
+            state = replace(self.state, is_flaky=is_flaky, is_mute=is_mute, is_uncached=is_uncached)
+            p = predict(state, call)
+            p.state = replace(p.state, is_flaky=False, is_mute=False, is_uncached=False)
+            ways.append(p)
         good = [p for p in ways if not p.is_refused] or ways
+        if call.vm_id and ended.paths is not None:
+            good.sort(key=lambda p: p.state.vms[call.vm_id].paths != ended.paths)
         return replace(good[0], ways=good[1:])
 
     def _perform(self, call: Call, trouble: Trouble | None) -> Ended:

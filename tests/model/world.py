@@ -15,7 +15,12 @@ from tests.model.state import Room, Source, State
 HOOKS = ("after_disk_prepare", "before_vm_start", "after_vm_destroy")
 STARTS = HOOKS[:2]
 LEFT = ("copying", "filling")
-FORBIDDEN = ("before_vm_migrate_source", "before_vm_migrate_destination", "before_vm_hibernate")
+FORBIDDEN = (
+    "before_vm_migrate_source",
+    "before_vm_migrate_destination",
+    "before_vm_hibernate",
+    "before_vm_dehibernate",
+)
 
 
 @dataclass(frozen=True)
