@@ -93,7 +93,7 @@ class Disk:
     shared     one of SHARED
     volumes    every volume of the image directory, the template's included, in no particular order
     domain_id  canonical UUID of the storage domain that all of them are in, "" where it is not told
-    storage_type  vdsm's word for the kind of storage: "file", "block" or "network"; "" if vdsm does not name it
+    storage_type  what kind of storage vdsm names: "file", "block" or "network"; "" if it names none
     """
 
     name: str
