@@ -110,8 +110,12 @@ class Disk:
 
     @property
     def was_local(self) -> bool:
-        """Whether vdsm read this disk from a domain in which it was local: a block device, of a file."""
-        return self.disk_type == "block" and self.storage_type not in ("", "block")
+        """Whether vdsm read this disk from a domain in which it was local.
+
+        It is a block device then, of storage without block devices, and its path is the shared one again.
+        """
+        is_shared_path = self.path.endswith(f"/{self.image_id}/{self.volume_id}")
+        return is_shared_path and self.disk_type == "block" and self.storage_type not in ("", "block")
 
     @property
     def is_vdsm_image(self) -> bool:

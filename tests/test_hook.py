@@ -304,9 +304,17 @@ def test_a_silent_libvirt_refuses_a_start_only_when_the_domain_is_created(host_v
 def test_a_block_device_of_another_kind_of_storage_is_of_a_vm_that_ran(host_vdsm: Vdsm, storage: str) -> None:
     """The second sign of a recovery, whatever libvirt has."""
     host_vdsm.host.add(VOLUME, tags(), SIZE)
-    text = disk_json(host_vdsm, **RECOVERED, volumeInfo={"type": storage, "path": "/x"})
+    shared = f"/rhev/data-center/p/d/images/{IMAGE}/{VOLUME}"
+    text = disk_json(host_vdsm, **RECOVERED, path=shared, volumeInfo={"type": storage, "path": "/x"})
     assert host_vdsm.call("after_disk_prepare", text) == text
     assert host_vdsm.helpers == []
+
+
+@pytest.mark.parametrize("path", [f"/dev/ovirt-local/{OTHER_VOLUME}", "/dev/mapper/ovirt--local-x"])
+def test_a_local_disk_as_the_path_is_no_sign(host_vdsm: Vdsm, path: str) -> None:
+    """vdsm names the shared path when it recovers a VM; another VM's local disk must not get through."""
+    more = {**RECOVERED, "path": path, "volumeInfo": {"type": "file", "path": "/x"}}
+    host_vdsm.refused(Error, "after_disk_prepare", disk_json(host_vdsm, **more))
 
 
 def test_block_storage_alone_is_no_sign(host_vdsm: Vdsm) -> None:
