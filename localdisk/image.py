@@ -18,14 +18,14 @@ import stat
 import struct
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from localdisk import run
 from localdisk.definition import Disk
 from localdisk.errors import CommandFailed, CommandMissing, SourceRefused
+from localdisk.identity import Tables, forget_pages, is_empty, read_identity
 from localdisk.ids import is_uuid
-from localdisk.lvm import read_dm_uuid
 from localdisk.units import MAX_DISK
 
 MAX_LAYERS = 64
@@ -48,7 +48,6 @@ _UNKNOWN = f"restore it; if qemu-img info opens it, or a newer one elsewhere doe
 _REPLACED = "find out who put it there (ls -l, readlink -f), then restore the volume"
 _HEADER_BYTES = 64 * 1024  # header, extensions and backing name lie in the first cluster
 _MEASURED = 64 * 1024  # the cluster size that qemu-img measure assumes
-_IDENTITY_BYTES = 256 * 1024  # of a block device, which has no time of change: header, refcounts, L1
 # A forged image can make a tool eat memory or spin.
 _BOUNDED = ("prlimit", "--as=2147483648", "--cpu=600", "--core=0", "--")
 
@@ -60,6 +59,7 @@ class Header:
     virtual_size: int
     backing_name: str
     backing_format: str
+    tables: Tables = field(default=Tables(), compare=False)
 
     @classmethod
     def parse(cls, data: bytes) -> Header:
@@ -68,7 +68,7 @@ class Header:
             raise ValueError("it is no qcow2 image, but vdsm or its child says so", "restore the volume")
         fields = _FIXED.unpack_from(data)
         version, backing_offset, backing_size, cluster_bits, size = fields[1:6]
-        crypt_method, snapshots = fields[6], fields[11]
+        crypt_method, l1_size, l1_at, refcounts_at, refcount_clusters, snapshots = fields[6:12]
         if version not in (2, 3):
             raise ValueError(f"qcow2 version {version} is not known", _UNKNOWN)
         if crypt_method:
@@ -86,6 +86,11 @@ class Header:
             virtual_size=size,
             backing_name=_backing_name(data, backing_offset, backing_size, 1 << cluster_bits),
             backing_format=_backing_format(data, header_length, backing_offset or 1 << cluster_bits),
+            tables=Tables(
+                cluster=1 << cluster_bits,
+                l1=(l1_at, 8 * l1_size),
+                refcounts=(refcounts_at, refcount_clusters << cluster_bits),
+            ),
         )
 
 
@@ -139,6 +144,8 @@ class Layer:
     is_block: bool
     virtual_size: int
     identity: str  # changes when the volume's content may have changed
+    tables: Tables | None = None  # of a qcow2 layer
+    is_empty: bool = False  # it shows what it stands on
 
     @property
     def node(self) -> dict[str, Any]:
@@ -158,8 +165,7 @@ class Layer:
     def is_unchanged(self) -> bool:
         """Whether it is what it was when it was opened, as far as its identity tells."""
         try:
-            start = _read(self.fd, _start_bytes(self.is_block))
-            return _identity(os.fstat(self.fd), os.lseek(self.fd, 0, os.SEEK_END), start) == self.identity
+            return read_identity(self.fd, _read(self.fd, _HEADER_BYTES), self.tables) == self.identity
         except OSError:
             return False
 
@@ -181,8 +187,14 @@ class Source:
 
     @property
     def fingerprint(self) -> str:
-        """32 hexadecimal digits over the identity of every layer."""
-        return _fingerprint(*self.layers)
+        """32 hexadecimal digits over the identity of every layer that a guest sees something of.
+
+        A snapshot puts an empty layer upon the others: it changes nothing of what the guest sees.
+        """
+        layers = self.layers
+        while len(layers) > 1 and layers[0].is_empty and layers[0].virtual_size == layers[1].virtual_size:
+            layers = layers[1:]
+        return _fingerprint(*layers)
 
     @property
     def base(self) -> Layer:
@@ -412,8 +424,14 @@ def _open_layer(
     file_size = os.lseek(fd, 0, os.SEEK_END)
     try:
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)  # no more than is asked for; qemu-img opens it anew
-        start = _read(fd, _start_bytes(is_block))
-        header = Header.parse(start[:_HEADER_BYTES]) if image_format == "qcow2" else None
+        if is_block:
+            forget_pages(fd)
+        start = _read(fd, _HEADER_BYTES)
+        header = Header.parse(start) if image_format == "qcow2" else None
+        tables = header.tables if header else None
+        is_upon = header is not None and header.backing_name != ""
+        empty = is_upon and tables is not None and is_empty(fd, tables)
+        identity = read_identity(fd, start, tables)
     except ValueError as error:
         raise SourceRefused(path, *error.args) from None
     except OSError as error:
@@ -421,8 +439,7 @@ def _open_layer(
     virtual_size = header.virtual_size if header else -(-file_size // SECTOR) * SECTOR
     if not 0 < virtual_size <= MAX_DISK:
         raise SourceRefused(path, f"its size is {virtual_size} bytes")
-    identity = _identity(status, file_size, start)
-    return Layer(path, image_format, fd, is_block, virtual_size, identity), header
+    return Layer(path, image_format, fd, is_block, virtual_size, identity, tables, empty), header
 
 
 def _require_is_volume(disk: Disk, path: str, volume_id: str, fd: int, status: os.stat_result) -> None:
@@ -491,26 +508,6 @@ def _read(fd: int, size: int) -> bytes:
             break
         data += part
     return data
-
-
-def _start_bytes(is_block: bool) -> int:
-    return _IDENTITY_BYTES if is_block else _HEADER_BYTES
-
-
-def _identity(status: os.stat_result, file_size: int, start: bytes) -> str:
-    """What changes when the volume does.
-
-    A file: its inode, size and time of last change of content.  A block device: its LVM UUID and size; it
-    has no time of change, so a change that leaves its first 256 KiB alone is not seen.
-    """
-    digest = hashlib.sha256(start).hexdigest()
-    if stat.S_ISREG(status.st_mode):
-        return f"file {status.st_ino} {file_size} {status.st_mtime_ns} {digest}"
-    try:
-        device = read_dm_uuid(status.st_rdev)
-    except OSError:
-        device = "unnamed"
-    return f"block {device} {file_size} {digest}"
 
 
 def _opens_direct(fd: int) -> bool:

@@ -1015,16 +1015,41 @@ def test_fingerprint_of_an_image_is_not_that_of_its_raw_bytes(tmp_path: Path) ->
         assert cow.fingerprint != raw.fingerprint
 
 
-def test_identity_of_a_block_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    status = os.stat_result((stat.S_IFBLK | 0o660, 1, 1, 1, 0, 0, 0, 0, 0, 0))
-    monkeypatch.setattr(image, "read_dm_uuid", lambda _device: "LVM-x")
-    assert image._identity(status, MIB, b"").startswith("block LVM-x 1048576 ")
+@pytest.mark.parametrize("name", [MIDDLE, BASE])
+def test_an_empty_layer_on_top_changes_nothing(own_chain: Path, name: str) -> None:
+    """A snapshot puts it there; what a guest sees is what lies below."""
+    with image.opened(disk(own_chain / LEAF, volumes=[MIDDLE, BASE])) as source:
+        before, size = source.fingerprint, source.virtual_size
+    tops, under = VOLUMES[10:12], [*VOLUMES[10:12], LEAF, MIDDLE, BASE]
+    for top, below in zip(tops, (LEAF, tops[0])):
+        qemu_img("create", "-f", "qcow2", "-b", below, "-F", "qcow2", own_chain / top, size)
+        with image.opened(disk(own_chain / top, volumes=under, leaf=top)) as source:
+            assert source.fingerprint == before
+            assert source.layers[0].is_empty
+    qemu_io(own_chain / tops[0], "write -z 0 64k")  # zeros hide what is below
+    with image.opened(disk(own_chain / tops[1], volumes=under, leaf=tops[1])) as source:
+        assert [layer.is_empty for layer in source.layers[:2]] == [True, False]
+        assert source.fingerprint != before
+    set_mtime(own_chain / name, 7)
+    with image.opened(disk(own_chain / tops[1], volumes=under, leaf=tops[1])) as source:
+        assert source.fingerprint != before
 
-    def no_such_device(_device: int) -> str:
-        raise FileNotFoundError
 
-    monkeypatch.setattr(image, "read_dm_uuid", no_such_device)
-    assert image._identity(status, MIB, b"").startswith("block unnamed 1048576 ")
+@pytest.mark.parametrize("size", [MIB - 512, MIB + 512])
+def test_an_empty_layer_of_another_size_is_another_disk(tmp_path: Path, size: int) -> None:
+    qemu_img("create", "-f", "qcow2", tmp_path / BASE, MIB)
+    qemu_img("create", "-f", "qcow2", "-b", BASE, "-F", "qcow2", tmp_path / LEAF, size)
+    below, above = disk(tmp_path / BASE, leaf=BASE), disk(tmp_path / LEAF, volumes=[BASE])
+    with image.opened(below) as base, image.opened(above) as leaf:
+        assert leaf.layers[0].is_empty
+        assert leaf.fingerprint != base.fingerprint
+
+
+def test_an_image_without_anything_below_is_what_it_is(tmp_path: Path) -> None:
+    qemu_img("create", "-f", "qcow2", tmp_path / LEAF, MIB)
+    with image.opened(disk(tmp_path / LEAF)) as source:
+        assert not source.layers[0].is_empty
+        assert source.fingerprint == image._fingerprint(source.base)
 
 
 # -- layers

@@ -49,6 +49,7 @@ ORDER = (
     "copy",
     "origin",
     "image",
+    "identity",
     "definition",
     "vdsm",
     "domains",
