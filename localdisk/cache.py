@@ -11,9 +11,10 @@ import contextlib
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from localdisk import counters, lock, log, template
@@ -41,7 +42,16 @@ from localdisk.units import format_size
 _SAMPLES, _SAMPLE = 256, 4096  # blocks, and bytes of each
 
 Room = Callable[[VolumeGroup], None]  # raises NoSpace or ThinPoolFull
+FindRoom = Callable[[str], VolumeGroup]  # but by evicting the template LV of that name; raises as Room
 Make = Callable[[VolumeGroup], None]  # creates a volume; raises ThinPoolAtThreshold
+
+
+@dataclass(frozen=True)
+class Spare:
+    """What can be removed for room: the bytes that it takes of the group or pool, and how."""
+
+    takes: int
+    remove: Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -168,10 +178,11 @@ class Shelf:
     # -- making a disk of it
 
     def clone(
-        self, disk: Making, size: int, larger: int, tags: frozenset[str], room: Room
+        self, disk: Making, size: int, larger: int, tags: frozenset[str], room: FindRoom
     ) -> dict[str, Any] | None:
         """Make a VM's disk as a thin snapshot of it, `larger` bytes large, `size` of them the guest's view.
 
+        `room` finds room for it.
         Returns the fields of the `copy.Target` for the layers above; None where the template LV was spoiled.
         """
         found = self._found
@@ -182,10 +193,7 @@ class Shelf:
             if vg.round_up(larger) > found.lv.lv_size:
                 vg.extend(disk.lv_name, larger)
 
-        def has_room() -> VolumeGroup:
-            return with_room(self._policy, room, self.name, self._pause)
-
-        target = disk.create(size, self._pause, has_room, self._insisting(make))
+        target = disk.create(size, self._pause, partial(room, self.name), self._insisting(make))
         if not self._is_as_it_was(target["path"]):
             return None
         self.touch()
@@ -290,10 +298,13 @@ def _devices(path: str) -> Iterator[str]:
 # -- room
 
 
-def with_room(policy: Policy, require: Room, keep: str, pause: Pause) -> VolumeGroup:
+def with_room(
+    policy: Policy, require: Room, keep: str, pause: Pause, spares: Sequence[Spare] = ()
+) -> VolumeGroup:
     """The volume group, in which `require` finds room; idle template LVs but `keep` are evicted for it.
 
-    None is where that would not help.  Raises what `require` raises.
+    If they do not make enough room, `spares` are removed.  Nothing is removed if that would not help, as far
+    as LVM reports what each takes.  Raises what `require` raises.
     """
     vg = _read(policy)
     try:
@@ -302,10 +313,9 @@ def with_room(policy: Policy, require: Room, keep: str, pause: Pause) -> VolumeG
     except (NoSpace, ThinPoolFull) as error:
         refusal: Error = error
     pool = policy.thin_pool if policy.backend == "lvmthin" else ""
-    idle = tuple(_idle(template.in_place(vg, pool), keep))
-    require(_without(vg, pool, sum(each.holds for each in idle)))
-    for each in idle:
-        evict(policy, each.name, "a disk needs its room", pause)
+    idle = tuple(_evictable(policy, each, pause) for each in _idle(template.in_place(vg, pool), keep))
+    for each in _enough(vg, pool, require, idle, spares):
+        each.remove()
         vg = _read(policy)
         try:
             require(vg)
@@ -313,6 +323,25 @@ def with_room(policy: Policy, require: Room, keep: str, pause: Pause) -> VolumeG
         except (NoSpace, ThinPoolFull) as error:
             refusal = error
     raise refusal
+
+
+def _enough(
+    vg: VolumeGroup, pool: str, require: Room, idle: Sequence[Spare], spares: Sequence[Spare]
+) -> Sequence[Spare]:
+    """What makes enough room if it is removed in this order.  Raises what `require` raises."""
+    for found in (idle, spares):
+        try:
+            require(_without(vg, pool, sum(each.takes for each in found)))
+            return found
+        except (NoSpace, ThinPoolFull):
+            pass
+    both = (*spares, *idle)
+    require(_without(vg, pool, sum(each.takes for each in both)))
+    return both
+
+
+def _evictable(policy: Policy, found: Template, pause: Pause) -> Spare:
+    return Spare(found.holds, partial(evict, policy, found.name, "a disk needs its room", pause))
 
 
 def insisting(policy: Policy, make: Make, keep: str, pause: Pause) -> Make:

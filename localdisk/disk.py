@@ -11,6 +11,7 @@ its tags, so that nothing else has to be kept in step with the volume group:
     WRITES_<bytes>      while UPDATING: the data that it will hold, counted against the thin pool
     STOPPED_<epoch>     kept since then for a VM that is not running
     UNNEEDED_<epoch>    since then gc has seen no VM that needs it, though nothing says that its VM stopped
+    STALE               since its VM stopped, the VM has been started here from shared storage
     DELETING            waits to be removed
     ERASE_<how>         while set aside: erase it so first
     ASIDE_<uuid>        while set aside: the name that it gets
@@ -32,8 +33,10 @@ from localdisk.config import Margins, Policy, Retention
 from localdisk.errors import (
     DiskBusy,
     Error,
+    KeptStale,
     NoSpace,
     NoThinPool,
+    OtherLeaf,
     OtherOwner,
     SourceChanged,
     ThinPoolBroken,
@@ -48,6 +51,7 @@ from localdisk.units import format_size
 OURS = "localdisk"
 UPDATING = "UPDATING"
 DELETING = "DELETING"
+STALE = "STALE"
 ERASES = ("discard", "zero")  # but for none, what `retention.erase` can say
 
 _FINGERPRINT = re.compile(r"[0-9a-f]{32}")
@@ -119,6 +123,15 @@ class LocalDisk:
         return "lvmthin" if self.lv.pool_lv else "lvm"
 
     @property
+    def is_complete(self) -> bool:
+        return self.state in (State.READY, State.STOPPED)
+
+    @property
+    def is_stale(self) -> bool:
+        """Its VM has been started here from shared storage since it was kept."""
+        return STALE in self.lv.lv_tags
+
+    @property
     def is_aside(self) -> bool:
         """Set aside to be erased and removed; it is no VM's."""
         return not self.vm_id
@@ -177,37 +190,79 @@ def aside_tags(disk: LocalDisk, erase: str, name: str) -> tuple[frozenset[str], 
 # -- starting
 
 
-class Start(enum.Enum):
-    """What a start does with the volume that it finds."""
+@dataclass(frozen=True)
+class Start:
+    """What a start does with the local disks of its image.  Without `reuse`, a new disk is made."""
 
-    CREATE = "create"
-    REUSE = "reuse"
-    REPLACE = "replace"
+    reuse: LocalDisk | None = None  # the kept disk that the VM goes on with
+    remove: tuple[LocalDisk, ...] = ()  # at once: nobody keeps what they hold
+    replace: tuple[LocalDisk, ...] = ()  # kept disks that are removed once the disk of this start is ready
 
 
-def plan_start(
-    disk: LocalDisk | None, fingerprint: str, virtual_size: int, retention: Retention, vg: str
-) -> Start:
-    """What to do for a VM that is not running, whose owner was checked and whose lock is held.
+@dataclass(frozen=True)
+class Wanted:
+    """The disk that a start asks for."""
 
-    Raises DiskBusy where something has the disk open, SourceChanged where the operator must decide.
+    volume_id: str  # the leaf's; the local disk gets this name
+    fingerprint: str  # of what the guest sees
+    virtual_size: int  # bytes
+
+
+def plan_start(disks: Iterable[LocalDisk], wanted: Wanted, retention: Retention, vg: str) -> Start:
+    """What to do for a VM that is not running with `disks`, all local disks that it has of one image.
+
+    Their owner was checked, and their locks are held.  A kept disk may be the copy of what was the image's
+    leaf before: what counts is whether it was made from the bytes that the guest sees now.
+    Raises DiskBusy if something has the disk open that is to be used; SourceChanged, OtherLeaf, KeptStale
+    if the operator must decide.
     """
-    if disk is None:
-        return Start.CREATE
+    every = sorted(disks, key=lambda disk: disk.volume_id != wanted.volume_id)
+    for disk in every:
+        if disk.volume_id == wanted.volume_id:
+            _require_closed(disk, vg)
+    closed = [disk for disk in every if not disk.is_open]
+    kept = [disk for disk in every if _is_kept(disk, retention)]
+    remove = tuple(disk for disk in closed if disk not in kept)
+    if retention.on_stop == "delete":
+        return Start(remove=remove, replace=tuple(disk for disk in kept if not disk.is_open))
+    reuse = next((disk for disk in kept if _is_good(disk, wanted)), None)
+    if reuse:
+        _require_closed(reuse, vg)
+    elif kept and retention.on_source_change == "refuse":
+        raise _changed(kept[0], wanted, vg)
+    others = tuple(disk for disk in kept if disk is not reuse and not disk.is_open)
+    return Start(reuse, remove, others if retention.on_source_change == "recopy" else ())
+
+
+def _require_closed(disk: LocalDisk, vg: str) -> None:
     if disk.is_open:
         raise DiskBusy(vg=vg, lv=disk.volume_id, state=disk.state.value)
-    if disk.state in (State.UNFINISHED, State.DELETING) or retention.on_stop == "delete":
-        return Start.REPLACE
-    if _same_source(disk, fingerprint) and disk.lv.lv_size >= virtual_size:
-        return Start.REUSE
-    if retention.on_source_change == "recopy":
-        return Start.REPLACE
-    raise SourceChanged(vg=vg, lv=disk.volume_id)
 
 
-def _same_source(disk: LocalDisk, fingerprint: str) -> bool:
-    """An older disk has no fingerprint: nothing says that its source changed, so it is taken over."""
-    return disk.fingerprint == fingerprint or (disk.is_older and not disk.fingerprint)
+def _is_kept(disk: LocalDisk, retention: Retention) -> bool:
+    """Whether its stop has kept it, or would have."""
+    return disk.state is State.STOPPED or (disk.state is State.READY and retention.on_stop == "keep")
+
+
+def _is_good(disk: LocalDisk, wanted: Wanted) -> bool:
+    is_large_enough = disk.lv.lv_size >= wanted.virtual_size
+    return not disk.is_stale and is_large_enough and _is_same_source(disk, wanted)
+
+
+def _is_same_source(disk: LocalDisk, wanted: Wanted) -> bool:
+    """A disk of the older hook has no fingerprint: its name alone says what it is a copy of."""
+    if disk.is_older and not disk.fingerprint:
+        return disk.volume_id == wanted.volume_id
+    return disk.fingerprint == wanted.fingerprint
+
+
+def _changed(disk: LocalDisk, wanted: Wanted, vg: str) -> Error:
+    """Why the kept `disk` is not used."""
+    if disk.is_stale:
+        return KeptStale(vg=vg, lv=disk.volume_id)
+    if disk.volume_id != wanted.volume_id:
+        return OtherLeaf(vg=vg, lv=disk.volume_id, volume=wanted.volume_id)
+    return SourceChanged(vg=vg, lv=disk.volume_id)
 
 
 def require_room(vg: VolumeGroup, policy: Policy, size: int, writes: int) -> None:
@@ -285,7 +340,7 @@ def plan_stop(disk: LocalDisk, retention: Retention) -> Stop:
 
     A stop never waits: what is open or must be erased first is left to gc.
     """
-    if retention.on_stop == "keep" and disk.state in (State.READY, State.STOPPED):
+    if retention.on_stop == "keep" and disk.is_complete:
         return Stop.KEEP
     if disk.is_open or retention.erase != "none":
         return Stop.MARK_DELETING

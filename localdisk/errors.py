@@ -329,6 +329,24 @@ class SourceChanged(Error):
     )
 
 
+class OtherLeaf(Error):
+    """The image has another leaf than when it was copied, and the guest would see other bytes there."""
+
+    what = "kept local disk {vg}/{lv} was not copied from what its image's volume {volume} shows now"
+    fix = (
+        "keep the local data by going back to the snapshot that it was copied from, or set "
+        "`on_source_change: recopy` (loses the local data) or remove the disk with lvremove {vg}/{lv}"
+    )
+
+
+class KeptStale(Error):
+    what = "kept local disk {vg}/{lv} is stale, its VM was started without it on this host since"
+    fix = (
+        "set `on_source_change: recopy` (loses the local data), or lvremove {vg}/{lv}; to use the local data "
+        "and not what was written to shared storage since: lvchange --deltag STALE {vg}/{lv}"
+    )
+
+
 class NotLocal(Error):
     what = "disk {disk} of VM {vm} points to {path}, which is no ready local disk of this VM ({state})"
     fix = "start the VM again; if it stays, look at localdisk status"

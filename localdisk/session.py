@@ -26,16 +26,17 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from localdisk import cache, counters, domains, lock, log
 from localdisk import disk as life
-from localdisk.cache import Base, Shelf
+from localdisk.cache import Base, Shelf, Spare
 from localdisk.config import Config, Policy
-from localdisk.disk import LocalDisk, Start, State, Stop
+from localdisk.disk import LocalDisk, State, Stop, Wanted
 from localdisk.domains import DomainState
 from localdisk.errors import (
     BadRequest,
@@ -53,6 +54,7 @@ from localdisk.ids import is_uuid
 from localdisk.lvm import VolumeGroup
 from localdisk.making import Making
 from localdisk.removal import take_away
+from localdisk.replaced import Replaced
 from localdisk.units import MAX_DISK
 
 MAX_REQUEST = 64 * 1024  # bytes of one line
@@ -76,6 +78,9 @@ class Claim:
     vg: VolumeGroup
     making: Making
     resources: ExitStack  # what `making` has
+    # This VM's other local disks of the image, whose locks are held; None: nobody has looked for them yet.
+    others: tuple[LocalDisk, ...] | None = None
+    replaced: Replaced | None = None  # by the disk that is made
     wanted: tuple[int, int] = (
         0,
         0,
@@ -85,9 +90,21 @@ class Claim:
         """This disk now.  Raises ForeignVolume, OtherOwner."""
         return _find(vg, self.vm_id, self.image_id, self.volume_id)
 
+    @property
+    def disks(self) -> tuple[LocalDisk, ...]:
+        """All local disks that this VM has of the image."""
+        return (*((self.found,) if self.found else ()), *(self.others or ()))
+
     def require_room(self, vg: VolumeGroup) -> None:
         """Raises as `disk.require_room` where there is none for what is wanted."""
         life.require_room(vg, self.policy, *self.wanted)
+
+    def find_room(self, spares: Sequence[Spare], pause: lock.Pause, keep: str = "") -> VolumeGroup:
+        """The group with room for what is wanted, and its name free; as `cache.with_room`."""
+        vg = cache.with_room(self.policy, self.require_room, keep, pause, spares)
+        if self.replaced:
+            self.replaced.free_name(vg, self.volume_id)
+        return vg
 
 
 class Session:
@@ -184,7 +201,7 @@ class Session:
         return {"stays": stays, "path": path, "thin": thin, "cached": cached}
 
     def _prepare(self, request: Request) -> Answer:
-        claim = self._unfilled_claim()
+        self._unfilled_claim()
         size = _integer(request, "size", 512, MAX_DISK)
         writes = _integer(request, "writes", 0, MAX_DISK)
         base = None if request["base"] is None else _base(request["base"])
@@ -193,49 +210,54 @@ class Session:
             raise BadRequest(problem="size or fingerprint is malformed")
         if base and base.size > size:
             raise BadRequest(problem="the base is larger than the disk")
+        claim = self._claim = self._with_others(self._unfilled_claim())
         claim.vg.require_usable()
-        plan = life.plan_start(claim.found, fingerprint, size, claim.policy.retention, claim.vg.vg_name)
-        self._take_away_other_leaves(claim)
-        if plan is Start.REUSE and claim.found is not None:
-            return self._reuse(claim.vg, claim, claim.found, fingerprint)
-        if plan is Start.REPLACE:
-            self._remove_old(claim)
+        wanted = Wanted(claim.volume_id, fingerprint, size)
+        plan = life.plan_start(claim.disks, wanted, claim.policy.retention, claim.vg.vg_name)
+        claim = self._claim = self._without(claim, plan.remove)
+        replaced = self._replaced(claim, plan.replace)
+        if plan.reuse:
+            return self._reuse(claim, plan.reuse, replaced, fingerprint)
         with_margin = size + claim.policy.margins.disk.of(size)
-        claim = self._claim = replace(claim, found=None, wanted=(with_margin, writes))
+        claim = self._claim = replace(claim, wanted=(with_margin, writes), replaced=replaced)
         if base and claim.policy.cache.templates:
             return self._start_from(base, claim, size, fingerprint)
         self._leave_shelf()
-        return _to_fill("copy", claim.vg.path(claim.volume_id), self._create(claim, size, fingerprint))
+        target = self._create(claim, size, fingerprint, replaced.spares)
+        return _to_fill("copy", claim.vg.path(claim.volume_id), target)
 
-    def _reuse(self, vg: VolumeGroup, claim: Claim, found: LocalDisk, fingerprint: str) -> Answer:
+    def _reuse(self, claim: Claim, found: LocalDisk, replaced: Replaced, fingerprint: str) -> Answer:
+        vg, name = claim.vg, claim.volume_id
+        if found.volume_id != name:
+            self._replaced(claim, claim.disks).free_name(vg, name)
+            vg.rename(found.volume_id, name)
+            log.event("kept disk renamed", vm=claim.vm_id, disk=found.volume_id, to=name)
         missing = {life.OURS, f"SOURCE_{fingerprint}"} - found.lv.lv_tags
         if missing or found.idle_tags:
-            vg.change_tags(found.volume_id, add=missing, remove=found.idle_tags)
+            vg.change_tags(name, add=missing, remove=found.idle_tags)
         try:
-            vg.activate(found.volume_id)
-            vg.dm_uuid(found.volume_id)  # raises where the node is not there, or not the volume's
+            vg.activate(name)
+            vg.dm_uuid(name)  # raises where the node is not there, or not the volume's
         except Error:
-            self._keep_as_it_was(vg, found)
+            self._keep_as_it_was(vg, name, found.idle_tags)
             raise
         log.event("kept disk taken back", **claim.making.who)
+        replaced.remove()
         self.close()
-        return _to_fill("kept", vg.path(found.volume_id))
+        return _to_fill("kept", vg.path(name))
 
-    def _keep_as_it_was(self, vg: VolumeGroup, found: LocalDisk) -> None:
+    def _keep_as_it_was(self, vg: VolumeGroup, name: str, idle_tags: frozenset[str]) -> None:
         try:
-            if found.idle_tags:
-                vg.change_tags(found.volume_id, add=found.idle_tags)
-            vg.deactivate(found.volume_id)
+            if idle_tags:
+                vg.change_tags(name, add=idle_tags)
+            vg.deactivate(name)
         except Error as error:
-            log.problem("kept disk is left to gc", disk=found.volume_id, why=error)
+            log.problem("kept disk is left to gc", disk=name, why=error)
 
-    def _create(self, claim: Claim, size: int, fingerprint: str) -> Answer:
-        """Make the claimed disk; returns the fields of its `copy.Target`."""
+    def _create(self, claim: Claim, size: int, fingerprint: str, spares: Sequence[Spare] = ()) -> Answer:
+        """Make the claimed disk, removing `spares` for room; returns the fields of its `copy.Target`."""
         policy, (with_margin, writes) = claim.policy, claim.wanted
         tags = life.new_tags(claim.vm_id, claim.image_id, fingerprint, writes)
-
-        def room() -> VolumeGroup:
-            return cache.with_room(policy, claim.require_room, "", self._pause)
 
         def make(vg: VolumeGroup) -> None:
             if policy.backend == "lvm":
@@ -244,6 +266,7 @@ class Session:
                 vg.create_thin(claim.volume_id, with_margin, policy.thin_pool, tags)
 
         claim.making.wait(size, self._pause)
+        room = partial(claim.find_room, spares, self._pause)
         return claim.making.create(size, self._pause, room, cache.insisting(policy, make, "", self._pause))
 
     # -- templates
@@ -300,7 +323,9 @@ class Session:
         with_margin, writes = claim.wanted
         tags = life.new_tags(claim.vm_id, claim.image_id, fingerprint, shelf.holds + writes)
         claim.making.wait(size, self._pause)
-        return shelf.clone(claim.making, size, with_margin, tags, claim.require_room)
+        spares = claim.replaced.spares if claim.replaced else ()
+        room = partial(claim.find_room, spares, self._pause)
+        return shelf.clone(claim.making, size, with_margin, tags, room)
 
     def _prefetch(self, request: Request) -> Answer:
         self.close()
@@ -358,9 +383,14 @@ class Session:
         vg.require_usable()
         vg.change_tags(claim.volume_id, remove={life.UPDATING, *found.writes_tags})
         self._claim = None
-        making.release()
+        making.finished()
         log.event("disk ready", **making.who, **making.speed())
         counters.copied(making.written, making.took)
+        try:
+            if claim.replaced:
+                claim.replaced.remove()
+        finally:
+            making.release()
 
     def _release(self, request: Request) -> Answer:
         self.close()
@@ -378,24 +408,36 @@ class Session:
 
     # -- steps
 
-    def _remove_old(self, claim: Claim) -> None:
-        vg = _read(claim.policy)
-        found = claim.find(vg)
-        if found:
-            take_away(vg, found, claim.policy.retention.erase, self._pause)
-            log.event("old copy removed", **claim.making.who, state=found.state.value)
+    def _with_others(self, claim: Claim) -> Claim:
+        """The claim, with this VM's other local disks of its image locked and looked at again.
 
-    def _take_away_other_leaves(self, claim: Claim) -> None:
-        """Copies of what was the image's leaf before a snapshot was made or removed: no VM needs them."""
-        if not _other_leaves(claim, claim.vg):
-            return
-        with ExitStack() as locks:
-            held = {d.volume_id for d in _other_leaves(claim, claim.vg) if _try_hold(d.volume_id, locks)}
-            vg = _read(claim.policy)
-            for disk in _other_leaves(claim, vg):
-                if disk.volume_id in held and not disk.is_open:
-                    take_away(vg, disk, claim.policy.retention.erase, self._pause)
-                    log.event("copy of another leaf removed", vm=claim.vm_id, disk=disk.volume_id)
+        They are copies of what was the image's leaf before a snapshot was made or removed, or were given
+        another name by a start that was to replace them.
+        """
+        if claim.others is not None:
+            return claim
+        names = [disk.volume_id for disk in _others(claim, claim.vg)]
+        for name in names:
+            claim.resources.enter_context(lock.holding(lock.disk_lock(name), self._pause))
+        vg = _read(claim.policy) if names else claim.vg
+        others = tuple(disk for disk in _others(claim, vg) if disk.volume_id in names)
+        return replace(claim, vg=vg, found=claim.find(vg), others=others)
+
+    def _replaced(self, claim: Claim, disks: Sequence[LocalDisk]) -> Replaced:
+        return Replaced(disks, claim.policy, self._pause, claim.resources)
+
+    def _without(self, claim: Claim, removed: Sequence[LocalDisk]) -> Claim:
+        """The claim once these disks of it, which nobody keeps, were removed."""
+        if not removed:
+            return claim
+        vg = claim.vg if claim.others else _read(claim.policy)  # with others, it was read again just now
+        claim.find(vg)
+        now = {disk.lv.lv_uuid: disk for disk in life.local_disks(vg)}
+        for disk in filter(None, (now.get(disk.lv.lv_uuid) for disk in removed)):
+            take_away(vg, disk, claim.policy.retention.erase, self._pause)
+            log.event("old copy removed", vm=claim.vm_id, disk=disk.volume_id, state=disk.state.value)
+        others = tuple(disk for disk in claim.others or () if disk not in removed)
+        return replace(claim, found=None if claim.found in removed else claim.found, others=others)
 
     def _policy(self, request: Request) -> tuple[str, Policy]:
         if request["property"] not in PROPERTY_VALUES:
@@ -530,8 +572,8 @@ def _find(vg: VolumeGroup, vm_id: str, image_id: str, volume_id: str) -> LocalDi
     return found
 
 
-def _other_leaves(claim: Claim, vg: VolumeGroup) -> list[LocalDisk]:
-    """This VM's local disks of the claimed image that are copies of another volume than the claimed one."""
+def _others(claim: Claim, vg: VolumeGroup) -> list[LocalDisk]:
+    """This VM's local disks of the claimed image that have another name than the claimed one."""
     return [
         d for d in _of_vm(vg, claim.vm_id) if d.image_id == claim.image_id and d.volume_id != claim.volume_id
     ]

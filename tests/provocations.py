@@ -575,13 +575,17 @@ SCRATCH = "volume_group: scratch"  # as some captured reports have it
 
 
 def found(
-    *more: str, text: str = "", requests: tuple[object, ...] = (CLAIM, PREPARE), **fields: str
+    *more: str,
+    text: str = "",
+    requests: tuple[object, ...] = (CLAIM, PREPARE),
+    name: str = VOLUME,
+    **fields: str,
 ) -> Provoke:
     """A start where the volume is there already."""
 
     def provoke(world: World) -> object:
         there = world.host()
-        there.add(VOLUME, tags(*more), EXTENT, **fields)
+        there.add(name, tags(*more), EXTENT, **fields)
         return world.ask(*requests, text=text, host=there)
 
     return provoke
@@ -615,6 +619,12 @@ def broken_pool(world: World) -> object:
 
 DISK_LIFE = {
     "changed": case(found("STOPPED_5", text=test_session.KEEP, requests=(CLAIM, OTHER_PREPARE)), LV),
+    "other leaf": case(
+        found(text=test_session.KEEP, requests=(CLAIM, OTHER_PREPARE), name=OTHER_VOLUME),
+        f"ovirt-local/{OTHER_VOLUME}",
+        VOLUME,
+    ),
+    "stale": case(found("STOPPED_5", "STALE", text=test_session.KEEP), LV),
     "owner": case(owned_by_another, LV, OTHER_VM, OTHER_IMAGE),
     "open": case(found(lv_device_open="open"), LV, "ready"),
     "no space": case(lambda w: w.ask(CLAIM, {**PREPARE, "size": 1 << 45}), "ovirt-local", "TiB"),
@@ -656,6 +666,16 @@ def shut_off(world: World) -> object:
     there = world.host()
     there.shut_off = {VM}
     return world.ask(CLAIM, host=there)
+
+
+def replaced_in_vain(world: World) -> None:
+    """The new disk is complete, and the kept one cannot be removed."""
+    there = world.host()
+    there.add(OTHER_VOLUME, tags("STOPPED_5"), 10 * EXTENT)
+    there.fail("lvremove", world.evil(), times=9)
+    hook = test_session.Hook(there, test_session.RECOPY)
+    hook.start(fingerprint="f" * 32)
+    hook.ask({"verb": "commit"})
 
 
 def fails_later(tool: str, when: str, *requests: object, lv: str = "") -> Provoke:
@@ -739,6 +759,7 @@ SESSION = {
     "left by a start": case(
         fails_later("lvremove", "", CLAIM, PREPARE, {"verb": "x"}), "unfinished copy", VOLUME, "evil"
     ),
+    "not replaced": case(replaced_in_vain, "replaced disk is left", OTHER_VOLUME, "evil"),
     "left by a stop": case(
         fails_later("lvremove", "", test_session.RELEASE, lv="localdisk"), "left to gc", VOLUME, "evil"
     ),

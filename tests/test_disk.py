@@ -10,12 +10,14 @@ from hypothesis import strategies as st
 
 from localdisk import disk as life
 from localdisk.config import Cache, Copy, Margins, Policy, Retention
-from localdisk.disk import LocalDisk, Start, State, Stop, plan_start, plan_stop, require_room
+from localdisk.disk import LocalDisk, Start, State, Stop, Wanted, plan_start, plan_stop, require_room
 from localdisk.errors import (
     DiskBusy,
     Error,
+    KeptStale,
     NoSpace,
     NoThinPool,
+    OtherLeaf,
     OtherOwner,
     SourceChanged,
     ThinPoolFull,
@@ -353,23 +355,38 @@ def found_disk(state: State, is_open: bool, fingerprint: str, size: int, is_olde
 
 def expected_start(
     state: State, is_open: bool, on_stop: str, on_change: str, fingerprint: str, size: int, is_older: bool
-) -> Start | type[Error]:
+) -> str | type[Error]:
     """DESIGN.md's table, for a VM that is not running and whose disk nobody else holds."""
     if is_open:
         return DiskBusy
-    if state in (State.UNFINISHED, State.DELETING) or on_stop == "delete":
-        return Start.REPLACE
+    is_kept = state is State.STOPPED or (state is State.READY and on_stop == "keep")
+    if not is_kept:
+        return "remove"
+    if on_stop == "delete":
+        return "replace"
     is_same = fingerprint == "same" or (is_older and fingerprint in ("none", "two"))
     if is_same and size >= SIZE:
-        return Start.REUSE
-    return Start.REPLACE if on_change == "recopy" else SourceChanged
+        return "reuse"
+    return "replace" if on_change == "recopy" else SourceChanged
 
 
-def planned_start(disk: LocalDisk | None, retention: Retention) -> Start | type[Error]:
+WANTED = Wanted(VOLUME, FINGERPRINT, SIZE)
+
+
+def planned_start(*disks: LocalDisk, retention: Retention = RETENTION) -> Start | type[Error]:
     try:
-        return plan_start(disk, FINGERPRINT, SIZE, retention, "ovirt-local")
+        return plan_start(disks, WANTED, retention, "ovirt-local")
     except Error as error:
         return type(error)
+
+
+def does(plan: Start | type[Error], disk: LocalDisk) -> str | type[Error]:
+    """What a start does with one disk: one thing at most."""
+    if not isinstance(plan, Start):
+        return plan
+    found = ["reuse"] * (plan.reuse is disk) + ["remove"] * (disk in plan.remove)
+    (what,) = [*found, *["replace"] * (disk in plan.replace)] or ["leave"]
+    return what
 
 
 def test_a_start_does_what_the_table_says() -> None:
@@ -377,28 +394,80 @@ def test_a_start_does_what_the_table_says() -> None:
         state, is_open, on_stop, on_change, fingerprint, size, is_older = case
         disk = found_disk(state, is_open, fingerprint, size, is_older)
         retention = dataclasses.replace(RETENTION, on_stop=on_stop, on_source_change=on_change)
-        assert planned_start(disk, retention) == expected_start(*case), case
+        assert does(planned_start(disk, retention=retention), disk) == expected_start(*case), case
 
 
 def test_no_start_breaks_a_promise() -> None:
-    for state, is_open, on_stop, on_change, fingerprint, size, is_older in STARTS:
-        disk = found_disk(state, is_open, fingerprint, size, is_older)
+    """Whatever two disks an image has: a complete copy that is kept is lost by `recopy` or `delete` alone."""
+    kinds = [*itertools.product(State, (False, True), ("same", "other"), (SIZE, SIZE - 512), (False, True))]
+    for (one, other), on_stop, on_change in itertools.product(
+        itertools.product(kinds, kinds), ("delete", "keep"), ("refuse", "recopy")
+    ):
         retention = dataclasses.replace(RETENTION, on_stop=on_stop, on_source_change=on_change)
-        plan = planned_start(disk, retention)
-        if is_open:
-            assert plan is DiskBusy
-        if plan is Start.REUSE:  # complete, large enough, of this source
-            assert state in (State.READY, State.STOPPED)
-            assert size >= SIZE
-            assert fingerprint != "other"
-            assert on_stop == "keep"
-        if plan is Start.REPLACE and on_stop == "keep" and on_change == "refuse":  # no complete copy is lost
-            assert state in (State.UNFINISHED, State.DELETING)
-        assert plan is not Start.CREATE
+        ours, theirs = of_kind(VOLUME, *one), of_kind(OTHER_VOLUME, *other)
+        plan = planned_start(ours, theirs, retention=retention)
+        if not isinstance(plan, Start):
+            assert plan is DiskBusy or (on_stop, on_change) == ("keep", "refuse")
+            continue
+        assert not ours.is_open
+        for disk in (ours, theirs):
+            what = does(plan, disk)
+            if disk.is_open:
+                assert what == "leave"
+            if disk.is_complete and (on_stop, on_change) == ("keep", "refuse"):
+                assert what in ("reuse", "leave")
+            if what == "reuse":
+                assert (disk.is_complete, disk.fingerprint, on_stop) == (True, FINGERPRINT, "keep")
+                assert disk.lv.lv_size >= SIZE
+                assert not disk.is_stale
+            if not disk.is_complete and not disk.is_open:
+                assert what == "remove"
+        if (on_stop, on_change) == ("keep", "refuse") and plan.reuse is None:
+            assert not any(disk.is_complete for disk in (ours, theirs))
+
+
+def of_kind(name: str, state: State, is_open: bool, fingerprint: str, size: int, is_stale: bool) -> LocalDisk:
+    disk = found_disk(state, is_open, fingerprint, size, is_older=False)
+    lv_tags = disk.lv.lv_tags | ({"STALE"} if is_stale else set())
+    return local_disk(dataclasses.replace(disk.lv, lv_name=name, lv_tags=lv_tags))
+
+
+def kept(name: str = VOLUME, fingerprint: str = "same", is_stale: bool = False) -> LocalDisk:
+    return of_kind(name, State.STOPPED, False, fingerprint, SIZE, is_stale)
+
+
+@pytest.mark.parametrize(
+    ("disk", "refusal"),
+    [
+        (kept(fingerprint="other"), SourceChanged),
+        (kept(is_stale=True), KeptStale),
+        (kept(OTHER_VOLUME, fingerprint="other"), OtherLeaf),
+        (kept(OTHER_VOLUME, is_stale=True), KeptStale),
+    ],
+)
+def test_the_operator_decides_about_a_kept_disk(disk: LocalDisk, refusal: type[Error]) -> None:
+    assert planned_start(disk, retention=RETENTION) is refusal
+    recopy = dataclasses.replace(RETENTION, on_source_change="recopy")
+    assert planned_start(disk, retention=recopy) == Start(replace=(disk,))
+
+
+def test_the_kept_disk_of_the_same_bytes_is_used_whatever_its_name_is() -> None:
+    other, changed = kept(OTHER_VOLUME), kept(fingerprint="other")
+    assert planned_start(other, retention=RETENTION) == Start(other)
+    assert planned_start(changed, other, retention=RETENTION) == Start(other)
+    recopy = dataclasses.replace(RETENTION, on_source_change="recopy")
+    assert planned_start(changed, other, retention=recopy) == Start(other, replace=(changed,))
+
+
+def test_a_disk_of_the_older_hook_says_by_its_name_alone_what_it_is_a_copy_of() -> None:
+    older = found_disk(State.READY, False, "none", SIZE, is_older=True)
+    elsewhere = local_disk(dataclasses.replace(older.lv, lv_name=OTHER_VOLUME))
+    assert planned_start(older, retention=RETENTION) == Start(older)
+    assert planned_start(elsewhere, retention=RETENTION) is OtherLeaf
 
 
 def test_nothing_found_is_created() -> None:
-    assert planned_start(None, RETENTION) is Start.CREATE
+    assert planned_start() == Start()
 
 
 # -- stopping

@@ -41,6 +41,7 @@ ORDER = (
     "client",
     "helper",
     "session",
+    "replaced",
     "cache",
     "making",
     "counters",

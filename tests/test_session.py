@@ -60,6 +60,7 @@ COMMIT = f"lvchange --quiet --deltag UPDATING --deltag WRITES_4096 {NAME}"
 REMOVE = f"lvremove --quiet --yes {NAME}"
 ACTIVATE = f"lvchange --quiet --activate y --ignoreactivationskip {NAME}"
 KEEP = "retention: {on_stop: keep}"
+RECOPY = "retention: {on_stop: keep, on_source_change: recopy}"
 
 CLAIM = {"verb": "claim", "vm": VM, "property": "lvm", "image": IMAGE, "volume": VOLUME}
 PREPARE = {"verb": "prepare", "size": SIZE, "fingerprint": FINGERPRINT, "writes": 4096, "base": None}
@@ -225,12 +226,9 @@ def test_taking_over_a_disk_of_the_older_hook(host: FakeHost) -> None:
         (("UPDATING", "STOPPED_5"), "", FINGERPRINT, SIZE),
         (("DELETING",), KEEP, FINGERPRINT, SIZE),
         ((), "", FINGERPRINT, SIZE),  # a missed stop
-        (("STOPPED_5",), "", FINGERPRINT, SIZE),
-        (("STOPPED_5",), "retention: {on_stop: keep, on_source_change: recopy}", OTHER_FINGERPRINT, SIZE),
-        (("STOPPED_5",), "retention: {on_stop: keep, on_source_change: recopy}", FINGERPRINT, SIZE - EXTENT),
     ],
 )
-def test_an_old_copy_is_replaced(
+def test_an_old_copy_that_nobody_keeps_is_removed_first(
     host: FakeHost, more: tuple[str, ...], text: str, fingerprint: str, size: int
 ) -> None:
     host.add(VOLUME, tags(*more, fingerprint=fingerprint), size)
@@ -238,6 +236,124 @@ def test_an_old_copy_is_replaced(
     assert lv_tags(host) == tags("UPDATING", "WRITES_4096")
     assert host.commands[:5] == [LOOK, LIST, LOOK, REMOVE, LOOK]
     assert len(host.commands) == 6
+
+
+REPLACED = [
+    (("STOPPED_5",), "", FINGERPRINT, SIZE),
+    (("STOPPED_5",), RECOPY, OTHER_FINGERPRINT, SIZE),
+    ((), RECOPY, OTHER_FINGERPRINT, SIZE),
+    (("STOPPED_5",), RECOPY, FINGERPRINT, SIZE - EXTENT),
+    (("STOPPED_5", "STALE"), RECOPY, FINGERPRINT, SIZE),
+]
+
+
+@pytest.mark.parametrize("name", [VOLUME, OTHER_VOLUME])
+@pytest.mark.parametrize(("more", "text", "fingerprint", "size"), REPLACED)
+def test_a_kept_disk_is_replaced_once_the_new_one_is_ready(
+    host: FakeHost, more: tuple[str, ...], text: str, fingerprint: str, size: int, name: str
+) -> None:
+    before = tags(*more, fingerprint=fingerprint)
+    old = host.add(name, before, size)
+    hook = Hook(host, text)
+    assert hook.start()["target"]
+    assert lv_tags(host) == tags("UPDATING", "WRITES_4096")
+    assert old.lv_tags == before
+    assert old.lv_name != VOLUME
+    assert hook.ask(COMMIT_IT) == {}
+    assert host.removed == [old]
+    assert {name: volume.lv_tags for name, volume in host.volumes.items()} == {"pool0": set(), VOLUME: tags()}
+    assert locks() == []
+
+
+@pytest.mark.parametrize("name", [VOLUME, OTHER_VOLUME])
+@pytest.mark.parametrize("is_killed", [True, False])
+def test_a_copy_that_fails_leaves_the_kept_disk(host: FakeHost, name: str, is_killed: bool) -> None:
+    """The source is as it was again: the VM goes on with the kept disk, under the name that it asks for."""
+    old = host.add(name, tags("STOPPED_5"), SIZE)
+    hook = Hook(host, RECOPY)
+    assert hook.start(fingerprint=OTHER_FINGERPRINT)["target"]
+    if is_killed:
+        host.kill_before(0)
+    with contextlib.suppress(Killed):
+        hook.session.close()
+    host.before = {}
+    assert Hook(host, KEEP).start() == KEPT
+    assert (old.lv_name, old.lv_tags) == (VOLUME, tags())
+    assert set(host.volumes) == {"pool0", VOLUME}
+
+
+@pytest.mark.parametrize("number", range(13))
+@pytest.mark.parametrize(
+    "text", [RECOPY, "retention: {on_stop: keep, on_source_change: recopy, erase: zero}"]
+)
+def test_a_replacement_that_is_killed_loses_neither(host: FakeHost, text: str, number: int) -> None:
+    """Before its command of that number: the kept disk is there, or the new one is ready."""
+    old = host.add(VOLUME, tags("STOPPED_5", fingerprint=OTHER_FINGERPRINT), SIZE)
+    host.kill_before(number)
+    hook = Hook(host, text)
+    with contextlib.suppress(Killed):
+        hook.start()
+        hook.ask(COMMIT_IT)
+    with contextlib.suppress(Killed):
+        hook.session.close()
+    host.before = {}
+    is_ready = any(v.lv_tags == tags() for v in host.volumes.values())
+    assert is_ready or old.lv_tags == tags("STOPPED_5", fingerprint=OTHER_FINGERPRINT)
+    hook = Hook(host, text)
+    if hook.start()["target"]:
+        assert hook.ask(COMMIT_IT) == {}
+    host.defined = {VM}
+    assert not gc.collect(parsed(text)).is_problem
+    assert {name: volume.lv_tags for name, volume in host.volumes.items()} == {"pool0": set(), VOLUME: tags()}
+    assert old in host.removed
+
+
+@pytest.mark.parametrize("erase", ["none", "zero"])
+@pytest.mark.parametrize("name", [VOLUME, OTHER_VOLUME])
+def test_a_kept_disk_makes_room_for_the_one_that_replaces_it(host: FakeHost, name: str, erase: str) -> None:
+    old = host.add(name, tags("STOPPED_5"), SIZE)
+    host.vg["vg_free"] = str(SIZE - EXTENT)
+    text = f"retention: {{on_stop: keep, on_source_change: recopy, erase: {erase}}}"
+    assert Hook(host, text).start(fingerprint=OTHER_FINGERPRINT)["target"]
+    assert host.removed == [old]
+    assert host.erased == ({old.lv_uuid} if erase == "zero" else set())
+
+
+@pytest.mark.parametrize("name", [VOLUME, OTHER_VOLUME])
+@pytest.mark.parametrize("text", [RECOPY, ""])
+def test_a_start_that_is_refused_for_room_removes_no_kept_disk(host: FakeHost, name: str, text: str) -> None:
+    """Its room would not be enough."""
+    old = host.add(name, tags("STOPPED_5", fingerprint=OTHER_FINGERPRINT), SIZE)
+    before = old.row
+    host.vg["vg_free"] = str(EXTENT)
+    hook = Hook(host, text)
+    hook.ask(CLAIM)
+    assert "lacks" in hook.refused(PREPARE, size=SIZE + 2 * EXTENT)
+    assert old.row == before
+    assert "lvremove" not in host.tools
+
+
+def test_a_kept_disk_elsewhere_makes_no_room(host: FakeHost) -> None:
+    """A thin one takes nothing of what a preallocated one needs."""
+    old = host.add(VOLUME, tags("STOPPED_5"), SIZE, pool_lv="pool0", data_percent="50.0")
+    host.vg["vg_free"] = str(EXTENT)
+    hook = Hook(host, RECOPY)
+    hook.ask(CLAIM)
+    assert "lacks" in hook.refused(PREPARE, fingerprint=OTHER_FINGERPRINT)
+    assert host.volumes[VOLUME] is old
+
+
+def test_a_replaced_disk_that_cannot_be_removed_is_left(host: FakeHost) -> None:
+    """The new one is ready, and the VM starts; the next start removes the other."""
+    old = host.add(OTHER_VOLUME, tags("STOPPED_5", fingerprint=OTHER_FINGERPRINT), SIZE)
+    hook = Hook(host, RECOPY)
+    assert hook.start()["target"]
+    host.fail("lvremove", "  Cannot change VG\n")
+    assert hook.ask(COMMIT_IT) == {}
+    assert locks() == []
+    assert old.lv_name in host.volumes
+    assert Hook(host, RECOPY).start() == KEPT
+    assert host.removed == [old]
 
 
 @pytest.mark.parametrize(
@@ -442,9 +558,9 @@ def with_other_leaf(host: FakeHost, *more: str, **fields: str) -> Volume:
     return host.add(OTHER_VOLUME, tags(*more), SIZE, **fields)
 
 
-@pytest.mark.parametrize("more", [(), ("STOPPED_5",), ("UPDATING", "WRITES_5"), ("DELETING",)])
+@pytest.mark.parametrize("more", [("UPDATING", "WRITES_5"), ("DELETING",)])
 @pytest.mark.parametrize("ours", [None, (), ("STOPPED_5",)])
-def test_the_copy_of_another_leaf_is_taken_away(
+def test_a_copy_of_another_leaf_that_nobody_keeps_is_removed(
     host: FakeHost, more: tuple[str, ...], ours: tuple[str, ...] | None
 ) -> None:
     with_other_leaf(host, *more)
@@ -454,7 +570,66 @@ def test_the_copy_of_another_leaf_is_taken_away(
     assert (prepared["target"] is None) == (ours is not None)
     assert set(host.volumes) == {"pool0", VOLUME}
     assert host.commands[2:4] == [LOOK, f"lvremove --quiet --yes ovirt-local/{OTHER_VOLUME}"]
-    assert f"{OTHER_VOLUME}.lock" not in locks()
+    assert f"{OTHER_VOLUME}.lock" not in locks() or prepared["target"]
+
+
+@pytest.mark.parametrize("more", [(), ("STOPPED_5",), ("UNNEEDED_5",)])
+@pytest.mark.parametrize("ours", [None, ("UPDATING", "WRITES_5"), ("DELETING",)])
+def test_a_kept_copy_of_the_same_bytes_is_used_whatever_the_leaf_is_called_now(
+    host: FakeHost, more: tuple[str, ...], ours: tuple[str, ...] | None
+) -> None:
+    """An empty layer was put upon the leaf that was copied, or removed from it."""
+    kept = with_other_leaf(host, *more, lv_active="")
+    if ours is not None:
+        host.add(VOLUME, tags(*ours), SIZE)
+    assert Hook(host, KEEP).start() == KEPT
+    assert (kept.lv_name, kept.lv_tags, kept.lv_active) == (VOLUME, tags(), "active")
+    assert set(host.volumes) == {"pool0", VOLUME}
+    assert locks() == []
+
+
+@pytest.mark.parametrize(("text", "is_left"), [(KEEP, True), (RECOPY, False)])
+def test_of_two_kept_copies_the_one_of_the_same_bytes_is_used(
+    host: FakeHost, text: str, is_left: bool
+) -> None:
+    """The other one has the name that the VM asks for, and gets another."""
+    kept = with_other_leaf(host, "STOPPED_5")
+    other = host.add(VOLUME, tags("STOPPED_6", fingerprint=OTHER_FINGERPRINT), SIZE)
+    assert Hook(host, text).start() == KEPT
+    assert (kept.lv_name, kept.lv_tags) == (VOLUME, tags())
+    assert (other.lv_name in host.volumes) == is_left
+    assert not is_left or other.lv_tags == tags("STOPPED_6", fingerprint=OTHER_FINGERPRINT)
+    assert locks() == []
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "fingerprint", "said"),
+    [
+        (OTHER_VOLUME, (), OTHER_FINGERPRINT, f"volume {VOLUME} shows now"),
+        (OTHER_VOLUME, ("STALE",), FINGERPRINT, "lvchange --deltag STALE ovirt-local/"),
+        (VOLUME, ("STALE",), FINGERPRINT, "is stale"),
+    ],
+)
+def test_a_kept_copy_that_the_operator_must_decide_about_is_left(
+    host: FakeHost, name: str, more: tuple[str, ...], fingerprint: str, said: str
+) -> None:
+    before = host.add(name, tags("STOPPED_5", *more, fingerprint=fingerprint), SIZE).row
+    hook = Hook(host, KEEP)
+    hook.ask(CLAIM)
+    assert said in hook.refused(PREPARE)
+    assert host.volumes[name].row == before
+    assert locks() == []
+
+
+@pytest.mark.parametrize("is_stopped", [True, False])
+def test_a_kept_copy_under_another_name_that_cannot_be_activated(host: FakeHost, is_stopped: bool) -> None:
+    kept = with_other_leaf(host, *(["STOPPED_5"] * is_stopped), lv_active="")
+    host.fail("lvchange", "  Cannot activate\n", when="--activate y")
+    hook = Hook(host, KEEP)
+    hook.ask(CLAIM)
+    assert "Cannot activate" in hook.refused(PREPARE)
+    assert (kept.lv_tags, kept.lv_active) == (tags(*(["STOPPED_5"] * is_stopped)), "")
+    assert Hook(host, KEEP).start() == KEPT
 
 
 def test_the_copy_of_another_leaf_is_erased_by_gc(host: FakeHost) -> None:
@@ -482,10 +657,12 @@ def test_disks_that_a_start_leaves(host: FakeHost, lv_tags_: set[str], is_open: 
     assert host.volumes[OTHER_VOLUME].row == before
 
 
-def test_another_leaf_that_is_locked_is_left(host: FakeHost) -> None:
+def test_another_leaf_that_is_locked_is_waited_for(host: FakeHost) -> None:
     before = with_other_leaf(host).row
-    with lock.holding(lock.disk_lock(OTHER_VOLUME), give_up):
-        assert Hook(host).start()["target"]
+    hook = Hook(host)
+    hook.ask(CLAIM)
+    with lock.holding(lock.disk_lock(OTHER_VOLUME), give_up), pytest.raises(Ended):
+        hook.ask(PREPARE)
     assert host.volumes[OTHER_VOLUME].row == before
 
 
@@ -518,7 +695,7 @@ def test_another_leaf_that_appears_meanwhile_is_left(host: FakeHost) -> None:
 
 
 def test_a_start_that_is_refused_takes_nothing_away(host: FakeHost) -> None:
-    with_other_leaf(host)
+    with_other_leaf(host, "DELETING")
     host.add(VOLUME, tags("STOPPED_5", fingerprint=OTHER_FINGERPRINT), SIZE)
     hook = Hook(host, KEEP)
     hook.ask(CLAIM)

@@ -227,6 +227,8 @@ class RealWorld:
                 image, volumes=(*rest, leaf, self.storage.new_volume(image_id, COW, leaf.size, leaf))
             )
             self.snapshots[image_id] = self.snapshots.get(image_id, 0) + 1
+            self.images[image_id] = image
+            return replace(source, volume=image.leaf.id)  # an empty layer changes nothing
         elif how == "grow":
             size = leaf.size + rng.choice((512, MIB))
             run("qemu-img", "resize", "-q", "-f", QEMU[leaf.format], str(leaf.path), str(size))
@@ -236,6 +238,7 @@ class RealWorld:
             run("qemu-img", "commit", "-q", "-f", QEMU[leaf.format], str(leaf.path))
             image = replace(image, volumes=(*rest[:-1], replace(rest[-1], size=leaf.size)))
             leaf.path.unlink()
+            os.utime(image.leaf.path)  # also where nothing was written to it
         else:
             return None
         self.images[image_id] = image

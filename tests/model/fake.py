@@ -450,9 +450,11 @@ class FakeWorld:
         history, content = self.history.setdefault(image_id, []), source.content.partition("/")[0]
         if how == "content":
             return self._new(source.volume, source.size, rng, base=base)
-        if how == "snapshot":
+        if how == "snapshot":  # of a VM that is down: an empty layer, or somebody wrote there since
             history.append(source.volume)
-            return self._new(self._id(rng), source.size, rng, content, base)
+            if rng.random() < 0.5:
+                return replace(source, volume=self._id(rng))
+            return self._new(self._id(rng), source.size, rng, "" if rng.random() < 0.5 else content, base)
         if how == "merge":
             return self._new(history.pop(), source.size, rng, content, base) if history else None
         if how == "template":

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from tests.model.librarian import Librarian
 from tests.model.predict import Call, Prediction, Stages
 from tests.model.seen import Seen, as_seen, unlike
-from tests.model.state import DELETING, READY, UNFINISHED, LocalDisk, State, is_newborn
+from tests.model.state import COMPLETE, DELETING, READY, UNFINISHED, LocalDisk, State, is_newborn
 from tests.model.world import LEFT, STARTS, Ended, Look, World
 
 
@@ -46,9 +46,24 @@ class Judge:
             is_exact=is_exact and not ended.other,
             erases=_erases(state, call),
         )
+        self._check_kept(state, after, call, ended)
         if "before" in call.what and ended.result not in LEFT and state.flight is None:
             after = replace(after, flight=None)
         return self.check(after, call, ended)
+
+    def _check_kept(self, before: State, after: State, call: Call, ended: Ended) -> None:
+        """No start loses what a guest has written, if the operator has not said that it may."""
+        vm = before.vms.get(call.vm_id)
+        if call.what not in (*STARTS, "before copy", "before fill") or vm is None or vm.using == "off":
+            return
+        policy = before.rules.of(call.vm_id, vm.using)
+        if (policy.on_stop, policy.on_source_change) != ("keep", "refuse") or ended.other:
+            return
+        for key, disk in before.disks.items():
+            if disk.vm == call.vm_id and disk.state in COMPLETE:
+                now = after.disks.get(key)
+                is_there = now is not None and now.state in COMPLETE and now.holds == disk.holds
+                assert is_there, f"{call} has lost the kept disk {key}, {disk}, which is now {now}"
 
     def _require_end(self, call: Call, ended: Ended, p: Prediction) -> None:
         """It ended as it should."""
@@ -164,6 +179,9 @@ class Judge:
         own = {name for name in look.locks if flight and name.endswith(".turn")}
         own |= {f"{state.name_of(flight.key)}.lock"} if flight else set()
         own |= {f"{state.sources[flight.image].volume}.lock"} if flight and flight.image else set()
+        if flight:
+            named = {state.disks[key].name for key in flight.others if key in state.disks}
+            own |= {f"{name}.lock" for name in {*flight.names, *named}}
         left, befell = look.locks - own, ended.trouble if ended else ""
         is_swept = call is not None and call.what == "gc" and not befell
         is_killed = befell in ("helper", "all") or (call is not None and call.what == "lose")

@@ -13,6 +13,7 @@ from typing import Any
 from tests.model import shelf
 from tests.model.rules import Policy
 from tests.model.state import (
+    ANOTHER,
     ASIDE,
     COMPLETE,
     DELETING,
@@ -146,48 +147,59 @@ def _after_disk_prepare(p: Prediction, vm_id: str, image_id: str) -> None:
 
 
 def _prepare(p: Prediction, vm_id: str, image_id: str) -> None:
-    policy = _make_way(p, vm_id, image_id)
-    if policy:
-        base = _bring_in(p, vm_id, image_id, policy)
-        _copied(p, vm_id, image_id, _begin_copy(p, vm_id, image_id, policy, base)[0])
+    making = _make_way(p, vm_id, image_id)
+    if making:
+        base = _bring_in(p, vm_id, image_id, making)
+        key = _begin_copy(p, vm_id, image_id, making, base)[0]
+        _copied(p, vm_id, image_id, key)
+        _remove_replaced(p, making.replaced, making.policy)
 
 
 def _before_copy(p: Prediction, vm_id: str, image_id: str) -> None:
     """after_disk_prepare, left alone while it copies, if it does."""
     if not _is_start(p.state, vm_id):
         return
-    policy = _make_way(p, vm_id, image_id)
-    if policy:
-        base = _bring_in(p, vm_id, image_id, policy)
-        key, base = _begin_copy(p, vm_id, image_id, policy, base)
-        reads = "" if shelf.is_thin(policy) else base
-        p.state = replace(p.state, flight=Flight(vm_id, image_id, key, policy, reads=reads))
+    making = _make_way(p, vm_id, image_id)
+    if making:
+        base = _bring_in(p, vm_id, image_id, making)
+        key, base = _begin_copy(p, vm_id, image_id, making, base)
+        reads = "" if shelf.is_thin(making.policy) else base
+        p.state = replace(p.state, flight=_flight(vm_id, image_id, key, making, reads=reads))
+
+
+def _flight(vm_id: str, image_id: str, key: str, making: Making, **more: Any) -> Flight:
+    its: dict[str, Any] = {"replaced": making.replaced, "others": making.others, "names": making.names}
+    return Flight(vm_id, image_id, key, making.policy, **its, **more)
 
 
 def _before_fill(p: Prediction, vm_id: str, image_id: str) -> None:
     """after_disk_prepare, left alone while it fills a template LV, if it does."""
     if not _is_start(p.state, vm_id):
         return
-    policy = _make_way(p, vm_id, image_id)
-    if policy:
-        base = _bring_in(p, vm_id, image_id, policy, is_left=True)
+    making = _make_way(p, vm_id, image_id)
+    if making:
+        base = _bring_in(p, vm_id, image_id, making, is_left=True)
         if not p.state.flight:
-            _copied(p, vm_id, image_id, _begin_copy(p, vm_id, image_id, policy, base)[0])
+            key = _begin_copy(p, vm_id, image_id, making, base)[0]
+            _copied(p, vm_id, image_id, key)
+            _remove_replaced(p, making.replaced, making.policy)
 
 
 def _finish(p: Prediction) -> None:
     """The copy that was left alone ends well."""
     flight = _landed(p)
     _rest(p, flight)
-    if not flight.is_filling:
-        _copied(p, flight.vm, flight.image, flight.key)
-        return
-    p.state, is_good = shelf.landed(p.state, flight)
-    if not is_good:
-        raise Refused
-    if flight.vm:
-        key, _ = _begin_copy(p, flight.vm, flight.image, flight.policy, flight.key)
-        _copied(p, flight.vm, flight.image, key)
+    key = flight.key
+    if flight.is_filling:
+        p.state, is_good = shelf.landed(p.state, flight)
+        if not is_good:
+            raise Refused
+        if not flight.vm:
+            return
+        making = Making(flight.policy, flight.replaced, flight.others, flight.names)
+        key, _ = _begin_copy(p, flight.vm, flight.image, making, flight.key)
+    _copied(p, flight.vm, flight.image, key)
+    _remove_replaced(p, flight.replaced, flight.policy)
 
 
 def _give_up(p: Prediction) -> None:
@@ -279,32 +291,86 @@ def _owned(state: State, vm_id: str, image_id: str) -> str:
     return key
 
 
-def _make_way(p: Prediction, vm_id: str, image_id: str) -> Policy | None:
-    """DESIGN.md, "Preparing one disk", up to the copy; returns the policy for that, None if there is none."""
+def _make_way(p: Prediction, vm_id: str, image_id: str) -> Making | None:
+    """DESIGN.md, "Preparing one disk", up to the copy; returns what is made, None if nothing is."""
     state, source = p.state, p.state.sources[image_id]
     if image_id not in _local_images(state, vm_id):
         return None
     policy = state.rules.of(vm_id, state.vms[vm_id].using)
     key = _owned(state, vm_id, image_id)
-    disk = state.disks.get(key)
     if _runs(state, vm_id, key):
         _leave_running(p, vm_id, image_id, key)
         return None
     if state.vms[vm_id].has_started and not (state.is_silent or state.is_flaky):
         return None  # it is shut off
-    if disk:
-        _require_idle(state, policy, source, key, disk)
-    for other, copy in state.disks.items():
-        is_other = (copy.vm, copy.image) == (vm_id, image_id) and not copy.is_aside and other != key
-        if is_other and not (state.is_open(other) or state.is_locked(other)):
-            p.goes(other, policy.erase)
-    if disk and _is_good(policy, source, disk):
-        _take_back(p, key, disk, source)
-        _local(p, vm_id, image_id)
-        return None
-    if disk:
-        p.goes(key, policy.erase)
-    return policy
+    plan = _plan(state, policy, vm_id, image_id, key)
+    for each in plan.removed:
+        p.goes(each, policy.erase)
+    if not plan.reused:
+        left = tuple(key for key in plan.found if key not in plan.removed)
+        return Making(policy, plan.replaced, left, frozenset(state.disks[k].name for k in plan.found))
+    named = p.state.named(source.volume)
+    if named and named != plan.reused:
+        p.becomes(named, replace(p.state.disks[named], name=ANOTHER))
+    if p.state.disks[plan.reused].name != source.volume:
+        p.becomes(plan.reused, replace(p.state.disks[plan.reused], name=source.volume))
+    _take_back(p, plan.reused, p.state.disks[plan.reused], source)
+    _local(p, vm_id, image_id)
+    _remove_replaced(p, plan.replaced, policy)
+    return None
+
+
+@dataclass(frozen=True)
+class Making:
+    """A disk that is to be made, by this policy: keys of what it replaces, and of what is locked for it."""
+
+    policy: Policy
+    replaced: tuple[str, ...]
+    others: tuple[str, ...]
+    names: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a start does with the disks of its image, by their keys."""
+
+    found: tuple[str, ...]
+    removed: tuple[str, ...] = ()  # at once
+    replaced: tuple[str, ...] = ()  # once the new disk is complete
+    reused: str = ""
+
+
+def _plan(state: State, policy: Policy, vm_id: str, image_id: str, key: str) -> Plan:
+    """Kept disks are judged by what they were copied from, whatever their names are."""
+    source = state.sources[image_id]
+    own = [k for k, d in state.disks.items() if (d.vm, d.image) == (vm_id, image_id) and not d.is_aside]
+    found = [
+        *([key] if key else []),
+        *sorted((k for k in own if k != key), key=lambda k: state.disks[k].name),
+    ]
+    if key and state.is_open(key):
+        raise Refused
+    kept = [k for k in found if _is_kept(policy, state.disks[k])]
+    removed = tuple(k for k in found if k not in kept and not state.is_open(k))
+    if policy.on_stop == "delete":
+        replaced = tuple(k for k in kept if not state.is_open(k))
+        return Plan(tuple(found), removed, replaced)
+    reused = next((k for k in kept if _is_good(source, state.disks[k])), "")
+    is_refused = policy.on_source_change == "refuse"
+    if (reused and state.is_open(reused)) or (kept and not reused and is_refused):
+        raise Refused
+    others = tuple(k for k in kept if k != reused and not state.is_open(k))
+    return Plan(tuple(found), removed, () if is_refused else others, reused)
+
+
+def _is_kept(policy: Policy, disk: LocalDisk) -> bool:
+    return disk.state == STOPPED or (disk.state == READY and policy.on_stop == "keep")
+
+
+def _remove_replaced(p: Prediction, replaced: tuple[str, ...], policy: Policy) -> None:
+    for key in replaced:
+        if key in p.state.disks and not p.state.is_open(key):
+            p.goes(key, policy.erase)
 
 
 def _runs(state: State, vm_id: str, key: str) -> bool:
@@ -328,18 +394,11 @@ def _leave_running(p: Prediction, vm_id: str, image_id: str, key: str) -> None:
             _local(p, vm_id, image_id)
 
 
-def _require_idle(state: State, policy: Policy, source: Source, key: str, disk: LocalDisk) -> None:
-    """Raise Refused for a disk that something has open, or whose source changed and nobody may decide."""
-    is_kept = disk.state in COMPLETE and policy.on_stop == "keep"
-    is_changed = is_kept and not _is_good(policy, source, disk)
-    if state.is_open(key) or (is_changed and policy.on_source_change == "refuse"):
-        raise Refused
-
-
-def _is_good(policy: Policy, source: Source, disk: LocalDisk) -> bool:
-    """A kept disk that the VM can go on with; nothing says that the source of an older hook's changed."""
-    is_same = disk.version == source.version or (disk.is_older and not disk.version)
-    return disk.state in COMPLETE and policy.on_stop == "keep" and is_same and disk.size >= source.size
+def _is_good(source: Source, disk: LocalDisk) -> bool:
+    """A kept disk that the VM can go on with; of an older hook's only its name says what it is a copy of."""
+    is_older = disk.is_older and not disk.version
+    is_same = disk.name == source.volume if is_older else disk.version == source.version
+    return is_same and disk.size >= source.size
 
 
 def _take_back(p: Prediction, key: str, disk: LocalDisk, source: Source) -> None:
@@ -348,18 +407,18 @@ def _take_back(p: Prediction, key: str, disk: LocalDisk, source: Source) -> None
     p.becomes(key, replace(named, state=READY, stopped=None, unneeded=None))
 
 
-def _bring_in(p: Prediction, vm_id: str, image_id: str, policy: Policy, is_left: bool = False) -> str:
+def _bring_in(p: Prediction, vm_id: str, image_id: str, making: Making, is_left: bool = False) -> str:
     """The key of the template LV that the image's disk starts from, "" if it is copied in full.
 
     One that is missing is filled; `is_left`: or left alone while it is.
     """
-    base = p.state.templates.get(p.state.sources[image_id].base)
+    policy, base = making.policy, p.state.templates.get(p.state.sources[image_id].base)
     if base is None or not policy.templates or p.state.is_uncached:
         return ""
     p.state, key, is_good = shelf.look(p.state, base, policy)
     if key and p.state.cached[key].is_spoiled:
         if shelf.is_thin(policy):  # which a snapshot of it shows
-            _spoiled_disk(p, vm_id, image_id, policy, key)
+            _spoiled_disk(p, vm_id, image_id, making, key)
         is_good = not p.state.is_open(key)
         if is_good:
             p.state = shelf.taken_away(p.state, key, policy.erase)
@@ -368,18 +427,19 @@ def _bring_in(p: Prediction, vm_id: str, image_id: str, policy: Policy, is_left:
         beside = shelf.fits(policy, *_wanted(p.state, image_id, policy, is_whole=False))
         p.state, key = shelf.begin_fill(p.state, base, policy, beside)
         if key and is_left:
-            p.state = replace(p.state, flight=Flight(vm_id, image_id, key, policy, base))
+            p.state = replace(p.state, flight=_flight(vm_id, image_id, key, making, source=base))
         elif key:
             p.state = shelf.filled(p.state, key)
     return key
 
 
-def _spoiled_disk(p: Prediction, vm_id: str, image_id: str, policy: Policy, base: str) -> None:
+def _spoiled_disk(p: Prediction, vm_id: str, image_id: str, making: Making, base: str) -> None:
     """A snapshot that is given up at once; it is set aside if it must be erased."""
+    policy = making.policy
     is_room = shelf.fits(policy, *_wanted(p.state, image_id, policy, is_whole=False))
-    p.state, is_good = shelf.with_room(p.state, policy, is_room, base)
-    if not is_good:
+    if not _find_room(p, policy, is_room, base, making.replaced):
         raise Refused
+    _free_name(p, image_id, making)
     key, made = _made(p, vm_id, image_id, policy, base)
     key += " spoiled"
     p.becomes(key, made)
@@ -407,30 +467,68 @@ def _made(p: Prediction, vm_id: str, image_id: str, policy: Policy, base: str) -
     return newborn(vm_id, image_id), made
 
 
-def _begin_copy(p: Prediction, vm_id: str, image_id: str, policy: Policy, base: str) -> tuple[str, str]:
+def _begin_copy(p: Prediction, vm_id: str, image_id: str, making: Making, base: str) -> tuple[str, str]:
     """An unfinished disk, from the template LV `base` or without one, if there is room.
 
     Returns its key, and `base`, "" where there was room only without it.
     """
+    policy = making.policy
     is_room = shelf.fits(policy, *_wanted(p.state, image_id, policy, is_whole=not base))
-    if base and not shelf.is_thin(policy):  # it is opened first
+    is_beside = base != "" and not shelf.is_thin(policy)
+    if is_beside:  # it is opened first
         p.state = p.state.with_cached(base, p.state.cached[base].used_at(p.state.now))
-    p.state, is_good = shelf.with_room(p.state, policy, is_room, base)
-    if not is_good and base and not shelf.is_thin(policy):  # there may be if that one makes room, too
+    is_good = _find_room(p, policy, is_room, base, () if is_beside else making.replaced)
+    if not is_good and is_beside:  # there may be if that one makes room, too, or what is replaced
         if not p.state.is_open(base):
             p.state = p.state.with_cached(base, replace(p.state.cached[base], is_active=False))
-        return _begin_copy(p, vm_id, image_id, policy, "")
+        return _begin_copy(p, vm_id, image_id, making, "")
     if not is_good:
         raise Refused
+    _free_name(p, image_id, making)
     key, made = _made(p, vm_id, image_id, policy, base)
     if base:
         p.state = p.state.with_cached(base, p.state.cached[base].used_at(p.state.now))
+    if is_beside and not p.state.is_open(base):  # also if a killed start has left it active
+        p.state = p.state.with_cached(base, replace(p.state.cached[base], is_active=False))
     p.becomes(key, made)
     p.instead[key] = [*_given_up(made, policy)]
     if made.shared[0]:  # a snapshot is as large as what it is of, and then larger
         small = replace(made, size=p.state.cached[base].size)
         p.instead[key] += [*_given_up(small, policy), small]
     return key, base
+
+
+def _find_room(
+    p: Prediction, policy: Policy, is_room: shelf.IsRoom, but: str, replaced: tuple[str, ...]
+) -> bool:
+    """Idle template LVs make room, or what is replaced, or both; nothing goes where that would not help."""
+    p.state, is_good = shelf.with_room(p.state, policy, is_room, but)
+    spares = [k for k in replaced if k in p.state.disks and p.state.disks[k].is_thin == shelf.is_thin(policy)]
+    spares = [k for k in spares if not p.state.is_open(k)]
+    takes = sum(map(_takes, (p.state.disks[k] for k in spares)))
+    idle = shelf.idle(p.state, shelf.is_thin(policy), but)
+    both = takes + sum(p.state.cached[k].takes for k in idle)
+    if is_good or not (is_room(p.state, takes) or is_room(p.state, both)):
+        return is_good
+    for key in spares:
+        _erase_and_remove(p, key, policy, does_erase=True)
+        if is_room(p.state, 0):
+            return True
+    p.state, is_good = shelf.with_room(p.state, policy, is_room, but)
+    return is_good
+
+
+def _takes(disk: LocalDisk) -> int:
+    """What LVM reports that it takes."""
+    return disk.writes + disk.shared[1] if disk.is_thin else disk.size
+
+
+def _free_name(p: Prediction, image_id: str, making: Making) -> None:
+    """What is replaced gives its name to the new disk."""
+    for key in making.replaced:
+        disk = p.state.disks.get(key)
+        if disk and disk.name == p.state.sources[image_id].volume:
+            p.becomes(key, replace(disk, name=ANOTHER))
 
 
 def _given_up(made: LocalDisk, policy: Policy) -> Iterator[LocalDisk]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tests.model.state import ASIDE, COMPLETE, DELETING, READY, STOPPED, UNFINISHED, LocalDisk, Piece
+from tests.model.state import ANOTHER, ASIDE, COMPLETE, DELETING, READY, STOPPED, UNFINISHED, LocalDisk, Piece
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def unlike(disk: LocalDisk, seen: Seen, during: range) -> Iterator[str]:
         yield f"it holds {seen.holds}"
     if disk.shared[1] != seen.shared[1]:
         yield f"it has {seen.shared[1]} bytes of a template's"
-    if disk.name and disk.name != seen.name:
+    if disk.name not in ("", ANOTHER, seen.name):
         yield f"its name is {seen.name}"
     yield from _unlike_tags(disk, seen, during)
 
@@ -106,6 +106,8 @@ _ELSEWHERE = {
 def as_seen(disk: LocalDisk, seen: Seen) -> LocalDisk:
     """`disk` with the times and the data that it really has."""
     changes: dict[str, Any] = {"shared": seen.shared}
+    if disk.name == ANOTHER:
+        changes["name"] = seen.name
     if disk.state in COMPLETE:
         for name, field in (("STOPPED", "stopped"), ("UNNEEDED", "unneeded")):
             changes[field] = next((int(value) for value in seen.values(name)), None)

@@ -11,6 +11,7 @@ from tests.model.rules import Policy, Rules
 # What a local disk can be.
 UNFINISHED, READY, STOPPED, DELETING, ASIDE = "unfinished", "ready", "stopped", "deleting", "aside"
 COMPLETE = (READY, STOPPED)
+ANOTHER = "?"  # a name that nobody knows before it is seen
 
 
 Piece = tuple[str, int]  # of a thin pool: the key of the template LV that it was written for, and its bytes
@@ -18,7 +19,10 @@ Piece = tuple[str, int]  # of a thin pool: the key of the template LV that it wa
 
 @dataclass(frozen=True)
 class Source:
-    """An image on shared storage.  `version` changes with every change, `content` is what a guest reads."""
+    """An image on shared storage.  `version` changes with what is written, `content` is what a guest reads.
+
+    An empty layer upon the leaf, as a snapshot makes it, is another `volume` of the same version.
+    """
 
     volume: str  # id of its leaf
     version: str
@@ -104,6 +108,9 @@ class Flight:
     policy: Policy  # when it began
     source: Source | None = None  # of the template that it fills
     reads: str = ""  # the key of a template LV that it has open
+    replaced: tuple[str, ...] = ()  # the keys of kept disks that are removed once it is complete
+    others: tuple[str, ...] = ()  # the keys of all disks of the image that it found
+    names: frozenset[str] = frozenset()  # that these disks had
 
     @property
     def is_filling(self) -> bool:
@@ -156,7 +163,8 @@ class State:
         )
 
     def is_locked(self, key: str) -> bool:
-        return key in self.locked or (self.flight is not None and self.flight.key == key)
+        flight = self.flight
+        return key in self.locked or (flight is not None and key in (flight.key, *flight.others))
 
     def is_running(self, vm_id: str) -> bool:
         """By libvirt."""
