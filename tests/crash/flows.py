@@ -23,6 +23,7 @@ from tests.integration.steps import MIB, THICK, THIN, configure, device, startin
 SIZE = 24 * MIB
 LONG_AGO = 5  # seconds since the epoch
 KEEP = "retention: {on_stop: keep}\n"
+RECOPY = "retention: {on_stop: keep, on_source_change: recopy}\n"
 CACHE = "cache: {templates: on}\n"
 ERASE = "retention: {erase: zero}\n"
 
@@ -126,6 +127,22 @@ def ready(scene: Scene) -> None:
 
 def kept(scene: Scene) -> None:
     make(scene, f"STOPPED_{int(time.time()) - 60}", active=False)
+
+
+def kept_of_another_leaf(scene: Scene) -> None:
+    """A kept disk of this VM and image, of what was its leaf before, and of other bytes."""
+    stopped = f"STOPPED_{int(time.time()) - 60}"
+    words = ("localdisk", f"VM_{scene.vm_id}", f"IU_{scene.image.id}", f"SOURCE_{'0' * 32}", stopped)
+    options = [word for tag in words for word in ("--addtag", tag)]
+    run("lvcreate", "-an", "-Wn", "-Zn", "-ky", "-n", new_id(), "-L", "4m", *options, host.VOLUME_GROUP)
+
+
+def kept_and_changed(scene: Scene) -> None:
+    """A kept disk of the leaf, and the leaf has changed since."""
+    kept(scene)
+    other = f"SOURCE_{'0' * 32}"
+    lv = f"{host.VOLUME_GROUP}/{scene.image.leaf.id}"
+    run("lvchange", "--deltag", scene.fingerprint, "--addtag", other, lv)
 
 
 def garbage(scene: Scene) -> None:
@@ -249,6 +266,8 @@ FLOWS = (
     Flow("first start thick", nothing, start_thick),
     Flow("first start thin", nothing, start_thin, start_again=start_thin),
     Flow("start of a kept disk", kept, start_thick, KEEP, "kept"),
+    Flow("kept disk of another leaf is replaced", kept_of_another_leaf, start_thick, RECOPY),
+    Flow("kept disk that has changed is replaced", kept_and_changed, start_thick, RECOPY),
     Flow("stop, delete", ready, stop),
     Flow("stop, keep", ready, stop, KEEP, "kept"),
     Flow("gc", garbage, collect),
