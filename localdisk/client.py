@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from types import TracebackType
@@ -35,6 +35,7 @@ class Looked:
     """What the helper sees of one disk; `path` is where it is or would be."""
 
     is_local: bool  # by the policy of this host, it must run from a local disk
+    is_kept: bool  # the VM has a complete local disk of its image
     is_ready: bool
     state: str
     path: str
@@ -96,7 +97,13 @@ class Helper:
         answer = self._ask("look", **self._vm, disks=asked)
         with self._understood():
             looked = tuple(
-                Looked(bool(row["local"]), bool(row["ready"]), str(row["state"]), str(row["path"]))
+                Looked(
+                    is_local=bool(row["local"]),
+                    is_kept=bool(row["kept"]),
+                    is_ready=bool(row["ready"]),
+                    state=str(row["state"]),
+                    path=str(row["path"]),
+                )
                 for row in answer["disks"]
             )
             if len(looked) != len(asked):
@@ -149,6 +156,10 @@ class Helper:
     def commit(self) -> None:
         """The copy is complete and on the device: make the claimed disk ready."""
         self._ask("commit")
+
+    def mark_stale(self, images: Sequence[str]) -> None:
+        """The VM begins to run with these images, or `kept.EVERY`, on shared storage."""
+        self._ask("stale", vm=self._vm["vm"], images=list(images))
 
     def release(self) -> None:
         """The VM has stopped: remove or keep its local disks by the policy of this host."""

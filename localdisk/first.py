@@ -21,6 +21,9 @@ POINTS_OF_A_VM = (
     "before_disk_hotunplug",
 )
 UNREFUSABLE = ("before_vdsm_start", "before_vm_destroy", "after_vm_destroy")
+# Where a VM begins to run here, and the files of the VMs that have kept disks here; kept.py makes them.
+BEGINNINGS = ("before_vm_start", "before_vm_migrate_destination")
+KEPT = "/run/localdisk/kept/"
 PYTHONS = ((3, 9), (3, 10), (3, 11), (3, 12), (3, 13))  # build.sh packs for these
 MACHINE = "x86_64"
 
@@ -51,10 +54,18 @@ def wrong_host(version, machine):  # type: (tuple[object, ...], str) -> str
     return f"localdisk: this file is for Python 3.9 to 3.13 on {MACHINE}, this is {here} : {fix}"
 
 
-# vdsm hands a custom property over as a variable of its name.
-if __name__ == "__main__" and not (
-    called_point(sys.argv) and os.environ.get("localdisk", "off") == "off"  # noqa: SIM112
-):
+def is_done(argv, environ):  # type: (list[str], os._Environ[str]) -> bool
+    """Whether there is nothing to do, as for a VM without the property, which is a variable of its name.
+
+    If it has kept disks here and begins to run, it does so without them, and they must be marked.
+    """
+    point = called_point(argv)
+    if not point or environ.get("localdisk", "off") != "off":
+        return False
+    return point not in BEGINNINGS or not os.path.exists(KEPT + (environ.get("vmId") or "-").lower())
+
+
+if __name__ == "__main__" and not is_done(sys.argv, os.environ):
     problem = wrong_host(sys.version_info, os.uname().machine)
     if problem:
         sys.stderr.write(problem + "\n")

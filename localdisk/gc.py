@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from localdisk import counters, domains, lock, log, lvm, progress, template
+from localdisk import counters, domains, kept, lock, log, lvm, progress, stale, template
 from localdisk.config import Config, Policy
 from localdisk.disk import LocalDisk, State, local_disks, stopped_tag, unneeded_tag
 from localdisk.domains import Domains
@@ -239,6 +239,7 @@ def collect(config: Config, dry_run: bool = False, may_start: bool = True) -> Co
     found = Collection(findings, tuple(map(str, failures)))
     if not dry_run:
         lock.sweep()
+        _look_after_kept(config, groups, is_all=not failed)
         _count(found)
     return found
 
@@ -250,6 +251,30 @@ def _answer(asked: domains.Question) -> tuple[Domains | None, LibvirtSilent | No
     except LibvirtSilent as error:
         log.problem("gc asks libvirt in vain", why=error)
         return None, error
+
+
+class _GaveUp(Exception):
+    """A lock is held."""
+
+
+def _give_up(_seconds: float) -> None:
+    raise _GaveUp
+
+
+def _look_after_kept(config: Config, groups: tuple[VolumeGroup, ...], is_all: bool) -> None:
+    """Mark what somebody was about to mark as stale, and write down anew which VMs have kept disks."""
+    for vm_id, images in kept.noted().items():
+        try:
+            if images:
+                stale.mark(config, vm_id, images, _give_up)
+        except Interrupted:
+            raise
+        except _GaveUp:  # a process works on one of them; the next gc marks them
+            pass
+        except Error as error:
+            log.problem("kept disks are not marked as stale yet", vm=vm_id, why=error)
+    every = (disk for vg in groups for disk in local_disks(vg))
+    kept.renew(frozenset(disk.vm_id for disk in every if disk.vm_id and stale.is_usable(disk)), is_all)
 
 
 def _count(found: Collection) -> None:

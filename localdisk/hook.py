@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from localdisk import copy, definition, domains, image, log, origin, vdsm
+from localdisk import copy, definition, domains, image, kept, log, origin, vdsm
 from localdisk.client import Base, Helper, Looked, Prepared
 from localdisk.copy import OnProgress
 from localdisk.definition import Disk
@@ -18,7 +18,9 @@ from localdisk.domains import DomainState
 from localdisk.errors import (
     BadDomain,
     DiskRefused,
+    Error,
     HotplugRefused,
+    Interrupted,
     LibvirtSilent,
     NotLocal,
     OperationRefused,
@@ -26,7 +28,7 @@ from localdisk.errors import (
     UnplugRefused,
 )
 from localdisk.image import Source
-from localdisk.vdsm import Call
+from localdisk.vdsm import BEGINNINGS, Call
 
 if TYPE_CHECKING:
     from localdisk.config import Policy
@@ -41,6 +43,8 @@ def run(point: str, environ: Mapping[str, str]) -> None:
             return
     call = vdsm.read_call(point, environ)
     if call.vm_id and call.property_value == "off":
+        if point in BEGINNINGS:
+            _begins_without(call)
         return
     answer = POINTS[point](call)
     if answer is not None:
@@ -101,6 +105,11 @@ def before_vm_start(call: Call) -> str | None:
         looks = helper.look(disks)
         if _is_resumed(call.vm_id, disks, looks):
             return None
+        shared = [
+            disk.image_id for disk, looked in zip(disks, looks) if looked.is_kept and not looked.is_local
+        ]
+        if shared:
+            helper.mark_stale(shared)
         paths = {disk.name: _be_local(helper, call.vm_id, disk, looked) for disk, looked in zip(disks, looks)}
     # Also what after_disk_prepare has made local: vdsm can leave `file=` beside `dev=` there.
     return definition.localize_domain(xml, {name: path for name, path in paths.items() if path})
@@ -166,6 +175,21 @@ POINTS: dict[str, Callable[[Call], str | None]] = {
     "before_disk_hotunplug": before_disk_hotunplug,
     "before_vdsm_start": before_vdsm_start,
 }
+
+
+def _begins_without(call: Call) -> None:
+    """A VM without the property begins to run here: kept disks that it has here are stale from now on.
+
+    It has no part in localdisk, and is not refused, whatever goes wrong: the helper has written down that its
+    disks must be marked, and the next local start of it, or gc, does so.
+    """
+    try:
+        with Helper(call.vm_id) as helper:
+            helper.mark_stale([kept.EVERY])
+    except Interrupted:
+        raise
+    except Error as error:
+        log.problem("kept disks are not marked as stale yet", vm=call.vm_id, why=error)
 
 
 def _refuse(call: Call, operation: str) -> None:

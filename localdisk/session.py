@@ -11,6 +11,7 @@ refused.  The verbs:
     progress  {done, written}                             bytes of the guest's view, and of the volume, so far
     commit    {}                                          the copy is complete: what was made is ready
     release   {vm, property}                              the VM has stopped: remove or keep its disks
+    stale     {vm, images}                                it begins to run with these on shared storage
 
 `base` is null, or what the disk may start from: {volume, domain, fingerprint, size} of a template's volume.
 Then `prepare` answers `how`: `kept`, `copy` (all of it), `missing` (fill the template LV, commit, then ask
@@ -32,7 +33,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from localdisk import cache, counters, domains, lock, log
+from localdisk import cache, counters, domains, kept, lock, log, stale
 from localdisk import disk as life
 from localdisk.cache import Base, Shelf, Spare
 from localdisk.config import Config, Policy
@@ -126,6 +127,7 @@ class Session:
             "progress": (self._progress, frozenset({"done", "written"})),
             "commit": (self._commit, frozenset()),
             "release": (self._release, frozenset({"vm", "property"})),
+            "stale": (self._stale, frozenset({"vm", "images"})),
         }
 
     def serve(self, line: bytes) -> Answer:
@@ -187,6 +189,9 @@ class Session:
         image_id, volume_id = _uuid(request, "image"), _uuid(request, "volume")
         if not policy.is_local(image_id):
             return {"stays": True, "path": "", "thin": False, "cached": False}
+        doubted = kept.doubted(vm_id)
+        if doubted:
+            stale.mark(self._config, vm_id, doubted, self._pause)
         with ExitStack() as stack:
             held = stack.enter_context(lock.holding(lock.disk_lock(volume_id), self._pause))
             vg = _read(policy)
@@ -232,6 +237,7 @@ class Session:
             self._replaced(claim, claim.disks).free_name(vg, name)
             vg.rename(found.volume_id, name)
             log.event("kept disk renamed", vm=claim.vm_id, disk=found.volume_id, to=name)
+        kept.note(claim.vm_id)
         missing = {life.OURS, f"SOURCE_{fingerprint}"} - found.lv.lv_tags
         if missing or found.idle_tags:
             vg.change_tags(name, add=missing, remove=found.idle_tags)
@@ -381,6 +387,7 @@ class Session:
         if found is None or found.state is not State.UNFINISHED or not making.is_ours(vg, found.lv):
             raise BadRequest(problem="the unfinished disk is not the one that was made")
         vg.require_usable()
+        kept.note(claim.vm_id)
         vg.change_tags(claim.volume_id, remove={life.UPDATING, *found.writes_tags})
         self._claim = None
         making.finished()
@@ -404,6 +411,11 @@ class Session:
             if vg and disks:
                 vg.require_usable()
                 _stop(vg, policy, disks)
+        return {}
+
+    def _stale(self, request: Request) -> Answer:
+        self.close()
+        stale.mark(self._config, _uuid(request, "vm"), _images(request), self._pause)
         return {}
 
     # -- steps
@@ -528,6 +540,8 @@ def _drop(vg: VolumeGroup, planned: Mapping[Stop, list[LocalDisk]]) -> None:
 
 
 def _keep(vg: VolumeGroup, planned: Mapping[Stop, list[LocalDisk]]) -> None:
+    for vm_id in {disk.vm_id for disk in planned[Stop.KEEP]}:
+        kept.note(vm_id)
     ready = [disk for disk in planned[Stop.KEEP] if disk.state is State.READY]
     closed = [disk.volume_id for disk in planned[Stop.KEEP] if not disk.is_open]
     if ready:
@@ -613,6 +627,7 @@ def _look_at(vg: VolumeGroup, policy: Policy, vm_id: str, ids: tuple[str, str]) 
     found = _find(vg, vm_id, image_id, volume_id) if policy.is_local(image_id) else None
     return {
         "local": policy.is_local(image_id),
+        "kept": any(disk.image_id == image_id and stale.is_usable(disk) for disk in _of_vm(vg, vm_id)),
         "ready": found is not None and found.state is State.READY and found.lv.lv_active,
         "state": found.state.value if found else "absent",
         "path": vg.path(volume_id),
@@ -653,3 +668,12 @@ def _disks(request: Request) -> list[tuple[str, str]]:
     if not all(isinstance(row, dict) and row.keys() == {"image", "volume"} for row in rows):
         raise BadRequest(problem="a disk is not {image, volume}")
     return [(_uuid(row, "image"), _uuid(row, "volume")) for row in rows]
+
+
+def _images(request: Request) -> list[str]:
+    images = request["images"]
+    if not isinstance(images, list) or not 0 < len(images) <= MAX_DISKS:
+        raise BadRequest(problem=f"images is no list of at most {MAX_DISKS}")
+    if images != [kept.EVERY] and not all(map(is_uuid, images)):
+        raise BadRequest(problem="an image is no canonical UUID")
+    return [str(image) for image in images]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from localdisk import domains, drift, gc, lvm, progress, sysfs, template
 from localdisk import vms as libvirt
@@ -333,7 +333,8 @@ class _View:
         verdict = gc.decide(disk, witnesses, policy, self.now)
         if verdict.action is Action.MARK and witnesses.vm_is_defined:
             return Next("keep", None, "VM starts")
-        return _by_gc(verdict, disk, policy, self.now)
+        coming = _by_gc(verdict, disk, policy, self.now)
+        return replace(coming, text=f"stale, {coming.text}") if disk.is_stale and disk.is_complete else coming
 
 
 def _state(disk: LocalDisk, is_locked: bool, runs: bool) -> str:

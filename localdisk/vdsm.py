@@ -41,6 +41,7 @@ _DATA = {
     "before_vdsm_start": None,
 }
 POINTS = frozenset(_DATA)
+BEGINNINGS = ("before_vm_start", "before_vm_migrate_destination")  # a VM begins to run on this host
 
 # At these points vdsm goes on when a hook fails (raiseError=False in vdsm's lib/vdsm/common/hooks.py); at all
 # others of ours it refuses the operation.

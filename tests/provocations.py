@@ -36,6 +36,7 @@ from localdisk import (
     host_storage,
     image,
     install,
+    kept,
     lock,
     lvm,
     metrics,
@@ -773,6 +774,42 @@ SESSION = {
     "shut off": case(shut_off, VM, VOLUME),
 }
 
+# -- kept disks that are stale
+
+
+def stale_later(world: World) -> None:
+    """gc cannot mark what somebody was about to mark."""
+    there = world.host()
+    there.add(VOLUME, tags("STOPPED_5"))
+    there.defined = {VM}
+    there.fail("lvchange", world.evil(), times=9)
+    kept.doubt(VM, [kept.EVERY])
+    gc.collect(config.parse(test_session.KEEP.encode(), "F"))
+
+
+def stale_hook(world: World) -> None:
+    machine = world.vdsm()
+    machine.host.fail("lvm", world.evil(), times=9)
+    machine.call("before_vm_start", "anything", localdisk="off")
+
+
+def no_record(world: World) -> None:
+    """Files and directories are in each other's place."""
+    there = world.host()
+    os.makedirs(os.path.join(lock.RUN, "kept", OTHER_VM))
+    os.makedirs(os.path.join(lock.RUN, "kept", VM))
+    there.add(VOLUME, tags("STOPPED_5"))
+    gc.collect(config.parse(test_session.KEEP.encode(), "F"))
+
+
+STALE_ONES = {
+    "by gc": case(stale_later, "not marked as stale yet", VM, "evil"),
+    "by the hook": case(stale_hook, "not marked as stale yet", VM),
+    "no record": case(no_record, "cannot be written", "cannot be removed", VM, OTHER_VM),
+    "no images": case(session({"verb": "stale", "vm": VM, "images": []}), REQUEST, "images"),
+    "no image": case(session(lambda w: {"verb": "stale", "vm": VM, "images": [w.evil()]}), REQUEST, "image"),
+}
+
 # -- domains, gc, vms
 
 
@@ -1264,6 +1301,7 @@ CASES: dict[str, Case] = {
         "copy": COPY,
         "definition": DEFINITION,
         "disk": DISK_LIFE,
+        "stale": STALE_ONES,
         "gc": GC,
         "hook": HOOK,
         "host": HOST,

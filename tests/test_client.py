@@ -60,8 +60,8 @@ IDS = {"image": IMAGE, "volume": VOLUME}
 
 def test_a_whole_conversation(sudo: Sudo) -> None:
     target = {"path": "/dev/v/l", "dm_uuid": "LVM-x", "zeroed": True, "bandwidth": None, "nice": 10}
-    seen = {"local": True, "ready": False, "state": "absent", "path": "/dev/v/l"}
-    other = {"local": False, "ready": False, "state": "absent", "path": "/dev/v/m"}
+    seen = {"local": True, "kept": False, "ready": False, "state": "absent", "path": "/dev/v/l"}
+    other = {"local": False, "kept": True, "ready": False, "state": "absent", "path": "/dev/v/m"}
     sudo.answers(
         {"disks": [seen, other]},
         {"stays": False, "path": "", "thin": True, "cached": False},
@@ -73,8 +73,8 @@ def test_a_whole_conversation(sudo: Sudo) -> None:
     )
     with Helper(VM, "lvm") as helper:
         assert helper.look([disk(), disk(OTHER_IMAGE, OTHER_VOLUME)]) == (
-            Looked(True, False, "absent", "/dev/v/l"),
-            Looked(False, False, "absent", "/dev/v/m"),
+            Looked(True, False, False, "absent", "/dev/v/l"),
+            Looked(False, True, False, "absent", "/dev/v/m"),
         )
         assert helper.claim(disk()) == Claimed(stays=False, path="", is_thin=True, is_cached=False)
         expected = Prepared("copy", "/dev/v/l", Target("/dev/v/l", "LVM-x", True, None, 10), None)

@@ -322,7 +322,7 @@ def test_block_storage_alone_is_no_sign(host_vdsm: Vdsm) -> None:
     assert LOCAL in host_vdsm.call("after_disk_prepare", text)
 
 
-@pytest.mark.parametrize("point", ["after_disk_prepare", "before_vm_start"])
+@pytest.mark.parametrize("point", ["after_disk_prepare", "before_vm_hibernate"])
 def test_a_vm_without_the_property_asks_nobody(host_vdsm: Vdsm, point: str) -> None:
     host_vdsm.call(point, "anything", localdisk="off")
     assert host_vdsm.host.commands == []
@@ -584,7 +584,7 @@ def test_the_start_of_vdsm_collects_garbage(
 # -- calls
 
 
-@pytest.mark.parametrize("point", sorted(vdsm.POINTS - {"before_vdsm_start"}))
+@pytest.mark.parametrize("point", sorted(vdsm.POINTS - {"before_vdsm_start", *vdsm.BEGINNINGS}))
 def test_without_the_property_nothing_is_done(host_vdsm: Vdsm, point: str) -> None:
     assert host_vdsm.call(point, "anything", localdisk="off") == "anything"
     variable = "_hook_json" if point == "after_disk_prepare" else "_hook_domxml"

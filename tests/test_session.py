@@ -302,7 +302,7 @@ def test_a_replacement_that_is_killed_loses_neither(host: FakeHost, text: str, n
     hook = Hook(host, text)
     if hook.start()["target"]:
         assert hook.ask(COMMIT_IT) == {}
-    host.defined = {VM}
+    host.active = {VM}
     assert not gc.collect(parsed(text)).is_problem
     assert {name: volume.lv_tags for name, volume in host.volumes.items()} == {"pool0": set(), VOLUME: tags()}
     assert old in host.removed
@@ -448,7 +448,7 @@ def test_a_disk_that_is_set_aside_under_its_old_name(
     pair = {"image": IMAGE, "volume": VOLUME}
     hook = Hook(host, text)
     (row,) = hook.ask({"verb": "look", "vm": vm, "property": "lvm", "disks": [pair]})["disks"]
-    assert row == {"local": True, "ready": False, "state": "deleting", "path": PATH}
+    assert row == {"local": True, "kept": False, "ready": False, "state": "deleting", "path": PATH}
     assert hook.start(vm=vm)["target"]
     assert lv_tags(host) == tags("UPDATING", "WRITES_4096", vm=vm)
     assert set_aside(host) == [old.lv_uuid]
@@ -739,7 +739,8 @@ def test_look(host: FakeHost, more: tuple[str, ...] | None, active: str, state: 
         host.add(VOLUME, tags(*more), SIZE, lv_active=active)
     pair = {"image": IMAGE, "volume": VOLUME}
     answer = Hook(host).ask({"verb": "look", "vm": VM, "property": "on", "disks": [pair, pair]})
-    row = {"local": True, "ready": ready, "state": state, "path": PATH}
+    is_kept = state in ("ready", "stopped")
+    row = {"local": True, "kept": is_kept, "ready": ready, "state": state, "path": PATH}
     assert answer == {"disks": [row, row]}
     assert host.commands == [LOOK]
     assert locks() == []

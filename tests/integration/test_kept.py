@@ -5,6 +5,7 @@ On file storage and on block storage.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -14,7 +15,7 @@ from tests.bed import host, libvirt
 from tests.bed.player import run_point
 from tests.bed.shell import run
 from tests.bed.storage import COW, RAW, Image, Storage, fill, new_id, qemu_io
-from tests.bed.vm import Disk, disk_json
+from tests.bed.vm import Disk, Vm, disk_json, domain_xml
 from tests.integration.steps import (
     LOCKS,
     MIB,
@@ -22,10 +23,13 @@ from tests.integration.steps import (
     configure,
     device,
     equals_source,
+    localdisk,
     lv_uuid,
     refused_disk,
+    seqno,
     start,
     starting,
+    status,
     stop,
     tags,
 )
@@ -175,3 +179,39 @@ def test_a_piece_of_a_raw_volume_that_changes_is_noticed(block_storage: Storage)
     vm_id = keep(image)
     qemu_io(image.leaf, [f"write -P 9 {33 * MIB} {64 * MIB // 512 + 4096}"])
     assert "has changed since it was copied" in refused_disk(image, vm_id=vm_id)
+
+
+# -- a run without the property
+
+
+def test_a_kept_disk_that_its_vm_ran_without_is_stale(file_storage: Storage) -> None:
+    """The source is put back to what it was, so that nothing but the mark says so."""
+    image = file_storage.template(16 * MIB, seed=6)
+    other = file_storage.template(16 * MIB, seed=7)
+    vm_id, other_vm = keep(image), keep(other)
+    vm = Vm(vm_id, (Disk("vda", image),))
+    shutil.rmtree(LOCKS / "kept")  # the host was booted
+    localdisk("gc")
+    before = seqno()
+    for point in ("before_vm_migrate_source", "after_vm_destroy"):
+        assert run_point(point, vm_id, domain_xml(vm), {}).rc == 0
+    assert seqno() == before
+    result = run_point("before_vm_start", vm_id, domain_xml(vm), {})
+    assert (result.rc, result.data) == (0, domain_xml(vm))
+    assert "STALE" in tags(image)
+    assert "STALE" not in tags(other)
+    assert status()[image.leaf.id]["next"]["text"].startswith("stale, ")
+    assert "is stale" in refused_disk(image, vm_id=vm_id)
+    run("lvchange", "--deltag", "STALE", f"{host.VOLUME_GROUP}/{image.leaf.id}")  # as it advises
+    start(image, vm_id=vm_id)
+    assert holds_what_the_guest_wrote(image)
+    stop(vm_id, image)
+
+    run_point("before_vm_start", vm_id, domain_xml(vm), {"localdisk": "off"})
+    configure(RECOPY)
+    start(image, vm_id=vm_id)
+    assert equals_source(image)
+    stop(vm_id, image)
+    start(other, vm_id=other_vm)
+    assert holds_what_the_guest_wrote(other)
+    stop(other_vm, other)

@@ -270,6 +270,9 @@ class RealWorld:
         with open(path_of(name), "r+b") as device:
             device.write(name.encode())
         self.contents.learn(path_of(name), f"of {name}")
+        for vm_id in (tag[3:] for tag in tags if tag.startswith("VM_")):  # as gc would
+            (LOCKS / "kept").mkdir(parents=True, exist_ok=True)
+            (LOCKS / "kept" / vm_id).touch()
 
     def remove(self, name: str) -> None:
         host.remove(name)

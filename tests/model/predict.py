@@ -239,6 +239,7 @@ def _before_vm_start(p: Prediction, vm_id: str) -> None:
     _check_resumed(p, vm_id)
     if p.is_over:
         return
+    _become_stale(p, vm_id, set(p.state.vms[vm_id].images) - {*_local_images(p.state, vm_id)})
     for image_id in _local_images(p.state, vm_id):
         volume = p.state.sources[image_id].volume
         if p.state.vms[vm_id].paths.get(image_id) != volume:
@@ -263,6 +264,16 @@ def _is_resumed(state: State, vm_id: str) -> bool:
     if state.is_silent or state.is_mute:
         raise Refused
     return not state.vms[vm_id].is_defined
+
+
+def _become_stale(p: Prediction, vm_id: str, images: set[str]) -> None:
+    """The VM begins to run with these images on shared storage; without the property, with all of them."""
+    state, vm = p.state, p.state.vms[vm_id]
+    runs = vm.is_active or state.is_silent
+    for key, disk in [*state.disks.items()]:
+        is_its = disk.vm == vm_id and disk.state in COMPLETE and (vm.using == "off" or disk.image in images)
+        if is_its and not disk.is_stale and not (state.is_open(key) and runs):
+            p.becomes(key, replace(disk, is_stale=True))
 
 
 def _look(p: Prediction, vm_id: str) -> None:
@@ -398,7 +409,7 @@ def _is_good(source: Source, disk: LocalDisk) -> bool:
     """A kept disk that the VM can go on with; of an older hook's only its name says what it is a copy of."""
     is_older = disk.is_older and not disk.version
     is_same = disk.name == source.volume if is_older else disk.version == source.version
-    return is_same and disk.size >= source.size
+    return is_same and disk.size >= source.size and not disk.is_stale
 
 
 def _take_back(p: Prediction, key: str, disk: LocalDisk, source: Source) -> None:
@@ -680,6 +691,13 @@ def _erase_and_remove(p: Prediction, key: str, policy: Policy, does_erase: bool)
 # -- what a VM with local disks must not do
 
 
+def _arrives(p: Prediction, vm_id: str) -> None:
+    """A VM without the property comes from another host."""
+    if p.state.vms[vm_id].using == "off":
+        _become_stale(p, vm_id, set())
+    _forbidden(p, vm_id)
+
+
 def _forbidden(p: Prediction, vm_id: str) -> None:
     vm = p.state.vms[vm_id]
     if vm.using != "off" and p.state.rules.of(vm_id, vm.using).enabled:
@@ -695,7 +713,7 @@ CALLS: Mapping[str, Callable[..., object]] = {
     "before_vm_start": _before_vm_start,
     "after_vm_destroy": _after_vm_destroy,
     "before_vm_migrate_source": _forbidden,
-    "before_vm_migrate_destination": _forbidden,
+    "before_vm_migrate_destination": _arrives,
     "before_vm_hibernate": _forbidden,
     "before_vm_dehibernate": _forbidden,
     "prefetch": _prefetch,

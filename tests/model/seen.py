@@ -84,6 +84,7 @@ def _writes(disk: LocalDisk) -> int:
 def _wanted(disk: LocalDisk) -> set[str]:
     """The tags that such a disk has and that say nothing else than what it is."""
     owner = {f"VM_{disk.vm}", f"IU_{disk.image}"} | (set() if disk.is_older else {"localdisk"})
+    owner |= {"STALE"} if disk.is_stale and disk.state in COMPLETE else set()
     writes = set() if disk.is_older or _writes(disk) < 0 else {f"WRITES_{disk.writes}"}
     return {
         UNFINISHED: owner | {"UPDATING"} | writes,

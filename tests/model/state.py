@@ -63,6 +63,7 @@ class LocalDisk:
     unneeded: int | None = None
     erase: str = "none"  # what must be done to it once it is set aside
     is_older: bool = False
+    is_stale: bool = False  # its VM was started without it
 
     @property
     def is_aside(self) -> bool:

@@ -1,0 +1,78 @@
+"""Which VMs may have kept disks on this host: one file a VM in /run/localdisk/kept.
+
+`first.py` lets a VM without the custom property through at once, unless its file is there.  What counts is in
+the tags of the disks; the files are there before a disk is complete, and gc makes them anew from the tags,
+also after a boot, before vdsm starts any VM.  A file that holds text names the images whose disks are about
+to be marked as stale: if that is broken off, the next start or gc marks them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+
+from localdisk import lock, log
+from localdisk.ids import is_uuid
+
+EVERY = "*"  # all images of the VM
+
+
+def path(vm_id: str) -> str:
+    return os.path.join(lock.RUN, "kept", vm_id)
+
+
+def note(vm_id: str) -> None:
+    """The VM has, or is about to have, a disk that may be kept.  A record never refuses a start or a stop."""
+    _write(vm_id, os.O_CREAT, "")
+
+
+def doubt(vm_id: str, images: Iterable[str]) -> None:
+    """Kept disks of these images are about to be marked as stale."""
+    _write(vm_id, os.O_CREAT | os.O_TRUNC, "\n".join(images))
+
+
+def settle(vm_id: str) -> None:
+    """They are marked."""
+    _write(vm_id, os.O_CREAT | os.O_TRUNC, "")
+
+
+def doubted(vm_id: str) -> tuple[str, ...]:
+    """The images whose kept disks must still be marked as stale."""
+    try:
+        with open(path(vm_id), encoding="utf-8", errors="replace") as file:
+            return tuple(file.read(1 << 16).split())
+    except OSError:
+        return ()
+
+
+def noted() -> Mapping[str, tuple[str, ...]]:
+    """All VMs that have a file, with what is in it."""
+    try:
+        names = sorted(filter(is_uuid, os.listdir(os.path.dirname(path("")))))
+    except OSError:
+        return {}
+    return {vm_id: doubted(vm_id) for vm_id in names}
+
+
+def renew(vm_ids: frozenset[str], is_all: bool) -> None:
+    """These VMs have kept disks; `is_all`: and no others, so that the files of others are removed."""
+    for vm_id in vm_ids:
+        note(vm_id)
+    for vm_id, images in noted().items():
+        if is_all and vm_id not in vm_ids and not images:
+            try:
+                os.unlink(path(vm_id))
+            except OSError as error:
+                log.problem("record of kept disks cannot be removed", vm=vm_id, why=error.strerror)
+
+
+def _write(vm_id: str, flags: int, text: str) -> None:
+    try:
+        os.makedirs(os.path.dirname(path(vm_id)), mode=0o755, exist_ok=True)
+        fd = os.open(path(vm_id), os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW | flags, 0o644)
+        try:
+            os.write(fd, text.encode())
+        finally:
+            os.close(fd)
+    except OSError as error:
+        log.problem("record of kept disks cannot be written", vm=vm_id, why=error.strerror)
