@@ -211,7 +211,7 @@ def test_who_is_let_through(tmp_path: Path, point: str, environ: dict[str, str],
     (tmp_path / "kept" / VM).touch()
     text = Path(first.__file__).read_text().replace(first.KEPT, f"{tmp_path}/kept/")
     (tmp_path / "__main__.py").write_text(text)
-    (tmp_path / "front.py").write_text("def main(called_by_vdsm): print('goes on')")
+    (tmp_path / "front.py").write_text("def main(called_by_vdsm, refused): print('goes on')")
     argv = [sys.executable, str(tmp_path), "hook", point]
     done = subprocess.run(argv, capture_output=True, text=True, env=environ, check=True)
     assert done.stdout == ("goes on\n" if is_noted and point in BEGINNINGS else "")
