@@ -717,7 +717,7 @@ def test_qemu_img_crashes(group: Group, image: Image, qemu_img: Callable[[str], 
     make_pool()
     qemu_img("#!/bin/sh\nkill -ABRT $$\n")
     assert f"copying {image.leaf.path} to {device(image)} failed: " in fails(image)
-    assert f"qemu-img measure failed for {image.leaf.path} (signal 6): " in fails(image, THIN)
+    assert f"qemu-img measure failed for {image.leaf.path} (killed by SIGABRT): " in fails(image, THIN)
     run("umount", "/usr/bin/qemu-img")
     comes_back(image)
 
