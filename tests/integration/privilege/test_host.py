@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.bed import host
+from tests.bed import host, libvirt
 from tests.bed.player import run_point
 from tests.bed.shell import run
 from tests.bed.storage import FileStorage
@@ -36,7 +36,7 @@ from tests.integration.privilege.attempts import (
     tried,
     works,
 )
-from tests.integration.steps import CONFIG, configure, device, processes, stop, wait_for
+from tests.integration.steps import CONFIG, configure, device, processes, starting, stop, wait_for
 
 PROGRAM = str(host.PROGRAM)
 KEEP = "retention: {on_stop: keep}\n"
@@ -310,8 +310,10 @@ def test_custom_properties(scene: Scene) -> None:
     image = storage.template(SIZE, seed=4)
     custom = {name: value for name, value in EVIL.items() if name not in ("vmId", "_hook_domxml")}
     try:
+        starting(scene.vm_id)
         data = disk_json(Disk("vda", image))
         result = run_point("after_disk_prepare", scene.vm_id, data, {**custom, "localdisk": "lvm"})
+        libvirt.undefine(scene.vm_id)
         assert result.rc == 0, result.stderr
         assert json.loads(result.data)["path"] == str(device(image))
         assert marks() == ()
