@@ -119,6 +119,8 @@ class AptState:
             *("-o", f"Dir::Etc::SourceParts={directory}/empty", "-o", "APT::Architecture=amd64"),
             *("-o", "Dir::Etc::Preferences=/dev/null", "-o", f"Dir::Etc::PreferencesParts={directory}/empty"),
             *("-o", "APT::Sandbox::User=root", "-o", "Acquire::Languages=none"),
+            # A mirror may be behind by more than sid's week; the signature and the pinned digest remain.
+            *("-o", "Acquire::Check-Valid-Until=false"),
         ]
         apt(*self._options, "update", "-qq")
 

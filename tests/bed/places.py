@@ -166,6 +166,6 @@ PLACES = (
     Place("kvm", boot_kvm, try_kvm),
     Place("usermode", boot_recent, partial(try_guest, boot_recent, MEMORY, 30)),
     Place("usermode-of-release", boot_distribution, partial(try_guest, boot_distribution, MEMORY, 30)),
-    Place("emulation", boot_emulation, partial(try_guest, boot_emulation, MEMORY_QEMU, 120)),
+    Place("emulation", boot_emulation, partial(try_guest, boot_emulation, MEMORY_QEMU, 300)),
 )
 NAMES = tuple(place.name for place in PLACES)

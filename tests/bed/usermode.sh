@@ -35,7 +35,9 @@ mkdir -p /mnt/root/lib/modules
 rm -rf "/mnt/root/lib/modules/$(uname -r)"
 mkdir "/mnt/root/lib/modules/$(uname -r)" /mnt/root/run/bed-host
 mount --bind "$modules" "/mnt/root/lib/modules/$(uname -r)"
-mount -t hostfs -o "$BED_RUN" bed /mnt/root/run/bed-host
+# mount of Debian 13 and later wants an option with a name, kernels before 6.11 know none
+mount -t hostfs -o "hostfs=$BED_RUN" bed /mnt/root/run/bed-host 2>/dev/null ||
+    mount -t hostfs -o "$BED_RUN" bed /mnt/root/run/bed-host
 cd /mnt/root
 mkdir .old
 pivot_root . .old
