@@ -18,7 +18,6 @@ from pathlib import Path
 
 from tests.bed.shell import SBIN
 
-ARCHIVE = "http://deb.debian.org/debian"
 KEYS = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 KEYS_PACKAGE = "debian-archive-keyring"
 
@@ -103,6 +102,20 @@ def present(pins: Sequence[Pin]) -> list[Pin]:
         return [Pin(pin.suite, pin.package, version_of(file), sha256(file)) for pin, file in zip(pins, files)]
 
 
+def mirror() -> str:
+    """Where this machine gets Debian from: DEBIAN_MIRROR, or what its apt uses.  Raises NoPackage."""
+    if named := os.environ.get("DEBIAN_MIRROR"):
+        return named
+    for _ in range(2):
+        shown = apt("indextargets", "--format", "$(ORIGIN)|$(LABEL)|$(REPO_URI)")
+        rows = (line.split("|") for line in shown.splitlines())
+        uris = [row[2] for row in rows if row[:2] == ["Debian", "Debian"]]
+        if uris:
+            return uris[0]
+        apt("update", "-qq")
+    raise NoPackage("no mirror of Debian is known: set DEBIAN_MIRROR to the address of one")
+
+
 class AptState:
     """apt's sources, lists and cache in `directory`, of Debian's `suites` alone."""
 
@@ -111,7 +124,8 @@ class AptState:
         for folder in ("lists/partial", "cache/archives/partial", "empty"):
             (directory / folder).mkdir(parents=True)
         (directory / "status").touch()
-        lines = [f"deb [signed-by={KEYS}] {ARCHIVE} {suite} main\n" for suite in suites]
+        archive = mirror()
+        lines = [f"deb [signed-by={KEYS}] {archive} {suite} main\n" for suite in suites]
         (directory / "sources.list").write_text("".join(lines))
         self._options = [
             *("-o", f"Dir::State::Lists={directory}/lists", "-o", f"Dir::State::Status={directory}/status"),
