@@ -28,7 +28,7 @@ BUILD_PACKAGES=(python3 python3-venv)
 TEST_PACKAGES=(shellcheck prometheus prometheus-node-exporter)
 
 as_root() {
-  if [ "$(id -u)" = 0 ]; then "$@"; else sudo "$@"; fi
+  if [ "$(id -u)" = 0 ]; then "$@"; else sudo env "DEBIAN_MIRROR=${DEBIAN_MIRROR:-}" "$@"; fi
 }
 
 # need PACKAGE...: install the Debian packages that are not there yet

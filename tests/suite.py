@@ -147,7 +147,8 @@ def boot(place: str, *command: str) -> tuple[str, ...]:
 
 def as_root(*words: str) -> tuple[str, ...]:
     """Python with these words, as root; root's compiled modules would be in the user's way (-B)."""
-    return (*([] if os.geteuid() == 0 else ["sudo"]), ".venv/bin/python", "-B", *words)
+    mirror = f"DEBIAN_MIRROR={os.environ.get('DEBIAN_MIRROR', '')}"
+    return (*([] if os.geteuid() == 0 else ["sudo", "env", mirror]), ".venv/bin/python", "-B", *words)
 
 
 def choose(where: str) -> str:
