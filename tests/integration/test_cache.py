@@ -387,14 +387,14 @@ def test_a_start_that_needs_room(file_storage: FileStorage) -> None:
 def test_a_pool_that_is_too_full_for_lvm(file_storage: FileStorage) -> None:
     """LVM's own threshold lies below our margin: what is idle goes, and the VM starts."""
     before = LVM_LOCAL.read_text() if LVM_LOCAL.exists() else ""
-    size = ["-L", "64m", "--monitor", "n"]
-    run("lvcreate", "-y", "--type", "thin-pool", *size, "-n", "small", host.VOLUME_GROUP)
+    LVM_LOCAL.write_text("activation { monitoring=0 }\n")  # dmeventd would extend the pool within 10 s
+    run("lvcreate", "-y", "--type", "thin-pool", "-L", "64m", "-n", "small", host.VOLUME_GROUP)
     configure(f"{ON}thin_pool: small\n".replace("on}", "on, max_size: 80%}"))
     template, other = file_storage.template(SIZE * 3, seed=1), file_storage.template(SIZE, seed=2)
     run("qemu-io", "-f", "raw", "-c", f"write -P 5 0 {SIZE * 3}", str(template.leaf.path))
     try:
         start_and_stop(file_storage.clone(template, seed=1))
-        LVM_LOCAL.write_text("activation { thin_pool_autoextend_threshold=50 }\n")
+        LVM_LOCAL.write_text("activation { monitoring=0 thin_pool_autoextend_threshold=50 }\n")
         refused = attempt(
             "lvcreate", "-y", "-V", "4m", "--thinpool", f"{host.VOLUME_GROUP}/small", "-n", "refused"
         )

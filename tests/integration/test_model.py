@@ -19,6 +19,7 @@ import subprocess
 import threading
 import time
 import zlib
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -45,7 +46,7 @@ from tests.model.world import STARTS, STRANGERS, Ended, Look, Trouble
 STEPS = int(os.environ.get("LOCALDISK_MODEL_STEPS", "100"))
 FIRST, _, LAST = os.environ.get("LOCALDISK_MODEL_SEED", "1").partition("-")
 DURATIONS = (0, 1800, 3600)  # seconds; with steps of half an hour nothing becomes due while a call runs
-PATIENCE = 15  # seconds until a call is taken to wait for the paused one
+REST = 50  # looks, a tenth of a second apart: who sleeps in nearly all of them waits for the paused call
 COLUMNS = "lv_name,lv_uuid,lv_size,lv_tags,lv_device_open,lv_active,pool_lv"
 FILLER = "filler"
 
@@ -70,6 +71,16 @@ class Running:
     def ends_within(self, seconds: float) -> bool:
         self._waiter.join(seconds)
         return self.is_over
+
+    def rests(self) -> bool:
+        """Whether it has come to a rest before its end: a busy machine is no reason for that."""
+        pid = self.process.process.pid if self.process.process else 0
+        looks: deque[bool] = deque(maxlen=REST)
+        while not self.ends_within(0.1):
+            looks.append(any(state in "RD" for state in states(pid)))
+            if len(looks) == REST and sum(looks) <= REST // 10:
+                return True
+        return False
 
     def wait(self) -> Result:
         assert self.ends_within(300), f"{self.call} does not end"
@@ -140,6 +151,8 @@ class RealWorld:
 
     def close(self) -> None:
         self.armed.close()
+        for running in self.begun:
+            running.ends_within(60)
         for holder in self.holders.values():
             holder.kill()
             holder.wait()
@@ -332,8 +345,7 @@ class RealWorld:
             befell = running.kill(trouble.kind) if halt.is_there() else ""
             self.armed.close()
             return replace(self._ended(running), trouble=befell)
-        is_waiting = self.paused is not None and not running.ends_within(PATIENCE)
-        other = self.resume() if is_waiting else None
+        other = self.resume() if self.paused and running.rests() else None
         return replace(self._ended(running), other=other)
 
     def resume(self) -> Ended:
@@ -427,6 +439,15 @@ def point(trouble: Trouble) -> halt.Point:
     return halt.Point(number + 1, moments[moment])
 
 
+def states(pid: int) -> Iterator[str]:
+    """The state of a process and of all that it started: R runs or would like to, D waits for a device."""
+    with contextlib.suppress(OSError):
+        yield Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0]
+        for children in Path(f"/proc/{pid}/task").glob("*/children"):
+            for child in children.read_text().split():
+                yield from states(int(child))
+
+
 def path_of(name: str) -> Path:
     return Path("/dev") / host.VOLUME_GROUP / name
 
@@ -437,7 +458,7 @@ def world(libvirt: None, thin_pool: str, file_storage: FileStorage) -> Iterator[
     made = RealWorld(file_storage)
     with halt.installed():
         yield made
-    made.close()
+        made.close()
     configure()
     if host.throwaway():
         made.set_clock(int(clock + time.monotonic() - began))
