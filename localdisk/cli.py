@@ -15,7 +15,16 @@ from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 from localdisk import __version__, vdsm
-from localdisk.errors import Error, HelperRefused, Interrupted, OlderHookBack, RootNeeded, UsageError, plain
+from localdisk.errors import (
+    Error,
+    HelperRefused,
+    Interrupted,
+    OlderHookBack,
+    RootNeeded,
+    StartCancelled,
+    UsageError,
+    plain,
+)
 from localdisk.vdsm import POINTS
 
 if TYPE_CHECKING:
@@ -97,9 +106,10 @@ def _hook(point: str) -> int:
 
     signal.signal(signal.SIGTERM, _interrupt)
     signal.signal(signal.SIGHUP, _interrupt)
+    signal.signal(signal.SIGUSR1, _cancel)
     try:
         hook.run(point, os.environ)
-    except HelperRefused:  # it has logged why
+    except (HelperRefused, StartCancelled):  # the helper has logged why
         raise
     except Error as error:
         vm_id = os.environ.get("vmId", "")  # noqa: SIM112 (vdsm's name)
@@ -108,11 +118,21 @@ def _hook(point: str) -> int:
     return GOOD
 
 
+def _cancel(_number: int, _frame: FrameType | None) -> NoReturn:
+    """The helper has seen that our VM was powered off: end as if interrupted."""
+    _ignore_signals()
+    raise StartCancelled(vm=os.environ.get("vmId", ""))  # noqa: SIM112 (vdsm's name)
+
+
 def _interrupt(number: int, _frame: FrameType | None) -> NoReturn:
     """End once, tidily: what unwinds tells the helper and waits until it has removed what is unfinished."""
-    for each in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
-        signal.signal(each, signal.SIG_IGN)
+    _ignore_signals()
     raise Interrupted(signal=signal.Signals(number).name)
+
+
+def _ignore_signals() -> None:
+    for each in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(each, signal.SIG_IGN)
 
 
 def _hook_mode(arguments: argparse.Namespace) -> int:

@@ -161,6 +161,10 @@ class Helper:
         """The VM begins to run with these images, or `kept.EVERY`, on shared storage."""
         self._ask("stale", vm=self._vm["vm"], images=list(images))
 
+    def cancel(self) -> None:
+        """The VM is powered off while it starts: end what other hooks prepare for it."""
+        self._ask("cancel", **self._vm)
+
     def release(self) -> None:
         """The VM has stopped: remove or keep its local disks by the policy of this host."""
         self._ask("release", **self._vm)

@@ -377,6 +377,20 @@ class EraseFailed(Error):
     fix = "look at the local device in the system log, then run localdisk gc"
 
 
+class VmForgotten(Error):
+    """A complete copy for which no VM starts any more."""
+
+    what = "libvirt no longer knows VM {vm}, the copy of its disk {volume} is given up"
+    fix = "start the VM again; nothing is left behind"
+
+
 class Interrupted(Error):
     what = "ended by signal {signal} before it was done"
+    fix = "start the VM again; nothing is left behind"
+
+
+class StartCancelled(Interrupted):
+    """vdsm powers off a VM whose disks are being prepared."""
+
+    what = "VM {vm} was powered off while it started"
     fix = "start the VM again; nothing is left behind"

@@ -12,6 +12,7 @@ import sys
 POINTS_OF_A_VM = (
     "after_disk_prepare",
     "before_vm_start",
+    "before_vm_destroy",
     "after_vm_destroy",
     "before_vm_migrate_source",
     "before_vm_migrate_destination",

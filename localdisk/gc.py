@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from localdisk import counters, domains, kept, lock, log, lvm, progress, stale, template
+from localdisk import cancel, counters, domains, kept, lock, log, lvm, progress, stale, template
 from localdisk.config import Config, Policy
 from localdisk.disk import LocalDisk, State, local_disks, stopped_tag, unneeded_tag
 from localdisk.domains import Domains
@@ -240,6 +240,7 @@ def collect(config: Config, dry_run: bool = False, may_start: bool = True) -> Co
     if not dry_run:
         lock.sweep()
         _look_after_kept(config, groups, is_all=not failed)
+        cancel.sweep(may_start)
         _count(found)
     return found
 

@@ -16,11 +16,15 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+from localdisk import lock
 from localdisk.errors import BadRequest, Error
 from localdisk.session import MAX_REQUEST, Answer, Session
 
 if TYPE_CHECKING:
     from localdisk.config import Config
+
+
+CANCELLED = signal.SIGUSR1  # to the hook: its VM was powered off
 
 
 class Ended(Exception):
@@ -35,6 +39,7 @@ def main(load: Callable[[], Config]) -> int:
         for line in hook.lines():
             if session is None:
                 session = Session(load(), hook.pause)
+                hook.session = session
             hook.answer(session.serve(line))
     except Ended:
         pass
@@ -55,6 +60,8 @@ class Hook:
     """
 
     def __init__(self) -> None:
+        self.session: Session | None = None
+        self._process = _parent()
         self._signal, write_end = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -63,14 +70,29 @@ class Hook:
         self._buffer = b""
 
     def lines(self) -> Iterator[bytes]:
-        """Each request, one line.  Ends with the input; raises Ended on a signal, BadRequest if too long."""
+        """Each request, one line.  Ends with the input; raises Ended on a signal, BadRequest if too long.
+
+        The hook is told once if its VM is powered off while it works.
+        """
         while True:
             line, newline, rest = self._buffer.partition(b"\n")
             if newline:
                 self._buffer = rest
                 yield line
-            elif not self._read_more(None):
+                continue
+            more = self._read_more(lock.POLL)
+            if more is False:
                 return
+            if more is None and self.session and self.session.must_tell:
+                self._tell()
+
+    def _tell(self) -> None:
+        """End the hook, whatever it does: its VM was powered off."""
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._process, CANCELLED)
+            os.close(self._process)
+            self._process = None
 
     def pause(self, seconds: float) -> None:
         """Wait; raises Ended when the hook goes away meanwhile."""
@@ -95,3 +117,20 @@ class Hook:
         if len(self._buffer) > MAX_REQUEST:
             raise BadRequest(problem="it is too long")
         return bool(data)
+
+
+def _parent() -> int | None:
+    """A descriptor of the hook's process, None if that is not our parent.
+
+    sudo has become us; if it stays between, it has another user than who called it, and the hook only learns
+    from our next answer that it is cancelled.
+    """
+    pid = os.getppid()
+    try:
+        fd = os.pidfd_open(pid)
+        if str(os.stat(f"/proc/{pid}").st_uid) == os.environ.get("SUDO_UID") and os.getppid() == pid:
+            return fd
+        os.close(fd)
+    except (AttributeError, OSError):  # a Python or kernel without it
+        pass
+    return None

@@ -6,6 +6,7 @@ where nothing changes; it raises to refuse.  `vdsm.py` is the contract, `session
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -115,6 +116,19 @@ def before_vm_start(call: Call) -> str | None:
     return definition.localize_domain(xml, {name: path for name, path in paths.items() if path})
 
 
+def before_vm_destroy(call: Call) -> None:
+    """End the preparation of the disks of a VM that vdsm powers off while it starts.
+
+    libvirt knows a VM that starts by vdsm's placeholder, or does not know it yet; a VM that has started has
+    disks there until vdsm has powered it off.
+    """
+    with contextlib.suppress(LibvirtSilent):
+        if domains.state(call.vm_id) in (DomainState.ACTIVE, DomainState.SHUT_OFF):
+            return
+    with Helper(call.vm_id, call.property_value) as helper:
+        helper.cancel()
+
+
 def after_vm_destroy(call: Call) -> None:
     """Release the local disks of a VM that has stopped."""
     with Helper(call.vm_id, call.property_value) as helper:
@@ -166,6 +180,7 @@ def before_vdsm_start(call: Call) -> None:
 POINTS: dict[str, Callable[[Call], str | None]] = {
     "after_disk_prepare": after_disk_prepare,
     "before_vm_start": before_vm_start,
+    "before_vm_destroy": before_vm_destroy,
     "after_vm_destroy": after_vm_destroy,
     "before_vm_migrate_source": before_vm_migrate_source,
     "before_vm_migrate_destination": before_vm_migrate_destination,

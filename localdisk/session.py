@@ -10,6 +10,7 @@ refused.  The verbs:
     fill      {writes}                                    make the template LV that was missing
     progress  {done, written}                             bytes of the guest's view, and of the volume, so far
     commit    {}                                          the copy is complete: what was made is ready
+    cancel    {vm, property}                              the VM is powered off while it starts: end its start
     release   {vm, property}                              the VM has stopped: remove or keep its disks
     stale     {vm, images}                                it begins to run with these on shared storage
 
@@ -33,7 +34,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from localdisk import cache, counters, domains, kept, lock, log, stale
+from localdisk import cache, cancel, counters, domains, kept, lock, log, stale
 from localdisk import disk as life
 from localdisk.cache import Base, Shelf, Spare
 from localdisk.config import Config, Policy
@@ -48,7 +49,9 @@ from localdisk.errors import (
     Interrupted,
     LibvirtSilent,
     NoSpace,
+    StartCancelled,
     StillRuns,
+    VmForgotten,
     VmRuns,
 )
 from localdisk.ids import is_uuid
@@ -113,7 +116,9 @@ class Session:
 
     def __init__(self, config: Config, pause: lock.Pause) -> None:
         self._config = config
-        self._pause = pause
+        self._hook_pause = pause
+        self._starting = ""  # the VM whose disk is claimed, or is to be
+        self._is_told = False  # the hook, that this VM was powered off
         self._claim: Claim | None = None
         self._shelf: Shelf | None = (
             None  # of the template that the claimed disk starts from, or that is fetched
@@ -126,6 +131,7 @@ class Session:
             "fill": (self._fill, frozenset({"writes"})),
             "progress": (self._progress, frozenset({"done", "written"})),
             "commit": (self._commit, frozenset()),
+            "cancel": (self._cancel, frozenset({"vm", "property"})),
             "release": (self._release, frozenset({"vm", "property"})),
             "stale": (self._stale, frozenset({"vm", "images"})),
         }
@@ -135,7 +141,10 @@ class Session:
         fields: Request = {}
         try:
             verb, fields = self._parse(line)
+            self._require_wanted()
             return verb(fields)
+        except StartCancelled as error:
+            return self._cancelled(error)
         except Error as error:
             who = self._who() or _asked(fields)
             self.close()
@@ -145,7 +154,9 @@ class Session:
 
     def end(self) -> None:
         """The hook has ended; what it has claimed and not completed, it has given up."""
-        if self._claim or (self._shelf and self._shelf.making.is_made):
+        if self.is_cancelled():
+            log.event("start broken off, the VM was powered off", **self._who())
+        elif self._claim or (self._shelf and self._shelf.making.is_made):
             log.problem("start broken off" if self._claim else "prefetch broken off", **self._who())
             counters.failed("copy_broken_off" if self._made() else "preparation_broken_off")
         self.close()
@@ -153,10 +164,40 @@ class Session:
     def close(self) -> None:
         """Remove what is unfinished, if anything, and let go of all locks."""
         claim, self._claim = self._claim, None
+        self._starting = ""
         self._leave_shelf()
         if claim:
             claim.making.undo(claim.find)
             claim.making.release()
+
+    def is_cancelled(self) -> bool:
+        """Whether the VM whose disk is claimed, or waited for, was powered off."""
+        return bool(self._starting) and cancel.is_cancelled(self._starting)
+
+    @property
+    def must_tell(self) -> bool:
+        """Whether the hook does not know yet that its VM was powered off."""
+        return not self._is_told and self.is_cancelled()
+
+    def _require_wanted(self) -> None:
+        if self.is_cancelled():
+            raise StartCancelled(vm=self._starting)
+
+    def _pause(self, seconds: float) -> None:
+        """Wait; raises StartCancelled, and whatever the hook's end raises."""
+        self._require_wanted()
+        self._hook_pause(seconds)
+
+    def _cancelled(self, error: StartCancelled) -> Answer:
+        """The answer to a hook whose VM was powered off.
+
+        A hook that copies has the volume open until it has read this; what it leaves is removed at its end.
+        """
+        self._is_told = True
+        if not self._made():
+            log.event("start ended, the VM was powered off", vm=error.fields["vm"])
+            self.close()
+        return {"error": str(error)}
 
     def _leave_shelf(self) -> None:
         shelf, self._shelf = self._shelf, None
@@ -180,6 +221,7 @@ class Session:
 
     def _look(self, request: Request) -> Answer:
         vm_id, policy = self._policy(request)
+        cancel.require_started(vm_id)
         vg = _read(policy)
         return {"disks": [_look_at(vg, policy, vm_id, pair) for pair in _disks(request)]}
 
@@ -187,8 +229,10 @@ class Session:
         self.close()
         vm_id, policy = self._policy(request)
         image_id, volume_id = _uuid(request, "image"), _uuid(request, "volume")
+        cancel.require_start(vm_id)
         if not policy.is_local(image_id):
             return {"stays": True, "path": "", "thin": False, "cached": False}
+        self._starting = vm_id
         doubted = kept.doubted(vm_id)
         if doubted:
             stale.mark(self._config, vm_id, doubted, self._pause)
@@ -202,6 +246,8 @@ class Session:
                 making = Making(volume_id, policy, held, resources, vm=vm_id, image=image_id)
                 self._claim = Claim(vm_id, image_id, volume_id, policy, found, vg, making, resources)
                 making.tell()
+        if not self._claim:
+            self._starting = ""
         thin, cached = policy.backend == "lvmthin", policy.cache.templates
         return {"stays": stays, "path": path, "thin": thin, "cached": cached}
 
@@ -382,14 +428,17 @@ class Session:
         return {}
 
     def _commit_disk(self, claim: Claim) -> None:
+        asked = domains.ask_domains()
         vg, making = _read(claim.policy), claim.making
         found = claim.find(vg)
         if found is None or found.state is not State.UNFINISHED or not making.is_ours(vg, found.lv):
             raise BadRequest(problem="the unfinished disk is not the one that was made")
         vg.require_usable()
+        _require_known(asked, claim)
         kept.note(claim.vm_id)
         vg.change_tags(claim.volume_id, remove={life.UPDATING, *found.writes_tags})
         self._claim = None
+        self._starting = ""
         making.finished()
         log.event("disk ready", **making.who, **making.speed())
         counters.copied(making.written, making.took)
@@ -399,9 +448,16 @@ class Session:
         finally:
             making.release()
 
+    def _cancel(self, request: Request) -> Answer:
+        vm_id, _ = self._policy(request)
+        cancel.destroying(vm_id)
+        log.event("VM is powered off while it starts", vm=vm_id)
+        return {}
+
     def _release(self, request: Request) -> Answer:
         self.close()
         vm_id, policy = self._policy(request)
+        cancel.destroyed(vm_id)
         with ExitStack() as locks:
             held = {d.volume_id for d in _of_vm(_read(policy), vm_id) if _try_hold(d.volume_id, locks)}
             vg = _read(policy) if held else None
@@ -620,6 +676,17 @@ def _running(vg: VolumeGroup, found: LocalDisk | None, vm_id: str, volume_id: st
         return False, vg.path(volume_id)
     log.problem("VM runs, but not from a local disk; left as it is", vm=vm_id, disk=volume_id)
     return True, ""
+
+
+def _require_known(asked: domains.Question, claim: Claim) -> None:
+    """Raise VmForgotten if libvirt knows the VM of a claim no longer: it was powered off, and none starts."""
+    try:
+        known = domains.read_domains(asked.text()).known
+    except LibvirtSilent as error:
+        log.problem("libvirt is not asked whether the VM still starts", **claim.making.who, why=error)
+        return
+    if claim.vm_id not in known:
+        raise VmForgotten(vm=claim.vm_id, volume=claim.volume_id)
 
 
 def _look_at(vg: VolumeGroup, policy: Policy, vm_id: str, ids: tuple[str, str]) -> Answer:

@@ -31,6 +31,7 @@ DOMXML = "_hook_domxml"
 _DATA = {
     "after_disk_prepare": JSON,
     "before_vm_start": DOMXML,
+    "before_vm_destroy": DOMXML,  # the file is empty, whatever vdsm's manual page says
     "after_vm_destroy": DOMXML,
     "before_vm_migrate_source": DOMXML,
     "before_vm_migrate_destination": DOMXML,

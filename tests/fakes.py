@@ -10,7 +10,8 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -124,7 +125,8 @@ class Conversation:
     stdin = stdout = stderr = None
     returncode = 0
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, host: FakeHost, session: Session) -> None:
+        self.host = host
         self.session = session
         self.requests: list[dict[str, Any]] = []
 
@@ -134,7 +136,7 @@ class Conversation:
 
     def ask(self, line: bytes) -> bytes:
         self.requests.append(json.loads(line))
-        return json.dumps(self.session.serve(line)).encode()
+        return json.dumps(self.host.serve(self.session, line)).encode()
 
     def wait(self) -> int:
         return self.returncode
@@ -164,6 +166,8 @@ class FakeHost:
         self.names: dict[str, str] = {}  # of VMs; without one it is vm-XXXXXXXX
         self.xmls: dict[str, str] = {}  # of VMs that run
         self.libvirt_is_silent = False
+        self.starting: list[str] = []  # VMs whose hooks ask something just now
+        self.has_undefined = False  # vdsm, those VMs
         self.commands: list[str] = []
         self.before: dict[str, Callable[[list[str]], None]] = {}
         self.removed: list[Volume] = []
@@ -198,6 +202,19 @@ class FakeHost:
     def spoil(self, lv_name: str) -> None:
         """Let something overwrite a volume."""
         self.content[self.volumes[lv_name].lv_uuid] = "spoiled"
+
+    def serve(self, session: Session, line: bytes) -> dict[str, Any]:
+        """The answer to a request, while vdsm has the VM defined whose disk was claimed."""
+        with self.having_defined(session):
+            return session.serve(line)
+
+    @contextmanager
+    def having_defined(self, session: Session) -> Iterator[None]:
+        self.starting.append("" if self.has_undefined else session._starting)
+        try:
+            yield
+        finally:
+            self.starting.pop()
 
     def fail(self, tool: str, stderr: str, times: int = 1, when: str = "") -> None:
         """Make the next `times` calls of `tool` whose arguments hold `when` fail with that message."""
@@ -456,17 +473,20 @@ class FakeHost:
         options = {"list", "--uuid", "--all", "--name"}
         assert words[0] == "list"
         assert options.issuperset(words)
-        every = self.active | self.defined | self.shut_off
+        every = self._known()
         shown = sorted(every if "--all" in words else self.active)
         if "--name" not in words:
             return "".join(f"{vm_id}\n" for vm_id in shown) + "\n"
         named = ((vm_id, self.names.get(vm_id, f"vm-{vm_id[:8]}")) for vm_id in shown)
         return "".join(f"{vm_id:<36} {name:<30}\n" for vm_id, name in named) + "\n"
 
+    def _known(self) -> set[str]:
+        return self.active | self.defined | self.shut_off | set(filter(None, self.starting))
+
     def _domblklist(self, vm_id: str) -> str:
-        if vm_id not in self.active | self.defined | self.shut_off:
+        if vm_id not in self._known():
             return ""  # it says why on standard error, and virsh goes on
-        disk = " vda      /dev/somewhere\n" if vm_id not in self.defined else ""
+        disk = " vda      /dev/somewhere\n" if vm_id in self.active | self.shut_off else ""
         return f" Target   Source\n{'-' * 20}\n{disk}\n"
 
     def _new_uuid(self) -> str:

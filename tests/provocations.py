@@ -83,6 +83,7 @@ MIB = 1 << 20
 FILLERS = "ЖДФЯЮЩЭБГЛ"  # letters of hostile texts; no message of ours has them
 HOSTILE = "\n\r\0\x1b[31m\u202e{vg}%s"
 SPACE = os.strerror(errno.ENOSPC)
+CANCEL = {"verb": "cancel", "vm": VM, "property": "lvm"}
 CLAIM, PREPARE, COMMIT = test_session.CLAIM, test_session.PREPARE, test_session.COMMIT_IT
 
 
@@ -196,6 +197,12 @@ def as_user(world: World, *words: str) -> None:
     cli._run(["localdisk", *words])
 
 
+def told_to_cancel(world: World) -> None:
+    world.patch.setattr(signal, "signal", lambda *_: None)
+    world.patch.setenv("vmId", VM)
+    cli._cancel(signal.SIGUSR1, None)
+
+
 def interrupted(world: World) -> None:
     world.patch.setattr(signal, "signal", lambda *_: None)
     cli._interrupt(signal.SIGTERM, None)
@@ -238,6 +245,7 @@ def older_hook_back(world: World) -> str:
 CLI = {
     "older hook": case(older_hook_back, "/localdisk, ", "/rule", "/usr/local/libexec/localdisk install"),
     "signal": case(interrupted, "SIGTERM"),
+    "powered off": case(told_to_cancel, VM),
     "no point": case(lambda w: as_root(w, "hook"), "hook point"),
     "no terminal": case(watched, "--watch"),
     "no root directory": case(lambda w: as_root(w, "install", "--root", ""), "--root"),
@@ -641,6 +649,29 @@ def session(*requests: Callable[[World], object] | object) -> Provoke:
     return lambda w: w.ask(*(each(w) if callable(each) else each for each in requests))
 
 
+def powered_off(world: World, *requests: object) -> object:
+    """before_vm_destroy has been called when the last of `requests` comes."""
+    hook = test_session.Hook(world.host())
+    for request in requests[:-1]:
+        hook.ask(request)
+    hook.ask(CANCEL)
+    return hook.ask(requests[-1])
+
+
+def forgotten(world: World) -> object:
+    there = world.host()
+    there.has_undefined = True
+    return world.ask(CLAIM, PREPARE, COMMIT, host=there)
+
+
+def commits_in_silence(world: World) -> None:
+    there = world.host()
+    hook = test_session.Hook(there)
+    hook.start()
+    there.libvirt_is_silent = True
+    hook.ask(COMMIT)
+
+
 def silent_end(world: World) -> None:
     hook = test_session.Hook(world.host())
     hook.start()
@@ -757,6 +788,11 @@ SESSION = {
     "no verb": case(session(lambda w: {"evil": w.evil()}), REQUEST, "verb"),
     "verb": case(session(lambda w: {"verb": w.evil()}), REQUEST, "verb"),
     "broken off": case(silent_end, VM, VOLUME),
+    "powered off before it claims": case(lambda w: powered_off(w, CLAIM), VM, "powered off"),
+    "powered off before it starts": case(lambda w: powered_off(w, {**LOOK, "disks": []}), VM, "powered off"),
+    "powered off then": case(lambda w: powered_off(w, CLAIM, PREPARE), VM, "powered off"),
+    "forgotten": case(forgotten, VM, VOLUME),
+    "committed in silence": case(commits_in_silence, VM, VOLUME),
     "left by a start": case(
         fails_later("lvremove", "", CLAIM, PREPARE, {"verb": "x"}), "unfinished copy", VOLUME, "evil"
     ),

@@ -39,6 +39,7 @@ from tests.test_session import (
     COMMIT_IT,
     CREATE,
     KEPT,
+    KNOWN,
     LIST,
     LOOK,
     NAME,
@@ -209,6 +210,7 @@ def test_a_first_start_thin(host: FakeHost) -> None:
         f"{CREATE} {NEW_TAGS.replace('4096', str(BASE_SIZE // 2 + 4096))} --permission rw"
         f" --snapshot {full_name}",
         f"lvextend --quiet --size {SIZE}b {NAME}",
+        KNOWN,
         COMMIT.replace("4096", str(BASE_SIZE // 2 + 4096)),
     ]
 
@@ -225,6 +227,7 @@ def test_a_second_start_thin(host: FakeHost) -> None:
         " --snapshot ovirt-local/TEMPLATE",
         f"lvextend --quiet --size {SIZE}b {NAME}",
         f"lvchange --quiet --deltag USED_{NOW - 100} --addtag USED_{NOW} ovirt-local/TEMPLATE",
+        KNOWN,
         COMMIT.replace("4096", str(BASE_SIZE // 2 + 4096)),
     ]
 
@@ -276,6 +279,7 @@ def test_a_first_start_thick(host: FakeHost) -> None:
         f" --addtag SAMPLE_{sample(host, THICK_LV)} --addtag USED_{NOW} {full_name}",
         f"lvchange --quiet --activate y --ignoreactivationskip {full_name}",
         f"{CREATE} {NEW_TAGS} --wipesignatures n --zero y --size {SIZE}b ovirt-local",
+        KNOWN,
         COMMIT,
         f"lvchange --quiet --activate n {full_name}",
     ]
@@ -288,7 +292,7 @@ def test_a_second_start_thick(host: FakeHost) -> None:
     assert hook.ask(COMMIT_IT) == {}
     assert_ready(host, "lvm")
     assert [command.split()[0] for command in changing(host)] == [
-        *("virsh", "lvchange", "lvchange", "lvcreate", "lvchange", "lvchange"),
+        *("virsh", "lvchange", "lvchange", "lvcreate", "virsh", "lvchange", "lvchange"),
     ]
 
 
@@ -405,7 +409,7 @@ def test_where_the_cache_is_off_a_base_is_nothing(host: FakeHost) -> None:
     assert hook.ask(WITH_BASE)["how"] == "copy"
     assert hook.ask(COMMIT_IT) == {}
     assert host.commands[3].startswith(f"{CREATE} {NEW_TAGS}")
-    assert len(host.commands) == 6
+    assert len(host.commands) == 7
 
 
 def test_the_cache_can_be_on_for_some_vms(host: FakeHost) -> None:

@@ -708,7 +708,7 @@ def test_a_start_does_not_wait_for_an_erase(host: FakeHost, lv_tags: set[str], t
 
     def act(argv: list[str]) -> None:
         host.before.clear()
-        seen.extend([argv[-1].rpartition("/")[2], lock.names(), start(parsed(ERASE), VOLUME)])
+        seen.extend([argv[-1].rpartition("/")[2], lock.names(), start(host, parsed(ERASE), VOLUME)])
 
     host.before[tool] = act
     assert outcome(gc.collect(parsed(ERASE))) == {"1": "remove"}
@@ -748,7 +748,7 @@ def test_a_rename_that_fails_is_done_by_whoever_comes_next(
         assert lock.names() == []
     assert outcome(gc.collect(parsed(), may_start=False)) == {"1": "keep"}
     if next_is == "start":
-        assert start(parsed(), VOLUME)
+        assert start(host, parsed(), VOLUME)
         assert host.volumes[VOLUME].lv_tags == tags()
         host.active = {VM}
     assert not gc.collect(parsed()).is_problem
@@ -778,7 +778,7 @@ def test_vdsm_does_not_wait_for_an_erase(host: FakeHost, erase: str) -> None:
 def test_before_vdsm_starts_a_start_takes_what_was_set_aside(host: FakeHost) -> None:
     old = host.add(VOLUME, tags("DELETING"), SIZE)
     gc.collect(parsed(ERASE), may_start=False)
-    assert start(parsed(ERASE), VOLUME)
+    assert start(host, parsed(ERASE), VOLUME)
     host.active = {VM}
     assert not gc.collect(parsed()).is_problem
     assert left_on(host) == {"1": tags(), "p": set()}
@@ -917,7 +917,7 @@ def test_what_a_killed_gc_left_under_its_old_name_is_renamed_first(tmp_path: Pat
 
         def act(_argv: object, host: FakeHost = host, taken: list[bool] = taken) -> None:
             host.before = {}
-            taken.append(start(parsed(ERASE), name("3")))
+            taken.append(start(host, parsed(ERASE), name("3")))
 
         host.before = {"blkdiscard": act}
         sent = len(host.commands)
@@ -942,7 +942,7 @@ def test_a_start_while_gc_runs(tmp_path: Path, text: str, digit: str) -> None:
         def act(host: FakeHost = host, taken: list[bool] = taken, renamed: list[bool] = renamed) -> None:
             host.defined.add(VM)
             renamed.append("lvrename" in host.tools[:-1])
-            taken.append(start(parsed(text), name(digit)))
+            taken.append(start(host, parsed(text), name(digit)))
 
         host.before_command(number, act)
         assert not gc.collect(parsed(text)).is_problem
@@ -952,7 +952,7 @@ def test_a_start_while_gc_runs(tmp_path: Path, text: str, digit: str) -> None:
         assert taken >= renamed, number
 
 
-def start(settings: Config, volume_id: str) -> bool:
+def start(host: FakeHost, settings: Config, volume_id: str) -> bool:
     """Whether it could; False: gc has the lock, and it would wait."""
 
     def give_up(_seconds: float) -> None:
@@ -961,7 +961,7 @@ def start(settings: Config, volume_id: str) -> bool:
     session = Session(settings, give_up)
 
     def ask(verb: str, **fields: object) -> dict[str, object]:
-        answer = session.serve(json.dumps({"verb": verb, **fields}).encode())
+        answer = host.serve(session, json.dumps({"verb": verb, **fields}).encode())
         assert "error" not in answer, answer
         return answer
 

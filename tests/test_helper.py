@@ -25,12 +25,13 @@ CHILD = """
 import sys
 from pathlib import Path
 from localdisk import config, helper, lock
-from tests.fakes import FakeHost
+from tests.fakes import VM, FakeHost
 
 class Patch:
     setattr = staticmethod(setattr)
 
 host = FakeHost().install(Patch, Path(sys.argv[1]))
+host.defined.add(VM)
 config.DEFAULT_PATH = sys.argv[2]
 lock.POLL = 0.01
 try:
@@ -44,8 +45,13 @@ sys.exit(code)
 class Process:
     """The helper as a process with a host of its own."""
 
-    def __init__(self, directory: Path, configuration: str = "/nonexistent") -> None:
+    def __init__(
+        self, directory: Path, configuration: str = "/nonexistent", lock_directory: Path | None = None
+    ) -> None:
         self.directory = directory
+        directory.mkdir(exist_ok=True)
+        if lock_directory:
+            (directory / "run").symlink_to(lock_directory)
         self._popen = subprocess.Popen(
             [sys.executable, "-c", CHILD, str(directory), configuration],
             stdin=subprocess.PIPE,
@@ -95,7 +101,7 @@ def test_the_process_serves_until_its_input_ends(tmp_path: Path) -> None:
     process.send(json.dumps(PROGRESS).encode()[5:] + b"\n" + json.dumps(COMMIT_IT).encode() + b"\n")
     assert (process.answer(), process.answer()) == ({}, {})
     process.send(b'{"verb": "release", "cut off')
-    assert process.end() == (0, [*STARTED, "fullreport", "lvchange"])
+    assert process.end() == (0, [*STARTED, "virsh", "fullreport", "lvchange"])
     assert sorted(os.listdir(tmp_path / "run")) == ["counters", "kept"]
 
 
@@ -110,6 +116,63 @@ def test_the_process_tidies_up_on_a_signal(tmp_path: Path, number: int) -> None:
     process.signal(number)
     assert process.end() == (0, [*STARTED, "fullreport", "lvremove"])
     assert os.listdir(tmp_path / "run") == ["counters"]
+
+
+CANCEL = {"verb": "cancel", "vm": VM, "property": "lvm"}
+
+# The hook's process: it starts the helper, which knows its user from sudo, and ends when it is told to.
+HOOK = """
+import os, signal, subprocess, sys
+
+def told(number, frame):
+    print("told", flush=True)
+    raise SystemExit
+
+signal.signal(signal.SIGUSR1, told)
+environment = {**os.environ, "SUDO_UID": sys.argv[4].format(user=os.getuid())}
+argv = [sys.executable, "-c", sys.argv[1], sys.argv[2], sys.argv[3]]
+helper = subprocess.Popen(argv, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+for line in sys.stdin.buffer:
+    helper.stdin.write(line)
+    helper.stdin.flush()
+    print(helper.stdout.readline().decode().strip(), flush=True)
+print("not told", flush=True)
+"""
+
+
+@pytest.mark.parametrize(("user", "told"), [("{user}", ["told"]), ("12345", ["not told"])])
+def test_the_hook_is_told_that_its_vm_was_powered_off(tmp_path: Path, user: str, told: list[str]) -> None:
+    """Unless the helper's parent is another user's; what is unfinished is removed when the hook ends."""
+    hook = subprocess.Popen(
+        [sys.executable, "-c", HOOK, CHILD, str(tmp_path), "/nonexistent", user],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        cwd=Path(__file__).parent.parent,
+    )
+    assert hook.stdin
+    assert hook.stdout
+    for request in (CLAIM, PREPARE):
+        hook.stdin.write(json.dumps(request).encode() + b"\n")
+        hook.stdin.flush()
+        assert "error" not in json.loads(hook.stdout.readline())
+    other = Process(tmp_path / "other", lock_directory=tmp_path / "run")
+    assert other.ask(CANCEL) == {}
+    other.end()
+    if not told[0].startswith("not"):
+        assert hook.wait(timeout=10) == 0
+    else:
+        time.sleep(0.3)
+    out, _ = hook.communicate(timeout=10)
+    assert out.decode().split("\n")[:-1] == told
+    deadline = time.monotonic() + 10
+    while lock_files(tmp_path / "run") and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert "lvremove" in (tmp_path / "commands").read_text()
+    assert sorted(os.listdir(tmp_path / "run")) == [f"{VM}.destroying"]
+
+
+def lock_files(directory: Path) -> list[str]:
+    return [name for name in os.listdir(directory) if name.endswith((".lock", ".turn"))]
 
 
 def test_a_line_that_is_too_long_ends_the_process(tmp_path: Path) -> None:

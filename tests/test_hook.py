@@ -107,7 +107,7 @@ class Vdsm:
     def _start(self, argv: Sequence[str]) -> Conversation:
         assert argv[:2] == ["sudo", "-n"]
         assert argv[3:] == ["helper"]
-        self.helpers.append(Conversation(Session(config.load(), self._give_up)))
+        self.helpers.append(Conversation(self.host, Session(config.load(), self._give_up)))
         return self.helpers[-1]
 
     def _copy(self, source: Source, target: Target, on_progress: OnProgress) -> None:
@@ -579,6 +579,29 @@ def test_the_start_of_vdsm_collects_garbage(
     host_vdsm.host.add(OTHER_VOLUME, tags(image=OTHER_IMAGE), SIZE)
     hook.run("before_vdsm_start", {"_hook_domxml": "/nonexistent"})
     assert set(host_vdsm.host.volumes) == {"pool0", *([OTHER_VOLUME] if vdsm_runs else [])}
+
+
+# -- powered off
+
+
+@pytest.mark.parametrize(
+    ("state", "verbs"),
+    [("", [["cancel"]]), ("defined", [["cancel"]]), ("shut_off", []), ("active", [])],
+    ids=["unknown", "starting", "shut off", "runs"],
+)
+def test_a_vm_that_starts_is_powered_off(host_vdsm: Vdsm, state: str, verbs: list[list[str]]) -> None:
+    """vdsm hands over an empty file."""
+    host_vdsm.host.defined = set()
+    if state:
+        setattr(host_vdsm.host, state, {VM})
+    assert host_vdsm.call("before_vm_destroy", "") == ""
+    assert host_vdsm.verbs == verbs
+
+
+def test_a_vm_is_powered_off_while_libvirt_is_silent(host_vdsm: Vdsm) -> None:
+    host_vdsm.host.libvirt_is_silent = True
+    host_vdsm.call("before_vm_destroy", "")
+    assert host_vdsm.verbs == [["cancel"]]
 
 
 # -- calls

@@ -55,6 +55,7 @@ ORDER = (
     "definition",
     "vdsm",
     "domains",
+    "cancel",
     "kept",
     "template",
     "disk",

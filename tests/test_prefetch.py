@@ -69,7 +69,8 @@ class Storage:
 
     def _start(self, argv: Sequence[str]) -> Conversation:
         assert argv[:2] == ["sudo", "-n"]
-        self.helpers.append(Conversation(Session(config.parse(self.text.encode(), "F"), self._give_up)))
+        session = Session(config.parse(self.text.encode(), "F"), self._give_up)
+        self.helpers.append(Conversation(self.host, session))
         return self.helpers[-1]
 
     def _copy(self, source: Source, target: Target, on_progress: OnProgress) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import syslog
 import tempfile
 import time
@@ -51,6 +52,7 @@ LIST = (
 )
 NAME = f"ovirt-local/{VOLUME}"
 PATH = f"/dev/{NAME}"
+KNOWN = "virsh --readonly --connect qemu:///system list --all --uuid; echo ====; list --uuid"
 CREATE = f"lvcreate --quiet --yes --name {VOLUME} --setactivationskip y --ignoreactivationskip"
 NEW_TAGS = (
     f"--addtag IU_{IMAGE} --addtag SOURCE_{FINGERPRINT} --addtag UPDATING --addtag VM_{VM}"
@@ -94,7 +96,7 @@ class Hook:
 
     def ask(self, request: object, **changes: object) -> Any:
         merged = {**request, **changes} if isinstance(request, dict) else request
-        return self.session.serve(json.dumps(merged).encode())
+        return self.host.serve(self.session, json.dumps(merged).encode())
 
     def refused(self, request: object, **changes: object) -> str:
         answer = self.ask(request, **changes)
@@ -156,6 +158,7 @@ def test_first_start_thick(host: FakeHost) -> None:
         LIST,
         LOOK,
         f"{CREATE} {NEW_TAGS} --wipesignatures n --zero y --size {SIZE}b ovirt-local",
+        KNOWN,
         LOOK,
         COMMIT,
     ]
@@ -172,6 +175,7 @@ def test_first_start_thin(host: FakeHost) -> None:
         LIST,
         LOOK,
         f"{CREATE} {NEW_TAGS} --wipesignatures n --virtualsize {SIZE}b --thinpool ovirt-local/pool0",
+        KNOWN,
         LOOK,
         COMMIT,
     ]
@@ -1058,6 +1062,128 @@ def test_a_kept_disk_that_cannot_be_activated(host: FakeHost) -> None:
     assert "reload failed" in hook.refused(PREPARE)
     assert VOLUME in host.volumes
     assert locks() == []
+
+
+# -- powered off while it starts
+
+
+CANCEL = {"verb": "cancel", "vm": VM, "property": "lvm"}
+LOOK_AT_IT = {"verb": "look", "vm": VM, "property": "lvm", "disks": [{"image": IMAGE, "volume": VOLUME}]}
+POWERED_OFF = f"VM {VM} was powered off while it started"
+
+
+def marks() -> list[str]:
+    return sorted(name for name in os.listdir(lock.RUN) if ".destroy" in name)
+
+
+def power_off(host: FakeHost) -> None:
+    assert Hook(host).ask(CANCEL) == {}
+
+
+def test_a_copy_ends_when_its_vm_is_powered_off(host: FakeHost) -> None:
+    """Its volume is removed when the hook, which has it open until then, has ended."""
+    hook = Hook(host)
+    hook.start()
+    assert not hook.session.is_cancelled()
+    power_off(host)
+    assert hook.session.is_cancelled()
+    assert POWERED_OFF in hook.refused(PROGRESS)
+    assert POWERED_OFF in hook.refused(COMMIT_IT)
+    assert VOLUME in host.volumes
+    hook.session.end()
+    assert VOLUME not in host.volumes
+    assert locks() == []
+    assert counters.read().failures == {}
+
+
+def test_what_waits_ends_when_its_vm_is_powered_off(host: FakeHost) -> None:
+    waits: list[int] = []
+
+    def pause(_seconds: float) -> None:
+        assert waits == []
+        waits.append(1)
+        power_off(host)
+
+    hook = Hook(host, pause=pause)
+    with lock.trying(lock.disk_lock(VOLUME)):
+        assert POWERED_OFF in hook.refused(CLAIM)
+    assert host.volumes.keys() == {"pool0"}
+    assert marks() == [f"{VM}.destroying"]
+    assert not hook.session.is_cancelled()
+    assert POWERED_OFF in hook.refused(CLAIM, image=OTHER_IMAGE, volume=OTHER_VOLUME)
+    assert Hook(host).ask(CLAIM, vm=OTHER_VM) == TO_PREPARE
+
+
+def test_nothing_is_prepared_until_vdsm_is_through(host: FakeHost) -> None:
+    power_off(host)
+    power_off(host)
+    assert POWERED_OFF in Hook(host).refused(CLAIM)
+    assert POWERED_OFF in Hook(host).refused(LOOK_AT_IT)
+    assert Hook(host).ask(RELEASE) == {}
+    power_off(host)  # a second time
+    assert marks() == [f"{VM}.destroyed"]
+    assert POWERED_OFF in Hook(host).refused(LOOK_AT_IT)
+    assert marks() == []
+    assert Hook(host).ask(LOOK_AT_IT)["disks"]
+
+
+def test_a_new_start_forgets_that_the_vm_was_powered_off(host: FakeHost) -> None:
+    power_off(host)
+    Hook(host).ask(RELEASE)
+    hook = Hook(host)
+    hook.start()
+    assert marks() == []
+    assert hook.ask(COMMIT_IT) == {}
+    power_off(host)
+    assert marks() == [f"{VM}.destroying"]
+
+
+def test_a_start_with_shared_disks_forgets_it_too(host: FakeHost) -> None:
+    power_off(host)
+    hook = Hook(host, f"vms: {{{VM}: {{disks: [{OTHER_IMAGE}]}}}}")
+    assert POWERED_OFF in hook.refused(CLAIM)
+    hook.ask(RELEASE)
+    assert hook.ask(CLAIM)["stays"]
+    assert marks() == []
+
+
+@pytest.mark.parametrize("age", [61, -61])
+def test_what_was_not_carried_through_ends_no_later_start(host: FakeHost, age: int) -> None:
+    """vdsm was killed before it called after_vm_destroy, or the clock was set."""
+    power_off(host)
+    then = time.time() - age
+    os.utime(os.path.join(lock.RUN, f"{VM}.destroying"), (then, then))
+    assert POWERED_OFF in Hook(host).refused(LOOK_AT_IT)
+    power_off(host)
+    os.utime(os.path.join(lock.RUN, f"{VM}.destroying"), (then, then))
+    assert Hook(host).ask(CLAIM) == TO_PREPARE
+    assert marks() == []
+
+
+def test_a_power_off_long_after_another_is_a_new_one(host: FakeHost) -> None:
+    power_off(host)
+    Hook(host).ask(RELEASE)
+    os.utime(os.path.join(lock.RUN, f"{VM}.destroyed"), (5, 5))
+    power_off(host)
+    assert f"{VM}.destroying" in marks()
+    assert POWERED_OFF in Hook(host).refused(CLAIM)
+
+
+def test_no_copy_is_completed_for_a_vm_that_libvirt_has_forgotten(host: FakeHost) -> None:
+    hook = Hook(host)
+    hook.start()
+    host.has_undefined = True
+    assert f"libvirt no longer knows VM {VM}" in hook.refused(COMMIT_IT)
+    assert VOLUME not in host.volumes
+    assert locks() == []
+
+
+def test_a_copy_is_completed_though_libvirt_is_silent(host: FakeHost) -> None:
+    hook = Hook(host)
+    hook.start()
+    host.libvirt_is_silent = True
+    assert hook.ask(COMMIT_IT) == {}
+    assert lv_tags(host) == tags()
 
 
 # -- locks and turns

@@ -40,6 +40,7 @@ def test_points_are_those_of_the_design() -> None:
         "after_disk_prepare",
         "before_vm_start",
         "after_vm_destroy",
+        "before_vm_destroy",
         "before_vm_migrate_source",
         "before_vm_migrate_destination",
         "before_vm_hibernate",

@@ -45,6 +45,7 @@ POINTS = (
     "after_disk_prepare",
     "before_vm_start",
     "after_vm_start",
+    "before_vm_destroy",
     "before_vm_migrate_source",
     "before_vm_migrate_destination",
     "before_vm_hibernate",

@@ -171,7 +171,7 @@ class _Helper:
     def _read(self, data: bytes) -> bool:
         session, done = Session(self._config, lambda _: None), 0
         for line in data.split(b"\n")[:8]:
-            answer = session.serve(line[: 64 << 10])
+            answer = self.host.serve(session, line[: 64 << 10])
             assert json.dumps(answer)
             done += "error" not in answer
             if "error" in answer:

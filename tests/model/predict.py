@@ -151,7 +151,7 @@ def _prepare(p: Prediction, vm_id: str, image_id: str) -> None:
     if making:
         base = _bring_in(p, vm_id, image_id, making)
         key = _begin_copy(p, vm_id, image_id, making, base)[0]
-        _copied(p, vm_id, image_id, key)
+        _copied(p, vm_id, image_id, key, making.policy)
         _remove_replaced(p, making.replaced, making.policy)
 
 
@@ -181,7 +181,7 @@ def _before_fill(p: Prediction, vm_id: str, image_id: str) -> None:
         base = _bring_in(p, vm_id, image_id, making, is_left=True)
         if not p.state.flight:
             key = _begin_copy(p, vm_id, image_id, making, base)[0]
-            _copied(p, vm_id, image_id, key)
+            _copied(p, vm_id, image_id, key, making.policy)
             _remove_replaced(p, making.replaced, making.policy)
 
 
@@ -198,7 +198,7 @@ def _finish(p: Prediction) -> None:
             return
         making = Making(flight.policy, flight.replaced, flight.others, flight.names)
         key, _ = _begin_copy(p, flight.vm, flight.image, making, flight.key)
-    _copied(p, flight.vm, flight.image, key)
+    _copied(p, flight.vm, flight.image, key, flight.policy)
     _remove_replaced(p, flight.replaced, flight.policy)
 
 
@@ -549,7 +549,12 @@ def _given_up(made: LocalDisk, policy: Policy) -> Iterator[LocalDisk]:
         yield from (aside, replace(aside, name=""))
 
 
-def _copied(p: Prediction, vm_id: str, image_id: str, key: str) -> None:
+def _copied(p: Prediction, vm_id: str, image_id: str, key: str, policy: Policy) -> None:
+    """The copy is complete; it is given up if libvirt knows the VM no longer."""
+    is_asked = not (p.state.is_silent or p.state.is_flaky)
+    if is_asked and not p.state.vms[vm_id].is_defined:
+        p.goes(key, policy.erase)
+        raise Refused
     content = p.state.sources[image_id].content
     p.becomes(key, replace(p.state.disks[key], state=READY, holds=(content,)))
     _local(p, vm_id, image_id)
