@@ -165,6 +165,11 @@ class Helper:
         """The VM is powered off while it starts: end what other hooks prepare for it."""
         self._ask("cancel", **self._vm)
 
+    def drifted(self, ran_from: Iterable[tuple[str, str]]) -> None:
+        """The VM has stopped; in the end it ran not from its local disks but from these: image id, path."""
+        disks = [{"image": image_id, "path": path} for image_id, path in ran_from]
+        self._ask("drifted", **self._vm, disks=disks)
+
     def release(self) -> None:
         """The VM has stopped: remove or keep its local disks by the policy of this host."""
         self._ask("release", **self._vm)

@@ -125,7 +125,7 @@ class Disk:
     @property
     def is_local(self) -> bool:
         """Whether its path is a local disk's, whatever the configuration says now."""
-        return self.disk_type == "block" and bool(_LOCAL_DISK.fullmatch(self.path))
+        return self.disk_type == "block" and is_local_path(self.path)
 
 
 class _RefusedError(Exception):
@@ -336,6 +336,42 @@ def read_running(xml: str) -> Running:
         disks=tuple(disk for _, disk in _disks(root)),
         backing=tuple(_backing(root)),
     )
+
+
+@_refused_as(BadDomain)
+def read_ran_from(xml: str, is_live: bool) -> tuple[tuple[str, str], ...]:
+    """Image id and path of each vdsm image that a VM has run from, by the domain XML that is left of it.
+
+    `is_live`: only what the XML shows to be of a VM that ran; vdsm hands over the engine's if a start was
+    refused.  An image that has no id that can be read is left out.  Raises BadDomain as `read_domain`.
+    """
+    root = _parse(xml, "domain")
+    return tuple(
+        (image_id, path)
+        for element in root.findall("devices/disk")
+        if element.get("device", "disk") == "disk"
+        for image_id, path in [(_image_of(root, element), _source_path(element, element.get("type", "")))]
+        if image_id and path and (not is_live or _has_run(element))
+    )
+
+
+def is_local_path(path: str) -> bool:
+    """Whether it is a local disk's, whatever the configuration says now."""
+    return _LOCAL_DISK.fullmatch(path) is not None
+
+
+def _has_run(element: _Element) -> bool:
+    """libvirt numbers the sources of a domain that is active, and shows what is below them."""
+    return element.find("source[@index]") is not None or element.find("backingStore") is not None
+
+
+def _image_of(root: _Element, element: _Element) -> str:
+    """The image id of a disk from vdsm's metadata or, as vdsm makes it, its serial; "" if there is none."""
+    name = _target(element)
+    found = root.findall(f"metadata/{_VM}vm/{_VM}device[@devtype='disk']")
+    texts = [device.findtext(f"{_VM}imageID") for device in found if device.get("name") == name]
+    ids = [(text or "").strip().lower() for text in (*texts, element.findtext("serial"))]
+    return next(filter(is_uuid, ids), "")
 
 
 def _backing(root: _Element) -> Iterator[tuple[str, str]]:

@@ -10,6 +10,7 @@ its tags, so that nothing else has to be kept in step with the volume group:
     UPDATING            the copy is incomplete
     WRITES_<bytes>      while UPDATING: the data that it will hold, counted against the thin pool
     STOPPED_<epoch>     kept since then for a VM that is not running
+    DRIFTED_<epoch>     when its VM stopped then, it ran from another volume, and this one has data of it
     UNNEEDED_<epoch>    since then gc has seen no VM that needs it, though nothing says that its VM stopped
     STALE               since its VM stopped, the VM has been started here from shared storage
     DELETING            waits to be removed
@@ -32,6 +33,7 @@ from dataclasses import dataclass
 from localdisk.config import Margins, Policy, Retention
 from localdisk.errors import (
     DiskBusy,
+    DiskDrifted,
     Error,
     KeptStale,
     NoSpace,
@@ -62,6 +64,7 @@ class State(enum.Enum):
     UNFINISHED = "unfinished"
     READY = "ready"
     STOPPED = "stopped"
+    DRIFTED = "drifted"
     DELETING = "deleting"
 
 
@@ -97,7 +100,7 @@ class LocalDisk:
             lv=lv,
             vm_id=vm_id,
             image_id=image_id,
-            state=_state(lv.lv_tags, stopped),
+            state=_state(lv.lv_tags, stopped, bool(values["DRIFTED"])),
             fingerprint=fingerprints[0] if len(fingerprints) == 1 else "",
             stopped=stopped,
             unneeded=max(numbers_of(values["UNNEEDED"]), default=None),
@@ -176,6 +179,11 @@ def stopped_tag(now: float) -> str:
     return f"STOPPED_{int(now)}"
 
 
+def drifted_tag(now: float) -> str:
+    """Of a disk whose VM ran from another volume when it stopped; `now` in seconds since the epoch."""
+    return f"DRIFTED_{int(now)}"
+
+
 def unneeded_tag(now: float) -> str:
     """The tag of a disk that no VM needs as far as gc sees since `now`, seconds since the epoch."""
     return f"UNNEEDED_{int(now)}"
@@ -213,9 +221,11 @@ def plan_start(disks: Iterable[LocalDisk], wanted: Wanted, retention: Retention,
 
     Their owner was checked, and their locks are held.  A kept disk may be the copy of what was the image's
     leaf before: what counts is whether it was made from the bytes that the guest sees now.
-    Raises DiskBusy if something has the disk open that is to be used; SourceChanged, OtherLeaf, KeptStale
-    if the operator must decide.
+    Raises DiskBusy if something has the disk open that is to be used; DiskDrifted, SourceChanged, OtherLeaf,
+    KeptStale if the operator must decide.
     """
+    disks = tuple(disks)
+    _require_no_drift(disks, vg)
     every = sorted(disks, key=lambda disk: disk.volume_id != wanted.volume_id)
     for disk in every:
         if disk.volume_id == wanted.volume_id:
@@ -232,6 +242,13 @@ def plan_start(disks: Iterable[LocalDisk], wanted: Wanted, retention: Retention,
         raise _changed(kept[0], wanted, vg)
     others = tuple(disk for disk in kept if disk is not reuse and not disk.is_open)
     return Start(reuse, remove, others if retention.on_source_change == "recopy" else ())
+
+
+def _require_no_drift(disks: Iterable[LocalDisk], vg: str) -> None:
+    """Raise DiskDrifted if one of these disks has data of its VM that are nowhere else."""
+    for disk in disks:
+        if disk.state is State.DRIFTED:
+            raise DiskDrifted(vg=vg, lv=disk.volume_id)
 
 
 def _require_closed(disk: LocalDisk, vg: str) -> None:
@@ -332,6 +349,7 @@ class Stop(enum.Enum):
 
     REMOVE = "remove"
     KEEP = "keep"
+    LEAVE = "leave"
     MARK_DELETING = "mark deleting"
 
 
@@ -340,6 +358,8 @@ def plan_stop(disk: LocalDisk, retention: Retention) -> Stop:
 
     A stop never waits: what is open or must be erased first is left to gc.
     """
+    if disk.state is State.DRIFTED:
+        return Stop.LEAVE
     if retention.on_stop == "keep" and disk.is_complete:
         return Stop.KEEP
     if disk.is_open or retention.erase != "none":
@@ -350,11 +370,13 @@ def plan_stop(disk: LocalDisk, retention: Retention) -> Stop:
 # -- tags
 
 
-def _state(tags: frozenset[str], stopped: int | None) -> State:
+def _state(tags: frozenset[str], stopped: int | None, is_drifted: bool) -> State:
     if DELETING in tags:
         return State.DELETING
     if UPDATING in tags:
         return State.UNFINISHED
+    if is_drifted:
+        return State.DRIFTED
     return State.READY if stopped is None else State.STOPPED
 
 

@@ -29,6 +29,7 @@ NOT_LOCAL = "not_local"
 OPEN_ELSEWHERE = "open_elsewhere"
 UNKNOWN_VM = "unknown_vm"
 NO_COPIER = "no_copier"
+DRIFTED = "drifted"
 NOT_AS_MADE = "not_as_made"  # a template LV
 CLOCK = "clock"
 UNREAD = "unread"
@@ -39,6 +40,7 @@ KINDS = (
     OPEN_ELSEWHERE,
     UNKNOWN_VM,
     NO_COPIER,
+    DRIFTED,
     NOT_AS_MADE,
     CLOCK,
     UNREAD,
@@ -116,6 +118,8 @@ def of_disks(disks: Disks, held: Held, vms: Vms | None, config: Config, now: flo
             yield from _who_has_it(vg, disk, name, vms)
         elif disk.state is State.UNFINISHED:
             yield Problem(NO_COPIER, f"{name} is an unfinished copy that nobody works on", "localdisk gc")
+        elif disk.state is State.DRIFTED:
+            yield _drifted(vg, disk, name)
         else:
             yield from _uncertain(disk, name, held, vms, config, now)
     if vms:
@@ -130,6 +134,21 @@ def _who_has_it(vg: VolumeGroup, disk: LocalDisk, name: str, vms: Vms | None) ->
     if vms is None or vms.unread or vms.user_of(disk.volume_id):
         return
     yield _open_elsewhere(vg.path(disk.volume_id), f"{name} is open, but by no VM")
+
+
+def _drifted(vg: VolumeGroup, disk: LocalDisk, name: str) -> Problem:
+    """Its VM has stopped; docs/drifted.md has the same at length, and a test does what is said here."""
+    what = f"{name} has data that shared storage lacks: VM {disk.vm_id} stopped on another volume"
+    lv = f"{vg.vg_name}/{disk.volume_id}"
+    steps = (
+        f"do not start the VM; lvchange -ay -K {lv}",
+        f"as user vdsm, in the directory of image {disk.image_id}, with NEW for the volume that the VM ran"
+        f" from and FORMAT for that of {disk.volume_id} there:"
+        f" qemu-img rebase -u -f qcow2 -F raw -b {vg.path(disk.volume_id)} NEW"
+        f" && qemu-img rebase -f qcow2 -F FORMAT -b {disk.volume_id} NEW",
+        f"lvremove {lv}",
+    )
+    return Problem(DRIFTED, what, "; ".join(steps))
 
 
 def _open_elsewhere(path: str, what: str) -> Problem:
@@ -195,7 +214,19 @@ def _of_vm(
             continue
         name = plain(vm.name or vm.vm_id)
         what = f"VM {name} ({vm.vm_id}): {disk.name} runs from {plain(disk.path)}, not from {expected}"
-        yield Problem(NOT_LOCAL, what, "what it wrote since is there; shut it down, and start it anew")
+        yield Problem(NOT_LOCAL, what, _back(vm, disk, own.get(disk.image_id)))
+
+
+def _back(vm: Running, disk: Disk, local: tuple[VolumeGroup, LocalDisk] | None) -> str:
+    """How a disk of a running VM comes back to its local disk, if it has one."""
+    if local is None or local[1].state is not State.READY:
+        return "what it wrote since is there; shut it down, and start it anew"
+    path = local[0].path(local[1].volume_id)
+    if (disk.name, path) in vm.backing:
+        command = f"virsh blockcommit {vm.vm_id} {disk.name} --active --pivot --wait"
+        return f"do not stop it; {command} brings it back"
+    kept = "the local disk is kept, and localdisk status then says how the data come together"
+    return f"what it wrote before is in {path} alone; shut it down: {kept}"
 
 
 def _can_be_local(disk: Disk) -> bool:

@@ -347,6 +347,13 @@ class KeptStale(Error):
     )
 
 
+class DiskDrifted(Error):
+    """The VM has run from another volume above or beside it: a snapshot or replication went past us."""
+
+    what = "local disk {vg}/{lv} has data of this VM that its image on shared storage lacks"
+    fix = "bring them back as localdisk status says, or give them up with lvremove {vg}/{lv}"
+
+
 class NotLocal(Error):
     what = "disk {disk} of VM {vm} points to {path}, which is no ready local disk of this VM ({state})"
     fix = "start the VM again; if it stays, look at localdisk status"

@@ -100,6 +100,8 @@ def decide(disk: LocalDisk, witnesses: Witnesses, policy: Policy, now: float) ->
         return _needed(disk, "in use, its device is open")
     if witnesses.is_locked:
         return Verdict(Action.KEEP, "a process works on it")
+    if disk.state is State.DRIFTED:
+        return Verdict(Action.KEEP, "it has data of its VM that shared storage lacks, see localdisk status")
     if witnesses.vm_runs is None:
         return Verdict(Action.KEEP, "libvirt cannot be asked about its VM", is_certain=False)
     if witnesses.vm_runs:

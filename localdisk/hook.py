@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from localdisk import copy, definition, domains, image, kept, log, origin, vdsm
@@ -130,9 +130,25 @@ def before_vm_destroy(call: Call) -> None:
 
 
 def after_vm_destroy(call: Call) -> None:
-    """Release the local disks of a VM that has stopped."""
+    """Release the local disks of a VM that has stopped; those that it ran beside in the end are kept."""
+    drifted = [(image_id, path) for image_id, path in _ran_from(call) if not definition.is_local_path(path)]
     with Helper(call.vm_id, call.property_value) as helper:
+        if drifted:
+            helper.drifted(drifted)
         helper.release()
+
+
+def _ran_from(call: Call) -> Iterator[tuple[str, str]]:
+    """What the VM's disks ran from when it stopped, as vdsm and libvirt say: image id, path.
+
+    vdsm's own XML may be of before a snapshot; libvirt's definition is undefined after this hook point.
+    """
+    try:
+        yield from definition.read_ran_from(vdsm.read_data(call), is_live=True)
+        for xml in domains.xmls([call.vm_id]):
+            yield from definition.read_ran_from(xml, is_live=False)
+    except (BadDomain, LibvirtSilent) as error:
+        log.problem("what the VM ran from is not known", vm=call.vm_id, why=error)
 
 
 def before_vm_migrate_source(call: Call) -> None:

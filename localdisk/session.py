@@ -11,6 +11,7 @@ refused.  The verbs:
     progress  {done, written}                             bytes of the guest's view, and of the volume, so far
     commit    {}                                          the copy is complete: what was made is ready
     cancel    {vm, property}                              the VM is powered off while it starts: end its start
+    drifted   {vm, property, disks: [{image, path}]}      what the disks of the VM ran from when it stopped
     release   {vm, property}                              the VM has stopped: remove or keep its disks
     stale     {vm, images}                                it begins to run with these on shared storage
 
@@ -28,7 +29,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -132,6 +133,7 @@ class Session:
             "progress": (self._progress, frozenset({"done", "written"})),
             "commit": (self._commit, frozenset()),
             "cancel": (self._cancel, frozenset({"vm", "property"})),
+            "drifted": (self._drifted, frozenset({"vm", "property", "disks"})),
             "release": (self._release, frozenset({"vm", "property"})),
             "stale": (self._stale, frozenset({"vm", "images"})),
         }
@@ -454,19 +456,37 @@ class Session:
         log.event("VM is powered off while it starts", vm=vm_id)
         return {}
 
+    def _drifted(self, request: Request) -> Answer:
+        """Mark the disks that a VM, which has stopped, has not run from in the end.
+
+        A live snapshot or a live storage migration went past us.  The data until then are in the local disk.
+        """
+        self.close()
+        vm_id, policy = self._policy(request)
+        ran_from = _paths(request)
+        with ExitStack() as locks:
+            for vg, disk in _stopped_disks(policy, vm_id, locks):
+                paths = ran_from.get(disk.image_id, {vg.path(disk.volume_id)})
+                if disk.state is State.READY and not disk.is_stale and vg.path(disk.volume_id) not in paths:
+                    vg.require_usable()
+                    vg.change_tags(disk.volume_id, add={life.drifted_tag(time.time())}, remove=disk.idle_tags)
+                    log.problem(
+                        "VM did not run from its local disk, which is kept",
+                        vm=vm_id,
+                        disk=disk.volume_id,
+                        ran_from=" ".join(sorted(paths)),
+                    )
+        return {}
+
     def _release(self, request: Request) -> Answer:
         self.close()
         vm_id, policy = self._policy(request)
         cancel.destroyed(vm_id)
         with ExitStack() as locks:
-            held = {d.volume_id for d in _of_vm(_read(policy), vm_id) if _try_hold(d.volume_id, locks)}
-            vg = _read(policy) if held else None
-            disks = [d for d in _of_vm(vg, vm_id) if d.volume_id in held] if vg else []
-            if any(disk.is_open for disk in disks) and vm_id in domains.active():
-                raise StillRuns(vm=vm_id)
-            if vg and disks:
+            disks = list(_stopped_disks(policy, vm_id, locks))
+            for vg in [vg for vg, _ in disks[:1]]:
                 vg.require_usable()
-                _stop(vg, policy, disks)
+                _stop(vg, policy, [disk for _, disk in disks])
         return {}
 
     def _stale(self, request: Request) -> Answer:
@@ -555,6 +575,19 @@ def _asked(request: Request) -> dict[str, object]:
 
 def _of_vm(vg: VolumeGroup, vm_id: str) -> list[LocalDisk]:
     return [disk for disk in life.local_disks(vg) if disk.vm_id == vm_id]
+
+
+def _stopped_disks(policy: Policy, vm_id: str, locks: ExitStack) -> Iterator[tuple[VolumeGroup, LocalDisk]]:
+    """The disks of a VM that has stopped, their locks held, but for those that a new start prepares.
+
+    Raises StillRuns.
+    """
+    held = {d.volume_id for d in _of_vm(_read(policy), vm_id) if _try_hold(d.volume_id, locks)}
+    vg = _read(policy) if held else None
+    disks = [d for d in _of_vm(vg, vm_id) if d.volume_id in held] if vg else []
+    if any(disk.is_open for disk in disks) and vm_id in domains.active():
+        raise StillRuns(vm=vm_id)
+    return ((vg, disk) for disk in disks if vg)
 
 
 def _try_hold(volume_id: str, locks: ExitStack) -> bool:
@@ -726,6 +759,21 @@ def _base(fields: Any) -> Base:
         raise BadRequest(problem="size or fingerprint of the base is malformed")
     domain_id = _uuid(fields, "domain") if fields["domain"] != "" else ""
     return Base(_uuid(fields, "volume"), domain_id, fields["fingerprint"], size)
+
+
+def _paths(request: Request) -> dict[str, set[str]]:
+    """What disks ran from, by image; the paths are compared and logged, nothing else."""
+    rows = request["disks"]
+    if not isinstance(rows, list) or len(rows) > MAX_DISKS:
+        raise BadRequest(problem=f"disks is no list of at most {MAX_DISKS}")
+    if not all(isinstance(row, dict) and row.keys() == {"image", "path"} for row in rows):
+        raise BadRequest(problem="a disk is not {image, path}")
+    if not all(isinstance(row["path"], str) for row in rows):
+        raise BadRequest(problem="a path is no text")
+    found: dict[str, set[str]] = {}
+    for row in rows:
+        found.setdefault(_uuid(row, "image"), set()).add(row["path"])
+    return found
 
 
 def _disks(request: Request) -> list[tuple[str, str]]:

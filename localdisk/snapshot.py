@@ -92,7 +92,9 @@ class Row:
     volume: str
     size: int
     backend: str
-    state: str  # preparing | waiting | copying | ready | running | stopped | unfinished | deleting | active
+    # `active` is all that can be seen without root.
+    # preparing | waiting | copying | ready | running | stopped | unfinished | drifted | deleting | active
+    state: str
     open: bool
     used: int | None  # bytes of a thin disk that hold data
     stopped: int | None  # since then
@@ -324,6 +326,8 @@ class _View:
     def _next(self, disk: LocalDisk, state: str, record: Progress | None, policy: Policy) -> Next:
         if state == "copying":
             return Next("copy", _due(record), _pace(record))
+        if state == "running" and self.vms and self.vms.is_below(disk.volume_id):
+            return Next("keep", None, "kept, see problems")
         if state == "running" or (disk.is_open and disk.state is not State.READY):
             return _when_closed(disk, policy)
         if disk.is_open:

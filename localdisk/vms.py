@@ -34,6 +34,11 @@ class Vms:
         """The VM that runs from the local disk of that name, "" if none."""
         return next((vm for vm, _, volume in self._local() if volume == volume_id), "")
 
+    def is_below(self, volume_id: str) -> bool:
+        """Whether a VM that runs has this local disk open only below another volume, such as a snapshot's."""
+        top = (os.path.basename(disk.path) for vm in self.running for disk in vm.disks)
+        return volume_id not in top and bool(self.user_of(volume_id))
+
     def _local(self) -> Iterator[tuple[str, str, str]]:
         """VM, name of its disk, volume: what VMs have open, also below a snapshot that was made since."""
         for vm in self.running:

@@ -672,6 +672,24 @@ def commits_in_silence(world: World) -> None:
     hook.ask(COMMIT)
 
 
+DRIFTED = test_session.DRIFTED
+
+
+def starts_beside(tag: str) -> Provoke:
+    def provoke(world: World) -> object:
+        there = world.host()
+        there.add(VOLUME, tags(tag), 10 * EXTENT)
+        return world.ask(CLAIM, PREPARE, host=there)
+
+    return provoke
+
+
+def drifts(world: World) -> object:
+    there = world.host()
+    there.add(VOLUME, tags(), 10 * EXTENT)
+    return world.ask({**DRIFTED, "disks": [{"image": IMAGE, "path": world.evil()}]}, host=there)
+
+
 def silent_end(world: World) -> None:
     hook = test_session.Hook(world.host())
     hook.start()
@@ -792,6 +810,11 @@ SESSION = {
     "powered off before it starts": case(lambda w: powered_off(w, {**LOOK, "disks": []}), VM, "powered off"),
     "powered off then": case(lambda w: powered_off(w, CLAIM, PREPARE), VM, "powered off"),
     "forgotten": case(forgotten, VM, VOLUME),
+    "drifted": case(starts_beside("DRIFTED_5"), LV),
+    "drifts": case(drifts, VM, VOLUME, "evil"),
+    "many paths": case(session({**DRIFTED, "disks": [{}] * 300}), "disks", "256"),
+    "half a path": case(session({**DRIFTED, "disks": [{}]}), "disk"),
+    "a number for a path": case(session({**DRIFTED, "disks": [{"image": IMAGE, "path": 5}]}), "path"),
     "committed in silence": case(commits_in_silence, VM, VOLUME),
     "left by a start": case(
         fails_later("lvremove", "", CLAIM, PREPARE, {"verb": "x"}), "unfinished copy", VOLUME, "evil"
@@ -937,6 +960,10 @@ def unplugged(world: World) -> None:
     world.vdsm().call("before_disk_hotunplug", element)
 
 
+def stopped(world: World) -> None:
+    world.vdsm().call("after_vm_destroy", world.word())
+
+
 def before_vdsm(world: World) -> None:
     machine = world.vdsm()
     machine.host.add(VOLUME, tags())
@@ -993,6 +1020,7 @@ HOOK = {
     "transient": case(lambda w: w.prepare(shared="transient", name=w.evil()), "disk evil", "transient"),
     "network": case(lambda w: w.prepare(diskType="network", path=w.word(), name=w.evil()), "disk evil"),
     "gc": case(before_vdsm, "libvirt"),
+    "stopped": case(stopped, VM),
 }
 
 # -- host, install, lvm, metrics, removal, run, uninstall

@@ -13,6 +13,7 @@ from localdisk.config import Cache, Copy, Margins, Policy, Retention
 from localdisk.disk import LocalDisk, Start, State, Stop, Wanted, plan_start, plan_stop, require_room
 from localdisk.errors import (
     DiskBusy,
+    DiskDrifted,
     Error,
     KeptStale,
     NoSpace,
@@ -100,6 +101,9 @@ def local_disk(lv: LogicalVolume) -> LocalDisk:
         (("UPDATING", "WRITES_5"), State.UNFINISHED),
         (("STOPPED_5",), State.STOPPED),
         (("STOPPED_5", "UPDATING"), State.UNFINISHED),
+        (("DRIFTED_5", "STOPPED_6"), State.DRIFTED),
+        (("DRIFTED_5", "UPDATING"), State.UNFINISHED),
+        (("DELETING", "DRIFTED_5"), State.DELETING),
         (("DELETING",), State.DELETING),
         (("DELETING", "UPDATING", "STOPPED_5"), State.DELETING),
         (("DELETINGX", "xUPDATING", "updating", "STOPPED", "STOPPED_"), State.READY),
@@ -331,11 +335,12 @@ STATE_TAGS = {
     State.READY: (),
     State.STOPPED: ("STOPPED_5",),
     State.UNFINISHED: ("UPDATING", "WRITES_5"),
+    State.DRIFTED: ("DRIFTED_5", "STOPPED_5"),
     State.DELETING: ("DELETING",),
 }
 STARTS = list(
     itertools.product(
-        State,
+        [state for state in State if state is not State.DRIFTED],
         (False, True),  # open
         ("delete", "keep"),
         ("refuse", "recopy"),
@@ -399,7 +404,8 @@ def test_a_start_does_what_the_table_says() -> None:
 
 def test_no_start_breaks_a_promise() -> None:
     """Whatever two disks an image has: a complete copy that is kept is lost by `recopy` or `delete` alone."""
-    kinds = [*itertools.product(State, (False, True), ("same", "other"), (SIZE, SIZE - 512), (False, True))]
+    states = [state for state in State if state is not State.DRIFTED]
+    kinds = [*itertools.product(states, (False, True), ("same", "other"), (SIZE, SIZE - 512), (False, True))]
     for (one, other), on_stop, on_change in itertools.product(
         itertools.product(kinds, kinds), ("delete", "keep"), ("refuse", "recopy")
     ):
@@ -466,6 +472,19 @@ def test_a_disk_of_the_older_hook_says_by_its_name_alone_what_it_is_a_copy_of() 
     assert planned_start(elsewhere, retention=RETENTION) is OtherLeaf
 
 
+@pytest.mark.parametrize("name", [VOLUME, OTHER_VOLUME])
+@pytest.mark.parametrize("is_open", [False, True])
+def test_no_start_while_a_disk_of_the_image_has_drifted(name: str, is_open: bool) -> None:
+    """Whatever else the image has: nothing is removed, replaced or used."""
+    drifted = of_kind(name, State.DRIFTED, is_open, "same", SIZE, False)
+    beside = OTHER_VOLUME if name == VOLUME else VOLUME
+    kinds = itertools.product(STATE_TAGS, (False, True), ("same", "other"), (SIZE,), (False, True))
+    others = [(), *((of_kind(beside, *kind),) for kind in kinds)]
+    for other, on_stop, on_change in itertools.product(others, ("delete", "keep"), ("refuse", "recopy")):
+        retention = dataclasses.replace(RETENTION, on_stop=on_stop, on_source_change=on_change)
+        assert planned_start(*other, drifted, retention=retention) is DiskDrifted
+
+
 def test_nothing_found_is_created() -> None:
     assert planned_start() == Start()
 
@@ -482,6 +501,8 @@ def test_a_stop_does_what_the_table_says() -> None:
         is_kept = on_stop == "keep" and state in (State.READY, State.STOPPED)
         must_wait = is_open or erase != "none"
         expected = Stop.KEEP if is_kept else Stop.MARK_DELETING if must_wait else Stop.REMOVE
+        if state is State.DRIFTED:
+            expected = Stop.LEAVE
         assert plan_stop(disk, retention) is expected, (state, is_open, on_stop, erase)
 
 

@@ -471,6 +471,42 @@ def test_stopping_releases_the_disks(host_vdsm: Vdsm) -> None:
     assert set(host_vdsm.host.volumes) == {"pool0", OTHER_VOLUME}
 
 
+OVERLAY = f"/rhev/data-center/mnt/blockSD/{OTHER_VM}/images/{IMAGE}/{OTHER_VOLUME}"
+
+
+def left_domain(path: str, inside: str = "<backingStore/>") -> str:
+    """The domain XML of a VM that ran from `path` when it stopped, its disk known by its serial."""
+    return (
+        f"<domain type='qemu'>\n  <uuid>{VM}</uuid>\n  <devices>\n"
+        "    <disk type='file' device='cdrom'><target dev='sdc'/></disk>\n"
+        f"    <disk type='block' device='disk'><source dev='{path}'/>{inside}<target dev='vda'/>"
+        f"<serial>{IMAGE}</serial></disk>\n  </devices>\n</domain>\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("vdsms", "libvirts", "is_kept"),
+    [
+        (left_domain(OVERLAY), "", True),
+        (left_domain(OVERLAY, ""), "", False),  # the engine's: the start was refused
+        (left_domain(LOCAL), "", False),
+        (left_domain(LOCAL), left_domain(OVERLAY, ""), True),
+        (left_domain(LOCAL), left_domain(LOCAL, ""), False),
+        (left_domain(f"/dev/{OTHER_VM}/{OTHER_VOLUME}"), "", True),
+        (left_domain(OVERLAY).replace(IMAGE, "mine", 2).replace("mine", IMAGE, 1), "", False),
+        ("no XML", left_domain(OVERLAY), False),
+    ],
+)
+def test_a_disk_that_the_vm_ran_beside_in_the_end_is_kept(
+    host_vdsm: Vdsm, vdsms: str, libvirts: str, is_kept: bool
+) -> None:
+    host_vdsm.host.add(VOLUME, tags(), SIZE)
+    host_vdsm.host.xmls.update({VM: libvirts} if libvirts else {})
+    host_vdsm.call("after_vm_destroy", vdsms)
+    assert host_vdsm.verbs == [["drifted", "release"] if is_kept else ["release"]]
+    assert (VOLUME in host_vdsm.host.volumes) == is_kept
+
+
 def test_stopping_does_not_look_at_the_domain(host_vdsm: Vdsm) -> None:
     host_vdsm.host.add(VOLUME, tags(), SIZE)
     assert host_vdsm.call("after_vm_destroy", "no XML") == "no XML"

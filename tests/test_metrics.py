@@ -177,7 +177,7 @@ def test_every_state_of_a_disk_is_there() -> None:
 
 def test_the_states_are_those_of_the_snapshot() -> None:
     source = Path(snapshot.__file__).read_text()
-    comment, *_ = re.findall(r"^    state: str  # (.*)$", source, re.M)
+    comment, *_ = re.findall(r"^    # (.*)\n    state: str$", source, re.M)
     assert sorted(metrics.STATES) == sorted({*comment.split(" | ")} - {"active"})  # active: without root
 
 

@@ -106,6 +106,10 @@ class Hook:
         assert all(message.partition(" : "))
         return message
 
+    def refused_start(self, **changes: object) -> str:
+        assert "error" not in self.ask(CLAIM, **changes)
+        return self.refused(PREPARE)
+
     def start(self, **changes: object) -> Any:
         """Claim and prepare."""
         claim = {key: value for key, value in changes.items() if key in CLAIM}
@@ -1379,6 +1383,101 @@ def test_release(
     assert locks() == []
 
 
+DRIFTED = {"verb": "drifted", "vm": VM, "property": "lvm", "disks": [{"image": IMAGE, "path": "/rhev/x"}]}
+DRIFT_TAG = "DRIFTED_1760000000"
+
+
+@pytest.fixture(name="at_noon")
+def fixture_at_noon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "time", lambda: 1760000000.5)
+
+
+@pytest.mark.parametrize("retention", ["on_stop: delete", "on_stop: keep", "erase: zero"])
+def test_a_disk_that_its_vm_did_not_run_from_in_the_end_is_kept(
+    host: FakeHost, at_noon: None, retention: str
+) -> None:
+    host.add(VOLUME, tags("UNNEEDED_5"), SIZE)
+    host.add(OTHER_VOLUME, tags(vm=OTHER_VM), SIZE)
+    hook = Hook(host, f"retention: {{{retention}}}")
+    assert hook.ask(DRIFTED) == {}
+    for _ in range(2):
+        assert hook.ask(RELEASE) == {}
+    assert lv_tags(host) == tags(DRIFT_TAG)
+    assert lv_tags(host, OTHER_VOLUME) == tags(vm=OTHER_VM)
+    (finding,) = (f for f in gc.collect(parsed(""), may_start=False).findings if f.disk.volume_id == VOLUME)
+    assert (finding.verdict.action, finding.is_problem) == (gc.Action.KEEP, False)
+    assert locks() == []
+
+
+@pytest.mark.parametrize("state", [("UPDATING",), ("STOPPED_5",), ("DELETING",), ("DRIFTED_5",)])
+def test_only_what_is_ready_drifts(host: FakeHost, state: tuple[str, ...]) -> None:
+    host.add(VOLUME, tags(*state), SIZE)
+    assert Hook(host).ask(DRIFTED) == {}
+    assert lv_tags(host) == tags(*state)
+
+
+@pytest.mark.parametrize(
+    "disks", [[], [{"image": IMAGE, "path": PATH}], [{"image": OTHER_IMAGE, "path": "/x"}]]
+)
+def test_what_runs_from_its_local_disk_has_not_drifted(host: FakeHost, disks: list[dict[str, str]]) -> None:
+    host.add(VOLUME, tags(), SIZE)
+    assert Hook(host).ask(DRIFTED, disks=disks) == {}
+    assert lv_tags(host) == tags()
+
+
+def test_a_vm_that_runs_does_not_drift(host: FakeHost) -> None:
+    host.add(VOLUME, tags(), SIZE, lv_device_open="open")
+    host.active = {VM}
+    assert "still runs" in Hook(host).refused(DRIFTED)
+    assert lv_tags(host) == tags()
+
+
+@pytest.mark.parametrize("volume", [VOLUME, OTHER_VOLUME])
+@pytest.mark.parametrize("text", ["", KEEP, RECOPY])
+def test_no_start_while_a_disk_of_the_image_has_drifted(host: FakeHost, volume: str, text: str) -> None:
+    """Nor from the layer above it: with what shared storage has below, that is a mix of two disks."""
+    host.add(VOLUME, tags("DRIFTED_5"), SIZE)
+    hook = Hook(host, text)
+    assert "has data of this VM" in hook.refused_start(volume=volume)
+    assert set(host.volumes) == {"pool0", VOLUME}
+    assert lv_tags(host) == tags("DRIFTED_5")
+
+
+@pytest.mark.parametrize("drifted", [VOLUME, OTHER_VOLUME])
+@pytest.mark.parametrize("kept", [tags("STOPPED_5"), tags("STOPPED_5", "STALE"), tags()])
+@pytest.mark.parametrize("text", ["", KEEP, RECOPY])
+def test_a_kept_disk_beside_one_that_has_drifted_changes_nothing(
+    host: FakeHost, drifted: str, kept: set[str], text: str
+) -> None:
+    """Neither is used, renamed, replaced or removed for room."""
+    beside = OTHER_VOLUME if drifted == VOLUME else VOLUME
+    host.add(drifted, tags("DRIFTED_5"), SIZE)
+    host.add(beside, kept, SIZE)
+    host.vg["vg_free"] = "0"
+    hook = Hook(host, text)
+    assert "has data of this VM" in hook.refused_start()
+    assert {drifted: tags("DRIFTED_5"), beside: kept} == {
+        name: lv_tags(host, name) for name in host.volumes if name != "pool0"
+    }
+    assert set(host.tools) <= {"fullreport", "virsh"}
+    assert locks() == []
+
+
+def test_a_stale_disk_has_not_drifted(host: FakeHost) -> None:
+    """Its VM was started without it."""
+    host.add(VOLUME, tags("STALE"), SIZE)
+    assert Hook(host).ask(DRIFTED) == {}
+    assert lv_tags(host) == tags("STALE")
+
+
+@pytest.mark.parametrize(
+    "disks",
+    [5, [{"image": IMAGE}], [{"image": "x", "path": "/x"}], [{"image": IMAGE, "path": 5}], [{}] * 257],
+)
+def test_what_it_ran_from_is_well_formed(host: FakeHost, disks: object) -> None:
+    assert "request to the helper" in Hook(host).refused(DRIFTED, disks=disks)
+
+
 def test_release_of_a_vm_without_disks(host: FakeHost) -> None:
     host.add(VOLUME, tags(vm=OTHER_VM), SIZE)
     assert Hook(host).ask(RELEASE) == {}
@@ -1703,6 +1802,7 @@ fields = {
 VERBS = {"look": "vm property disks", "claim": "vm property image volume", "release": "vm property"}
 VERBS.update({"prepare": "size fingerprint writes base", "progress": "done written", "commit": ""})
 VERBS.update({"prefetch": "backend base", "fill": "writes"})
+VERBS.update({"cancel": "vm property", "drifted": "vm property disks"})
 FROM_BASE = {**PREPARE, "base": BASE}
 FILL = {"verb": "fill", "writes": 512}
 PREFETCH = {"verb": "prefetch", "backend": "lvmthin", "base": BASE}

@@ -397,7 +397,7 @@ def test_below_a_live_snapshot_it_is_still_the_vms(host: FakeHost) -> None:
     taken = take()
     assert kinds(taken) == [drift.NOT_LOCAL]
     (found,) = taken.disks
-    assert (found.state, found.disk, found.next.text) == ("running", "vda", "removed when VM stops")
+    assert (found.state, found.disk, found.next.text) == ("running", "vda", "kept, see problems")
 
 
 def test_a_disk_that_is_open_by_no_vm(monkeypatch: pytest.MonkeyPatch, host: FakeHost) -> None:

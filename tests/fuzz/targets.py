@@ -294,7 +294,10 @@ PREPARE = {
 REQUESTS = (
     [CLAIM, PREPARE, {"verb": "progress", "done": 1, "written": 1}, {"verb": "commit"}],
     [{"verb": "look", "vm": VM, "property": "on", "disks": [{"image": IMAGE, "volume": VOLUME}]}],
-    [{"verb": "release", "vm": VM, "property": "lvm"}],
+    [
+        {"verb": "drifted", "vm": VM, "property": "lvm", "disks": [{"image": IMAGE, "path": "/x"}]},
+        {"verb": "release", "vm": VM, "property": "lvm"},
+    ],
     [{**CLAIM, "volume": OTHER_VOLUME}, PREPARE],
 )
 BASE = {"volume": VOLUME, "domain": "", "fingerprint": "fedcba9876543210" * 2, "size": 4 << 20}

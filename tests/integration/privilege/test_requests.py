@@ -55,6 +55,12 @@ def look(scene: Scene, *disks: object) -> dict[str, object]:
     return {"verb": "look", "vm": scene.vm_id, "property": "lvm", "disks": list(disks)}
 
 
+def drifted(scene: Scene, vm_id: str, path: object) -> dict[str, object]:
+    """What a VM is said to have run from."""
+    disks = [{"image": scene.running_image, "path": path}]
+    return {"verb": "drifted", "vm": vm_id, "property": "lvm", "disks": disks}
+
+
 def row(scene: Scene, volume: object) -> dict[str, object]:
     return {"image": scene.image_id, "volume": volume}
 
@@ -116,6 +122,9 @@ NAMES: dict[str, Request] = {
     "property: a list": lambda s: s.claim(property=["lvm"]),
     "property: a lone surrogate": lambda s: s.claim(property="\ud800"),
     "release: every VM": lambda _: {"verb": "release", "vm": "*", "property": "lvm"},
+    "cancel: a path": lambda _: {"verb": "cancel", "vm": "../../etc/cron.d/x", "property": "lvm"},
+    "drifted: a path that is none": lambda s: drifted(s, s.running_vm, 5),
+    "drifted: a VM that is none": lambda s: drifted(s, "../x", "/x"),
     "look: 257 disks": lambda s: look(s, *(row(s, new_id()) for _ in range(257))),
     "look: the thin pool": lambda s: look(s, row(s, host.THIN_POOL)),
     "look: a field too many": lambda s: look(s, {**row(s, new_id()), "vg": s.shared_group}),
@@ -127,6 +136,7 @@ OTHERS: dict[str, Request] = {
     "the VM's disk as another image's": lambda s: s.claim_kept(image=s.image_id),
     "a running VM's disk": lambda s: s.claim(image=s.running_image, volume=s.running),
     "a stop of a VM that runs": lambda s: {"verb": "release", "vm": s.running_vm, "property": "lvm"},
+    "a drift of a VM that runs": lambda s: drifted(s, s.running_vm, "/x"),
     **{
         f"a volume {what}": lambda s, what=what: s.claim_kept(volume=s.foreign[what])  # type: ignore[misc]
         for what in ("without tags", "with two VMs' tags", "with an image's tag only", "with malformed tags")
