@@ -404,7 +404,8 @@ def removable(vg: VolumeGroup, name: str) -> LocalDisk | None:
 
 def _idle(found: tuple[Template, ...], keep: str) -> Iterator[Template]:
     for each in found:
-        if not each.is_open and each.name != keep and not lock.is_held(lock.disk_lock(each.name)):
+        is_free = not (each.is_open or each.lv.dependents)
+        if is_free and each.name != keep and not lock.is_held(lock.disk_lock(each.name)):
             yield each
 
 
@@ -449,7 +450,7 @@ def _rest(policy: Policy, name: str) -> None:
     with contextlib.suppress(Error), lock.trying(lock.disk_lock(name)) as held:
         vg = _read(policy)
         found = _find(vg, name)
-        if held and found and not found.is_open:
+        if held and found and not (found.is_open or found.lv.dependents):
             vg.deactivate(name)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from localdisk import places, template
 from localdisk.config import Config, Policy
+from localdisk.disk import State, local_disks
 from localdisk.errors import VolumeGroupUnusable
 from localdisk.finding import Finding, write_command
 from localdisk.host_storage import Group, LvmSettings, Multipath, PoolWatch
@@ -32,6 +33,7 @@ def check_group(
         yield from _pool(group, group.vg, pool, settings)
     yield from dict.fromkeys(_caches(group.vg, config))
     yield from _nodes(group)
+    yield from _dependents(group.vg)
     if now >= program_time:  # else the clock is wrong, not they
         yield from _marks(group, now)
 
@@ -184,6 +186,17 @@ def _cache(policy: Policy, place: str, size: int, margin: str, left: int) -> Ite
 
 
 # -- local disks and templates
+
+
+def _dependents(vg: VolumeGroup) -> Iterator[Finding]:
+    """Others' volumes that LVM would remove along with a disk: the disk is kept for them."""
+    found = [("local disk", disk.lv, disk.state is State.DELETING) for disk in local_disks(vg)]
+    found += [("template LV", each.lv, False) for each in template.templates(vg)]
+    for kind, lv, is_due in found:
+        if lv.dependents:
+            what = f"{', '.join(lv.dependents)} depends on {kind} {vg.vg_name}/{lv.lv_name}"
+            fix = f"remove {lv.dependents[0]} when nobody needs it"
+            yield Finding(what, "so that one is not removed", fix, is_hint=not is_due)
 
 
 def _nodes(group: Group) -> Iterator[Finding]:

@@ -32,6 +32,7 @@ from dataclasses import dataclass
 
 from localdisk.config import Margins, Policy, Retention
 from localdisk.errors import (
+    DependentVolumes,
     DiskBusy,
     DiskDrifted,
     Error,
@@ -222,7 +223,8 @@ def plan_start(disks: Iterable[LocalDisk], wanted: Wanted, retention: Retention,
     Their owner was checked, and their locks are held.  A kept disk may be the copy of what was the image's
     leaf before: what counts is whether it was made from the bytes that the guest sees now.
     Raises DiskBusy if something has the disk open that is to be used; DiskDrifted, SourceChanged, OtherLeaf,
-    KeptStale if the operator must decide.
+    KeptStale if the operator must decide; DependentVolumes if a disk that other volumes depend on would have
+    to be removed or renamed.
     """
     disks = tuple(disks)
     _require_no_drift(disks, vg)
@@ -230,17 +232,25 @@ def plan_start(disks: Iterable[LocalDisk], wanted: Wanted, retention: Retention,
     for disk in every:
         if disk.volume_id == wanted.volume_id:
             _require_closed(disk, vg)
-    closed = [disk for disk in every if not disk.is_open]
+    start = _plan_closed(every, wanted, retention, vg)
+    for disk in every:
+        if (disk.volume_id == wanted.volume_id) != (disk is start.reuse):
+            require_alone(disk, vg)
+    return start
+
+
+def _plan_closed(every: list[LocalDisk], wanted: Wanted, retention: Retention, vg: str) -> Start:
+    free = [disk for disk in every if not (disk.is_open or disk.lv.dependents)]
     kept = [disk for disk in every if _is_kept(disk, retention)]
-    remove = tuple(disk for disk in closed if disk not in kept)
+    remove = tuple(disk for disk in free if disk not in kept)
     if retention.on_stop == "delete":
-        return Start(remove=remove, replace=tuple(disk for disk in kept if not disk.is_open))
+        return Start(remove=remove, replace=tuple(disk for disk in kept if disk in free))
     reuse = next((disk for disk in kept if _is_good(disk, wanted)), None)
     if reuse:
         _require_closed(reuse, vg)
     elif kept and retention.on_source_change == "refuse":
         raise _changed(kept[0], wanted, vg)
-    others = tuple(disk for disk in kept if disk is not reuse and not disk.is_open)
+    others = tuple(disk for disk in kept if disk is not reuse and disk in free)
     return Start(reuse, remove, others if retention.on_source_change == "recopy" else ())
 
 
@@ -249,6 +259,12 @@ def _require_no_drift(disks: Iterable[LocalDisk], vg: str) -> None:
     for disk in disks:
         if disk.state is State.DRIFTED:
             raise DiskDrifted(vg=vg, lv=disk.volume_id)
+
+
+def require_alone(disk: LocalDisk, vg: str) -> None:
+    """Raise DependentVolumes if LVM would change or remove other volumes along with the disk."""
+    if disk.lv.dependents:
+        raise DependentVolumes(vg=vg, lv=disk.volume_id, others=", ".join(disk.lv.dependents))
 
 
 def _require_closed(disk: LocalDisk, vg: str) -> None:
@@ -356,13 +372,13 @@ class Stop(enum.Enum):
 def plan_stop(disk: LocalDisk, retention: Retention) -> Stop:
     """What to do, at once, with a disk whose VM has stopped and whose lock is held.
 
-    A stop never waits: what is open or must be erased first is left to gc.
+    A stop never waits: what is open or must be erased first is left to gc, as is what others depend on.
     """
     if disk.state is State.DRIFTED:
         return Stop.LEAVE
     if retention.on_stop == "keep" and disk.is_complete:
         return Stop.KEEP
-    if disk.is_open or retention.erase != "none":
+    if disk.is_open or retention.erase != "none" or disk.lv.dependents:
         return Stop.MARK_DELETING
     return Stop.REMOVE
 

@@ -13,7 +13,7 @@ from localdisk import gc
 from localdisk.config import Config
 from localdisk.definition import Disk, Running
 from localdisk.disk import LocalDisk, State, is_fingerprint
-from localdisk.errors import Error, plain
+from localdisk.errors import DependentVolumes, Error, plain
 from localdisk.gc import Action
 from localdisk.lvm import VolumeGroup
 from localdisk.progress import Progress
@@ -32,6 +32,7 @@ NO_COPIER = "no_copier"
 DRIFTED = "drifted"
 NOT_AS_MADE = "not_as_made"  # a template LV
 CLOCK = "clock"
+DEPENDENTS = "dependents"  # LVM would remove others' volumes along with a disk
 UNREAD = "unread"
 KINDS = (
     NOT_USABLE,
@@ -43,6 +44,7 @@ KINDS = (
     DRIFTED,
     NOT_AS_MADE,
     CLOCK,
+    DEPENDENTS,
     UNREAD,
 )
 
@@ -116,12 +118,14 @@ def of_disks(disks: Disks, held: Held, vms: Vms | None, config: Config, now: flo
             continue
         if disk.is_open:
             yield from _who_has_it(vg, disk, name, vms)
+        elif disk.lv.dependents and disk.state in (State.UNFINISHED, State.DELETING):
+            yield depended_on(vg, disk)
         elif disk.state is State.UNFINISHED:
             yield Problem(NO_COPIER, f"{name} is an unfinished copy that nobody works on", "localdisk gc")
         elif disk.state is State.DRIFTED:
             yield _drifted(vg, disk, name)
         else:
-            yield from _uncertain(disk, name, held, vms, config, now)
+            yield from _uncertain(vg, disk, held, vms, config, now)
     if vms:
         for vm in vms.running:
             yield from _of_vm(vm, found, config)
@@ -156,14 +160,23 @@ def _open_elsewhere(path: str, what: str) -> Problem:
     return Problem(OPEN_ELSEWHERE, f"{what}: {users}", f"end it; fuser -v {path}")
 
 
+def depended_on(vg: VolumeGroup, disk: LocalDisk) -> Problem:
+    error = DependentVolumes(vg=vg.vg_name, lv=disk.volume_id, others=", ".join(disk.lv.dependents))
+    what, _, fix = str(error).partition(" : ")
+    return Problem(DEPENDENTS, what, fix)
+
+
 def _uncertain(
-    disk: LocalDisk, name: str, held: Held, vms: Vms | None, config: Config, now: float
+    vg: VolumeGroup, disk: LocalDisk, held: Held, vms: Vms | None, config: Config, now: float
 ) -> Iterator[Problem]:
     if vms is None:
         return
+    name = f"local disk {vg.vg_name}/{disk.volume_id}"
     witnesses = gc.witnesses_for(disk, False, vms.domains, held)
     verdict = gc.decide(disk, witnesses, config.policy(disk.vm_id), now)
-    if not verdict.is_certain:
+    if not verdict.is_certain and disk.lv.dependents:
+        yield depended_on(vg, disk)
+    elif not verdict.is_certain:
         yield Problem(CLOCK, f"{name}: {verdict.reason}", _SET_CLOCK)
     elif disk.state is State.READY and disk.vm_id not in vms.names:
         due = f"removes it in {format_duration(max(0, int((verdict.due or now) - now)))}"

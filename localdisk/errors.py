@@ -311,6 +311,14 @@ class DiskBusy(Error):
     fix = "find it (lsof /dev/{vg}/{lv}), stop it and start the VM again"
 
 
+class DependentVolumes(Error):
+    what = "LVM would remove {others} along with local disk {vg}/{lv}"
+    fix = (
+        "if nobody needs it, lvremove the snapshot (lvconvert --uncache {vg}/{lv} for a cache), "
+        "then run localdisk gc"
+    )
+
+
 class VmRuns(Error):
     what = "local disk {vg}/{lv} is unfinished while libvirt says that VM {vm} runs"
     fix = "stop the VM, then start it again"

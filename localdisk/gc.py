@@ -18,7 +18,7 @@ from localdisk.config import Config, Policy
 from localdisk.disk import LocalDisk, State, local_disks, stopped_tag, unneeded_tag
 from localdisk.domains import Domains
 from localdisk.errors import Error, Interrupted, LibvirtSilent
-from localdisk.lvm import VolumeGroup
+from localdisk.lvm import LogicalVolume, VolumeGroup
 from localdisk.progress import Progress
 from localdisk.removal import erase_and_remove, take_away
 from localdisk.template import Template
@@ -88,7 +88,8 @@ class Collection:
 def decide(disk: LocalDisk, witnesses: Witnesses, policy: Policy, now: float) -> Verdict:
     """What to do with `disk`; `now` in seconds since the epoch.
 
-    Never removed: what is open, locked, or of a VM that runs, is being prepared, or cannot be asked about.
+    Never removed: what is open, locked, or of a VM that runs, is being prepared, or cannot be asked about;
+    what other volumes depend on.
 
     A VM that libvirt knows and that does not run needs nothing: vdsm leaves its placeholder behind if it is
     restarted during a start, and the domain of a VM that is shut off until the engine destroys it.  But vdsm
@@ -108,6 +109,20 @@ def decide(disk: LocalDisk, witnesses: Witnesses, policy: Policy, now: float) ->
         return _needed(disk, "its VM runs")
     if witnesses.vm_is_prepared:
         return _needed(disk, "another disk of its VM is being prepared")
+    return _unless_others_depend(disk.lv, _decide_idle(disk, witnesses, policy, now))
+
+
+def _unless_others_depend(lv: LogicalVolume, verdict: Verdict) -> Verdict:
+    """Whatever LVM would remove or deactivate along with ours is not ours."""
+    if lv.dependents and verdict.action is Action.REST:
+        return replace(verdict, action=Action.KEEP)
+    if verdict.action is not Action.REMOVE or not lv.dependents:
+        return verdict
+    why = f"{verdict.reason}, but LVM would remove {', '.join(lv.dependents)} along with it"
+    return Verdict(Action.KEEP, why, is_certain=False)
+
+
+def _decide_idle(disk: LocalDisk, witnesses: Witnesses, policy: Policy, now: float) -> Verdict:
     if disk.state is State.UNFINISHED:
         return Verdict(Action.REMOVE, "unfinished copy that nobody works on")
     if disk.is_aside and not witnesses.may_start:
@@ -197,12 +212,20 @@ def decide_template(
 ) -> Verdict:
     """What to do with a template LV; `keep_for` in seconds since its last use.
 
-    Never removed: what is open or locked.  No disk needs one: it only saves the next start a copy.
+    Never removed: what is open or locked, or what other volumes depend on.  No disk needs one: it only saves
+    the next start a copy.
     """
     if found.is_open:
         return Verdict(Action.KEEP, "in use, its device is open")
     if is_locked:
         return Verdict(Action.KEEP, "a process works on it")
+    verdict = _decide_idle_template(found, is_wanted, is_too_much, keep_for, now)
+    return _unless_others_depend(found.lv, verdict)
+
+
+def _decide_idle_template(
+    found: Template, is_wanted: bool, is_too_much: bool, keep_for: int, now: float
+) -> Verdict:
     if not found.is_ready:
         return Verdict(Action.REMOVE, "unfinished copy that nobody works on")
     if not found.is_as_made:

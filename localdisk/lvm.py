@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,13 +28,14 @@ from localdisk.errors import (
 
 REPORT = {
     "vg": "vg_name,vg_uuid,vg_size,vg_free,vg_extent_size,vg_partial,vg_exported,vg_lock_type",
-    "lv": "lv_name,lv_uuid,lv_size,lv_tags,lv_device_open,lv_active,lv_permissions,lv_layout,pool_lv,"
-    "data_percent,metadata_percent",
+    "lv": "lv_name,lv_uuid,lv_size,lv_tags,lv_device_open,lv_active,lv_permissions,lv_layout,lv_role,"
+    "pool_lv,origin,data_percent,metadata_percent",
     "seg": "lv_name,zero",
     # These two reports cannot be switched off; SELECT leaves nothing of them.
     "pv": "pv_name",
     "pvseg": "pvseg_start",
 }
+_ORIGINS = {"thickorigin", "multithickorigin", "extthinorigin", "multiextthinorigin"}
 _NO_QUESTIONS = ("--wipesignatures", "n")  # of old signatures; lvcreate refuses it for snapshots
 SELECT = {"seg": "segtype=thin-pool", "pv": "pv_name=none", "pvseg": "pv_name=none"}
 
@@ -51,13 +52,16 @@ class LogicalVolume:
     lv_active: bool
     lv_permissions: str  # "writeable", "read-only", …
     lv_layout: frozenset[str]
-    pool_lv: str
+    pool_lv: str  # of a thin volume, "" of others
     data_percent: float | None
     metadata_percent: float | None
     zero: bool  # thin pool: new blocks read as zeros
+    dependents: tuple[str, ...] = ()  # what LVM would remove or change along with it
 
     @classmethod
-    def from_report(cls, row: dict[str, str], zeroing: frozenset[str]) -> LogicalVolume:
+    def from_report(
+        cls, row: dict[str, str], zeroing: frozenset[str], dependents: tuple[str, ...] = ()
+    ) -> LogicalVolume:
         """From a row of the `lv` report and the names of the pools that zero new blocks."""
         return cls(
             lv_name=row["lv_name"],
@@ -69,10 +73,11 @@ class LogicalVolume:
             lv_active=row["lv_active"] != "",
             lv_permissions=row["lv_permissions"],
             lv_layout=_words(row["lv_layout"]),
-            pool_lv=row["pool_lv"],
+            pool_lv=row["pool_lv"] if "thin" in row["lv_layout"] else "",  # not the pool of a cache
             data_percent=_percent(row["data_percent"]),
             metadata_percent=_percent(row["metadata_percent"]),
             zero=row["lv_name"] in zeroing,
+            dependents=dependents,
         )
 
     @property
@@ -130,7 +135,10 @@ class VolumeGroup:
                 vg_partial=vg["vg_partial"] != "",
                 vg_exported=vg["vg_exported"] != "",
                 vg_lock_type=vg["vg_lock_type"],
-                lvs=tuple(LogicalVolume.from_report(row, zeroing) for row in report["lv"]),
+                lvs=tuple(
+                    LogicalVolume.from_report(row, zeroing, tuple(_dependents(row, report["lv"])))
+                    for row in report["lv"]
+                ),
                 devices=devices,
             )
         except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
@@ -300,6 +308,25 @@ def read_tags(vg_name: str, lv_name: str, devices: Iterable[str]) -> frozenset[s
         return _words(row["lv_tags"])
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
         raise CommandFailed(("lvs", lv_name), 0, f"its report is not understood ({error})") from None
+
+
+def _dependents(row: dict[str, str], rows: Iterable[dict[str, str]]) -> Iterator[str]:
+    """The volumes that `lvremove --yes` removes along with the one of `row`, without a question.
+
+    Tried with LVM 2.03.16: copy-on-write snapshots, of thin volumes too; thin snapshots of an external
+    origin, which is not in their pool; the cache.  A thin snapshot in the same pool is independent.
+    """
+    names = [each["lv_name"] for each in rows if each["origin"] == row["lv_name"] and _depends(each, row)]
+    yield from names
+    if _words(row["lv_layout"]) & {"cache", "writecache"}:
+        yield row["pool_lv"].strip("[]")
+    if not names and _words(row["lv_role"]) & _ORIGINS:  # lvconvert --merge hides the snapshot
+        yield "a snapshot that is being merged"
+
+
+def _depends(snapshot: dict[str, str], origin: dict[str, str]) -> bool:
+    is_thin = "thinsnapshot" in _words(snapshot["lv_role"])
+    return not is_thin or snapshot["pool_lv"] != origin["pool_lv"]
 
 
 def _at_threshold(error: CommandFailed, vg_name: str, pool: str) -> Error:

@@ -14,7 +14,7 @@ import struct
 import uuid
 from collections.abc import Callable
 
-from localdisk.disk import LocalDisk, aside_tags
+from localdisk.disk import LocalDisk, aside_tags, require_alone
 from localdisk.errors import CommandFailed, DiskBusy, EraseFailed
 from localdisk.lvm import VolumeGroup
 
@@ -33,10 +33,9 @@ def take_away(vg: VolumeGroup, disk: LocalDisk, erase: str, pause: Pause) -> str
 
     One that is set aside already is erased as was decided then.  Returns the name of the volume that is left
     to `erase_and_remove`, "" where nothing is left.  LVM refuses to remove what is open; a moment's use by
-    others is waited out with `pause(seconds)`.  Raises DiskBusy, CommandFailed.
+    others is waited out with `pause(seconds)`.  Raises DependentVolumes, DiskBusy, CommandFailed.
     """
-    if disk.is_open:
-        _give_time(vg, disk, pause)
+    _wait_until_free(vg, disk, pause)
     erase = disk.erase or erase
     if erase == "none":
         _remove(vg, disk, pause)
@@ -47,10 +46,9 @@ def take_away(vg: VolumeGroup, disk: LocalDisk, erase: str, pause: Pause) -> str
 def erase_and_remove(vg: VolumeGroup, disk: LocalDisk, erase: str, pause: Pause) -> None:
     """Erase and remove a disk that was set aside and whose lock is held; it may have begun before.
 
-    Raises DiskBusy, CommandFailed, EraseFailed.
+    Raises DependentVolumes, DiskBusy, CommandFailed, EraseFailed.
     """
-    if disk.is_open:
-        _give_time(vg, disk, pause)
+    _wait_until_free(vg, disk, pause)
     if erase != "none":
         if disk.lv.lv_permissions == "read-only":  # a template LV; the kernel discards and zeroes none
             vg.set_writable(disk.volume_id)
@@ -124,8 +122,14 @@ def _remove(vg: VolumeGroup, disk: LocalDisk, pause: Pause) -> None:
     raise DiskBusy(vg=vg.vg_name, lv=disk.volume_id, state=disk.state.value)
 
 
-def _give_time(vg: VolumeGroup, disk: LocalDisk, pause: Pause) -> None:
-    """Wait until an open disk is closed: it must not be erased under whoever has it open."""
+def _wait_until_free(vg: VolumeGroup, disk: LocalDisk, pause: Pause) -> None:
+    """Wait until an open disk is closed: it must not be erased under whoever has it open.
+
+    Raises DependentVolumes at once if other volumes would be changed or removed along with it.
+    """
+    require_alone(disk, vg.vg_name)
+    if not disk.is_open:
+        return
     for _ in range(TRIES):
         pause(PAUSE)
         lv = VolumeGroup.read(vg.vg_name, vg.devices).find(disk.volume_id)

@@ -10,12 +10,13 @@ from __future__ import annotations
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 
 from localdisk import cache, lock, log
 from localdisk.cache import Spare
 from localdisk.config import Policy
-from localdisk.disk import LocalDisk
+from localdisk.disk import LocalDisk, require_alone
 from localdisk.errors import Error
 from localdisk.lock import Pause
 from localdisk.lvm import VolumeGroup
@@ -34,10 +35,11 @@ class Replaced:
         self._resources = resources
 
     def free_name(self, vg: VolumeGroup, name: str) -> None:
-        """Give another name to the one that has this name, if one has it."""
+        """Give another name to the one that has this name, if one has it.  Raises DependentVolumes."""
         for disk in self._disks:
             lv = vg.find(name)
             if lv and lv.lv_uuid == disk.lv.lv_uuid:
+                require_alone(replace(disk, lv=lv), vg.vg_name)
                 new_name = str(uuid.uuid4())
                 self._resources.enter_context(lock.holding(lock.disk_lock(new_name), self._pause))
                 vg.rename(name, new_name)

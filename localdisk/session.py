@@ -293,18 +293,19 @@ class Session:
             vg.activate(name)
             vg.dm_uuid(name)  # raises where the node is not there, or not the volume's
         except Error:
-            self._keep_as_it_was(vg, name, found.idle_tags)
+            self._keep_as_it_was(vg, name, found)
             raise
         log.event("kept disk taken back", **claim.making.who)
         replaced.remove()
         self.close()
         return _to_fill("kept", vg.path(name))
 
-    def _keep_as_it_was(self, vg: VolumeGroup, name: str, idle_tags: frozenset[str]) -> None:
+    def _keep_as_it_was(self, vg: VolumeGroup, name: str, found: LocalDisk) -> None:
         try:
-            if idle_tags:
-                vg.change_tags(name, add=idle_tags)
-            vg.deactivate(name)
+            if found.idle_tags:
+                vg.change_tags(name, add=found.idle_tags)
+            if not found.lv.dependents:  # LVM deactivates snapshots along with what they are of
+                vg.deactivate(name)
         except Error as error:
             log.problem("kept disk is left to gc", disk=name, why=error)
 
@@ -611,6 +612,9 @@ def _stop(vg: VolumeGroup, policy: Policy, disks: list[LocalDisk]) -> None:
         plan = life.plan_stop(disk, policy.retention)
         planned[plan].append(disk)
         log.event("VM stopped", vm=disk.vm_id, disk=disk.volume_id, plan=plan.value)
+        if disk.lv.dependents and plan is Stop.MARK_DELETING:
+            others = ", ".join(disk.lv.dependents)
+            log.problem("LVM would remove others along with it", disk=disk.volume_id, others=others)
     failures = []
     for step in (_drop, _keep):
         try:
@@ -632,7 +636,8 @@ def _keep(vg: VolumeGroup, planned: Mapping[Stop, list[LocalDisk]]) -> None:
     for vm_id in {disk.vm_id for disk in planned[Stop.KEEP]}:
         kept.note(vm_id)
     ready = [disk for disk in planned[Stop.KEEP] if disk.state is State.READY]
-    closed = [disk.volume_id for disk in planned[Stop.KEEP] if not disk.is_open]
+    # LVM deactivates snapshots along with what they are of.
+    closed = [disk.volume_id for disk in planned[Stop.KEEP] if not (disk.is_open or disk.lv.dependents)]
     if ready:
         seen = frozenset[str]().union(*(disk.unneeded_tags for disk in ready))
         vg.change_tags(*(disk.volume_id for disk in ready), add={life.stopped_tag(time.time())}, remove=seen)

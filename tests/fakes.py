@@ -46,7 +46,7 @@ FULLREPORT = (
     "lvm fullreport --reportformat json --units b --nosuffix"
     " --configreport vg -o vg_name,vg_uuid,vg_size,vg_free,vg_extent_size,vg_partial,vg_exported,vg_lock_type"
     " --configreport lv -o lv_name,lv_uuid,lv_size,lv_tags,lv_device_open,lv_active,lv_permissions,"
-    "lv_layout,pool_lv,data_percent,metadata_percent"
+    "lv_layout,lv_role,pool_lv,origin,data_percent,metadata_percent"
     " --configreport seg -o lv_name,zero -S segtype=thin-pool"
     " --configreport pv -o pv_name -S pv_name=none"
     " --configreport pvseg -o pvseg_start -S pv_name=none"
@@ -95,6 +95,8 @@ class Volume:
     pool_lv: str = ""
     data_percent: str = ""
     metadata_percent: str = ""
+    lv_role: str = "public"
+    origin: str = ""
 
     @property
     def row(self) -> dict[str, str]:
@@ -410,6 +412,7 @@ class FakeHost:
         flags, _, names = _parse(argv, flags="--quiet --yes", options="")
         assert flags == {"--quiet", "--yes"}
         volumes = self._named(argv, names)
+        volumes += [each for volume in volumes for each in self.snapshots_of(volume)]
         for volume in volumes:
             if volume.lv_device_open:
                 self._in_use(argv, volume)
@@ -423,6 +426,11 @@ class FakeHost:
                 pool.data_percent = f"{max(0.0, float(pool.data_percent) - given_back):.2f}"
         return ""
 
+    def snapshots_of(self, origin: Volume) -> list[Volume]:
+        """What LVM removes along with a volume without a question."""
+        found = [each for each in self.volumes.values() if each.origin == origin.lv_name]
+        return [each for each in found if not each.pool_lv or each.pool_lv != origin.pool_lv]
+
     def _lvrename(self, argv: list[str]) -> str:
         assert argv[1:3] == ["--quiet", self.vg["vg_name"]]
         old, new = argv[3:]
@@ -431,6 +439,8 @@ class FakeHost:
             raise CommandFailed(tuple(argv), 3, f"  {said}\n  Run `lvrename --help' for more information.\n")
         (volume,) = self._named(argv, [f"{argv[2]}/{old}"])
         assert new not in self.volumes
+        for each in self.volumes.values():
+            each.origin = new if each.origin == old else each.origin
         del self.volumes[old]
         volume.lv_name = new
         self.volumes[new] = volume

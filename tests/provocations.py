@@ -1169,10 +1169,27 @@ def erases(how: str, **fields: str) -> Provoke:
     return provoke
 
 
+def depended_on(world: World) -> object:
+    """A VM starts whose old disk has an administrator's snapshot."""
+    there = world.host()
+    there.add(VOLUME, tags("DELETING"), EXTENT)
+    there.add(world.word()[:100], (), EXTENT, origin=VOLUME)
+    return world.ask(CLAIM, PREPARE, host=there)
+
+
+def stops_depended_on(world: World) -> object:
+    there = world.host()
+    there.add(VOLUME, tags(), EXTENT)
+    there.add(world.word()[:100], (), EXTENT, origin=VOLUME)
+    return world.ask(test_session.RELEASE, host=there)
+
+
 REMOVAL = {
+    "depended on": case(depended_on, LV, "evil", "lvremove"),
+    "stops, depended on": case(stops_depended_on, "evil", VOLUME),
     "stays open": case(erases("none", lv_device_open="open"), LV, "lsof"),
     "in use": case(erases("none"), LV, "lsof"),
-    "not erased": case(erases("zero", pool_lv="pool0"), "/nonexistent/lv", "gc"),
+    "not erased": case(erases("zero", pool_lv="pool0", lv_layout="thin"), "/nonexistent/lv", "gc"),
 }
 RUN = {
     "fails": case(lambda w: run.run(["sh", "-c", f"echo {w.evil('x')} >&2; exit 3"]), "sh -c", "3", "evil"),

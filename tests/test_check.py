@@ -627,6 +627,21 @@ def test_a_thin_pool_when_it_is_full(watch: PoolWatch, threshold: int | None, is
     assert found == (["this host: good"] if is_good else [line])
 
 
+# -- others' volumes
+
+
+def test_volumes_that_lvm_would_remove_along_with_a_disk() -> None:
+    """A hint, until gc waits for them."""
+    for more, head in (((), "hint: "), (("DELETING",), "")):
+        fake = FakeHost()
+        fake.add(VOLUME, tags(*more))
+        fake.add("backup", (), origin=VOLUME)
+        (line, *rest) = lines(groups=(a_group(fake),))
+        what = f"backup depends on local disk ovirt-local/{VOLUME}, so that one is not removed"
+        assert line == f"{head}{what} : remove backup when nobody needs it"
+        assert rest == (["this host: good"] if head else [])
+
+
 # -- what could not be asked
 
 

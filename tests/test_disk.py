@@ -12,6 +12,7 @@ from localdisk import disk as life
 from localdisk.config import Cache, Copy, Margins, Policy, Retention
 from localdisk.disk import LocalDisk, Start, State, Stop, Wanted, plan_start, plan_stop, require_room
 from localdisk.errors import (
+    DependentVolumes,
     DiskBusy,
     DiskDrifted,
     Error,
@@ -483,6 +484,35 @@ def test_no_start_while_a_disk_of_the_image_has_drifted(name: str, is_open: bool
     for other, on_stop, on_change in itertools.product(others, ("delete", "keep"), ("refuse", "recopy")):
         retention = dataclasses.replace(RETENTION, on_stop=on_stop, on_source_change=on_change)
         assert planned_start(*other, drifted, retention=retention) is DiskDrifted
+
+
+@pytest.mark.parametrize("on_stop", ["delete", "keep"])
+@pytest.mark.parametrize("on_change", ["refuse", "recopy"])
+@pytest.mark.parametrize("state", State)
+def test_a_disk_that_others_depend_on_is_neither_removed_nor_renamed(
+    state: State, on_stop: str, on_change: str
+) -> None:
+    """D5, for each way in which a start would want to: refused, or left beside the new disk."""
+    retention = dataclasses.replace(RETENTION, on_stop=on_stop, on_source_change=on_change)
+    for fingerprint, mates in itertools.product(
+        ("same", "other"), ((), (kept(OTHER_VOLUME),), (kept(OTHER_VOLUME, "other"),))
+    ):
+        ours = depended_on(of_kind(VOLUME, state, False, fingerprint, SIZE, False))
+        plan = planned_start(ours, *mates, retention=retention)
+        if isinstance(plan, Start):
+            assert plan.reuse is ours
+        else:
+            assert plan is DependentVolumes or on_change == "refuse"
+            assert plan in (DependentVolumes, SourceChanged, OtherLeaf)
+        theirs = depended_on(of_kind(OTHER_VOLUME, state, False, fingerprint, SIZE, False))
+        mates = tuple(local_disk(dataclasses.replace(mate.lv, lv_name=VOLUME)) for mate in mates)
+        plan = planned_start(theirs, *mates, retention=retention)
+        if isinstance(plan, Start):
+            assert does(plan, theirs) == "leave"
+
+
+def depended_on(disk: LocalDisk) -> LocalDisk:
+    return local_disk(dataclasses.replace(disk.lv, dependents=("backup",)))
 
 
 def test_nothing_found_is_created() -> None:

@@ -281,6 +281,44 @@ def test_a_clock_that_went_backwards_never_deletes(sightings: list[tuple[int, in
             lv_tags |= {unneeded_tag(true_time - behind)}
 
 
+# -- deciding: others' volumes
+
+
+@pytest.mark.parametrize("more", ["UPDATING", "DELETING", LONG_MARKED, LONG_STOPPED])
+@pytest.mark.parametrize("erase", ["none", "zero"])
+def test_what_others_depend_on_is_kept_and_said(host: FakeHost, more: str, erase: str) -> None:
+    """D5: LVM would remove an administrator's snapshot along with it."""
+    volume = host.add(VOLUME, tags(more), SIZE)
+    host.add("backup", (), SIZE, origin=VOLUME)
+    before = host.report()
+    found = gc.collect(parsed(f"retention: {{erase: {erase}}}"))
+    assert (outcome(found), found.is_problem) == ({"1": "keep"}, True)
+    assert found.findings[0].verdict.reason.endswith("but LVM would remove backup along with it")
+    assert host.report() == before
+    del host.volumes["backup"]
+    assert outcome(gc.collect(parsed())) == {"1": "remove"}
+    assert host.removed == [volume]
+
+
+def test_a_template_that_others_depend_on(host: FakeHost) -> None:
+    add_template(host, "1", NOW - CACHE_KEEP_FOR)
+    host.add("backup", (), SIZE, origin=next(name for name in host.volumes if name.startswith("1")))
+    found = gc.collect(parsed("cache: {templates: on}"))
+    assert (outcome(found), found.is_problem) == ({"1": "keep"}, True)
+
+
+def test_a_snapshot_that_is_made_meanwhile(host: FakeHost) -> None:
+    """Seen when gc looks again, under the disk's lock."""
+    host.add(VOLUME, tags("DELETING"), SIZE)
+    host.before_command(2, lambda: void(host.add("backup", (), SIZE, origin=VOLUME)))
+    assert outcome(gc.collect(parsed())) == {"1": "keep"}
+    assert not host.removed
+
+
+def void(_value: object) -> None:
+    """For what is called for its effect."""
+
+
 # -- collecting
 
 

@@ -107,6 +107,24 @@ def test_inactive_thin_volume_is_not_open_although_lvm_does_not_know() -> None:
     assert (stopped.lv_active, stopped.lv_device_open, stopped.data_percent) == (False, False, None)
 
 
+def test_what_lvm_would_remove_along_with_a_volume() -> None:
+    """Each was tried: `lvremove --yes` removes it without a question."""
+    found = {each.lv_name: each.dependents for each in read("dependents").lvs}
+    assert {name: others for name, others in found.items() if others} == {
+        "cached": ("fast_cpool",),
+        "external": ("extsnap",),
+        "merging": ("a snapshot that is being merged",),
+        "thick": ("cow", "cow2"),
+        "thin2": ("thincow",),
+    }
+    assert {"thin", "thinsnap", "pool0"} <= found.keys()  # a thin snapshot is independent
+
+
+def test_the_pool_of_a_cache_is_no_thin_pool() -> None:
+    pools = {each.lv_name: each.pool_lv for each in read("dependents").lvs if each.pool_lv}
+    assert pools == dict.fromkeys(("extsnap", "thin", "thin2", "thinsnap"), "pool0")
+
+
 def test_active_volume_of_which_lvm_does_not_know_counts_as_open() -> None:
     row = {**FakeHost().volumes["pool0"].row, "lv_device_open": "unknown"}
     assert LogicalVolume.from_report(row, frozenset()).lv_device_open

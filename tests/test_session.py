@@ -219,7 +219,7 @@ def test_restart_of_a_disk_that_gc_has_seen_unneeded(host: FakeHost) -> None:
 
 def test_taking_over_a_disk_of_the_older_hook(host: FakeHost) -> None:
     host.add(VOLUME, tags(ours=False), SIZE)
-    assert Hook(host, KEEP).start() == KEPT
+    assert Hook(host, "retention: {on_stop: keep}").start() == KEPT
     assert lv_tags(host) == tags() | tags(ours=False)
     assert host.commands[2:] == [
         f"lvchange --quiet --addtag SOURCE_{FINGERPRINT} --addtag localdisk {NAME}",
@@ -343,7 +343,7 @@ def test_a_start_that_is_refused_for_room_removes_no_kept_disk(host: FakeHost, n
 
 def test_a_kept_disk_elsewhere_makes_no_room(host: FakeHost) -> None:
     """A thin one takes nothing of what a preallocated one needs."""
-    old = host.add(VOLUME, tags("STOPPED_5"), SIZE, pool_lv="pool0", data_percent="50.0")
+    old = host.add(VOLUME, tags("STOPPED_5"), SIZE, pool_lv="pool0", lv_layout="thin", data_percent="50.0")
     host.vg["vg_free"] = str(EXTENT)
     hook = Hook(host, RECOPY)
     hook.ask(CLAIM)
@@ -375,6 +375,41 @@ def test_a_kept_disk_whose_source_changed_is_refused(host: FakeHost, fingerprint
     assert host.volumes[VOLUME].row == before
     assert host.commands == [LOOK, LIST]
     assert locks() == []
+
+
+@pytest.mark.parametrize("text", [RECOPY, ""])
+@pytest.mark.parametrize("is_late", [False, True])
+def test_a_kept_disk_that_others_depend_on_is_not_replaced(host: FakeHost, text: str, is_late: bool) -> None:
+    """D5: one of the same name refuses the start, also if it is depended on only just before its new name."""
+    before = tags("STOPPED_5", fingerprint=OTHER_FINGERPRINT)
+    old = host.add(VOLUME, before, SIZE)
+    hook = Hook(host, text)
+    if is_late:
+        hook.ask(CLAIM)
+        host.before_command(0, lambda: void(host.add("backup", (), SIZE, origin=VOLUME)))
+    else:
+        host.add("backup", (), SIZE, origin=VOLUME)
+        hook.ask(CLAIM)
+    assert "LVM would remove backup along with" in hook.refused(PREPARE)
+    assert (host.volumes[VOLUME], old.lv_tags, host.removed) == (old, before, [])
+
+
+@pytest.mark.parametrize("text", [RECOPY, ""])
+@pytest.mark.parametrize("more", [("STOPPED_5",), ("DELETING",)])
+def test_a_disk_of_another_leaf_that_others_depend_on_is_left(
+    host: FakeHost, text: str, more: tuple[str, ...]
+) -> None:
+    before = tags(*more, fingerprint=OTHER_FINGERPRINT)
+    old = host.add(OTHER_VOLUME, before, SIZE)
+    host.add("backup", (), SIZE, origin=OTHER_VOLUME)
+    hook = Hook(host, text)
+    assert hook.start()["target"]
+    assert hook.ask(COMMIT_IT) == {}
+    assert (host.volumes[OTHER_VOLUME], old.lv_tags, host.removed) == (old, before, [])
+
+
+def void(_value: object) -> None:
+    """For what is called for its effect."""
 
 
 def test_margin_bandwidth_and_niceness_are_the_configurations(host: FakeHost) -> None:

@@ -436,6 +436,16 @@ def test_disks_that_nobody_looks_after(
     assert VOLUME in problem.what
 
 
+@pytest.mark.parametrize("more", ["DELETING", "UPDATING", "STOPPED_1750000000"])
+def test_a_disk_that_is_kept_for_others_volumes(host: FakeHost, more: str) -> None:
+    host.add(VOLUME, tags(more), SIZE)
+    host.add("backup", (), SIZE, origin=VOLUME)
+    (problem,) = take().problems
+    assert problem.kind == drift.DEPENDENTS
+    assert "LVM would remove backup along with" in problem.what
+    assert "lvremove the snapshot" in problem.fix
+
+
 @pytest.mark.parametrize("more", [("STOPPED_5",), ("DELETING",)])
 def test_disks_that_are_as_they_should_be(host: FakeHost, more: tuple[str, ...]) -> None:
     host.add(VOLUME, tags(*more), SIZE)

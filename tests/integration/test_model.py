@@ -130,7 +130,7 @@ class RealWorld:
 
     def __init__(self, storage: FileStorage) -> None:
         self.storage = storage
-        self.cannot = frozenset({"twins", "silence", "power_cut", "cache"})
+        self.cannot = frozenset({"twins", "silence", "power_cut", "cache", "backup"})
         if not host.throwaway():
             self.cannot |= {"clock"}
         self.images: dict[str, Image] = {}
@@ -286,6 +286,9 @@ class RealWorld:
         for vm_id in (tag[3:] for tag in tags if tag.startswith("VM_")):  # as gc would
             (LOCKS / "kept").mkdir(parents=True, exist_ok=True)
             (LOCKS / "kept" / vm_id).touch()
+
+    def snapshot(self, name: str, origin: str) -> None:
+        raise NotImplementedError
 
     def remove(self, name: str) -> None:
         host.remove(name)

@@ -496,6 +496,10 @@ class FakeWorld:
         self.host.holds[volume.lv_uuid] = (f"of {name[:8]}",)
         self._take(size)
 
+    def snapshot(self, name: str, origin: str) -> None:
+        self.host.add(name, (), 4 * MIB, origin=origin)
+        self._take(4 * MIB)
+
     def remove(self, name: str) -> None:
         self._take(-self.host.volumes.pop(name).lv_size)
 

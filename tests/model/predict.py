@@ -362,15 +362,17 @@ def _plan(state: State, policy: Policy, vm_id: str, image_id: str, key: str) -> 
     if key and state.is_open(key):
         raise Refused
     kept = [k for k in found if _is_kept(policy, state.disks[k])]
-    removed = tuple(k for k in found if k not in kept and not state.is_open(k))
+    free = [k for k in found if not state.is_open(k) and k not in state.backups]
+    removed = tuple(k for k in free if k not in kept)
     if policy.on_stop == "delete":
-        replaced = tuple(k for k in kept if not state.is_open(k))
-        return Plan(tuple(found), removed, replaced)
+        _require_alone(state, key, "")
+        return Plan(tuple(found), removed, tuple(k for k in kept if k in free))
     reused = next((k for k in kept if _is_good(source, state.disks[k])), "")
     is_refused = policy.on_source_change == "refuse"
     if (reused and state.is_open(reused)) or (kept and not reused and is_refused):
         raise Refused
-    others = tuple(k for k in kept if k != reused and not state.is_open(k))
+    _require_alone(state, key, reused)
+    others = tuple(k for k in kept if k != reused and k in free)
     return Plan(tuple(found), removed, () if is_refused else others, reused)
 
 
@@ -382,6 +384,12 @@ def _remove_replaced(p: Prediction, replaced: tuple[str, ...], policy: Policy) -
     for key in replaced:
         if key in p.state.disks and not p.state.is_open(key):
             p.goes(key, policy.erase)
+
+
+def _require_alone(state: State, key: str, reused: str) -> None:
+    """What has a snapshot keeps its name: LVM would remove the snapshot along with it."""
+    if key != reused and {key, reused} & state.backups.keys():
+        raise Refused
 
 
 def _runs(state: State, vm_id: str, key: str) -> bool:
@@ -582,7 +590,7 @@ def _after_vm_destroy(p: Prediction, vm_id: str) -> None:
         if policy.on_stop == "keep" and disk.state in COMPLETE:
             stopped = replace(disk, state=STOPPED, stopped=state.now, unneeded=None)
             p.becomes(key, stopped if disk.state == READY else disk)
-        elif state.is_open(key) or policy.erase != "none":
+        elif state.is_open(key) or policy.erase != "none" or key in state.backups:
             p.becomes(key, replace(disk, state=DELETING))
         else:
             p.instead[key] = [replace(disk, state=DELETING)]  # it could not be removed
@@ -687,6 +695,9 @@ def _is_due(p: Prediction, age: int, due: int) -> bool:
 
 def _erase_and_remove(p: Prediction, key: str, policy: Policy, does_erase: bool) -> None:
     """What must be erased is set aside for that; where vdsm waits for gc, the next gc erases it."""
+    if key in p.state.backups:
+        p.has_doubts = True
+        return
     p.goes(key, policy.erase)
     if does_erase and key in p.state.disks:
         p.erased[key] = p.state.disks[key].erase

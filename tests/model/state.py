@@ -141,6 +141,7 @@ class State:
     templates: Mapping[str, Source] = field(default_factory=dict)  # on storage, by volume
     cached: Mapping[str, Cached] = field(default_factory=dict)  # template LVs
     foreign: frozenset[str] = frozenset()  # names that others' volumes have
+    backups: Mapping[str, str] = field(default_factory=dict)  # key of a disk -> a snapshot of it, not ours
     busy: frozenset[str] = frozenset()  # keys of disks that something else has open
     flight: Flight | None = None
     locked: frozenset[str] = frozenset()  # keys of disks that somebody else works on just now

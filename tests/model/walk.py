@@ -205,6 +205,8 @@ class Walk:
             (0.5, self._foreign_volume, still),
             (2, self._remove_foreign, self.intruders),
             (1, self._older_volume, still),
+            (1, self._backup, [key for key in closed if key not in state.backups]),
+            (3, self._remove_backup, sorted(state.backups)),
             (5, self._prefetch, templates),
             (2, self._template_changes, templates),
             (5, self._tamper, complete),
@@ -545,6 +547,25 @@ class Walk:
         state = self.state
         return not (state.named(name) or name in state.foreign) and state.free >= size
 
+    def _backup(self, key: str) -> None:
+        """The administrator makes a snapshot of a local disk."""
+        if self.state.free < 4 * MIB:
+            return
+        name = f"backup-{self.rng.getrandbits(40):010x}"
+        self.world.snapshot(name, self.state.disks[key].name)
+        (seen,) = (seen for seen in self.world.look().volumes if seen.name == name)
+        self.judge.others[name] = seen
+        room = replace(self.state.room, thick=self.state.room.thick - seen.size)
+        self._look_at_all(replace(self.state, backups={**self.state.backups, key: name}, room=room))
+
+    def _remove_backup(self, key: str) -> None:
+        name = self.state.backups[key]
+        size = self.judge.others.pop(name).size
+        self.world.remove(name)
+        room = replace(self.state.room, thick=self.state.room.thick + size)
+        backups = {k: n for k, n in self.state.backups.items() if k != key}
+        self._look_at_all(replace(self.state, backups=backups, room=room))
+
     # -- the end
 
     def _settle(self) -> None:
@@ -562,6 +583,8 @@ class Walk:
                 self._undefine(vm_id)
         for key in sorted(self.state.busy):
             self._let_go(key)
+        for key in sorted(self.state.backups):
+            self._remove_backup(key)
         if self._chance(0.5):  # then they go at once
             self._apply(self.state.rules.without_templates())
             self._call("gc", True)

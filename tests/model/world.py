@@ -141,6 +141,9 @@ class World(Protocol):
     def add(self, name: str, tags: frozenset[str], size: int) -> None:
         """A volume that localdisk did not make."""
 
+    def snapshot(self, name: str, origin: str) -> None:
+        """An administrator's snapshot of a volume."""
+
     def remove(self, name: str) -> None: ...
 
     def write(self, name: str, token: str) -> None:

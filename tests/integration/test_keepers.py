@@ -1,0 +1,168 @@
+"""Nothing that anyone still needs is lost: others' snapshots."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.bed import host, libvirt
+from tests.bed.player import run_point
+from tests.bed.shell import attempt, run
+from tests.bed.storage import COW, FileStorage, Image, qemu_io
+from tests.bed.vm import Disk, disk_json
+from tests.integration.steps import (
+    LOCKS,
+    MIB,
+    THICK,
+    THIN,
+    configure,
+    device,
+    equals_source,
+    localdisk,
+    lv_uuid,
+    refused_disk,
+    start,
+    starting,
+    status,
+    stop,
+    tags,
+)
+
+SIZE = 8 * MIB
+KEEP = "retention: {on_stop: keep}\n"
+WRITTEN = b"written by the guest"
+
+
+@pytest.fixture(autouse=True)
+def defaults(libvirt: None) -> Iterator[None]:
+    configure()
+    yield
+    configure()
+    assert not list(LOCKS.glob("*.*")), "a lock is left behind"
+
+
+def name_of(image: Image) -> str:
+    return f"{host.VOLUME_GROUP}/{image.leaf.id}"
+
+
+def gc(*words: str, code: int = 0) -> dict[str, dict[str, str]]:
+    """What gc decided and why, for each volume."""
+    found = json.loads(localdisk("gc", "--json", *words, code=code))
+    return {row["volume"]: row for row in found["disks"]}
+
+
+def problems(kind: str) -> list[str]:
+    found = json.loads(attempt(str(host.PROGRAM), "status", "--json").stdout)["problems"]
+    return [f"{each['what']} : {each['fix']}" for each in found if each["kind"] == kind]
+
+
+# -- an administrator's snapshot
+
+
+def snapshot(storage: FileStorage, image: Image) -> Image:
+    """What a snapshot of a VM that is down makes of the image: an empty layer upon its leaf."""
+    top = storage.new_volume(image.id, COW, image.leaf.size, image.leaf)
+    return replace(image, volumes=(*image.volumes, top))
+
+
+@pytest.mark.parametrize("erase", ["none", "zero"])
+@pytest.mark.parametrize("property_value", [THICK, THIN], ids=["thick", "thin"])
+def test_a_snapshot_keeps_its_origin(
+    thin_pool: str, file_storage: FileStorage, property_value: dict[str, str], erase: str
+) -> None:
+    configure(f"retention: {{erase: {erase}}}\n")
+    image = file_storage.template(SIZE, seed=73)
+    vm_id = start(image, property_value)
+    device(image).write_bytes(WRITTEN)
+    run("lvcreate", "-y", "-s", "-L", "4m", "-n", "backup", name_of(image))
+    stop(vm_id, image, custom=property_value)
+    assert "DELETING" in tags(image)
+    for _ in range(2):
+        row = gc(code=1)[image.leaf.id]
+        assert (row["action"], "backup" in row["reason"]) == ("keep", True)
+    assert [text for text in problems("dependents") if "backup" in text and "lvremove" in text]
+    assert "backup depends on local disk" in attempt(str(host.PROGRAM), "check").stdout
+
+    starting(vm_id)
+    again = run_point("after_disk_prepare", vm_id, disk_json(Disk("vda", image)), property_value)
+    assert (again.rc, "backup" in again.stderr) == (2, True)
+    libvirt.undefine(vm_id)
+    backup = Path(f"/dev/{host.VOLUME_GROUP}/backup")
+    assert backup.read_bytes().startswith(WRITTEN)
+
+    run("lvremove", "-y", f"{host.VOLUME_GROUP}/backup")
+    assert gc()[image.leaf.id]["action"] == "remove"
+    assert set(host.logical_volumes()) == {host.THIN_POOL}
+
+
+def test_a_snapshot_of_a_kept_disk_stays_active(volume_group: str, file_storage: FileStorage) -> None:
+    configure(KEEP)
+    image = file_storage.template(SIZE, seed=74)
+    vm_id = start(image)
+    run("lvcreate", "-y", "-s", "-L", "4m", "-n", "backup", name_of(image))
+    stop(vm_id, image)
+    assert Path(f"/dev/{host.VOLUME_GROUP}/backup").exists()
+    assert any(tag.startswith("STOPPED_") for tag in tags(image))
+    host.remove("backup", image.leaf.id)
+
+
+@pytest.mark.parametrize("is_other_leaf", [False, True])
+def test_what_a_snapshot_is_of_is_not_replaced(
+    volume_group: str, file_storage: FileStorage, is_other_leaf: bool
+) -> None:
+    """Neither under its own name nor beside the new disk; it is not renamed for it."""
+    configure("retention: {on_stop: keep, on_source_change: recopy}\n")
+    image = file_storage.template(SIZE, seed=78)
+    vm_id = start(image)
+    device(image).write_bytes(WRITTEN)
+    stop(vm_id, image)
+    made, before = lv_uuid(image), tags(image)
+    run("lvcreate", "-y", "-s", "-L", "4m", "-n", "backup", name_of(image))
+    now = snapshot(file_storage, image) if is_other_leaf else image
+    qemu_io(now.leaf, ["write -P 9 5M 64k"])
+    if is_other_leaf:
+        start(now, vm_id=vm_id)
+        assert equals_source(now)
+        stop(vm_id, now)
+    else:
+        assert "LVM would remove backup along with" in refused_disk(now, vm_id=vm_id)
+    assert (lv_uuid(image), tags(image)) == (made, before)
+    assert "backup" in host.logical_volumes()
+
+    host.remove("backup")
+    start(now, vm_id=vm_id)
+    assert equals_source(now)
+    assert [*host.logical_volumes()] == [now.leaf.id]
+    assert lv_uuid(now) != made
+    stop(vm_id, now)
+    host.remove(now.leaf.id)
+
+
+def test_a_thin_snapshot_is_independent(thin_pool: str, file_storage: FileStorage) -> None:
+    image = file_storage.template(SIZE, seed=75)
+    vm_id = start(image, THIN)
+    device(image).write_bytes(WRITTEN)
+    run("lvcreate", "-y", "-s", "-kn", "-n", "backup", name_of(image))
+    stop(vm_id, image, custom=THIN)
+    assert set(host.logical_volumes()) == {host.THIN_POOL, "backup"}
+    assert Path(f"/dev/{host.VOLUME_GROUP}/backup").read_bytes().startswith(WRITTEN)
+    host.remove("backup")
+
+
+def test_a_cache_keeps_its_disk(volume_group: str, file_storage: FileStorage) -> None:
+    """lvremove would take the administrator's cache pool along."""
+    configure(KEEP)
+    image = file_storage.template(SIZE, seed=76)
+    vm_id = start(image)
+    run("lvcreate", "-y", "--type", "cache-pool", "-L", "12m", "-n", "fast", host.VOLUME_GROUP)
+    run("lvconvert", "-y", "--type", "cache", "--cachepool", "fast", name_of(image))
+    configure()
+    stop(vm_id, image)
+    assert "fast" in gc(code=1)[image.leaf.id]["reason"]
+    assert status()[image.leaf.id]["backend"] == "lvm"
+    run("lvconvert", "-y", "--uncache", name_of(image))
+    assert gc()[image.leaf.id]["action"] == "remove"
