@@ -12,6 +12,7 @@ its tags, so that nothing else has to be kept in step with the volume group:
     STOPPED_<epoch>     kept since then for a VM that is not running
     DRIFTED_<epoch>     when its VM stopped then, it ran from another volume, and this one has data of it
     UNNEEDED_<epoch>    since then gc has seen no VM that needs it, though nothing says that its VM stopped
+    BOOT_<uuid>_<n>     of these two marks, the first that there is: the boot of the host, and its n-th second
     STALE               since its VM stopped, the VM has been started here from shared storage
     DELETING            waits to be removed
     ERASE_<how>         while set aside: erase it so first
@@ -30,6 +31,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from localdisk.clock import Moment
 from localdisk.config import Margins, Policy, Retention
 from localdisk.errors import (
     DependentVolumes,
@@ -57,8 +59,11 @@ DELETING = "DELETING"
 STALE = "STALE"
 ERASES = ("discard", "zero")  # but for none, what `retention.erase` can say
 
+FIRST = 1735689600  # 2025-01-01: no mark of ours is older, whatever a clock without a battery said
+SLACK = 60  # seconds by which a clock may be corrected without a mark being made anew
 _FINGERPRINT = re.compile(r"[0-9a-f]{32}")
 _NUMBER = re.compile(r"[0-9]{1,18}")
+_BOOT = re.compile(r"([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})_([0-9]{1,12})")
 
 
 class State(enum.Enum):
@@ -80,6 +85,7 @@ class LocalDisk:
     fingerprint: str  # "" where none was recorded
     stopped: int | None  # seconds since the epoch
     unneeded: int | None  # seconds since the epoch
+    boot: tuple[str, int] | None  # the boot id and its second in which it was marked so; None: not recorded
     erase: str  # what `retention.erase` said when it was set aside, "" otherwise
     aside_name: str  # the name that it gets, or has, when it was set aside, "" otherwise
 
@@ -105,6 +111,7 @@ class LocalDisk:
             fingerprint=fingerprints[0] if len(fingerprints) == 1 else "",
             stopped=stopped,
             unneeded=max(numbers_of(values["UNNEEDED"]), default=None),
+            boot=_boot_of(values["BOOT"]),
             erase=next((how for how in ERASES if f"ERASE_{how}" in lv.lv_tags), ""),
             aside_name=only_uuid(values["ASIDE"]),
         )
@@ -143,11 +150,17 @@ class LocalDisk:
     @property
     def idle_tags(self) -> frozenset[str]:
         """Those that say since when no VM uses it."""
-        return self._tags("STOPPED_", "UNNEEDED_")
+        return self._tags("STOPPED_", "UNNEEDED_", "BOOT_")
+
+    @property
+    def unneeded_boot(self) -> tuple[str, int] | None:
+        """`boot` of the mark `unneeded`, None where it is of the other mark."""
+        return self.boot if self.stopped is None else None
 
     @property
     def unneeded_tags(self) -> frozenset[str]:
-        return self._tags("UNNEEDED_")
+        """Those of `idle_tags` that go when it is needed; a stopped one stays stopped."""
+        return self._tags("UNNEEDED_") if self.stopped is not None else self._tags("UNNEEDED_", "BOOT_")
 
     @property
     def writes_tags(self) -> frozenset[str]:
@@ -175,9 +188,9 @@ def new_tags(vm_id: str, image_id: str, fingerprint: str, writes: int) -> frozen
     return frozenset(tags)
 
 
-def stopped_tag(now: float) -> str:
-    """The tag of a disk that is kept since `now`, seconds since the epoch."""
-    return f"STOPPED_{int(now)}"
+def stopped_tags(now: Moment, age: float = 0) -> frozenset[str]:
+    """The tags of a disk that is kept for `age` seconds by `now`."""
+    return _marks("STOPPED", now, age)
 
 
 def drifted_tag(now: float) -> str:
@@ -185,15 +198,56 @@ def drifted_tag(now: float) -> str:
     return f"DRIFTED_{int(now)}"
 
 
-def unneeded_tag(now: float) -> str:
-    """The tag of a disk that no VM needs as far as gc sees since `now`, seconds since the epoch."""
-    return f"UNNEEDED_{int(now)}"
+def unneeded_tags(disk: LocalDisk, now: Moment, age: float = 0) -> frozenset[str]:
+    """The tags of a disk that no VM needs as far as gc sees for `age` seconds by `now`.
+
+    One that is stopped has a boot already, of the other mark: then the date has to do.
+    """
+    return _marks("UNNEEDED", now if disk.stopped is None else Moment(now.epoch), age)
+
+
+def _marks(name: str, now: Moment, age: float) -> frozenset[str]:
+    boot = {f"BOOT_{now.boot_id}_{max(0, int(now.uptime - age))}"} if now.boot_id else set[str]()
+    return frozenset({f"{name}_{int(now.epoch - age)}", *boot})
 
 
 def aside_tags(disk: LocalDisk, erase: str, name: str) -> tuple[frozenset[str], frozenset[str]]:
     """The tags to add and to remove so that a disk is nobody's, to be erased as `erase` says under `name`."""
     wanted = frozenset({OURS, DELETING, f"ERASE_{erase}", f"ASIDE_{name}"})
     return wanted - disk.lv.lv_tags, disk.lv.lv_tags - wanted
+
+
+# -- how old a mark is
+
+
+@dataclass(frozen=True)
+class Age:
+    """How long ago a disk was marked, in seconds; `doubt` says why that cannot be true, "" if it can."""
+
+    seconds: float
+    doubt: str = ""
+    is_late: bool = False  # the clock has been set forward since: the mark should be later
+
+
+def age_of(boot: tuple[str, int] | None, disk: LocalDisk, since: int, now: Moment) -> Age:
+    """How long ago the mark `since`, seconds since the epoch, was made on the disk, in which `boot`.
+
+    Within one boot the clock that counts from it decides.  From an earlier boot there is only the date, which
+    may have been wrong when the mark was made, and may be wrong now.
+    """
+    if boot and boot[0] == now.boot_id and boot[1] <= now.uptime:
+        seconds = now.uptime - boot[1]
+        return Age(seconds, is_late=now.epoch - since > seconds + SLACK)
+    if since > now.epoch:
+        return Age(0, "the future, the clock went backwards")
+    if since < max(disk.lv.lv_time, FIRST):
+        return Age(0, "the time before it was made, the clock was wrong then")
+    return Age(now.epoch - since)
+
+
+def is_clock_wrong(disk: LocalDisk, now: Moment) -> bool:
+    """Whether the date is certainly wrong now: what it says would be in doubt later."""
+    return now.epoch < max(disk.lv.lv_time, FIRST)
 
 
 # -- starting
@@ -384,6 +438,11 @@ def plan_stop(disk: LocalDisk, retention: Retention) -> Stop:
 
 
 # -- tags
+
+
+def _boot_of(values: list[str]) -> tuple[str, int] | None:
+    match = _BOOT.fullmatch(values[0]) if len(values) == 1 else None
+    return (match[1], int(match[2])) if match else None
 
 
 def _state(tags: frozenset[str], stopped: int | None, is_drifted: bool) -> State:

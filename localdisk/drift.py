@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from localdisk import gc
+from localdisk.clock import Moment
 from localdisk.config import Config
 from localdisk.definition import Disk, Running
 from localdisk.disk import LocalDisk, State, is_fingerprint
@@ -109,7 +110,7 @@ def _limits(vg: VolumeGroup, config: Config) -> Iterator[Problem]:
 # -- disks
 
 
-def of_disks(disks: Disks, held: Held, vms: Vms | None, config: Config, now: float) -> Iterator[Problem]:
+def of_disks(disks: Disks, held: Held, vms: Vms | None, config: Config, now: Moment) -> Iterator[Problem]:
     """Local disks that nobody looks after, or somebody that should not, and VMs that do not use theirs."""
     found = tuple(disks)
     for vg, disk in found:
@@ -167,7 +168,7 @@ def depended_on(vg: VolumeGroup, disk: LocalDisk) -> Problem:
 
 
 def _uncertain(
-    vg: VolumeGroup, disk: LocalDisk, held: Held, vms: Vms | None, config: Config, now: float
+    vg: VolumeGroup, disk: LocalDisk, held: Held, vms: Vms | None, config: Config, now: Moment
 ) -> Iterator[Problem]:
     if vms is None:
         return
@@ -177,9 +178,10 @@ def _uncertain(
     if not verdict.is_certain and disk.lv.dependents:
         yield depended_on(vg, disk)
     elif not verdict.is_certain:
-        yield Problem(CLOCK, f"{name}: {verdict.reason}", _SET_CLOCK)
+        is_mended = verdict.action is not Action.KEEP
+        yield Problem(CLOCK, f"{name}: {verdict.reason}", "localdisk gc" if is_mended else _SET_CLOCK)
     elif disk.state is State.READY and disk.vm_id not in vms.names:
-        due = f"removes it in {format_duration(max(0, int((verdict.due or now) - now)))}"
+        due = f"removes it in {format_duration(max(0, int((verdict.due or now.epoch) - now.epoch)))}"
         kept = verdict.action is Action.STOP
         what = f"{name} is of VM {disk.vm_id}, which libvirt does not know"
         yield Problem(UNKNOWN_VM, what, "localdisk gc keeps it as stopped" if kept else f"localdisk gc {due}")

@@ -13,9 +13,19 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from localdisk import cancel, counters, domains, kept, lock, log, lvm, progress, stale, template
+from localdisk import cancel, clock, counters, domains, kept, lock, log, lvm, progress, stale, template
+from localdisk.clock import Moment
 from localdisk.config import Config, Policy
-from localdisk.disk import LocalDisk, State, local_disks, stopped_tag, unneeded_tag
+from localdisk.disk import (
+    Age,
+    LocalDisk,
+    State,
+    age_of,
+    is_clock_wrong,
+    local_disks,
+    stopped_tags,
+    unneeded_tags,
+)
 from localdisk.domains import Domains
 from localdisk.errors import Error, Interrupted, LibvirtSilent
 from localdisk.lvm import LogicalVolume, VolumeGroup
@@ -53,6 +63,7 @@ class Verdict:
     reason: str
     is_certain: bool = True  # False: a witness could not be asked, or the clock is wrong
     due: float | None = None  # seconds since the epoch; kept until then as far as can be seen now
+    age: float = 0  # of the mark that is made, in seconds
 
 
 @dataclass(frozen=True)
@@ -85,8 +96,8 @@ class Collection:
 # -- deciding
 
 
-def decide(disk: LocalDisk, witnesses: Witnesses, policy: Policy, now: float) -> Verdict:
-    """What to do with `disk`; `now` in seconds since the epoch.
+def decide(disk: LocalDisk, witnesses: Witnesses, policy: Policy, now: Moment) -> Verdict:
+    """What to do with `disk`.
 
     Never removed: what is open, locked, or of a VM that runs, is being prepared, or cannot be asked about;
     what other volumes depend on.
@@ -122,7 +133,7 @@ def _unless_others_depend(lv: LogicalVolume, verdict: Verdict) -> Verdict:
     return Verdict(Action.KEEP, why, is_certain=False)
 
 
-def _decide_idle(disk: LocalDisk, witnesses: Witnesses, policy: Policy, now: float) -> Verdict:
+def _decide_idle(disk: LocalDisk, witnesses: Witnesses, policy: Policy, now: Moment) -> Verdict:
     if disk.state is State.UNFINISHED:
         return Verdict(Action.REMOVE, "unfinished copy that nobody works on")
     if disk.is_aside and not witnesses.may_start:
@@ -135,7 +146,10 @@ def _decide_idle(disk: LocalDisk, witnesses: Witnesses, policy: Policy, now: flo
         verdict = _decide_stopped(disk, policy, now)
     else:
         verdict = _decide_ready(disk, witnesses, policy, now)
-    if verdict.action in (Action.REMOVE, Action.STOP) and witnesses.vm_is_defined and witnesses.may_start:
+    is_final = verdict.action is Action.REMOVE or (
+        verdict.action is Action.STOP and disk.stopped is None  # not one that is only marked anew
+    )
+    if is_final and witnesses.vm_is_defined and witnesses.may_start:
         return _after_grace(disk, policy, now, verdict)
     return verdict
 
@@ -169,41 +183,62 @@ def _needed(disk: LocalDisk, why: str) -> Verdict:
     return Verdict(Action.KEEP if disk.unneeded is None else Action.UNMARK, why)
 
 
-def _decide_stopped(disk: LocalDisk, policy: Policy, now: float) -> Verdict:
-    since = now - (disk.stopped or 0)
-    if since < 0:
-        # Not marked anew: if the clock is wrong now, the mark would be, and remove it when it is right again.
-        return Verdict(Action.KEEP, "stopped in the future, the clock went backwards", is_certain=False)
-    left = policy.retention.keep_for - since
-    if left > 0:
-        return Verdict(Action.KEEP, f"kept for another {format_duration(int(left))}", due=now + left)
-    return Verdict(Action.REMOVE, f"stopped {format_duration(int(since))} ago, past keep_for")
+def _decide_stopped(disk: LocalDisk, policy: Policy, now: Moment) -> Verdict:
+    age, keep_for = age_of(disk.boot, disk, disk.stopped or 0, now), policy.retention.keep_for
+    if age.doubt:
+        return _in_doubt(disk, Action.STOP, f"stopped in {age.doubt}", keep_for, now)
+    left = keep_for - age.seconds
+    if left <= 0:
+        return Verdict(Action.REMOVE, f"stopped {format_duration(int(age.seconds))} ago, past keep_for")
+    why = f"kept for another {format_duration(int(left))}"
+    return _kept(age, Action.STOP, why, now.epoch + left)
 
 
-def _decide_ready(disk: LocalDisk, witnesses: Witnesses, policy: Policy, now: float) -> Verdict:
+def _kept(age: Age, again: Action, why: str, due: float) -> Verdict:
+    """Not removed yet; the mark is made anew where the clock has been set forward since."""
+    if age.is_late:
+        return Verdict(again, f"{why}; the clock was set since it was marked", due=due, age=age.seconds)
+    return Verdict(Action.KEEP, why, due=due)
+
+
+def _in_doubt(disk: LocalDisk, again: Action, why: str, wait: int, now: Moment) -> Verdict:
+    """Kept.  A mark that is too early is made anew, as of now: that only keeps the disk longer.
+
+    One in the future is not, nor is any while the clock is wrong: the new mark would be too early once it is
+    right again.
+    """
+    mark = disk.stopped if again is Action.STOP else disk.unneeded
+    if (mark or 0) > now.epoch or is_clock_wrong(disk, now):
+        return Verdict(Action.KEEP, why, is_certain=False)
+    why = f"{why}; marked anew, kept for {format_duration(wait)} from now"
+    return Verdict(again, why, is_certain=False, due=now.epoch + wait)
+
+
+def _decide_ready(disk: LocalDisk, witnesses: Witnesses, policy: Policy, now: Moment) -> Verdict:
     """A complete copy, closed, that is not marked as stopped: its VM stopped unseen, or is just starting."""
     if policy.retention.on_stop == "keep":
         kept = format_duration(policy.retention.keep_for)
         why = f"its VM does not run, kept for {kept} from now"
-        return Verdict(Action.STOP, why, due=now + policy.retention.keep_for)
+        return Verdict(Action.STOP, why, due=now.epoch + policy.retention.keep_for)
     if not witnesses.may_start:
         return Verdict(Action.REMOVE, "its VM stopped while vdsm did not run")
     return _after_grace(disk, policy, now, Verdict(Action.REMOVE, ""))
 
 
-def _after_grace(disk: LocalDisk, policy: Policy, now: float, then: Verdict) -> Verdict:
+def _after_grace(disk: LocalDisk, policy: Policy, now: Moment, then: Verdict) -> Verdict:
     """Mark the disk, and `grace` later do `then`."""
     grace = policy.retention.grace
     if disk.unneeded is None:
         done = "marked as stopped" if then.action is Action.STOP else "removed"
         why = f"no VM needs it; {done} if that is so after {format_duration(grace)}"
-        return Verdict(Action.MARK, why, due=now + grace)
-    if disk.unneeded > now:  # not marked anew, for the same reason
-        return Verdict(Action.KEEP, "unneeded since the future, the clock went backwards", is_certain=False)
-    since = format_duration(int(now - disk.unneeded))
-    if now - disk.unneeded < grace:
+        return Verdict(Action.MARK, why, due=now.epoch + grace)
+    age = age_of(disk.unneeded_boot, disk, disk.unneeded, now)
+    if age.doubt:
+        return _in_doubt(disk, Action.MARK, f"unneeded since {age.doubt}", grace, now)
+    since = format_duration(int(age.seconds))
+    if age.seconds < grace:
         why = f"no VM needs it since {since}, of {format_duration(grace)} (grace)"
-        return Verdict(Action.KEEP, why, due=disk.unneeded + grace)
+        return _kept(age, Action.MARK, why, now.epoch + grace - age.seconds)
     return replace(then, reason=then.reason or f"no VM needs it since {since}, past grace")
 
 
@@ -382,7 +417,7 @@ class _Group:
         self, disk: LocalDisk, is_locked: bool, found: Domains | None, prepared: Mapping[str, Progress | None]
     ) -> Verdict:
         witnesses = witnesses_for(disk, is_locked, found, prepared, self.may_start)
-        return decide(disk, witnesses, self.config.policy(disk.vm_id), time.time())
+        return decide(disk, witnesses, self.config.policy(disk.vm_id), clock.now())
 
     def _act(self, disk: LocalDisk, verdict: Verdict) -> Finding:
         """Do what was decided if the disk still is what it was."""
@@ -423,12 +458,13 @@ class _Group:
         elif verdict.action is Action.REMOVE:
             aside = take_away(vg, disk, self.config.policy(disk.vm_id).retention.erase, time.sleep)
         else:
-            add = {
-                Action.MARK: {unneeded_tag(time.time())},
-                Action.STOP: {stopped_tag(time.time())},
-                Action.UNMARK: set[str](),
+            now = clock.now()
+            add, remove = {
+                Action.MARK: (unneeded_tags(disk, now, verdict.age), disk.unneeded_tags),
+                Action.STOP: (stopped_tags(now, verdict.age), disk.idle_tags),
+                Action.UNMARK: (frozenset[str](), disk.unneeded_tags),
             }[verdict.action]
-            vg.change_tags(disk.volume_id, add=add, remove=disk.unneeded_tags - add)
+            vg.change_tags(disk.volume_id, add=add, remove=remove - add)
         log.event(f"gc: {verdict.action.value}", vm=disk.vm_id, disk=disk.volume_id, why=verdict.reason)
         return aside
 

@@ -28,7 +28,7 @@ from localdisk.errors import (
 
 REPORT = {
     "vg": "vg_name,vg_uuid,vg_size,vg_free,vg_extent_size,vg_partial,vg_exported,vg_lock_type",
-    "lv": "lv_name,lv_uuid,lv_size,lv_tags,lv_device_open,lv_active,lv_permissions,lv_layout,lv_role,"
+    "lv": "lv_name,lv_uuid,lv_size,lv_time,lv_tags,lv_device_open,lv_active,lv_permissions,lv_layout,lv_role,"
     "pool_lv,origin,data_percent,metadata_percent",
     "seg": "lv_name,zero",
     # These two reports cannot be switched off; SELECT leaves nothing of them.
@@ -37,6 +37,7 @@ REPORT = {
 }
 _ORIGINS = {"thickorigin", "multithickorigin", "extthinorigin", "multiextthinorigin"}
 _NO_QUESTIONS = ("--wipesignatures", "n")  # of old signatures; lvcreate refuses it for snapshots
+_TIMES = ("--config", 'report{time_format="%s"}')  # lv_time in seconds since the epoch
 SELECT = {"seg": "segtype=thin-pool", "pv": "pv_name=none", "pvseg": "pv_name=none"}
 
 
@@ -47,6 +48,7 @@ class LogicalVolume:
     lv_name: str
     lv_uuid: str
     lv_size: int
+    lv_time: int  # when it was made by the clock of then, in seconds since the epoch; 0: LVM does not know
     lv_tags: frozenset[str]
     lv_device_open: bool
     lv_active: bool
@@ -67,6 +69,7 @@ class LogicalVolume:
             lv_name=row["lv_name"],
             lv_uuid=row["lv_uuid"],
             lv_size=_bytes(row["lv_size"]),
+            lv_time=_bytes(row["lv_time"] or "0"),
             lv_tags=_words(row["lv_tags"]),
             # "unknown" for an inactive volume, which cannot be open; for an active one it counts as open.
             lv_device_open=row["lv_active"] != "" and row["lv_device_open"] != "",
@@ -103,7 +106,7 @@ class VolumeGroup:
     @classmethod
     def read(cls, vg_name: str, devices: tuple[str, ...] = ()) -> VolumeGroup:
         """Ask LVM.  Raises NoVolumeGroup, VolumeGroupUnusable, CommandFailed, CommandTimeout."""
-        argv = ["lvm", "fullreport", "--reportformat", "json", "--units", "b", "--nosuffix"]
+        argv = ["lvm", "fullreport", "--reportformat", "json", "--units", "b", "--nosuffix", *_TIMES]
         for report, columns in REPORT.items():
             argv += ["--configreport", report, "-o", columns]
             if report in SELECT:

@@ -35,7 +35,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from localdisk import cache, cancel, counters, domains, kept, lock, log, stale
+from localdisk import cache, cancel, clock, counters, domains, kept, lock, log, stale
 from localdisk import disk as life
 from localdisk.cache import Base, Shelf, Spare
 from localdisk.config import Config, Policy
@@ -640,7 +640,8 @@ def _keep(vg: VolumeGroup, planned: Mapping[Stop, list[LocalDisk]]) -> None:
     closed = [disk.volume_id for disk in planned[Stop.KEEP] if not (disk.is_open or disk.lv.dependents)]
     if ready:
         seen = frozenset[str]().union(*(disk.unneeded_tags for disk in ready))
-        vg.change_tags(*(disk.volume_id for disk in ready), add={life.stopped_tag(time.time())}, remove=seen)
+        marks = life.stopped_tags(clock.now())
+        vg.change_tags(*(disk.volume_id for disk in ready), add=marks, remove=seen - marks)
     if closed:
         vg.deactivate(*closed)
 

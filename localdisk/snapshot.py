@@ -12,8 +12,9 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from localdisk import domains, drift, gc, lvm, progress, sysfs, template
+from localdisk import clock, domains, drift, gc, lvm, progress, sysfs, template
 from localdisk import vms as libvirt
+from localdisk.clock import Moment
 from localdisk.config import Config, Policy
 from localdisk.disk import LocalDisk, State, local_disks, silent_pool
 from localdisk.drift import Problem
@@ -137,10 +138,11 @@ def take(config: Config) -> Snapshot:
     if os.geteuid() != 0:
         return _without_root(config, asked)
     groups, failures = lvm.read_all(config.volume_groups)
-    held, now = progress.read_all(), time.time()
+    held, moment = progress.read_all(), clock.now()
+    now = moment.epoch
     vms, unseen = _answered(asked)
     disks = tuple((vg, disk) for vg in groups for disk in local_disks(vg))
-    view = _View(config, vms, held, now)
+    view = _View(config, vms, held, moment)
     rows = [view.row(vg, disk) for vg, disk in disks]
     rows += view.rows_without_volume({disk.volume_id for _, disk in disks})
     cached = tuple((vg, each) for vg in groups for each in template.templates(vg))
@@ -148,7 +150,7 @@ def take(config: Config) -> Snapshot:
     templates += view.templates_without_volume({each.name for _, each in cached})
     found = [*map(drift.told, failures), *(p for vg in groups for p in _unusable(vg, config))]
     found += drift.of_groups(groups, config)
-    found += drift.of_disks(disks, held, vms, config, now)
+    found += drift.of_disks(disks, held, vms, config, moment)
     found += drift.of_templates(cached, held, now)
     return Snapshot(
         at=int(now),
@@ -220,7 +222,11 @@ class _View:
     config: Config
     vms: Vms | None
     held: Mapping[str, Progress | None]
-    now: float
+    moment: Moment
+
+    @property
+    def now(self) -> float:
+        return self.moment.epoch
 
     def row(self, vg: VolumeGroup, disk: LocalDisk) -> Row:
         policy, name = self.config.policy(disk.vm_id), vg.vg_name
@@ -334,8 +340,8 @@ class _View:
             return Next("keep", None, "kept while open")
         found = self.vms.domains if self.vms else None
         witnesses = gc.witnesses_for(disk, disk.volume_id in self.held, found, self.held)
-        verdict = gc.decide(disk, witnesses, policy, self.now)
-        if verdict.action is Action.MARK and witnesses.vm_is_defined:
+        verdict = gc.decide(disk, witnesses, policy, self.moment)
+        if verdict.action is Action.MARK and disk.unneeded is None and witnesses.vm_is_defined:
             return Next("keep", None, "VM starts")
         coming = _by_gc(verdict, disk, policy, self.now)
         return replace(coming, text=f"stale, {coming.text}") if disk.is_stale and disk.is_complete else coming

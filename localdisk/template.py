@@ -118,6 +118,7 @@ class Template:
             fingerprint=self.fingerprint,
             stopped=None,
             unneeded=None,
+            boot=None,
             erase="",
             aside_name="",
         )

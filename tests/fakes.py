@@ -10,13 +10,15 @@ import errno
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from localdisk import cache, lock, lvm, removal, run
+from localdisk import cache, clock, lock, lvm, removal, run
+from localdisk.clock import Moment
 from localdisk.errors import CommandFailed, CommandTimeout, Error
 
 if TYPE_CHECKING:
@@ -43,9 +45,9 @@ TOOLS = ("lvm", "lvcreate", "lvextend", "lvchange", "lvremove", "lvrename", "lvs
 
 # Exactly what lvm.VolumeGroup.read sends, before the name of the group.
 FULLREPORT = (
-    "lvm fullreport --reportformat json --units b --nosuffix"
+    'lvm fullreport --reportformat json --units b --nosuffix --config report{time_format="%s"}'
     " --configreport vg -o vg_name,vg_uuid,vg_size,vg_free,vg_extent_size,vg_partial,vg_exported,vg_lock_type"
-    " --configreport lv -o lv_name,lv_uuid,lv_size,lv_tags,lv_device_open,lv_active,lv_permissions,"
+    " --configreport lv -o lv_name,lv_uuid,lv_size,lv_time,lv_tags,lv_device_open,lv_active,lv_permissions,"
     "lv_layout,lv_role,pool_lv,origin,data_percent,metadata_percent"
     " --configreport seg -o lv_name,zero -S segtype=thin-pool"
     " --configreport pv -o pv_name -S pv_name=none"
@@ -95,6 +97,7 @@ class Volume:
     pool_lv: str = ""
     data_percent: str = ""
     metadata_percent: str = ""
+    lv_time: str = "1750000000"
     lv_role: str = "public"
     origin: str = ""
 
@@ -191,6 +194,7 @@ class FakeHost:
         monkeypatch.setattr(os, "open", self._open)
         monkeypatch.setattr(os, "close", self._close)
         monkeypatch.setattr(cache, "_sample", self._sample)
+        monkeypatch.setattr(clock, "now", lambda: Moment(time.time()))
         return self
 
     def add(

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from localdisk import disk as life
+from localdisk.clock import Moment
 from localdisk.config import Cache, Copy, Margins, Policy, Retention
 from localdisk.disk import LocalDisk, Start, State, Stop, Wanted, plan_start, plan_stop, require_room
 from localdisk.errors import (
@@ -73,6 +74,7 @@ def volume(
         lv_name=lv_name,
         lv_uuid="",
         lv_size=size,
+        lv_time=0,
         lv_tags=frozenset(lv_tags),
         lv_device_open=is_open,
         lv_active=True,
@@ -145,8 +147,9 @@ def test_fields_that_are_not_there() -> None:
 def test_a_mark_does_not_change_the_state() -> None:
     assert local_disk(volume(tags("UNNEEDED_5"))).state is State.READY
     assert local_disk(volume(tags("UNNEEDED_5", "STOPPED_5"))).state is State.STOPPED
-    assert local_disk(volume(tags(life.unneeded_tag(7.9)))).unneeded == 7
-    assert local_disk(volume(tags(life.stopped_tag(7.9)))).stopped == 7
+    marks = life.unneeded_tags(local_disk(volume(tags())), Moment(7.9))
+    assert local_disk(volume(tags(*marks))).unneeded == 7
+    assert local_disk(volume(tags(*life.stopped_tags(Moment(7.9))))).stopped == 7
 
 
 # -- disks that are set aside
@@ -296,7 +299,7 @@ def test_new_tags_make_the_disk_that_they_describe() -> None:
 
 
 def test_stopped_tag() -> None:
-    assert local_disk(volume(tags(life.stopped_tag(1760000000.9)))).stopped == 1760000000
+    assert local_disk(volume(tags(*life.stopped_tags(Moment(1760000000.9))))).stopped == 1760000000
 
 
 @pytest.mark.parametrize(

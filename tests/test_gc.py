@@ -15,9 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from localdisk import cli, config, counters, gc, lock
+from localdisk import cli, clock, config, counters, gc, lock
+from localdisk.clock import Moment
 from localdisk.config import Config, Policy
-from localdisk.disk import LocalDisk, unneeded_tag
+from localdisk.disk import FIRST, LocalDisk, unneeded_tags
 from localdisk.errors import CommandFailed, Interrupted, NoVolumeGroup
 from localdisk.gc import Action, Collection, Verdict, Witnesses
 from localdisk.lvm import VolumeGroup
@@ -97,7 +98,7 @@ class Case(NamedTuple):
         runs = None if self.vm is None else self.vm == "runs"
         is_defined, is_prepared = self.vm in ("defined", "prepared"), self.vm == "prepared"
         witnesses = Witnesses(self.is_locked, runs, self.may_start, is_defined, is_prepared)
-        return gc.decide(self.disk, witnesses, policy(f"retention: {{on_stop: {self.on_stop}}}"), NOW)
+        return gc.decide(self.disk, witnesses, policy(f"retention: {{on_stop: {self.on_stop}}}"), Moment(NOW))
 
     @property
     def disk(self) -> LocalDisk:
@@ -183,7 +184,10 @@ def test_decide_does_what_the_design_says() -> None:
     ],
 )
 def test_reasons(lv_tags: set[str], text: str, may_start: bool, reason: str) -> None:
-    assert gc.decide(disk(lv_tags), Witnesses(False, False, may_start), policy(text), NOW).reason == reason
+    assert (
+        gc.decide(disk(lv_tags), Witnesses(False, False, may_start), policy(text), Moment(NOW)).reason
+        == reason
+    )
 
 
 @pytest.mark.parametrize(
@@ -200,7 +204,7 @@ def test_reasons(lv_tags: set[str], text: str, may_start: bool, reason: str) -> 
 )
 def test_reasons_for_a_vm_that_is_only_defined(more: tuple[str, ...], text: str, reason: str) -> None:
     witnesses = Witnesses(False, False, may_start=True, vm_is_defined=True)
-    assert gc.decide(disk(tags(*more)), witnesses, policy(text), NOW).reason == reason
+    assert gc.decide(disk(tags(*more)), witnesses, policy(text), Moment(NOW)).reason == reason
 
 
 @pytest.mark.parametrize(
@@ -215,7 +219,7 @@ def test_reasons_for_a_vm_that_is_only_defined(more: tuple[str, ...], text: str,
 )
 def test_reasons_to_keep(is_open: bool, is_locked: bool, runs: bool | None, reason: str) -> None:
     witnesses = Witnesses(is_locked, runs, may_start=True, vm_is_prepared=True)
-    assert gc.decide(disk(tags("UPDATING"), is_open), witnesses, policy(), NOW).reason == reason
+    assert gc.decide(disk(tags("UPDATING"), is_open), witnesses, policy(), Moment(NOW)).reason == reason
 
 
 # -- deciding: what never happens
@@ -247,7 +251,7 @@ def test_decide_never_breaks_a_promise(
     more: frozenset[str], ours: bool, is_open: bool, witnesses: Witnesses, its: Policy, now: int
 ) -> None:
     found = disk(tags(*more, ours=ours), is_open)
-    verdict = gc.decide(found, witnesses, its, now)
+    verdict = gc.decide(found, witnesses, its, Moment(now))
     if verdict.action is Action.REMOVE:
         assert not is_open
         assert not witnesses.is_locked
@@ -255,11 +259,14 @@ def test_decide_never_breaks_a_promise(
         assert not witnesses.vm_is_prepared
         assert verdict.is_certain
         if not more & {"UPDATING", "DELETING"}:  # a complete copy
+            assert all(
+                since >= max(FIRST, found.lv.lv_time) for since in (found.stopped, found.unneeded) if since
+            )
             assert found.stopped is None or now - found.stopped >= its.retention.keep_for
             if (found.stopped is None or witnesses.vm_is_defined) and witnesses.may_start:
                 assert found.unneeded is not None
                 assert now - found.unneeded >= its.retention.grace
-    if verdict.action is Action.MARK:
+    if verdict.action is Action.MARK and verdict.is_certain:
         assert found.unneeded is None
 
 
@@ -267,18 +274,128 @@ def test_decide_never_breaks_a_promise(
 @given(st.lists(st.tuples(st.integers(1, 400), st.integers(0, 5000)), min_size=1, max_size=8))
 def test_a_clock_that_went_backwards_never_deletes(sightings: list[tuple[int, int]]) -> None:
     """gc sees a disk every so many seconds, by a clock that is behind by so much, after it was right once."""
-    lv_tags, true_time = tags(unneeded_tag(NOW)), NOW
+    lv_tags, true_time = tags(*unneeded_tags(disk(tags()), Moment(NOW))), NOW
     for seconds, behind in sightings:
         true_time += seconds
         found = disk(lv_tags)
-        verdict = gc.decide(found, Witnesses(False, False, True), policy(), true_time - behind)
+        verdict = gc.decide(found, Witnesses(False, False, True), policy(), Moment(true_time - behind))
         if verdict.action is Action.REMOVE:
             assert true_time - NOW >= GRACE
             return
         if verdict.action in (Action.MARK, Action.UNMARK):
             lv_tags -= found.unneeded_tags
         if verdict.action is Action.MARK:
-            lv_tags |= {unneeded_tag(true_time - behind)}
+            lv_tags |= unneeded_tags(found, Moment(true_time - behind))
+
+
+# -- deciding: clocks
+
+BOOT, OTHER_BOOT = "55555555-5555-4555-8555-555555555555", "66666666-6666-4666-8666-666666666666"
+KINDS = pytest.mark.parametrize(
+    ("kind", "text", "again"),
+    [
+        ("STOPPED", "retention: {keep_for: 1h}", Action.STOP),
+        ("UNNEEDED", "retention: {grace: 1h}", Action.MARK),
+    ],
+)
+
+
+def decided(text: str, lv_tags: set[str], now: Moment) -> Verdict:
+    return gc.decide(disk(lv_tags), Witnesses(False, False, True), policy(text), now)
+
+
+@KINDS
+@pytest.mark.parametrize("date", [5, 978307200, NOW - 86400, NOW - 9, NOW, NOW + 86400])
+@pytest.mark.parametrize("age", [0, 3599, 3600, 99999])
+def test_within_a_boot_the_date_of_a_mark_does_not_count(
+    kind: str, text: str, again: Action, date: int, age: int
+) -> None:
+    """D4: the host booted without the right time, or with it and lost it."""
+    now = Moment(NOW, BOOT, 500000.5)
+    verdict = decided(text, tags(f"{kind}_{date}", f"BOOT_{BOOT}_{500000 - age}"), now)
+    assert verdict.is_certain
+    is_late = NOW - date > age + 60
+    assert verdict.action is (Action.REMOVE if age >= 3600 else again if is_late else Action.KEEP)
+    if age < 3600:
+        assert verdict.due == NOW + 3600 - (age + 0.5)
+
+
+@KINDS
+@pytest.mark.parametrize(
+    "boot", ["", f"BOOT_{OTHER_BOOT}_5", f"BOOT_{BOOT}_99999", "BOOT_x_5", f"BOOT_{BOOT}_x"]
+)
+def test_a_mark_that_cannot_be_true_is_in_doubt(kind: str, text: str, again: Action, boot: str) -> None:
+    """It is of an earlier boot, or nothing says of which; it is made anew, as of now."""
+    made = LV.lv_time
+    now = Moment(NOW, BOOT, 50)
+    for date in (5, 978307200, FIRST - 1, made - 1):
+        verdict = decided(text, tags(f"{kind}_{date}", *filter(None, [boot])), now)
+        assert (verdict.action, verdict.is_certain, verdict.due) == (again, False, NOW + 3600)
+        assert "the time before it was made, the clock was wrong then" in verdict.reason
+    assert decided(text, tags(f"{kind}_{made}"), now).action is Action.REMOVE
+
+
+@KINDS
+def test_no_mark_is_made_anew_while_the_clock_is_wrong(kind: str, text: str, again: Action) -> None:
+    for now in (5, FIRST - 1, LV.lv_time - 1):
+        verdict = decided(text, tags(f"{kind}_4"), Moment(now, BOOT, 50))
+        assert (verdict.action, verdict.is_certain) == (Action.KEEP, False)
+
+
+@pytest.mark.parametrize("more", [(), ("STALE",)])
+def test_a_mark_is_made_anew_with_its_age(
+    host: FakeHost, monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...]
+) -> None:
+    """The VM stopped ten minutes ago, in the year 2001."""
+    monkeypatch.setattr(clock, "now", lambda: Moment(NOW, BOOT, 700.0))
+    volume = host.add(VOLUME, tags("STOPPED_978307200", "UNNEEDED_5", f"BOOT_{BOOT}_100", *more), SIZE)
+    assert outcome(gc.collect(parsed())) == {"1": "stop"}
+    assert volume.lv_tags == tags(f"STOPPED_{NOW - 600}", f"BOOT_{BOOT}_100", *more)
+    assert outcome(gc.collect(parsed())) == {"1": "keep"}
+
+
+def test_marks_record_the_boot_and_go_with_it(host: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clock, "now", lambda: Moment(NOW, BOOT, 7.9))
+    volume = host.add(VOLUME, tags(), SIZE)
+    gc.collect(parsed())
+    assert volume.lv_tags == tags(f"UNNEEDED_{NOW}", f"BOOT_{BOOT}_7")
+    host.active = {VM}
+    gc.collect(parsed())
+    assert volume.lv_tags == tags()
+
+
+def test_a_stopped_disk_keeps_its_boot(host: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its VM is defined: past keep_for it is marked as unneeded, too, by the date alone."""
+    now = Moment(NOW, BOOT, KEEP_FOR + 100.0)
+    monkeypatch.setattr(clock, "now", lambda: now)
+    stopped = tags(f"STOPPED_{NOW - KEEP_FOR}", f"BOOT_{BOOT}_100")
+    volume, host.defined = host.add(VOLUME, stopped, SIZE), {VM}
+    assert outcome(gc.collect(parsed())) == {"1": "mark"}
+    assert volume.lv_tags == stopped | {f"UNNEEDED_{NOW}"}
+    now = Moment(NOW + GRACE - 1, BOOT, KEEP_FOR + GRACE + 99.0)
+    assert outcome(gc.collect(parsed())) == {"1": "keep"}
+    host.active = {VM}
+    assert outcome(gc.collect(parsed())) == {"1": "unmark"}
+    assert volume.lv_tags == stopped
+    host.active = set()
+    assert outcome(gc.collect(parsed())) == {"1": "mark"}
+    now = Moment(now.epoch + GRACE, BOOT, now.uptime + GRACE)
+    assert outcome(gc.collect(parsed())) == {"1": "remove"}
+
+
+def test_a_stopped_disk_is_marked_anew_at_once(host: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where its VM is defined: a later mark keeps it longer."""
+    monkeypatch.setattr(clock, "now", lambda: Moment(NOW, BOOT, 700.0))
+    volume, host.defined = host.add(VOLUME, tags("STOPPED_978307200", f"BOOT_{BOOT}_100"), SIZE), {VM}
+    assert outcome(gc.collect(parsed())) == {"1": "stop"}
+    assert volume.lv_tags == tags(f"STOPPED_{NOW - 600}", f"BOOT_{BOOT}_100")
+
+
+def test_the_clocks_of_this_machine() -> None:
+    found = clock.now()
+    assert abs(found.epoch - time.time()) < 5
+    assert found.uptime > 0
+    assert len(found.boot_id) == 36
 
 
 # -- deciding: others' volumes

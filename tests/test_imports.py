@@ -59,6 +59,7 @@ ORDER = (
     "kept",
     "template",
     "disk",
+    "clock",
     "config",
     "config_memory",
     "lock",

@@ -75,6 +75,7 @@ def test_thick_volume_that_is_open() -> None:
         lv_name=THICK,
         lv_uuid="2FNIdt-CDne-mAof-9tz2-lxgr-e6yR-G1yjcc",
         lv_size=64 << 20,
+        lv_time=1750000000,
         lv_tags=frozenset(
             {
                 "localdisk",

@@ -446,7 +446,13 @@ def test_a_disk_that_is_kept_for_others_volumes(host: FakeHost, more: str) -> No
     assert "lvremove the snapshot" in problem.fix
 
 
-@pytest.mark.parametrize("more", [("STOPPED_5",), ("DELETING",)])
+def test_a_mark_that_gc_makes_anew(host: FakeHost) -> None:
+    host.add(VOLUME, tags("STOPPED_5"), SIZE)
+    (problem,) = take().problems
+    assert (problem.kind, problem.fix) == (drift.CLOCK, "localdisk gc")
+
+
+@pytest.mark.parametrize("more", [(f"STOPPED_{NOW - 5}",), ("DELETING",)])
 def test_disks_that_are_as_they_should_be(host: FakeHost, more: tuple[str, ...]) -> None:
     host.add(VOLUME, tags(*more), SIZE)
     assert take().problems == ()

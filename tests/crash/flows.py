@@ -26,6 +26,7 @@ KEEP = "retention: {on_stop: keep}\n"
 RECOPY = "retention: {on_stop: keep, on_source_change: recopy}\n"
 CACHE = "cache: {templates: on}\n"
 ERASE = "retention: {erase: zero}\n"
+DUE = "retention: {grace: 0s, keep_for: 0s}\n"
 
 
 @dataclass(frozen=True)
@@ -147,8 +148,11 @@ def kept_and_changed(scene: Scene) -> None:
 
 def garbage(scene: Scene) -> None:
     """One of each kind, of other VMs."""
-    for tag in ("UPDATING", "DELETING", f"STOPPED_{LONG_AGO}", f"UNNEEDED_{LONG_AGO}"):
-        make(scene, tag, name=new_id(), size=4 * MIB)
+    for tag in ("UPDATING", "DELETING", "STOPPED", "UNNEEDED"):
+        name = new_id()
+        make(scene, *(() if tag.endswith("ED") else (tag,)), name=name, size=4 * MIB)
+        if tag.endswith("ED"):  # by now: after it was made
+            run("lvchange", "--addtag", f"{tag}_{int(time.time())}", f"{host.VOLUME_GROUP}/{name}")
 
 
 def to_erase(scene: Scene) -> None:
@@ -270,7 +274,7 @@ FLOWS = (
     Flow("kept disk that has changed is replaced", kept_and_changed, start_thick, RECOPY),
     Flow("stop, delete", ready, stop),
     Flow("stop, keep", ready, stop, KEEP, "kept"),
-    Flow("gc", garbage, collect),
+    Flow("gc", garbage, collect, DUE),
     Flow("erase", to_erase, collect, ERASE),
     Flow("recovery", running, recover, "", "kept", recover),
     Flow("first of a template thick", nothing, start_thick, CACHE),

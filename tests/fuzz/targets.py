@@ -30,6 +30,7 @@ from localdisk import (
     status,
     template,
 )
+from localdisk.clock import Moment
 from localdisk.definition import Disk
 from localdisk.disk import LocalDisk, local_disks
 from localdisk.errors import Error
@@ -213,7 +214,9 @@ _caching: _Helper | None = None
 def _report(data: bytes) -> None:
     vg = VolumeGroup.from_report(_text(data))
     for disk in local_disks(vg):
-        verdict = gc.decide(disk, gc.Witnesses(False, False, True), config.parse(b"", "F").others.policy, 1e9)
+        verdict = gc.decide(
+            disk, gc.Witnesses(False, False, True), config.parse(b"", "F").others.policy, Moment(1e9)
+        )
         assert verdict.reason
     for found in template.templates(vg):
         verdict = gc.decide_template(found, False, True, False, 5, 1e9)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import threading
@@ -71,6 +70,12 @@ def make(*more: str, name: str = "", vm_id: str = "") -> str:
     return name
 
 
+def mark(name: str, kind: str) -> str:
+    """Mark a disk as stopped or unneeded just now; returns its name."""
+    run("lvchange", "--addtag", f"{kind}_{int(run('date', '+%s'))}", f"{host.VOLUME_GROUP}/{name}")
+    return name
+
+
 @contextmanager
 def vdsm_runs() -> Iterator[None]:
     """A process that looks like vdsm's daemon."""
@@ -134,7 +139,7 @@ def test_two_sightings(volume_group: str) -> None:
     before = metadata()
     assert gc() == {name: "keep"}
     assert metadata() == before
-    (mark,) = (tag for tag in host.logical_volumes()[name] if tag.startswith("UNNEEDED_"))
+    (first,) = (tag for tag in host.logical_volumes()[name] if tag.startswith("UNNEEDED_"))
     (owner,) = (tag for tag in host.logical_volumes()[name] if tag.startswith("VM_"))
 
     libvirt.define_placeholder(owner[3:])  # which says nothing
@@ -142,11 +147,11 @@ def test_two_sightings(volume_group: str) -> None:
     libvirt.undefine(owner[3:])
     libvirt.create(domain_xml(Vm(owner[3:], ())))
     assert gc() == {name: "unmark"}
-    assert mark not in host.logical_volumes()[name]
+    assert first not in host.logical_volumes()[name]
     libvirt.destroy(owner[3:])
 
-    older = f"UNNEEDED_{int(mark.partition('_')[2]) - 3700}"
-    run("lvchange", "--addtag", older, f"{host.VOLUME_GROUP}/{name}")
+    assert gc() == {name: "mark"}
+    configure("retention: {grace: 0s}\n")
     assert gc() == {name: "remove"}
     assert host.logical_volumes() == {}
 
@@ -156,11 +161,14 @@ def test_two_sightings(volume_group: str) -> None:
 
 def test_a_dry_run_changes_nothing(volume_group: str) -> None:
     """Then the same without it does what was said."""
+    configure("retention: {grace: 0s, keep_for: 0s}\n")
     kinds = {
         make("UPDATING"): "remove",
         make("DELETING"): "remove",
-        make("STOPPED_5"): "remove",
-        make("UNNEEDED_5"): "remove",
+        mark(make(), "STOPPED"): "remove",
+        mark(make(), "UNNEEDED"): "remove",
+        make("STOPPED_5"): "stop",  # of a time before it was made
+        make("UNNEEDED_5"): "mark",
         make("STOPPED_99999999999"): "keep",
         make(): "mark",
     }
@@ -182,8 +190,11 @@ def test_a_dry_run_changes_nothing(volume_group: str) -> None:
 
 
 def test_without_libvirt_everything_stays(volume_group: str) -> None:
-    for tag in ("UPDATING", "DELETING", "STOPPED_5", "UNNEEDED_5"):
+    configure("retention: {grace: 0s, keep_for: 0s}\n")
+    for tag in ("UPDATING", "DELETING"):
         make(tag)
+    for kind in ("STOPPED", "UNNEEDED"):
+        mark(make(), kind)
     before = metadata()
     run("mount", "--bind", "/bin/false", "/usr/bin/virsh")
     try:
@@ -240,12 +251,11 @@ def test_gc_while_vms_start_and_stop(volume_group: str, file_storage: FileStorag
 
 def test_keep_for_and_a_vms_own(volume_group: str) -> None:
     vm_id = new_id()
-    hour_ago = f"STOPPED_{int(os.stat('/proc/self').st_ctime) - 3600}"
-    general, own = make(hour_ago), make(hour_ago, vm_id=vm_id)
-    configure(f"vms: {{{vm_id}: {{retention: {{keep_for: 30m}}}}}}\n")
+    general, own = mark(make(), "STOPPED"), mark(make(vm_id=vm_id), "STOPPED")
+    configure(f"vms: {{{vm_id}: {{retention: {{keep_for: 0s}}}}}}\n")
     assert gc() == {general: "keep", own: "remove"}
-    configure(f"retention: {{keep_for: 30m}}\nvms: {{{vm_id}: {{retention: {{keep_for: 2h}}}}}}\n")
-    own = make(hour_ago, vm_id=vm_id)
+    configure(f"retention: {{keep_for: 0s}}\nvms: {{{vm_id}: {{retention: {{keep_for: 2h}}}}}}\n")
+    own = mark(make(vm_id=vm_id), "STOPPED")
     assert gc() == {general: "remove", own: "keep"}
     host.remove(own)
 

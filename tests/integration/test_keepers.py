@@ -1,8 +1,9 @@
-"""Nothing that anyone still needs is lost: others' snapshots."""
+"""Nothing that anyone still needs is lost: others' snapshots, wrong clocks."""
 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from tests.bed import host, libvirt
 from tests.bed.player import run_point
 from tests.bed.shell import attempt, run
-from tests.bed.storage import COW, FileStorage, Image, qemu_io
+from tests.bed.storage import COW, FileStorage, Image, new_id, qemu_io
 from tests.bed.vm import Disk, disk_json
 from tests.integration.steps import (
     LOCKS,
@@ -166,3 +167,59 @@ def test_a_cache_keeps_its_disk(volume_group: str, file_storage: FileStorage) ->
     assert status()[image.leaf.id]["backend"] == "lvm"
     run("lvconvert", "-y", "--uncache", name_of(image))
     assert gc()[image.leaf.id]["action"] == "remove"
+
+
+# -- a clock that was wrong
+
+
+@pytest.fixture
+def clock(throwaway: None) -> Iterator[None]:
+    began, since = time.time(), time.monotonic()
+    yield
+    run("date", "-s", f"@{began + time.monotonic() - since:.0f}")
+
+
+def test_a_clock_that_jumps_forward(volume_group: str, file_storage: FileStorage, clock: None) -> None:
+    """The host has booted in the year 2001, a VM stops, and then the clock is set."""
+    configure(KEEP)
+    image, now = file_storage.template(SIZE, seed=77), int(time.time())
+    vm_id = start(image)
+    run("date", "-s", "2001-01-01")
+    stop(vm_id, image)
+    (wrong,) = (tag for tag in tags(image) if tag.startswith("STOPPED_"))
+    run("date", "-s", f"@{now + 60}")
+    assert gc()[image.leaf.id]["action"] == "stop"
+    (right,) = (tag for tag in tags(image) if tag.startswith("STOPPED_"))
+    assert wrong != right
+    assert 0 <= int(right.partition("_")[2]) - now <= 120
+    assert gc()[image.leaf.id]["action"] == "keep"
+    host.remove(image.leaf.id)
+
+
+def test_a_mark_from_before_the_disk_was_made(volume_group: str, file_storage: FileStorage) -> None:
+    """Of an earlier boot: kept, said once, and marked anew."""
+    configure(KEEP)
+    image = file_storage.template(SIZE, seed=78)
+    stop(start(image), image)
+    marks = [tag for tag in tags(image) if tag.startswith(("STOPPED_", "BOOT_"))]
+    options = [word for tag in marks for word in ("--deltag", tag)]
+    run("lvchange", *options, "--addtag", "STOPPED_978307200", name_of(image))
+    assert problems("clock")
+    row = gc(code=1)[image.leaf.id]
+    assert (row["action"], "the clock was wrong" in row["reason"]) == ("stop", True)
+    assert gc()[image.leaf.id]["action"] == "keep"
+    host.remove(image.leaf.id)
+
+
+def test_a_disk_that_looks_unneeded_while_the_clock_is_wrong(volume_group: str, clock: None) -> None:
+    """grace is measured by the clock that counts from the boot."""
+    now, name = int(time.time()), new_id()
+    words = ("localdisk", f"VM_{new_id()}", f"IU_{new_id()}")
+    options = [word for tag in words for word in ("--addtag", tag)]
+    run("lvcreate", "-y", "-Wn", "-n", name, "-L", "4m", *options, host.VOLUME_GROUP)
+    run("date", "-s", "2001-01-01")
+    assert gc()[name]["action"] == "mark"
+    run("date", "-s", f"@{now + 60}")
+    assert gc()[name]["action"] == "mark"
+    configure("retention: {grace: 0s}\n")
+    assert gc()[name]["action"] == "remove"

@@ -231,6 +231,7 @@ class Host(FakeHost):
             is_template=volume.lv_uuid in self.templates,
             is_active=bool(volume.lv_active),
             is_read_only=volume.lv_permissions == "read-only",
+            made=int(volume.lv_time),
         )
 
     def _check_running_vms(self) -> None:
@@ -253,6 +254,7 @@ class Host(FakeHost):
         for name in {*self.volumes} - before:
             volume = self.volumes[name]
             self.holds[volume.lv_uuid] = ("what was there before",)
+            volume.lv_time = str(self.world.clock)
             if any(tag.startswith("TEMPLATE_") for tag in volume.lv_tags):
                 self.templates.add(volume.lv_uuid)
             if "--snapshot" in argv:
@@ -494,6 +496,7 @@ class FakeWorld:
     def add(self, name: str, tags: frozenset[str], size: int) -> None:
         volume = self.host.add(name, tags, size)
         self.host.holds[volume.lv_uuid] = (f"of {name[:8]}",)
+        volume.lv_time = str(self.clock)
         self._take(size)
 
     def snapshot(self, name: str, origin: str) -> None:
@@ -614,7 +617,10 @@ class FakeWorld:
 
     def _paths(self, process: Process) -> Mapping[str, str] | None:
         state, call = process.state, process.call
-        if call.what.startswith(("gc", "prefetch")) or call.what in ("after_vm_destroy", *FORBIDDEN):
+        if call.what.startswith(("gc", "prefetch")) or call.what in (
+            "after_vm_destroy",
+            *FORBIDDEN,
+        ):
             return None
         vm = state.vms[str(call.arguments[0])]
         paths = dict(vm.paths)

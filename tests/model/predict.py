@@ -668,9 +668,12 @@ def _collect(p: Prediction, key: str, may_start: bool, does_erase: bool) -> None
     elif disk.state not in COMPLETE:
         _erase_and_remove(p, key, policy, does_erase)
     elif disk.state == STOPPED:
-        is_past = _is_due(p, now - (disk.stopped or 0), policy.keep_for)
         is_waiting = may_start and p.state.is_waiting(disk.vm)
-        if is_past and (not is_waiting or _is_past_grace(p, key, policy)):
+        if _is_in_doubt(p, key, disk.stopped or 0):
+            p.becomes(key, replace(disk, stopped=now, unneeded=None))
+        elif _is_due(p, disk, disk.stopped or 0, policy.keep_for) and (
+            not is_waiting or _is_past_grace(p, key, policy)
+        ):
             _erase_and_remove(p, key, policy, does_erase)
     elif policy.on_stop == "keep":
         if not (may_start and p.state.is_waiting(disk.vm)) or _is_past_grace(p, key, policy):
@@ -680,17 +683,30 @@ def _collect(p: Prediction, key: str, may_start: bool, does_erase: bool) -> None
 
 
 def _is_past_grace(p: Prediction, key: str, policy: Policy) -> bool:
-    """Whether it was seen as unneeded long enough; it is marked if it was not seen so before."""
+    """Whether it was seen as unneeded long enough; it is marked if it was not seen so before, or in doubt."""
     disk = p.state.disks[key]
-    if disk.unneeded is None:
+    if disk.unneeded is None or _is_in_doubt(p, key, disk.unneeded):
         p.becomes(key, replace(disk, unneeded=p.state.now))
         return False
-    return _is_due(p, p.state.now - disk.unneeded, policy.grace)
+    return _is_due(p, disk, disk.unneeded, policy.grace)
 
 
-def _is_due(p: Prediction, age: int, due: int) -> bool:
+def _is_in_doubt(p: Prediction, key: str, mark: int) -> bool:
+    """Whether a disk is marked anew because it was made after it was marked.
+
+    Not while the clock is wrong: then it is only kept, as one that was marked in the future.
+    """
+    made = p.state.disks[key].made or 0
+    is_in_doubt = mark <= p.state.now and mark < made
+    p.has_doubts = p.has_doubts or is_in_doubt
+    return is_in_doubt and p.state.now >= made
+
+
+def _is_due(p: Prediction, disk: LocalDisk, mark: int, due: int) -> bool:
+    """Whether that is so long ago; in doubt it is not."""
+    age = p.state.now - mark
     p.has_doubts = p.has_doubts or age < 0  # the clock went backwards
-    return 0 <= age >= due
+    return 0 <= age >= due and mark >= (disk.made or 0)
 
 
 def _erase_and_remove(p: Prediction, key: str, policy: Policy, does_erase: bool) -> None:

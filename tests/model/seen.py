@@ -28,6 +28,7 @@ class Seen:
     is_template: bool = False  # it was made as a template LV
     is_active: bool = True
     is_read_only: bool = False
+    made: int = 0  # seconds since the epoch
 
     def values(self, name: str) -> frozenset[str]:
         """What follows `name_` in the tags."""
@@ -98,15 +99,15 @@ def _wanted(disk: LocalDisk) -> set[str]:
 # Tags that are looked at elsewhere: marks above, sources in judge.py; PU_ is the older hook's.
 _ELSEWHERE = {
     UNFINISHED: ("SOURCE_", "PU_"),
-    READY: ("SOURCE_", "PU_", "STOPPED_", "UNNEEDED_"),
-    STOPPED: ("SOURCE_", "PU_", "STOPPED_", "UNNEEDED_"),
+    READY: ("SOURCE_", "PU_", "STOPPED_", "UNNEEDED_", "BOOT_"),
+    STOPPED: ("SOURCE_", "PU_", "STOPPED_", "UNNEEDED_", "BOOT_"),
     ASIDE: ("ASIDE_",),
 }
 
 
 def as_seen(disk: LocalDisk, seen: Seen) -> LocalDisk:
     """`disk` with the times and the data that it really has."""
-    changes: dict[str, Any] = {"shared": seen.shared}
+    changes: dict[str, Any] = {"shared": seen.shared, "made": seen.made}
     if disk.name == ANOTHER:
         changes["name"] = seen.name
     if disk.state in COMPLETE:

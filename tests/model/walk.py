@@ -589,7 +589,7 @@ class Walk:
             self._apply(self.state.rules.without_templates())
             self._call("gc", True)
             assert not self.state.cached, f"left: {self.state.cached}"
-        for _ in range(4):  # marked as unneeded, past grace, past keep_for, past grace once more
+        for _ in range(5):  # marked as unneeded, maybe anew, past grace, past keep_for, past grace once more
             self._call("gc", True)
             self._until_all_is_due()
         self._call("gc", True)
@@ -599,6 +599,7 @@ class Walk:
     def _until_all_is_due(self) -> None:
         if "clock" not in self.world.cannot:
             dues = [due for key in self.state.disks for _, due in self._dues(key)]
+            dues += [disk.made or 0 for disk in self.state.disks.values()]
             dues += [due for _, due in self._dues_of_templates()]
             self._set_clock(max([self.state.now, *dues]) + max(self.plan.durations))
         else:

@@ -1,0 +1,30 @@
+"""The time by two clocks: one has the date and can be set, the other counts seconds from the boot.
+
+A host without a battery boots in 1970 or 2001, and its date is corrected minutes later.  So the age of a mark
+that was made since the boot is measured by the clock that nobody sets.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from dataclasses import dataclass
+
+BOOT_ID = "/proc/sys/kernel/random/boot_id"
+
+
+@dataclass(frozen=True)
+class Moment:
+    epoch: float  # seconds, as the date says
+    boot_id: str = ""  # "" where the kernel has none
+    uptime: float = 0.0  # seconds since the boot, time asleep included
+
+
+def now() -> Moment:
+    return Moment(time.time(), _boot_id(), time.clock_gettime(time.CLOCK_BOOTTIME))
+
+
+def _boot_id() -> str:
+    with contextlib.suppress(OSError), open(BOOT_ID, encoding="ascii") as file:
+        return file.read().strip()
+    return ""
