@@ -52,13 +52,14 @@ class Margins:
 
 @dataclass(frozen=True)
 class Retention:
-    """How a local disk ends; `keep_for` and `grace` in seconds, the other three in the schema's words."""
+    """How a local disk ends; `keep_for` and `grace` in seconds, the others in the schema's words."""
 
     on_stop: str
     keep_for: int
     grace: int
     on_source_change: str
     erase: str
+    older_disks: str
 
 
 @dataclass(frozen=True)
@@ -473,8 +474,8 @@ def _margins(disk: str | int, reserve: str | int, thin_data: str, thin_metadata:
     )
 
 
-def _retention(on_stop: str, keep_for: str, grace: str, on_source_change: str, erase: str) -> Retention:
-    return Retention(on_stop, parse_duration(keep_for), parse_duration(grace), on_source_change, erase)
+def _retention(keep_for: str, grace: str, **words: str) -> Retention:
+    return Retention(keep_for=parse_duration(keep_for), grace=parse_duration(grace), **words)
 
 
 def _copy(parallel: int, bandwidth: str | int, nice: int) -> Copy:

@@ -60,6 +60,7 @@ STALE = "STALE"
 ERASES = ("discard", "zero")  # but for none, what `retention.erase` can say
 
 FIRST = 1735689600  # 2025-01-01: no mark of ours is older, whatever a clock without a battery said
+HOW_TO_DECIDE = "kept until you decide: retention.older_disks: as_ours, or lvremove"
 SLACK = 60  # seconds by which a clock may be corrected without a mark being made anew
 _FINGERPRINT = re.compile(r"[0-9a-f]{32}")
 _NUMBER = re.compile(r"[0-9]{1,18}")
@@ -278,7 +279,7 @@ def plan_start(disks: Iterable[LocalDisk], wanted: Wanted, retention: Retention,
     leaf before: what counts is whether it was made from the bytes that the guest sees now.
     Raises DiskBusy if something has the disk open that is to be used; DiskDrifted, SourceChanged, OtherLeaf,
     KeptStale if the operator must decide; DependentVolumes if a disk that other volumes depend on would have
-    to be removed or renamed.
+    to be removed or renamed.  Neither is done to a disk that `is_left_alone`.
     """
     disks = tuple(disks)
     _require_no_drift(disks, vg)
@@ -290,22 +291,25 @@ def plan_start(disks: Iterable[LocalDisk], wanted: Wanted, retention: Retention,
     for disk in every:
         if (disk.volume_id == wanted.volume_id) != (disk is start.reuse):
             require_alone(disk, vg)
+            if is_left_alone(disk, retention):
+                raise _changed(disk, wanted, vg)
     return start
 
 
 def _plan_closed(every: list[LocalDisk], wanted: Wanted, retention: Retention, vg: str) -> Start:
-    free = [disk for disk in every if not (disk.is_open or disk.lv.dependents)]
+    older = [disk for disk in every if is_left_alone(disk, retention)]
+    free = [disk for disk in every if not (disk.is_open or disk.lv.dependents or disk in older)]
     kept = [disk for disk in every if _is_kept(disk, retention)]
     remove = tuple(disk for disk in free if disk not in kept)
-    if retention.on_stop == "delete":
-        return Start(remove=remove, replace=tuple(disk for disk in kept if disk in free))
-    reuse = next((disk for disk in kept if _is_good(disk, wanted)), None)
+    usable = older if retention.on_stop == "delete" else kept
+    reuse = next((disk for disk in usable if _is_good(disk, wanted, retention)), None)
     if reuse:
         _require_closed(reuse, vg)
-    elif kept and retention.on_source_change == "refuse":
-        raise _changed(kept[0], wanted, vg)
+    elif usable and retention.on_source_change == "refuse":
+        raise _changed(usable[0], wanted, vg)
+    does_replace = retention.on_stop == "delete" or retention.on_source_change == "recopy"
     others = tuple(disk for disk in kept if disk is not reuse and disk in free)
-    return Start(reuse, remove, others if retention.on_source_change == "recopy" else ())
+    return Start(reuse, remove, others if does_replace else ())
 
 
 def _require_no_drift(disks: Iterable[LocalDisk], vg: str) -> None:
@@ -328,10 +332,14 @@ def _require_closed(disk: LocalDisk, vg: str) -> None:
 
 def _is_kept(disk: LocalDisk, retention: Retention) -> bool:
     """Whether its stop has kept it, or would have."""
-    return disk.state is State.STOPPED or (disk.state is State.READY and retention.on_stop == "keep")
+    would_keep = retention.on_stop == "keep" or is_left_alone(disk, retention)
+    return disk.state is State.STOPPED or (disk.state is State.READY and would_keep)
 
 
-def _is_good(disk: LocalDisk, wanted: Wanted) -> bool:
+def _is_good(disk: LocalDisk, wanted: Wanted, retention: Retention) -> bool:
+    """A disk of the older hook is used as that hook did: by its name, whatever its size is."""
+    if is_left_alone(disk, retention):
+        return not disk.is_stale and disk.volume_id == wanted.volume_id
     is_large_enough = disk.lv.lv_size >= wanted.virtual_size
     return not disk.is_stale and is_large_enough and _is_same_source(disk, wanted)
 
@@ -350,6 +358,14 @@ def _changed(disk: LocalDisk, wanted: Wanted, vg: str) -> Error:
     if disk.volume_id != wanted.volume_id:
         return OtherLeaf(vg=vg, lv=disk.volume_id, volume=wanted.volume_id)
     return SourceChanged(vg=vg, lv=disk.volume_id)
+
+
+def is_left_alone(disk: LocalDisk, retention: Retention) -> bool:
+    """Whether it is a complete disk of vdsm's older hook, about which the operator has not decided yet.
+
+    That hook removed no disk and started its VM from it again and again: a guest's only data may be there.
+    """
+    return disk.is_older and disk.is_complete and retention.older_disks == "keep"
 
 
 def require_room(vg: VolumeGroup, policy: Policy, size: int, writes: int) -> None:
@@ -419,7 +435,7 @@ class Stop(enum.Enum):
 
     REMOVE = "remove"
     KEEP = "keep"
-    LEAVE = "leave"
+    LEAVE = "leave as it is"
     MARK_DELETING = "mark deleting"
 
 
@@ -428,7 +444,7 @@ def plan_stop(disk: LocalDisk, retention: Retention) -> Stop:
 
     A stop never waits: what is open or must be erased first is left to gc, as is what others depend on.
     """
-    if disk.state is State.DRIFTED:
+    if disk.state is State.DRIFTED or is_left_alone(disk, retention):
         return Stop.LEAVE
     if retention.on_stop == "keep" and disk.is_complete:
         return Stop.KEEP

@@ -13,7 +13,7 @@ from localdisk import gc
 from localdisk.clock import Moment
 from localdisk.config import Config
 from localdisk.definition import Disk, Running
-from localdisk.disk import LocalDisk, State, is_fingerprint
+from localdisk.disk import LocalDisk, State, is_fingerprint, is_left_alone
 from localdisk.errors import DependentVolumes, Error, plain
 from localdisk.gc import Action
 from localdisk.lvm import VolumeGroup
@@ -180,6 +180,8 @@ def _uncertain(
     elif not verdict.is_certain:
         is_mended = verdict.action is not Action.KEEP
         yield Problem(CLOCK, f"{name}: {verdict.reason}", "localdisk gc" if is_mended else _SET_CLOCK)
+    elif is_left_alone(disk, config.policy(disk.vm_id).retention):
+        return
     elif disk.state is State.READY and disk.vm_id not in vms.names:
         due = f"removes it in {format_duration(max(0, int((verdict.due or now.epoch) - now.epoch)))}"
         kept = verdict.action is Action.STOP

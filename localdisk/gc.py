@@ -17,11 +17,13 @@ from localdisk import cancel, clock, counters, domains, kept, lock, log, lvm, pr
 from localdisk.clock import Moment
 from localdisk.config import Config, Policy
 from localdisk.disk import (
+    HOW_TO_DECIDE,
     Age,
     LocalDisk,
     State,
     age_of,
     is_clock_wrong,
+    is_left_alone,
     local_disks,
     stopped_tags,
     unneeded_tags,
@@ -100,7 +102,7 @@ def decide(disk: LocalDisk, witnesses: Witnesses, policy: Policy, now: Moment) -
     """What to do with `disk`.
 
     Never removed: what is open, locked, or of a VM that runs, is being prepared, or cannot be asked about;
-    what other volumes depend on.
+    what other volumes depend on; an older hook's disk about which the operator has not decided.
 
     A VM that libvirt knows and that does not run needs nothing: vdsm leaves its placeholder behind if it is
     restarted during a start, and the domain of a VM that is shut off until the engine destroys it.  But vdsm
@@ -120,6 +122,8 @@ def decide(disk: LocalDisk, witnesses: Witnesses, policy: Policy, now: Moment) -
         return _needed(disk, "its VM runs")
     if witnesses.vm_is_prepared:
         return _needed(disk, "another disk of its VM is being prepared")
+    if is_left_alone(disk, policy.retention):
+        return Verdict(Action.KEEP, f"an older hook's disk; {HOW_TO_DECIDE}")
     return _unless_others_depend(disk.lv, _decide_idle(disk, witnesses, policy, now))
 
 

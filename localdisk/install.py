@@ -15,7 +15,7 @@ import time
 import zipfile
 from collections.abc import Iterator
 
-from localdisk import config, lock, log, places, unpack
+from localdisk import config, lock, log, lvm, places, unpack
 from localdisk.change import (
     Call,
     Change,
@@ -30,7 +30,16 @@ from localdisk.change import (
     planned,
     temporary_name,
 )
-from localdisk.errors import InstallRefused
+from localdisk.disk import HOW_TO_DECIDE, is_left_alone, local_disks
+from localdisk.errors import (
+    CommandFailed,
+    CommandMissing,
+    CommandTimeout,
+    InstallRefused,
+    NoVolumeGroup,
+    VolumeGroupUnusable,
+)
+from localdisk.units import format_size
 from localdisk.vdsm import POINTS
 
 LOCK = os.path.join(lock.RUN, "install.lock")
@@ -63,8 +72,23 @@ def install(program: str, root: str = "", dry_run: bool = False) -> Iterator[str
         with lock.holding(LOCK, time.sleep):
             changes = decide(program, root)  # another one may have been faster
             yield from make(changes, root)
+    if not root:
+        yield from _older_disks()
     if not changes:
         yield f"all of localdisk is in its place{f' below {root}' if root else ''}, nothing was changed"
+
+
+def _older_disks() -> Iterator[str]:
+    """A line for each disk of vdsm's older hook that is kept until the operator decides."""
+    settings = config.load()
+    with contextlib.suppress(
+        CommandFailed, CommandMissing, CommandTimeout, NoVolumeGroup, VolumeGroupUnusable
+    ):
+        groups, _ = lvm.read_all(settings.volume_groups)
+        for vg, found in ((group, disk) for group in groups for disk in local_disks(group)):
+            if is_left_alone(found, settings.policy(found.vm_id).retention):
+                what = f"{vg.vg_name}/{found.volume_id}  VM {found.vm_id}  {format_size(found.lv.lv_size)}"
+                yield f"{what}  is vdsm's older hook's, {HOW_TO_DECIDE}"
 
 
 def make(changes: tuple[Change, ...], root: str) -> Iterator[str]:

@@ -287,6 +287,8 @@ class Session:
             log.event("kept disk renamed", vm=claim.vm_id, disk=found.volume_id, to=name)
         kept.note(claim.vm_id)
         missing = {life.OURS, f"SOURCE_{fingerprint}"} - found.lv.lv_tags
+        if life.is_left_alone(found, claim.policy.retention):
+            missing = set()
         if missing or found.idle_tags:
             vg.change_tags(name, add=missing, remove=found.idle_tags)
         try:
@@ -633,11 +635,12 @@ def _drop(vg: VolumeGroup, planned: Mapping[Stop, list[LocalDisk]]) -> None:
 
 
 def _keep(vg: VolumeGroup, planned: Mapping[Stop, list[LocalDisk]]) -> None:
-    for vm_id in {disk.vm_id for disk in planned[Stop.KEEP]}:
+    left = [*planned[Stop.KEEP], *planned[Stop.LEAVE]]
+    for vm_id in {disk.vm_id for disk in left}:
         kept.note(vm_id)
     ready = [disk for disk in planned[Stop.KEEP] if disk.state is State.READY]
     # LVM deactivates snapshots along with what they are of.
-    closed = [disk.volume_id for disk in planned[Stop.KEEP] if not (disk.is_open or disk.lv.dependents)]
+    closed = [disk.volume_id for disk in left if not (disk.is_open or disk.lv.dependents)]
     if ready:
         seen = frozenset[str]().union(*(disk.unneeded_tags for disk in ready))
         marks = life.stopped_tags(clock.now())

@@ -16,7 +16,7 @@ from localdisk import clock, domains, drift, gc, lvm, progress, sysfs, template
 from localdisk import vms as libvirt
 from localdisk.clock import Moment
 from localdisk.config import Config, Policy
-from localdisk.disk import LocalDisk, State, local_disks, silent_pool
+from localdisk.disk import LocalDisk, State, is_left_alone, local_disks, silent_pool
 from localdisk.drift import Problem
 from localdisk.errors import LibvirtSilent, VolumeGroupUnusable
 from localdisk.gc import Action, Verdict
@@ -101,6 +101,7 @@ class Row:
     stopped: int | None  # since then
     copy: Copy | None
     next: Next
+    older: bool = False  # of vdsm's older hook, kept until the operator decides
 
 
 @dataclass(frozen=True)
@@ -248,6 +249,7 @@ class _View:
             stopped=disk.stopped,
             copy=_copy(record) if state == "copying" and record else None,
             next=self._next(disk, state, record, policy),
+            older=is_left_alone(disk, policy.retention),
         )
 
     def rows_without_volume(self, there: set[str]) -> Iterator[Row]:
@@ -334,6 +336,8 @@ class _View:
             return Next("copy", _due(record), _pace(record))
         if state == "running" and self.vms and self.vms.is_below(disk.volume_id):
             return Next("keep", None, "kept, see problems")
+        if is_left_alone(disk, policy.retention):
+            return Next("keep", None, "stale, older hook's" if disk.is_stale else "kept, older hook's")
         if state == "running" or (disk.is_open and disk.state is not State.READY):
             return _when_closed(disk, policy)
         if disk.is_open:

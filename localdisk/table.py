@@ -62,7 +62,15 @@ def _disks(snapshot: Snapshot, look: Look) -> list[str]:
     if not rows:
         return ["no local disks"]
     cells = [_cells(row, snapshot.at, look) for row in rows]
-    return _grid(_HEAD, cells, [row.state for row in rows], look)
+    return [*_grid(_HEAD, cells, [row.state for row in rows], look), *_older(rows, look)]
+
+
+def _older(rows: Iterable[Row], look: Look) -> Iterator[str]:
+    """How to decide about the disks of vdsm's older hook."""
+    count = sum(row.older for row in rows)
+    if count:
+        text = f"{count} of vdsm's older hook: set retention.older_disks to as_ours, or lvremove them"
+        yield from _wrapped("", [text], look)
 
 
 def _grid(

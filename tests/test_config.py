@@ -33,7 +33,9 @@ DEFAULTS = Policy(
     thin_pool="pool0",
     devices=(),
     margins=Margins(disk=Amount(bytes=0), reserve=Amount(bytes=0), thin_data=90.0, thin_metadata=80.0),
-    retention=Retention("delete", keep_for=7 * 86400, grace=600, on_source_change="refuse", erase="none"),
+    retention=Retention(
+        "delete", keep_for=7 * 86400, grace=600, on_source_change="refuse", erase="none", older_disks="keep"
+    ),
     copy=Copy(parallel=2, bandwidth=None, nice=10),
     hotplug="refuse",
     cache=Cache(templates=False, max_size=Amount(percent=50.0), keep_for=30 * 86400),
@@ -235,7 +237,9 @@ def test_override_changes_only_the_keys_it_names() -> None:
         "    retention: {keep_for: 1d}\n"
         f"  {OTHER_VM}: {{volume_group: b, devices: [/dev/sdb], retention: {{on_stop: delete}}}}\n"
     )
-    kept = Retention("keep", keep_for=7 * 86400, grace=3600, on_source_change="refuse", erase="none")
+    kept = Retention(
+        "keep", keep_for=7 * 86400, grace=3600, on_source_change="refuse", erase="none", older_disks="keep"
+    )
     general = dataclasses.replace(DEFAULTS, volume_group="a", retention=kept)
     assert loaded.policy("99999999-2222-3333-4444-555555555555") == general
     assert loaded.policy(VM).retention == dataclasses.replace(kept, keep_for=86400)

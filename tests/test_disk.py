@@ -46,7 +46,9 @@ from tests.fakes import (
 )
 
 SIZE = 64 << 20
-RETENTION = Retention("keep", keep_for=3600, grace=600, on_source_change="refuse", erase="none")
+RETENTION = Retention(
+    "keep", keep_for=3600, grace=600, on_source_change="refuse", erase="none", older_disks="keep"
+)
 POLICY = Policy(
     volume_group="ovirt-local",
     backend="lvm",
@@ -351,6 +353,7 @@ STARTS = list(
         ("same", "other", "none", "two"),  # fingerprint
         (SIZE - 512, SIZE, SIZE + EXTENT),  # of the volume
         (False, True),  # made by the older hook
+        ("keep", "as_ours"),  # what the configuration says of those
     )
 )
 
@@ -363,11 +366,20 @@ def found_disk(state: State, is_open: bool, fingerprint: str, size: int, is_olde
 
 
 def expected_start(
-    state: State, is_open: bool, on_stop: str, on_change: str, fingerprint: str, size: int, is_older: bool
+    state: State,
+    is_open: bool,
+    on_stop: str,
+    on_change: str,
+    fingerprint: str,
+    size: int,
+    is_older: bool,
+    older_disks: str,
 ) -> str | type[Error]:
     """DESIGN.md's table, for a VM that is not running and whose disk nobody else holds."""
     if is_open:
         return DiskBusy
+    if is_older and older_disks == "keep" and state in (State.READY, State.STOPPED):
+        return "reuse"
     is_kept = state is State.STOPPED or (state is State.READY and on_stop == "keep")
     if not is_kept:
         return "remove"
@@ -400,9 +412,9 @@ def does(plan: Start | type[Error], disk: LocalDisk) -> str | type[Error]:
 
 def test_a_start_does_what_the_table_says() -> None:
     for case in STARTS:
-        state, is_open, on_stop, on_change, fingerprint, size, is_older = case
+        state, is_open, on_stop, on_change, fingerprint, size, is_older, older_disks = case
         disk = found_disk(state, is_open, fingerprint, size, is_older)
-        retention = dataclasses.replace(RETENTION, on_stop=on_stop, on_source_change=on_change)
+        retention = Retention(on_stop, 3600, 600, on_change, "none", older_disks)
         assert does(planned_start(disk, retention=retention), disk) == expected_start(*case), case
 
 
@@ -512,6 +524,31 @@ def test_a_disk_that_others_depend_on_is_neither_removed_nor_renamed(
         plan = planned_start(theirs, *mates, retention=retention)
         if isinstance(plan, Start):
             assert does(plan, theirs) == "leave"
+
+
+@pytest.mark.parametrize("on_stop", ["delete", "keep"])
+@pytest.mark.parametrize("on_change", ["refuse", "recopy"])
+@pytest.mark.parametrize("state", [State.READY, State.STOPPED])
+@pytest.mark.parametrize("fingerprint", ["none", "same", "other"])
+def test_a_disk_of_the_older_hook_is_left_alone(
+    state: State, on_stop: str, on_change: str, fingerprint: str
+) -> None:
+    """D3: whatever there is beside it, it is used as it is, or stays as it is until the operator decides."""
+    retention = Retention(on_stop, 3600, 600, on_change, "none", "keep")
+    older = found_disk(state, False, fingerprint, SIZE // 2, is_older=True)
+    stale = local_disk(dataclasses.replace(older.lv, lv_tags=older.lv.lv_tags | {"STALE"}))
+    named = kept(OTHER_VOLUME)
+    for mates in ((), (named,), (kept(OTHER_VOLUME, "other"),)):
+        assert does(planned_start(older, *mates, retention=retention), older) == "reuse"
+        assert planned_start(stale, *mates, retention=retention) is KeptStale
+    elsewhere = local_disk(dataclasses.replace(older.lv, lv_name=OTHER_VOLUME))
+    plan = planned_start(elsewhere, retention=retention)
+    assert plan == (Start() if on_change == "recopy" else OtherLeaf)
+    plan = planned_start(elsewhere, kept(), retention=retention)
+    if (on_stop, on_change) == ("delete", "refuse"):
+        assert plan is OtherLeaf
+    else:
+        assert does(plan, elsewhere) == "leave"
 
 
 def depended_on(disk: LocalDisk) -> LocalDisk:

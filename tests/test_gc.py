@@ -259,6 +259,7 @@ def test_decide_never_breaks_a_promise(
         assert not witnesses.vm_is_prepared
         assert verdict.is_certain
         if not more & {"UPDATING", "DELETING"}:  # a complete copy
+            assert not (found.is_older and its.retention.older_disks == "keep")
             assert all(
                 since >= max(FIRST, found.lv.lv_time) for since in (found.stopped, found.unneeded) if since
             )
@@ -398,7 +399,7 @@ def test_the_clocks_of_this_machine() -> None:
     assert len(found.boot_id) == 36
 
 
-# -- deciding: others' volumes
+# -- deciding: others' volumes, an older hook's disks
 
 
 @pytest.mark.parametrize("more", ["UPDATING", "DELETING", LONG_MARKED, LONG_STOPPED])
@@ -434,6 +435,28 @@ def test_a_snapshot_that_is_made_meanwhile(host: FakeHost) -> None:
 
 def void(_value: object) -> None:
     """For what is called for its effect."""
+
+
+@pytest.mark.parametrize("more", [(), (LONG_MARKED,), (LONG_STOPPED,)])
+@pytest.mark.parametrize("may_start", BOTH)
+def test_an_older_hooks_disk_is_kept_until_the_operator_decides(
+    host: FakeHost, more: tuple[str, ...], may_start: bool
+) -> None:
+    """D3."""
+    host.add(VOLUME, tags(*more, ours=False), SIZE)
+    found = gc.collect(parsed(), may_start=may_start)
+    assert (outcome(found), found.is_problem) == ({"1": "keep"}, False)
+    assert "retention.older_disks" in gc.as_lines(found, dry_run=True)
+    assert {*host.tools} == {"virsh", "fullreport"}
+    decided_by = gc.collect(parsed("retention: {older_disks: as_ours}"), may_start=may_start)
+    assert outcome(decided_by) == {"1": "remove" if more or not may_start else "mark"}
+
+
+def test_what_is_left_of_an_older_hooks_disk_is_not_kept(host: FakeHost) -> None:
+    """Unfinished, or given up by a stop before."""
+    for name, state in ((VOLUME, "UPDATING"), (OTHER_VOLUME, "DELETING")):
+        host.add(name, tags(state, ours=False), SIZE)
+    assert outcome(gc.collect(parsed())) == {"1": "remove", "2": "remove"}
 
 
 # -- collecting

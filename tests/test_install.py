@@ -539,6 +539,11 @@ def test_live(live: tuple[Image, FakeHost]) -> None:
     commands.clear()
     assert list(install.install(image.program)) == ["all of localdisk is in its place, nothing was changed"]
     assert commands == []
+    fake.add(VOLUME, tags(ours=False))
+    (line,) = list(install.install(image.program))[:-1]  # again and again, until somebody decides
+    assert line.startswith(f"ovirt-local/{VOLUME}  VM {VM}  64 MiB  is vdsm's older hook's, kept until you")
+    assert [*install.install(image.program, dry_run=True)][:-1] == [line]
+    fake.volumes.clear()
     fake.add(VOLUME, tags())
     lines = list(uninstall.uninstall())
     assert commands == ["udevadm control --reload"]

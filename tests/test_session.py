@@ -219,12 +219,33 @@ def test_restart_of_a_disk_that_gc_has_seen_unneeded(host: FakeHost) -> None:
 
 def test_taking_over_a_disk_of_the_older_hook(host: FakeHost) -> None:
     host.add(VOLUME, tags(ours=False), SIZE)
-    assert Hook(host, "retention: {on_stop: keep}").start() == KEPT
+    assert Hook(host, "retention: {on_stop: keep, older_disks: as_ours}").start() == KEPT
     assert lv_tags(host) == tags() | tags(ours=False)
     assert host.commands[2:] == [
         f"lvchange --quiet --addtag SOURCE_{FINGERPRINT} --addtag localdisk {NAME}",
         ACTIVATE,
     ]
+
+
+@pytest.mark.parametrize("text", ["", KEEP, "retention: {on_source_change: recopy, erase: zero}"])
+def test_a_disk_of_the_older_hook_stays_as_it_is_until_the_operator_decides(
+    host: FakeHost, text: str
+) -> None:
+    """D3: its guest has lived in it for months."""
+    volume = host.add(VOLUME, tags(ours=False), SIZE // 2, lv_active="")
+    assert Hook(host, text).start() == KEPT
+    assert host.tools == ["fullreport", "virsh", "lvchange"]
+    assert (host.commands[-1], lv_tags(host)) == (ACTIVATE, tags(ours=False))
+    assert Hook(host, text).ask(RELEASE) == {}
+    assert (host.volumes[VOLUME], lv_tags(host), volume.lv_active) == (volume, tags(ours=False), "")
+    hook = Hook(host, text)  # a snapshot was made
+    hook.ask(CLAIM, volume=OTHER_VOLUME)
+    if "recopy" in text:
+        assert hook.ask(PREPARE)["target"]
+        assert hook.ask(COMMIT_IT) == {}
+    else:
+        assert f"ovirt-local/{VOLUME} was not copied from" in hook.refused(PREPARE)
+    assert (host.volumes[VOLUME], lv_tags(host), host.removed) == (volume, tags(ours=False), [])
 
 
 @pytest.mark.parametrize(

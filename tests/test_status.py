@@ -14,7 +14,7 @@ from typing import Any
 import jsonschema
 import pytest
 
-from localdisk import config, drift, lock, progress, snapshot, status, sysfs
+from localdisk import config, drift, lock, progress, snapshot, status, sysfs, table
 from localdisk.config import Config
 from localdisk.errors import NoVolumeGroup
 from localdisk.progress import Progress
@@ -450,6 +450,15 @@ def test_a_mark_that_gc_makes_anew(host: FakeHost) -> None:
     host.add(VOLUME, tags("STOPPED_5"), SIZE)
     (problem,) = take().problems
     assert (problem.kind, problem.fix) == (drift.CLOCK, "localdisk gc")
+
+
+def test_a_disk_of_an_older_hook(host: FakeHost) -> None:
+    host.add(VOLUME, tags(ours=False), SIZE)
+    found = take()
+    assert found.problems == ()
+    assert (found.disks[0].older, found.disks[0].next.text) == (True, "kept, older hook's")
+    assert "1 of vdsm's older hook: set retention.older_disks" in table.render(found, table.Look())
+    assert not take("retention: {older_disks: as_ours}").disks[0].older
 
 
 @pytest.mark.parametrize("more", [(f"STOPPED_{NOW - 5}",), ("DELETING",)])

@@ -1,4 +1,4 @@
-"""Nothing that anyone still needs is lost: others' snapshots, wrong clocks."""
+"""Nothing that anyone still needs is lost: older disks, snapshots, wrong clocks."""
 
 from __future__ import annotations
 
@@ -59,6 +59,60 @@ def gc(*words: str, code: int = 0) -> dict[str, dict[str, str]]:
 def problems(kind: str) -> list[str]:
     found = json.loads(attempt(str(host.PROGRAM), "status", "--json").stdout)["problems"]
     return [f"{each['what']} : {each['fix']}" for each in found if each["kind"] == kind]
+
+
+# -- an older hook's disk
+
+
+def older(image: Image, vm_id: str) -> None:
+    """As vdsm's older hook has left it, in which a guest has lived."""
+    words = (f"VM_{vm_id}", f"IU_{image.id}", "PU_00000000-0000-0000-0000-000000000000")
+    options = [word for tag in words for word in ("--addtag", tag)]
+    run("lvcreate", "-y", "-Wn", "-n", image.leaf.id, "-L", "8m", *options, host.VOLUME_GROUP)
+    device(image).write_bytes(WRITTEN)
+
+
+def test_an_older_hooks_disk_is_kept_until_the_operator_decides(
+    volume_group: str, file_storage: FileStorage
+) -> None:
+    image, vm_id = file_storage.template(SIZE, seed=70), new_id()
+    older(image, vm_id)
+    before = (lv_uuid(image), tags(image))
+    configure("retention: {grace: 0s}\n")
+    for _ in range(2):  # of which the second removed it
+        assert gc()[image.leaf.id]["action"] == "keep"
+    assert run_point("before_vdsm_start").rc == 0
+    assert "older_disks" in gc("--dry-run")[image.leaf.id]["reason"]
+    assert f"{image.leaf.id}  VM {vm_id}  8 MiB" in localdisk("install")
+    assert status()[image.leaf.id]["older"] is True
+    assert "retention.older_disks" in localdisk("status")
+
+    start(image, vm_id=vm_id)
+    assert device(image).read_bytes().startswith(WRITTEN)
+    stop(vm_id, image)
+    assert (lv_uuid(image), tags(image)) == before
+
+    configure("retention: {grace: 0s, older_disks: as_ours}\n")
+    assert gc()[image.leaf.id]["action"] == "mark"
+    assert gc()[image.leaf.id]["action"] == "remove"
+
+
+def test_an_older_hooks_disk_of_another_leaf_is_left(volume_group: str, file_storage: FileStorage) -> None:
+    """A snapshot was made while the VM was down: the guest's data is in the copy of the old leaf."""
+    image, vm_id = file_storage.template(SIZE, seed=77), new_id()
+    older(image, vm_id)
+    before = (lv_uuid(image), tags(image))
+    upper = snapshot(file_storage, image)
+    assert f"{name_of(image)} was not copied from" in refused_disk(upper, vm_id=vm_id)
+    configure("retention: {grace: 0s, keep_for: 0s, on_source_change: recopy}\n")
+    start(upper, vm_id=vm_id)
+    assert equals_source(upper)
+    stop(vm_id, upper)
+    for _ in range(2):
+        gc()
+    assert [*host.logical_volumes()] == [image.leaf.id]
+    assert (lv_uuid(image), tags(image)) == before
+    host.remove(image.leaf.id)
 
 
 # -- an administrator's snapshot

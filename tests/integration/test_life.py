@@ -270,12 +270,12 @@ def test_kept_disk(volume_group: str, file_storage: FileStorage) -> None:
 
 
 def test_disk_of_the_older_hook(volume_group: str, file_storage: FileStorage) -> None:
-    """LVs with VM_ and IU_ and without localdisk: for their own VM they are replaced, or taken over."""
+    """LVs with VM_ and IU_ and without localdisk, once the operator has decided: replaced, or taken over."""
     image = file_storage.template(8 * MIB, seed=16)
     vm_id = new_id()
     older = ["--addtag", f"VM_{vm_id}", "--addtag", f"IU_{image.id}", "--addtag", "PU_" + "0" * 8]
     run("lvcreate", "-y", "-Wn", "-L", "8m", "-n", image.leaf.id, *older, host.VOLUME_GROUP)
-    configure("retention: {on_stop: keep}\n")
+    configure("retention: {on_stop: keep, older_disks: as_ours}\n")
     start(image, vm_id=vm_id)
     assert "localdisk" in tags(image), "taken over"
     assert not equals_source(image), "and not copied: nothing says that its source changed"

@@ -192,7 +192,7 @@ class RealWorld:
         is_open = is_active and row["lv_device_open"] == "open"
         is_thin = row["pool_lv"] != ""
         seen = Seen(row["lv_name"], row["lv_uuid"], int(row["lv_size"]), tags, is_open, is_thin, holds)
-        return replace(seen, made=int(row["lv_time"]))
+        return replace(seen, made=int(row["lv_time"]), is_active=is_active)
 
     def _holds(self, name: str, uuid: str, tags: frozenset[str]) -> tuple[str, ...] | None:
         """Read once for each state that the volume is in."""

@@ -244,7 +244,7 @@ def _before_vm_start(p: Prediction, vm_id: str) -> None:
         volume = p.state.sources[image_id].volume
         if p.state.vms[vm_id].paths.get(image_id) != volume:
             _prepare(p, vm_id, image_id)
-        elif volume not in (disk.name for disk in p.state.disks.values() if disk.state == READY):
+        elif volume not in (d.name for d in p.state.disks.values() if d.state == READY and d.is_active):
             raise Refused
 
 
@@ -325,7 +325,7 @@ def _make_way(p: Prediction, vm_id: str, image_id: str) -> Making | None:
         p.becomes(named, replace(p.state.disks[named], name=ANOTHER))
     if p.state.disks[plan.reused].name != source.volume:
         p.becomes(plan.reused, replace(p.state.disks[plan.reused], name=source.volume))
-    _take_back(p, plan.reused, p.state.disks[plan.reused], source)
+    _take_back(p, plan.reused, policy, p.state.disks[plan.reused], source)
     _local(p, vm_id, image_id)
     _remove_replaced(p, plan.replaced, policy)
     return None
@@ -362,22 +362,22 @@ def _plan(state: State, policy: Policy, vm_id: str, image_id: str, key: str) -> 
     if key and state.is_open(key):
         raise Refused
     kept = [k for k in found if _is_kept(policy, state.disks[k])]
-    free = [k for k in found if not state.is_open(k) and k not in state.backups]
+    older = [k for k in kept if _is_left_alone(policy, state.disks[k])]
+    free = [k for k in found if not (state.is_open(k) or k in state.backups or k in older)]
     removed = tuple(k for k in free if k not in kept)
-    if policy.on_stop == "delete":
-        _require_alone(state, key, "")
-        return Plan(tuple(found), removed, tuple(k for k in kept if k in free))
-    reused = next((k for k in kept if _is_good(source, state.disks[k])), "")
+    usable = older if policy.on_stop == "delete" else kept
+    reused = next((k for k in usable if _is_good(policy, source, state.disks[k])), "")
     is_refused = policy.on_source_change == "refuse"
-    if (reused and state.is_open(reused)) or (kept and not reused and is_refused):
+    if (reused and state.is_open(reused)) or (usable and not reused and is_refused):
         raise Refused
-    _require_alone(state, key, reused)
+    _require_alone(state, key, reused, older)
     others = tuple(k for k in kept if k != reused and k in free)
-    return Plan(tuple(found), removed, () if is_refused else others, reused)
+    return Plan(tuple(found), removed, others if policy.on_stop == "delete" or not is_refused else (), reused)
 
 
 def _is_kept(policy: Policy, disk: LocalDisk) -> bool:
-    return disk.state == STOPPED or (disk.state == READY and policy.on_stop == "keep")
+    would_keep = policy.on_stop == "keep" or _is_left_alone(policy, disk)
+    return disk.state == STOPPED or (disk.state == READY and would_keep)
 
 
 def _remove_replaced(p: Prediction, replaced: tuple[str, ...], policy: Policy) -> None:
@@ -386,9 +386,9 @@ def _remove_replaced(p: Prediction, replaced: tuple[str, ...], policy: Policy) -
             p.goes(key, policy.erase)
 
 
-def _require_alone(state: State, key: str, reused: str) -> None:
-    """What has a snapshot keeps its name: LVM would remove the snapshot along with it."""
-    if key != reused and {key, reused} & state.backups.keys():
+def _require_alone(state: State, key: str, reused: str, older: Iterable[str]) -> None:
+    """What has a snapshot keeps its name, as does an older hook's disk."""
+    if key != reused and {key, reused} & {*state.backups, *older}:
         raise Refused
 
 
@@ -413,17 +413,26 @@ def _leave_running(p: Prediction, vm_id: str, image_id: str, key: str) -> None:
             _local(p, vm_id, image_id)
 
 
-def _is_good(source: Source, disk: LocalDisk) -> bool:
+def _is_good(policy: Policy, source: Source, disk: LocalDisk) -> bool:
     """A kept disk that the VM can go on with; of an older hook's only its name says what it is a copy of."""
+    if _is_left_alone(policy, disk):
+        return disk.name == source.volume and not disk.is_stale
     is_older = disk.is_older and not disk.version
     is_same = disk.name == source.volume if is_older else disk.version == source.version
     return is_same and disk.size >= source.size and not disk.is_stale
 
 
-def _take_back(p: Prediction, key: str, disk: LocalDisk, source: Source) -> None:
+def _is_left_alone(policy: Policy, disk: LocalDisk) -> bool:
+    """A complete disk of an older hook, about which the operator has not decided."""
+    return disk.is_older and disk.state in COMPLETE and policy.older_disks == "keep"
+
+
+def _take_back(p: Prediction, key: str, policy: Policy, disk: LocalDisk, source: Source) -> None:
     named = replace(disk, version=disk.version or source.version, is_older=False)
+    if _is_left_alone(policy, disk):
+        named = disk
     p.instead[key] = [named]  # it could not be activated, and is as idle as before
-    p.becomes(key, replace(named, state=READY, stopped=None, unneeded=None))
+    p.becomes(key, replace(named, state=READY, stopped=None, unneeded=None, is_active=True))
 
 
 def _bring_in(p: Prediction, vm_id: str, image_id: str, making: Making, is_left: bool = False) -> str:
@@ -587,6 +596,10 @@ def _after_vm_destroy(p: Prediction, vm_id: str) -> None:
     if any(map(state.is_open, own)) and (state.is_silent or vm.is_active):
         raise Refused
     for key, disk in own.items():
+        if _is_left_alone(policy, disk):
+            is_rest = not (state.is_open(key) or key in state.backups)
+            p.becomes(key, replace(disk, is_active=disk.is_active and not is_rest))
+            continue
         if policy.on_stop == "keep" and disk.state in COMPLETE:
             stopped = replace(disk, state=STOPPED, stopped=state.now, unneeded=None)
             p.becomes(key, stopped if disk.state == READY else disk)
@@ -663,6 +676,8 @@ def _collect(p: Prediction, key: str, may_start: bool, does_erase: bool) -> None
         return
     if not disk.is_aside and p.state.is_silent:
         p.has_doubts = True
+    elif _is_left_alone(policy, disk):
+        return
     elif disk.is_aside and not may_start:
         return  # vdsm does not wait for an erase
     elif disk.state not in COMPLETE:

@@ -21,6 +21,7 @@ class Policy:
     grace: int = 600
     on_source_change: str = "refuse"
     erase: str = "none"
+    older_disks: str = "keep"
     disk: int = 0  # margins.disk
     reserve: int = 0  # margins.reserve
     thin_data: int = 90  # margins.thin_data, percent
@@ -40,6 +41,7 @@ class Policy:
             grace=grace,
             on_source_change=rng.choice(("refuse", "recopy")),
             erase=rng.choice(("none", "none", "discard", "zero")),
+            older_disks=rng.choice(("keep", "as_ours")),
             disk=rng.choice((0, 0, MIB + 512, 9 * MIB)),
             reserve=rng.choice((0, 0, 20 * MIB)),
             thin_data=rng.choice((20, 90, 90)),
@@ -94,6 +96,10 @@ class Rules:
         """Whether any VM's disks may start from a template LV."""
         return self.general.templates or any(own.get("templates") for own in self.vms.values())
 
+    def deciding_about_older_disks(self) -> Rules:
+        own = {vm_id: {k: v for k, v in its.items() if k != "older_disks"} for vm_id, its in self.vms.items()}
+        return replace(self, general=replace(self.general, older_disks="as_ours"), vms=own)
+
     def without_templates(self) -> Rules:
         own = {vm_id: {k: v for k, v in its.items() if k != "templates"} for vm_id, its in self.vms.items()}
         return replace(self, general=replace(self.general, templates=False), vms=own)
@@ -106,7 +112,7 @@ class Rules:
 
 
 _SECTIONS = {
-    "retention": ("on_stop", "keep_for", "grace", "on_source_change", "erase"),
+    "retention": ("on_stop", "keep_for", "grace", "on_source_change", "erase", "older_disks"),
     "margins": ("disk", "reserve", "thin_data"),
     "cache": ("templates", "max_size", "cache_for"),
 }

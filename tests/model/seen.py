@@ -111,6 +111,7 @@ def as_seen(disk: LocalDisk, seen: Seen) -> LocalDisk:
     if disk.name == ANOTHER:
         changes["name"] = seen.name
     if disk.state in COMPLETE:
+        changes["is_active"] = seen.is_active
         for name, field in (("STOPPED", "stopped"), ("UNNEEDED", "unneeded")):
             changes[field] = next((int(value) for value in seen.values(name)), None)
     elif disk.state != UNFINISHED and seen.written is not None:  # a copy that was given up stays short

@@ -64,6 +64,7 @@ class LocalDisk:
     erase: str = "none"  # what must be done to it once it is set aside
     is_older: bool = False
     is_stale: bool = False  # its VM was started without it
+    is_active: bool = True  # as far as a stop of its VM says
     made: int | None = None  # when its LV was made, by the clock; None: it has not been seen yet
 
     @property

@@ -383,6 +383,7 @@ class Walk:
             names = ["on_stop", "erase", "on_source_change", "keep_for", "backend"]
             names += 3 * ["templates", "max_size", "cache_for"] * ("cache" not in self.world.cannot)
             disks = self.state.disks.values()
+            names += ["older_disks"] * 9 * any(disk.is_older for disk in disks)
             names += ["on_stop"] * 9 * any(disk.unneeded is not None for disk in disks)
             names += ["erase"] * 9 * any(disk.is_aside and disk.name for disk in disks)
             name = self.rng.choice(names)
@@ -585,6 +586,7 @@ class Walk:
             self._let_go(key)
         for key in sorted(self.state.backups):
             self._remove_backup(key)
+        self._apply(self.state.rules.deciding_about_older_disks())
         if self._chance(0.5):  # then they go at once
             self._apply(self.state.rules.without_templates())
             self._call("gc", True)
@@ -603,7 +605,7 @@ class Walk:
             dues += [due for _, due in self._dues_of_templates()]
             self._set_clock(max([self.state.now, *dues]) + max(self.plan.durations))
         else:
-            self._apply(Rules(Policy(keep_for=0, grace=0)))
+            self._apply(Rules(Policy(keep_for=0, grace=0, older_disks="as_ours")))
 
     # -- calls
 
