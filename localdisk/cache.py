@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from localdisk import counters, lock, log, template
+from localdisk import counters, lock, log, removal, template
 from localdisk import disk as life
 from localdisk.config import Policy
 from localdisk.disk import UPDATING, LocalDisk
@@ -35,7 +35,7 @@ from localdisk.errors import (
 from localdisk.lock import Pause
 from localdisk.lvm import VolumeGroup, read_tags
 from localdisk.making import Making
-from localdisk.removal import erase_and_remove, take_away
+from localdisk.removal import take_away
 from localdisk.template import Template
 from localdisk.units import format_size
 
@@ -387,7 +387,7 @@ def finish(policy: Policy, aside: str, pause: Pause) -> None:
         lv = vg.find(aside)
         found = LocalDisk.from_lv(lv) if lv else None
         if held and found and found.is_aside:
-            erase_and_remove(vg, found, found.erase or "none", pause)
+            removal.finish(vg, found, policy.retention.erase, pause)
 
 
 def removable(vg: VolumeGroup, name: str) -> LocalDisk | None:

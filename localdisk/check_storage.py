@@ -12,6 +12,7 @@ from localdisk.errors import VolumeGroupUnusable
 from localdisk.finding import Finding, write_command
 from localdisk.host_storage import Group, LvmSettings, Multipath, PoolWatch
 from localdisk.lvm import LogicalVolume, VolumeGroup
+from localdisk.removal import pool_keeps_bytes
 from localdisk.units import format_size
 
 
@@ -32,6 +33,7 @@ def check_group(
     for pool in sorted(_pools_in_use(group, config)):
         yield from _pool(group, group.vg, pool, settings)
     yield from dict.fromkeys(_caches(group.vg, config))
+    yield from _discards(group, group.vg, config)
     yield from _nodes(group)
     yield from _dependents(group.vg)
     if now >= program_time:  # else the clock is wrong, not they
@@ -183,6 +185,24 @@ def _cache(policy: Policy, place: str, size: int, margin: str, left: int) -> Ite
         why = f"so the cache never gets {format_size(limit - left)} of it"
         fix = f"write cache.max_size: {100 * (left + 1) // size}% or less in {places.CONFIG}"
         yield Finding(what, why, fix)
+
+
+# -- erasing
+
+
+def _discards(group: Group, vg: VolumeGroup, config: Config) -> Iterator[Finding]:
+    """Where `erase: discard` would leave the bytes on the device."""
+    mine = [policy for policy in config.policies if policy.volume_group == vg.vg_name]
+    fix = f"set retention.erase: zero in {places.CONFIG}"
+    erased = [policy for policy in mine if policy.retention.erase == "discard"]
+    if any(policy.backend == "lvm" for policy in erased) and group.no_discard:
+        what = f"{', '.join(group.no_discard)} under volume group {vg.vg_name} cannot discard"
+        yield Finding(what, "erase: discard would leave the bytes there", fix)
+    for pool in sorted(_pools_in_use(group, config)) if erased else ():
+        lv = vg.find(pool)
+        problem = pool_keeps_bytes(lv) if lv and lv.is_thin_pool and lv.lv_active else ""
+        if problem:
+            yield Finding(f"in volume group {vg.vg_name}, {problem}", "erase: discard leaves the bytes", fix)
 
 
 # -- local disks and templates

@@ -319,6 +319,11 @@ class DependentVolumes(Error):
     )
 
 
+class CannotDiscard(Error):
+    what = "erase: discard would leave the bytes of {vg}/{lv} where they are: {problem}"
+    fix = "set `erase: zero` in /etc/localdisk.yaml, then run localdisk gc"
+
+
 class VmRuns(Error):
     what = "local disk {vg}/{lv} is unfinished while libvirt says that VM {vm} runs"
     fix = "stop the VM, then start it again"

@@ -32,7 +32,7 @@ from localdisk.domains import Domains
 from localdisk.errors import Error, Interrupted, LibvirtSilent
 from localdisk.lvm import LogicalVolume, VolumeGroup
 from localdisk.progress import Progress
-from localdisk.removal import erase_and_remove, take_away
+from localdisk.removal import finish, take_away
 from localdisk.template import Template
 from localdisk.units import format_duration, format_size
 
@@ -458,7 +458,7 @@ class _Group:
         vg.require_usable()
         aside = ""
         if verdict.action is Action.REMOVE and disk.aside_name == disk.volume_id:
-            erase_and_remove(vg, disk, disk.erase or "none", time.sleep)
+            finish(vg, disk, self.config.retention.erase, time.sleep)
         elif verdict.action is Action.REMOVE:
             aside = take_away(vg, disk, self.config.policy(disk.vm_id).retention.erase, time.sleep)
         else:
@@ -477,7 +477,7 @@ class _Group:
         with lock.trying(lock.disk_lock(volume_id)) as held:
             vg, disk = self._look_again(volume_id)
             if held and disk and disk.is_aside:
-                erase_and_remove(vg, disk, disk.erase or "none", time.sleep)
+                finish(vg, disk, self.config.retention.erase, time.sleep)
 
 
 # -- what the operator sees

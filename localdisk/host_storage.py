@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Optional
 
-from localdisk import places, run
+from localdisk import places, run, sysfs
 from localdisk.disk import LocalDisk, local_disks
 from localdisk.errors import CommandFailed, NoVolumeGroup
 from localdisk.lvm import VolumeGroup
@@ -53,6 +53,7 @@ class Group:
     hidden: tuple[str, ...] = ()  # its physical volumes that are not in LVM's devices file
     multipaths: tuple[Multipath, ...] = ()
     pools: Mapping[str, PoolWatch] = field(default_factory=dict)
+    no_discard: tuple[str, ...] = ()  # its physical volumes that cannot discard
     misowned: tuple[str, ...] = ()  # nodes of active local disks that are not vdsm:qemu, mode 0660
 
     @property
@@ -93,6 +94,7 @@ def look(name: str, devices: tuple[str, ...], uses_devices_file: bool, owner: Ow
         hidden=tuple(device for device in there if device not in seen),
         multipaths=tuple(sorted(multipaths, key=lambda found: found.name)),
         pools=_pools(name, options) if has_pools else {},
+        no_discard=tuple(device for device in seen if not sysfs.can_discard(device)),
         misowned=tuple(_misowned(vg, owner)) if vg else (),
     )
 

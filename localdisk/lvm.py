@@ -29,7 +29,7 @@ from localdisk.errors import (
 REPORT = {
     "vg": "vg_name,vg_uuid,vg_size,vg_free,vg_extent_size,vg_partial,vg_exported,vg_lock_type",
     "lv": "lv_name,lv_uuid,lv_size,lv_time,lv_tags,lv_device_open,lv_active,lv_permissions,lv_layout,lv_role,"
-    "pool_lv,origin,data_percent,metadata_percent",
+    "pool_lv,origin,data_percent,metadata_percent,kernel_discards",
     "seg": "lv_name,zero",
     # These two reports cannot be switched off; SELECT leaves nothing of them.
     "pv": "pv_name",
@@ -57,6 +57,7 @@ class LogicalVolume:
     pool_lv: str  # of a thin volume, "" of others
     data_percent: float | None
     metadata_percent: float | None
+    kernel_discards: str  # active thin pool: "passdown", "nopassdown" or "ignore"; "" otherwise
     zero: bool  # thin pool: new blocks read as zeros
     dependents: tuple[str, ...] = ()  # what LVM would remove or change along with it
 
@@ -79,6 +80,7 @@ class LogicalVolume:
             pool_lv=row["pool_lv"] if "thin" in row["lv_layout"] else "",  # not the pool of a cache
             data_percent=_percent(row["data_percent"]),
             metadata_percent=_percent(row["metadata_percent"]),
+            kernel_discards=row["kernel_discards"],
             zero=row["lv_name"] in zeroing,
             dependents=dependents,
         )

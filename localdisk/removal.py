@@ -14,9 +14,10 @@ import struct
 import uuid
 from collections.abc import Callable
 
+from localdisk import sysfs
 from localdisk.disk import LocalDisk, aside_tags, require_alone
-from localdisk.errors import CommandFailed, DiskBusy, EraseFailed
-from localdisk.lvm import VolumeGroup
+from localdisk.errors import CannotDiscard, CommandFailed, DiskBusy, EraseFailed
+from localdisk.lvm import LogicalVolume, VolumeGroup
 
 TRIES = 20  # a writer that was just killed, or udev, may have it open for a moment
 PAUSE = 0.5  # seconds
@@ -46,7 +47,7 @@ def take_away(vg: VolumeGroup, disk: LocalDisk, erase: str, pause: Pause) -> str
 def erase_and_remove(vg: VolumeGroup, disk: LocalDisk, erase: str, pause: Pause) -> None:
     """Erase and remove a disk that was set aside and whose lock is held; it may have begun before.
 
-    Raises DependentVolumes, DiskBusy, CommandFailed, EraseFailed.
+    Raises DependentVolumes, DiskBusy, CommandFailed, CannotDiscard, EraseFailed.
     """
     _wait_until_free(vg, disk, pause)
     if erase != "none":
@@ -55,6 +56,20 @@ def erase_and_remove(vg: VolumeGroup, disk: LocalDisk, erase: str, pause: Pause)
         vg.activate(disk.volume_id)
         _erase(vg, disk, erase)
     _remove(vg, disk, pause)
+
+
+def finish(vg: VolumeGroup, disk: LocalDisk, configured: str, pause: Pause) -> None:
+    """`erase_and_remove` as was promised when the disk was set aside.
+
+    If it was to be discarded and that would do nothing, zeros do it once `configured`, the value of
+    `retention.erase`, is zero.
+    """
+    try:
+        erase_and_remove(vg, disk, disk.erase or "none", pause)
+    except CannotDiscard:
+        if configured != "zero":
+            raise
+        erase_and_remove(vg, disk, "zero", pause)
 
 
 def _set_aside(vg: VolumeGroup, disk: LocalDisk, erase: str) -> str:
@@ -69,11 +84,34 @@ def _set_aside(vg: VolumeGroup, disk: LocalDisk, erase: str) -> str:
 
 def _erase(vg: VolumeGroup, disk: LocalDisk, erase: str) -> None:
     if erase == "discard":
+        _require_discard(vg, disk)
         vg.discard(disk.volume_id)
     elif disk.backend == "lvm":
         vg.zero(disk.volume_id)
     else:
         _zero_what_is_not(vg.path(disk.volume_id))
+
+
+def _require_discard(vg: VolumeGroup, disk: LocalDisk) -> None:
+    """Raise CannotDiscard if a discard would leave the bytes of an active disk on the device."""
+    if disk.lv.pool_lv:
+        pool = VolumeGroup.read(vg.vg_name, vg.devices).find(disk.lv.pool_lv)  # active with the disk by now
+        problem = pool_keeps_bytes(pool) if pool else ""
+    else:
+        problem = "" if sysfs.can_discard(vg.path(disk.volume_id)) else "its device cannot discard"
+    if problem:
+        raise CannotDiscard(vg=vg.vg_name, lv=disk.volume_id, problem=problem)
+
+
+def pool_keeps_bytes(pool: LogicalVolume) -> str:
+    """Why a thin pool leaves the bytes on its device that are discarded in it, "" if it does not.
+
+    The kernel's word counts, not the pool's setting: it passes nothing down to a device that cannot discard.
+    """
+    if pool.kernel_discards == "passdown":
+        return ""
+    how = pool.kernel_discards or "it is not active"
+    return f"thin pool {pool.lv_name} passes no discards to its device ({how})"
 
 
 def _zero_what_is_not(path: str) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from localdisk.ids import is_uuid
 
 BLOCK = "/sys/block"
+NUMBERS = "/sys/dev/block"
 _SECTOR = 512  # bytes; `size` counts these, whatever the device's own are
 _TARGET_NAME = re.compile(r"((?:[^-]|--)+)-((?:[^-]|--)+)")  # VG-LV, dashes inside doubled
 
@@ -38,6 +39,19 @@ def logical_volumes(vg_names: Iterable[str]) -> Iterator[Volume]:
             vg_name, lv_name = (part.replace("--", "-") for part in match.groups())
             if vg_name in wanted and is_uuid(lv_name):
                 yield Volume(vg_name, lv_name, size)
+
+
+def can_discard(path: str) -> bool:
+    """Whether the block device at `path` discards what it is told to; False if it cannot be looked at."""
+    try:
+        device = os.stat(path).st_rdev
+        place = os.path.realpath(f"{NUMBERS}/{os.major(device)}:{os.minor(device)}")
+        if not os.path.isdir(f"{place}/queue"):  # a partition
+            place = os.path.dirname(place)
+        with open(f"{place}/queue/discard_max_bytes", encoding="ascii") as file:
+            return int(file.read()) > 0
+    except (OSError, ValueError):
+        return False
 
 
 def _read(*parts: str) -> str:

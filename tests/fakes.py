@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from localdisk import cache, clock, lock, lvm, removal, run
+from localdisk import cache, clock, lock, lvm, removal, run, sysfs
 from localdisk.clock import Moment
 from localdisk.errors import CommandFailed, CommandTimeout, Error
 
@@ -48,7 +48,7 @@ FULLREPORT = (
     'lvm fullreport --reportformat json --units b --nosuffix --config report{time_format="%s"}'
     " --configreport vg -o vg_name,vg_uuid,vg_size,vg_free,vg_extent_size,vg_partial,vg_exported,vg_lock_type"
     " --configreport lv -o lv_name,lv_uuid,lv_size,lv_time,lv_tags,lv_device_open,lv_active,lv_permissions,"
-    "lv_layout,lv_role,pool_lv,origin,data_percent,metadata_percent"
+    "lv_layout,lv_role,pool_lv,origin,data_percent,metadata_percent,kernel_discards"
     " --configreport seg -o lv_name,zero -S segtype=thin-pool"
     " --configreport pv -o pv_name -S pv_name=none"
     " --configreport pvseg -o pvseg_start -S pv_name=none"
@@ -100,6 +100,7 @@ class Volume:
     lv_time: str = "1750000000"
     lv_role: str = "public"
     origin: str = ""
+    kernel_discards: str = ""
 
     @property
     def row(self) -> dict[str, str]:
@@ -173,6 +174,7 @@ class FakeHost:
         self.libvirt_is_silent = False
         self.starting: list[str] = []  # VMs whose hooks ask something just now
         self.has_undefined = False  # vdsm, those VMs
+        self.cannot_discard: set[str] = set()  # device paths
         self.commands: list[str] = []
         self.before: dict[str, Callable[[list[str]], None]] = {}
         self.removed: list[Volume] = []
@@ -194,6 +196,7 @@ class FakeHost:
         monkeypatch.setattr(os, "open", self._open)
         monkeypatch.setattr(os, "close", self._close)
         monkeypatch.setattr(cache, "_sample", self._sample)
+        monkeypatch.setattr(sysfs, "can_discard", lambda path: path not in self.cannot_discard)
         monkeypatch.setattr(clock, "now", lambda: Moment(time.time()))
         return self
 

@@ -1158,6 +1158,7 @@ def erases(how: str, **fields: str) -> Provoke:
     def provoke(world: World) -> None:
         there = world.host()
         there.add(VOLUME, aside("zero", VOLUME), EXTENT, **fields)
+        there.cannot_discard = {"/nonexistent/lv"}
         vg = VolumeGroup.from_report(there.report())
         lv = vg.find(VOLUME)
         disk = LocalDisk.from_lv(lv) if lv else None
@@ -1185,6 +1186,7 @@ def stops_depended_on(world: World) -> object:
 
 
 REMOVAL = {
+    "cannot discard": case(erases("discard"), LV, "cannot discard", "erase: zero"),
     "depended on": case(depended_on, LV, "evil", "lvremove"),
     "stops, depended on": case(stops_depended_on, "evil", VOLUME),
     "stays open": case(erases("none", lv_device_open="open"), LV, "lsof"),

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from localdisk import check, config, host, host_storage, lock, places, run
+from localdisk import check, config, host, host_storage, lock, places, run, sysfs
 from localdisk.check import Report, as_json, as_lines, check_configuration, strangers
 from localdisk.check_host import check_host
 from localdisk.errors import (
@@ -627,7 +627,7 @@ def test_a_thin_pool_when_it_is_full(watch: PoolWatch, threshold: int | None, is
     assert found == (["this host: good"] if is_good else [line])
 
 
-# -- others' volumes
+# -- others' volumes, and discards that do nothing
 
 
 def test_volumes_that_lvm_would_remove_along_with_a_disk() -> None:
@@ -640,6 +640,48 @@ def test_volumes_that_lvm_would_remove_along_with_a_disk() -> None:
         what = f"backup depends on local disk ovirt-local/{VOLUME}, so that one is not removed"
         assert line == f"{head}{what} : remove backup when nobody needs it"
         assert rest == (["this host: good"] if head else [])
+
+
+def test_physical_volumes_that_cannot_discard() -> None:
+    for text, is_good in (
+        ("", True),
+        ("retention: {erase: zero}", True),
+        ("{backend: lvmthin, retention: {erase: discard}}", True),  # what counts there is the pool
+        ("retention: {erase: discard}", False),
+        (f"vms: {{{VM}: {{retention: {{erase: discard}}}}}}", False),
+    ):
+        found = lines(text, groups=(a_group(no_discard=("/dev/sda", "/dev/sdb")),))
+        what = "/dev/sda, /dev/sdb under volume group ovirt-local cannot discard"
+        fix = "set retention.erase: zero in /etc/localdisk.yaml"
+        line = f"{what}, erase: discard would leave the bytes there : {fix}"
+        assert found == (["this host: good"] if is_good else [line]), text
+
+
+@pytest.mark.parametrize("how", ["nopassdown", "ignore"])
+def test_a_thin_pool_that_passes_no_discards_down(how: str) -> None:
+    fake = FakeHost()
+    fake.volumes["pool0"].kernel_discards = how
+    assert lines(groups=(a_group(fake),)) == ["this host: good"]
+    (line,) = lines("retention: {erase: discard}", groups=(a_group(fake),))
+    assert f"thin pool pool0 passes no discards to its device ({how}), erase: discard leaves" in line
+
+
+def test_what_devices_say_of_discards(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A disk by its own queue, a partition by its disk's."""
+    node = os.stat("/dev/null").st_rdev
+    monkeypatch.setattr(sysfs, "NUMBERS", str(tmp_path))
+    number = tmp_path / f"{os.major(node)}:{os.minor(node)}"
+    assert not sysfs.can_discard("/dev/null")
+    (tmp_path / "sda/sda1").mkdir(parents=True)
+    (tmp_path / "sda/queue").mkdir()
+    limit = tmp_path / "sda/queue/discard_max_bytes"
+    for place in ("sda", "sda/sda1"):
+        number.symlink_to(tmp_path / place)
+        for text, can in (("0\n", False), ("4294966784\n", True), ("", False)):
+            limit.write_text(text)
+            assert sysfs.can_discard("/dev/null") is can
+        number.unlink()
+    assert not sysfs.can_discard("/nonexistent")
 
 
 # -- what could not be asked

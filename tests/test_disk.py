@@ -85,6 +85,7 @@ def volume(
         pool_lv="",
         data_percent=None,
         metadata_percent=None,
+        kernel_discards="",
         zero=False,
     )
 

@@ -459,6 +459,29 @@ def test_what_is_left_of_an_older_hooks_disk_is_not_kept(host: FakeHost) -> None
     assert outcome(gc.collect(parsed())) == {"1": "remove", "2": "remove"}
 
 
+@pytest.mark.parametrize("text", ["", ERASE])
+def test_a_discard_that_would_do_nothing_is_an_error_until_zeros_are_configured(
+    host: FakeHost, text: str
+) -> None:
+    """D6."""
+    volume = host.add(VOLUME, ASIDE, SIZE, lv_active="")
+    host.cannot_discard = {f"/dev/{NAME}"}
+    found = gc.collect(parsed(text))
+    assert "cannot discard" in found.findings[0].failure
+    assert not host.erased
+    assert outcome(gc.collect(parsed("retention: {erase: zero}"))) == {"1": "remove"}
+    assert host.commands[-2] == f"blkdiscard --zeroout /dev/{NAME}"
+    assert host.removed == [volume]
+
+
+@pytest.mark.parametrize("how", ["nopassdown", "ignore", ""])
+def test_a_pool_that_passes_no_discards_down(host: FakeHost, how: str) -> None:
+    host.add(VOLUME, ASIDE, SIZE, pool_lv="pool0", lv_layout="thin,sparse")
+    host.volumes["pool0"].kernel_discards = how
+    assert "pool0 passes no discards" in gc.collect(parsed()).findings[0].failure
+    assert not host.erased
+
+
 # -- collecting
 
 

@@ -91,6 +91,7 @@ def test_thick_volume_that_is_open() -> None:
         pool_lv="",
         data_percent=None,
         metadata_percent=None,
+        kernel_discards="",
         zero=False,
     )
 
@@ -124,6 +125,7 @@ def test_what_lvm_would_remove_along_with_a_volume() -> None:
 def test_the_pool_of_a_cache_is_no_thin_pool() -> None:
     pools = {each.lv_name: each.pool_lv for each in read("dependents").lvs if each.pool_lv}
     assert pools == dict.fromkeys(("extsnap", "thin", "thin2", "thinsnap"), "pool0")
+    assert lv(read("dependents"), "pool0").kernel_discards == "passdown"
 
 
 def test_active_volume_of_which_lvm_does_not_know_counts_as_open() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -277,3 +278,40 @@ def test_a_disk_that_looks_unneeded_while_the_clock_is_wrong(volume_group: str, 
     assert gc()[name]["action"] == "mark"
     configure("retention: {grace: 0s}\n")
     assert gc()[name]["action"] == "remove"
+
+
+# -- a discard that does nothing
+
+
+def test_a_pool_that_does_not_pass_discards_down(thin_pool: str, file_storage: FileStorage) -> None:
+    configure("retention: {erase: discard}\nbackend: lvmthin\n")
+    pool = f"{host.VOLUME_GROUP}/{host.THIN_POOL}"
+    run("lvchange", "--discards", "nopassdown", pool)
+    try:
+        image = file_storage.template(SIZE, seed=79)
+        stop(start(image, THIN), image, custom=THIN)
+        done = json.loads(localdisk("gc", "--json", code=1))
+        assert "passes no discards" in done["disks"][0]["failure"]
+        assert "passes no discards" in attempt(str(host.PROGRAM), "check").stdout
+        assert len(host.logical_volumes()) == 2
+        configure("retention: {erase: zero}\nbackend: lvmthin\n")
+        gc()
+        assert set(host.logical_volumes()) == {host.THIN_POOL}
+    finally:
+        run("lvchange", "--discards", "passdown", pool)
+
+
+def test_a_device_that_cannot_discard(volume_group: str, file_storage: FileStorage, throwaway: None) -> None:
+    """As the administrator, or the device, says in its queue limits."""
+    configure("retention: {erase: discard}\n")
+    image = file_storage.template(SIZE, seed=80)
+    vm_id = start(image)
+    block = os.path.basename(os.path.realpath(device(image)))
+    stop(vm_id, image)
+    Path(f"/sys/block/{block}/queue/discard_max_bytes").write_text("0")
+    done = json.loads(localdisk("gc", "--json", code=1))
+    assert "cannot discard" in done["disks"][0]["failure"]
+    (left,) = host.logical_volumes()
+    run("lvchange", "-an", f"{host.VOLUME_GROUP}/{left}")  # some kernels take no other limit once it is 0
+    gc()
+    assert host.logical_volumes() == {}
