@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, NoReturn
 
 from localdisk import __version__, vdsm
 from localdisk.errors import (
+    DependentVolumes,
+    DiskNeeded,
     Error,
     HelperRefused,
     Interrupted,
@@ -267,6 +269,19 @@ def _bar(fraction: float, written: int) -> None:
     print(prefetch.bar(fraction, written), end="" if fraction < 1 else prefetch.NO_BAR, flush=True)
 
 
+def _remove_mode(arguments: argparse.Namespace) -> int:
+    from localdisk import remove
+
+    _require_root("remove")
+    code = GOOD
+    for each in remove.remove(_load(arguments), arguments.names, arguments.dry_run):
+        print(each.text, flush=True)
+        if each.failure:
+            is_needed = isinstance(each.failure, (DependentVolumes, DiskNeeded))
+            code = max(code, _report(str(each.failure), REFUSED if is_needed else PROBLEMS))
+    return code
+
+
 def _install_mode(arguments: argparse.Namespace) -> int:
     from localdisk import install
 
@@ -374,6 +389,11 @@ def parser() -> argparse.ArgumentParser:
         choices=("lvm", "lvmthin"),
         help="for VMs of this backend; without it, the configured one",
     )
+    remove_mode = mode(
+        "remove", _remove_mode, "remove local disks that you give up, of a VM or by name (root)"
+    )
+    remove_mode.add_argument("names", nargs="+", metavar="DISK|VM")
+    remove_mode.add_argument("--dry-run", action="store_true", help="only say what would be removed")
     install_mode = mode(
         "install", _install_mode, "put it on this host, or bring up to date what is there (root)"
     )

@@ -60,7 +60,7 @@ STALE = "STALE"
 ERASES = ("discard", "zero")  # but for none, what `retention.erase` can say
 
 FIRST = 1735689600  # 2025-01-01: no mark of ours is older, whatever a clock without a battery said
-HOW_TO_DECIDE = "kept until you decide: retention.older_disks: as_ours, or lvremove"
+HOW_TO_DECIDE = "kept until you decide: retention.older_disks: as_ours, or localdisk remove"
 SLACK = 60  # seconds by which a clock may be corrected without a mark being made anew
 _FINGERPRINT = re.compile(r"[0-9a-f]{32}")
 _NUMBER = re.compile(r"[0-9]{1,18}")

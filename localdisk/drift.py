@@ -151,7 +151,7 @@ def _drifted(vg: VolumeGroup, disk: LocalDisk, name: str) -> Problem:
         f" from and FORMAT for that of {disk.volume_id} there:"
         f" qemu-img rebase -u -f qcow2 -F raw -b {vg.path(disk.volume_id)} NEW"
         f" && qemu-img rebase -f qcow2 -F FORMAT -b {disk.volume_id} NEW",
-        f"lvremove {lv}",
+        f"localdisk remove {lv}",
     )
     return Problem(DRIFTED, what, "; ".join(steps))
 

@@ -303,7 +303,7 @@ class ForeignVolume(Error):
 
 class OtherOwner(Error):
     what = "local disk {vg}/{lv} belongs to VM {owner}, image {image}"
-    fix = "if that VM is gone, remove the disk with lvremove {vg}/{lv}"
+    fix = "if that VM is gone, localdisk remove {vg}/{lv}"
 
 
 class DiskBusy(Error):
@@ -317,6 +317,21 @@ class DependentVolumes(Error):
         "if nobody needs it, lvremove the snapshot (lvconvert --uncache {vg}/{lv} for a cache), "
         "then run localdisk gc"
     )
+
+
+class NoSuchDisk(Error):
+    what = "no local disk, template LV or VM with local disks is called {name}"
+    fix = "see localdisk status --full"
+
+
+class SeveralDisks(Error):
+    what = "{name} names more than one local disk: {places}"
+    fix = "write VG/LV"
+
+
+class DiskNeeded(Error):
+    what = "local disk {vg}/{lv} is needed, {problem}"
+    fix = "stop the VM in the engine, or end what uses the disk; localdisk status shows it"
 
 
 class CannotDiscard(Error):
@@ -338,7 +353,7 @@ class SourceChanged(Error):
     what = "the source of local disk {vg}/{lv} has changed since it was copied"
     fix = (
         "keep the local data by restoring the source, or set `on_source_change: recopy` "
-        "(loses the local data) or remove the disk with lvremove {vg}/{lv}"
+        "(loses the local data), or localdisk remove {vg}/{lv}"
     )
 
 
@@ -348,15 +363,16 @@ class OtherLeaf(Error):
     what = "kept local disk {vg}/{lv} was not copied from what its image's volume {volume} shows now"
     fix = (
         "keep the local data by going back to the snapshot that it was copied from, or set "
-        "`on_source_change: recopy` (loses the local data) or remove the disk with lvremove {vg}/{lv}"
+        "`on_source_change: recopy` (loses the local data), or localdisk remove {vg}/{lv}"
     )
 
 
 class KeptStale(Error):
     what = "kept local disk {vg}/{lv} is stale, its VM was started without it on this host since"
     fix = (
-        "set `on_source_change: recopy` (loses the local data), or lvremove {vg}/{lv}; to use the local data "
-        "and not what was written to shared storage since: lvchange --deltag STALE {vg}/{lv}"
+        "set `on_source_change: recopy` (loses the local data), or localdisk remove {vg}/{lv}; "
+        "to use the local data and not what was written to shared storage since: "
+        "lvchange --deltag STALE {vg}/{lv}"
     )
 
 
@@ -364,7 +380,7 @@ class DiskDrifted(Error):
     """The VM has run from another volume above or beside it: a snapshot or replication went past us."""
 
     what = "local disk {vg}/{lv} has data of this VM that its image on shared storage lacks"
-    fix = "bring them back as localdisk status says, or give them up with lvremove {vg}/{lv}"
+    fix = "bring them back as localdisk status says, or give them up with localdisk remove {vg}/{lv}"
 
 
 class NotLocal(Error):

@@ -69,7 +69,7 @@ def _older(rows: Iterable[Row], look: Look) -> Iterator[str]:
     """How to decide about the disks of vdsm's older hook."""
     count = sum(row.older for row in rows)
     if count:
-        text = f"{count} of vdsm's older hook: set retention.older_disks to as_ours, or lvremove them"
+        text = f"{count} of vdsm's older hook: set retention.older_disks to as_ours, or localdisk remove DISK"
         yield from _wrapped("", [text], look)
 
 

@@ -165,6 +165,7 @@ def _left(root: str) -> Iterator[str]:
                 yield f"left {len(disks)} local disk(s) in volume group {vg.vg_name}: see lvs {vg.vg_name}"
             names = " ".join(f"{vg.vg_name}/{found.name}" for found in templates(vg))
             if names:
-                yield f"left the template cache, which no VM needs: lvremove {names}"
+                how = "removed by the file that you installed"
+                yield f"left the template cache, which no VM needs; {how}: remove {names}"
     except Error as error:
         yield f"left the local disks, if there are any: {str(error).splitlines()[-1]}"

@@ -7,6 +7,7 @@ characters when it is measured.
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import io
 import json
@@ -43,6 +44,7 @@ from localdisk import (
     places,
     prefetch,
     removal,
+    remove,
     run,
     uninstall,
     vdsm,
@@ -1185,6 +1187,38 @@ def stops_depended_on(world: World) -> object:
     return world.ask(test_session.RELEASE, host=there)
 
 
+def gives_up(change: Callable[[FakeHost], object] = lambda _: None, name: str = VOLUME) -> Provoke:
+    """The operator removes a disk."""
+
+    def provoke(world: World) -> None:
+        there = world.host()
+        there.add(VOLUME, tags(), EXTENT)
+        change(there)
+        outcomes = remove.remove(config.parse(b"", "F"), (name or world.evil(),))
+        for failure in [outcome.failure for outcome in outcomes if outcome.failure]:
+            raise failure
+
+    return provoke
+
+
+def in_two_groups(world: World) -> None:
+    there = world.host()
+    there.add(VOLUME, tags(), EXTENT)
+    vg = VolumeGroup.from_report(there.report())
+    remove.find((vg, dataclasses.replace(vg, vg_name="second")), {}, VOLUME)
+
+
+REMOVE = {
+    "no such disk": case(gives_up(name=""), "evil", "status"),
+    "no disk of ours": case(gives_up(name="pool0"), "ovirt-local/pool0"),
+    "in two groups": case(in_two_groups, VOLUME, LV, f"second/{VOLUME}"),
+    "runs": case(gives_up(lambda there: there.active.add(VM)), LV, f"its VM {VM} runs"),
+    "starts": case(gives_up(lambda there: there.defined.add(VM)), LV, f"its VM {VM} is being started"),
+    "open": case(gives_up(lambda there: there.add(VOLUME, tags(), lv_device_open="open")), LV, "open"),
+    "locked": case(gives_up(lambda _: lock.try_hold(lock.disk_lock(VOLUME))), LV, "a process works on it"),
+    "snapshot": case(gives_up(lambda there: there.add("backup", (), origin=VOLUME)), LV, "backup"),
+    "fails": case(gives_up(lambda there: there.fail("lvremove", "Failed to write VG")), "write VG"),
+}
 REMOVAL = {
     "cannot discard": case(erases("discard"), LV, "cannot discard", "erase: zero"),
     "depended on": case(depended_on, LV, "evil", "lvremove"),
@@ -1394,6 +1428,7 @@ CASES: dict[str, Case] = {
         "metrics": METRICS,
         "prefetch": PREFETCHES,
         "removal": REMOVAL,
+        "remove": REMOVE,
         "run": RUN,
         "session": SESSION,
         "vdsm": VDSM,

@@ -21,6 +21,7 @@ from localdisk import (
     host,
     places,
     prefetch,
+    remove,
     snapshot,
     status,
 )
@@ -28,7 +29,10 @@ from localdisk.disk import LocalDisk
 from localdisk.drift import Problem
 from localdisk.errors import (
     BadProperty,
+    CommandFailed,
     ConfigRefused,
+    DiskNeeded,
+    Error,
     HelperRefused,
     Interrupted,
     NoTemplate,
@@ -209,10 +213,37 @@ def test_modes_that_take_no_configuration(run: Run, argv: tuple[str, ...]) -> No
 # -- modes that need root
 
 
-@pytest.mark.parametrize("mode", ["helper", "gc", "install", "uninstall"])
-def test_modes_of_root(run: Run, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+@pytest.mark.parametrize("words", [("helper",), ("gc",), ("install",), ("uninstall",), ("remove", "x")])
+def test_modes_of_root(run: Run, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 36)
-    assert run.refused(mode) == f"{mode} needs root : run it with sudo"
+    assert run.refused(*words) == f"{words[0]} needs root : run it with sudo"
+
+
+NEEDED = DiskNeeded(vg="vg", lv="lv", problem="it is open")
+FAILED = CommandFailed(("lvremove", "vg/lv"), 5, "Failed to write VG")
+
+
+@pytest.mark.parametrize(
+    ("failures", "code"),
+    [((), 0), ((None,), 0), ((None, FAILED), 1), ((NEEDED,), 2), ((FAILED, NEEDED), 2)],
+)
+@pytest.mark.usefixtures("as_root")
+def test_remove(
+    run: Run, monkeypatch: pytest.MonkeyPatch, failures: tuple[Error | None, ...], code: int
+) -> None:
+    outcomes = [remove.Outcome(f"line {number}", failure) for number, failure in enumerate(failures)]
+    asked: list[object] = []
+
+    def removes(_config: object, names: list[str], dry_run: bool) -> list[remove.Outcome]:
+        asked.append((names, dry_run))
+        return outcomes
+
+    monkeypatch.setattr(remove, "remove", removes)
+    err = "".join(f"localdisk: {failure}\n" for failure in failures if failure)
+    out = "".join(f"{outcome.text}\n" for outcome in outcomes)
+    assert run("remove", "a", "b", "--dry-run") == (code, out, err)
+    assert asked == [(["a", "b"], True)]
+    assert run("remove")[0] == 2
 
 
 @pytest.mark.usefixtures("as_root")

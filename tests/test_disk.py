@@ -517,6 +517,8 @@ def test_a_disk_that_others_depend_on_is_neither_removed_nor_renamed(
         plan = planned_start(ours, *mates, retention=retention)
         if isinstance(plan, Start):
             assert plan.reuse is ours
+        elif state is State.DRIFTED:
+            assert plan is DiskDrifted
         else:
             assert plan is DependentVolumes or on_change == "refuse"
             assert plan in (DependentVolumes, SourceChanged, OtherLeaf)

@@ -36,6 +36,7 @@ ORDER = (
     "vms",
     "prefetch",
     "hook",
+    "remove",
     "gc",
     "client",
     "helper",

@@ -124,7 +124,7 @@ def test_a_snapshot_of_a_vm_that_stopped(
     refused(vm, image, layer)
     bring_back(image, layer)
     assert has_both(layer.path, "qcow2", cwd=str(layer.path.parent))
-    host.remove(image.leaf.id)
+    assert ": removed" in localdisk("remove", f"{host.VOLUME_GROUP}/{image.leaf.id}")
     image = replace(image, volumes=(*image.volumes, layer))
     start(image, THICK, vm.id)
     assert equals_source(image)

@@ -83,7 +83,7 @@ def test_an_older_hooks_disk_is_kept_until_the_operator_decides(
     for _ in range(2):  # of which the second removed it
         assert gc()[image.leaf.id]["action"] == "keep"
     assert run_point("before_vdsm_start").rc == 0
-    assert "older_disks" in gc("--dry-run")[image.leaf.id]["reason"]
+    assert "localdisk remove" in gc("--dry-run")[image.leaf.id]["reason"]
     assert f"{image.leaf.id}  VM {vm_id}  8 MiB" in localdisk("install")
     assert status()[image.leaf.id]["older"] is True
     assert "retention.older_disks" in localdisk("status")

@@ -409,6 +409,8 @@ class RealWorld:
             return program(*call.what.split())
         if call.what == "gc":
             return start_point("before_vdsm_start")
+        if call.what == "remove":
+            return program("remove", call.vm_id)
         vm = state.vms[call.vm_id]
         if call.what == "after_disk_prepare":
             disk = Disk("vda", self.images[call.arguments[1]])

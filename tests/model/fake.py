@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from localdisk import config, copy, gc, hook, image, lock, origin, prefetch, removal, run, vdsm
+from localdisk import config, copy, gc, hook, image, lock, origin, prefetch, removal, remove, run, vdsm
 from localdisk.copy import Device, OnProgress, Target
 from localdisk.errors import CommandFailed, Error
 from localdisk.helper import Ended as HelperEnded
@@ -617,7 +617,7 @@ class FakeWorld:
 
     def _paths(self, process: Process) -> Mapping[str, str] | None:
         state, call = process.state, process.call
-        if call.what.startswith(("gc", "prefetch")) or call.what in (
+        if call.what.startswith(("gc", "prefetch", "remove")) or call.what in (
             "after_vm_destroy",
             *FORBIDDEN,
         ):
@@ -672,6 +672,8 @@ class FakeWorld:
             return lambda: self._gc(call)
         if call.what.startswith("prefetch"):
             return lambda: self._prefetch(call)
+        if call.what == "remove":
+            return lambda: self._remove(str(call.arguments[0]))
         point = "after_disk_prepare" if call.what in ("before copy", "before fill") else call.what
         vm_id = str(call.arguments[0])
         vm = state.vms[vm_id]
@@ -705,6 +707,11 @@ class FakeWorld:
             found = gc.collect(self.config, dry_run=call.what == "gc --dry-run")
             assert gc.as_lines(found, call.what == "gc --dry-run").count("\n") == len(found.findings)
             self.running.answer = "doubts" if found.is_problem else ""
+
+    def _remove(self, vm_id: str) -> None:
+        failures = [outcome.failure for outcome in remove.remove(self.config, [vm_id]) if outcome.failure]
+        if failures:
+            raise failures[0]
 
     def _prefetch(self, call: Call) -> None:
         template, backend = call.arguments

@@ -610,6 +610,21 @@ def _after_vm_destroy(p: Prediction, vm_id: str) -> None:
             p.goes(key, "none")
 
 
+# -- given up
+
+
+def _remove(p: Prediction, vm_id: str) -> None:
+    """The operator gives up a VM's disks: all of them, or if anything needs one of them, none."""
+    state = p.state
+    own = [key for key, disk in state.disks.items() if disk.vm == vm_id and not disk.is_aside]
+    is_needed = [key for key in own if state.is_open(key) or state.is_locked(key) or key in state.backups]
+    is_known = state.is_running(vm_id) or state.is_waiting(vm_id)
+    if state.is_silent or is_known or is_needed or not own:
+        raise Refused
+    for key in own:
+        p.goes(key, state.rules.of(vm_id).erase)
+
+
 # -- templates
 
 
@@ -763,6 +778,7 @@ CALLS: Mapping[str, Callable[..., object]] = {
     "before_vm_migrate_destination": _arrives,
     "before_vm_hibernate": _forbidden,
     "before_vm_dehibernate": _forbidden,
+    "remove": _remove,
     "prefetch": _prefetch,
     "gc": _gc,
     "gc --dry-run": _gc_dry_run,

@@ -205,6 +205,7 @@ class Walk:
             (0.5, self._foreign_volume, still),
             (2, self._remove_foreign, self.intruders),
             (1, self._older_volume, still),
+            (2, self._remove, [*state.vms]),
             (1, self._backup, [key for key in closed if key not in state.backups]),
             (3, self._remove_backup, sorted(state.backups)),
             (5, self._prefetch, templates),
@@ -547,6 +548,10 @@ class Walk:
         """Whether a volume of that name and size can be made."""
         state = self.state
         return not (state.named(name) or name in state.foreign) and state.free >= size
+
+    def _remove(self, vm_id: str) -> None:
+        """The operator gives up a VM's disks."""
+        self._call("remove", vm_id)
 
     def _backup(self, key: str) -> None:
         """The administrator makes a snapshot of a local disk."""
