@@ -147,7 +147,7 @@ pack() {
   mkdir -p "$tree/localdisk/schema" "$tree/localdisk/examples"
   cp schema/localdisk.schema.json "$tree/localdisk/schema/"
   cp examples/minimal.yaml "$tree/localdisk/examples/"
-  rm -f "$tree"/localdisk/{first,front}.py
+  rm -f "$tree"/localdisk/{first,front,pack}.py
   # What run time does not need: headers and sources of lxml, tests, caches, type stubs of packages.
   find "$tree" \( -name '*.pxd' -o -name '*.pxi' -o -name '*.pyx' -o -name '*.h' -o -name '*.c' -o -name '*.pyi' \
     -o -name '*.rng' -o -name '*.xsl' \) -delete
@@ -156,34 +156,15 @@ pack() {
   find "$tree" -path '*.dist-info/*' -type f ! -iname '*licen[cs]e*' ! -iname 'copying*' -delete
   find "$tree" -name py.typed -delete
   find "$tree" -type d -empty -delete
-  # Of lxml only the tree and what it imports.
-  find "$tree/lxml" -type f ! -name '__init__.py' ! -name 'etree.*' ! -name '_elementpath.*' -delete
+  # Of lxml only the tree and what it imports; what there is as Python, too, is fast enough.
+  find "$tree/lxml" -type f ! -name '__init__.py' ! -name 'etree.*' ! -name '_elementpath.py' -delete
+  find "$tree/yaml" -name '_yaml.*.so' -delete
   find "$tree" -type d -empty -delete
   # -I: nothing from the environment; -S: nothing from the host's site-packages, whose .pth files and
   # sitecustomize would otherwise run as root.  It also saves a tenth of a hook run without the property.
   .venv/bin/shiv --reproducible --site-packages "$tree" --entry-point localdisk.cli:main \
     --python "$PYTHON -IS" --output-file "$work/localdisk.shiv"
-  "$PYTHON" - "$work" <<'EOF'
-# shiv's own __main__.py and bootstrap give way to ours; everything else, times included, stays as shiv made it.
-import json, os, sys, zipfile
-work = sys.argv[1]
-OURS = (("__main__.py", "first.py"), ("front.py", "front.py"), ("unpack.py", "unpack.py"))
-SHIVS = ("__main__.py", "_bootstrap/", "environment.json")
-with open(f"{work}/localdisk.shiv", "rb") as file:
-    shebang = file.readline()
-with zipfile.ZipFile(f"{work}/localdisk.shiv") as old, open(f"{work}/localdisk", "wb") as file:
-    file.write(shebang)
-    build_id = json.loads(old.read("environment.json"))["build_id"]
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as new:
-        for name, source in OURS:
-            info = zipfile.ZipInfo(name, old.infolist()[0].date_time)  # stored: no zlib is imported
-            info.external_attr = 0o644 << 16
-            new.writestr(info, open(f"localdisk/{source}").read().replace("@BUILD_ID@", build_id))
-        for info in old.infolist():
-            if not info.is_dir() and not info.filename.startswith(SHIVS):
-                new.writestr(info, old.read(info), info.compress_type)
-os.chmod(f"{work}/localdisk", 0o755)
-EOF
+  "$PYTHON" -m localdisk.pack "$work/localdisk.shiv" "$work/localdisk"
 }
 
 

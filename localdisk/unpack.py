@@ -97,8 +97,13 @@ def _fill(archive: str, new: str, tree: str, build_id: str) -> None:
         invalidation_mode=PycInvalidationMode.UNCHECKED_HASH,
         stripdir=new,
         prependdir=tree,
+        legacy=True,  # beside the source, which needs not be there then
     )
     paths = sorted(os.path.join(directory, name) for directory, _, names in os.walk(new) for name in names)
+    for path in paths:
+        if path.endswith(".pyc"):
+            os.unlink(path[:-1])
+    paths = [path for path in paths if os.path.exists(path)]
     listed = "".join(f"{os.stat(path).st_size} {os.path.relpath(path, new)}\n" for path in paths)
     with open(os.path.join(new, FILES), "w", encoding="utf-8") as file:
         file.write(listed)

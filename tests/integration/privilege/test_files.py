@@ -193,8 +193,7 @@ def test_zipapp_that_others_could_write(scene: Scene, unchanged: None, name: str
 def poison(tree: Path) -> None:
     """Have the tree run somebody's code, in the size that it says its files have."""
     cli = tree / "site-packages/localdisk/cli.py"
-    for compiled in cli.parent.glob("__pycache__/cli.*"):
-        compiled.unlink()
+    (cli.parent / "cli.pyc").unlink()
     cli.write_text(EVIL_PYTHON + "def main():\n    return 0\n")
     (tree / "files").write_text(f"{cli.stat().st_size} site-packages/localdisk/cli.py\n")
 
@@ -256,7 +255,7 @@ def test_extracted_tree(scene: Scene, damage: Callable[[], None]) -> None:
         damage()
         with Talk() as talk:
             works(scene, talk)
-        assert (the_tree() / "site-packages/localdisk/session.py").stat().st_size > 10_000
+        assert (the_tree() / "site-packages/localdisk/session.pyc").stat().st_size > 10_000
         assert the_tree().stat().st_uid == 0
         assert the_tree().stat().st_mode & 0o022 == 0
         after = traces(scene)
