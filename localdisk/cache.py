@@ -8,14 +8,12 @@ copied in full.  `template.py` says what the tags mean, `session.py` is who asks
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 from localdisk import counters, lock, log, removal, template
 from localdisk import disk as life
@@ -38,6 +36,10 @@ from localdisk.making import Making
 from localdisk.removal import take_away
 from localdisk.template import Template
 from localdisk.units import format_size
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 _SAMPLES, _SAMPLE = 256, 4096  # blocks, and bytes of each
 
@@ -466,6 +468,8 @@ def _sample(path: str, size: int) -> str:
 
     What has been overwritten, moved or restored in part is told from what was copied; a few bits are not.
     """
+    import hashlib  # slow to import; few disks need it
+
     digest = hashlib.sha256()
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:

@@ -7,12 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import sys
-import time
 from collections.abc import Iterator, Sequence
-from types import FrameType
-from typing import TYPE_CHECKING, NoReturn
 
 from localdisk import __version__, vdsm
 from localdisk.errors import (
@@ -29,12 +25,16 @@ from localdisk.errors import (
 )
 from localdisk.vdsm import POINTS
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
+    from types import FrameType
+    from typing import NoReturn
 
     from localdisk.config import Config
 
 GOOD, PROBLEMS, REFUSED = 0, 1, 2
+VERSION = f"localdisk {__version__}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -76,6 +76,9 @@ def _run(words: Sequence[str]) -> int:
         return _hook(point)
     if list(words[1:]) == ["helper"]:
         return _helper()
+    if list(words[1:]) == ["--version"]:  # without what reads arguments, which is slow to import
+        print(VERSION)
+        return GOOD
     arguments = parser().parse_args(words[1:])
     return int(arguments.mode(arguments))
 
@@ -104,6 +107,8 @@ def _report(message: str, exit_code: int, point: str = "") -> int:
 
 
 def _hook(point: str) -> int:
+    import signal
+
     from localdisk import hook, log
 
     signal.signal(signal.SIGTERM, _interrupt)
@@ -128,11 +133,15 @@ def _cancel(_number: int, _frame: FrameType | None) -> NoReturn:
 
 def _interrupt(number: int, _frame: FrameType | None) -> NoReturn:
     """End once, tidily: what unwinds tells the helper and waits until it has removed what is unfinished."""
+    import signal
+
     _ignore_signals()
     raise Interrupted(signal=signal.Signals(number).name)
 
 
 def _ignore_signals() -> None:
+    import signal
+
     for each in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1):
         signal.signal(each, signal.SIG_IGN)
 
@@ -193,6 +202,9 @@ def _status_mode(arguments: argparse.Namespace) -> int:
 
 
 def _watch(frames: Iterator[str]) -> int:
+    import signal
+    import time
+
     from localdisk import status
 
     if not sys.stdout.isatty():
@@ -346,7 +358,7 @@ def parser() -> argparse.ArgumentParser:
             raise UsageError(problem=message)
 
     top = Parser(prog="localdisk", description="oVirt VMs run from fast local copies of their disks.")
-    top.add_argument("--version", action="version", version=f"localdisk {__version__}")
+    top.add_argument("--version", action="version", version=VERSION)
     top.add_argument("--config", metavar="FILE", help="configuration instead of /etc/localdisk.yaml")
     modes = top.add_subparsers(title="modes", metavar="MODE", required=True)
 

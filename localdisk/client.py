@@ -12,12 +12,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from types import TracebackType
-from typing import Any
 
 from localdisk import run
 from localdisk.copy import Device, Target
 from localdisk.definition import Disk
 from localdisk.errors import HelperRefused, HelperUnavailable, how_it_ended
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 
 @dataclass(frozen=True)

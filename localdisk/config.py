@@ -18,23 +18,27 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
 
 from localdisk import config_memory
 from localdisk.errors import BadProperty, ConfigRefused, ConfigUnreadable
 from localdisk.units import Amount, parse_duration, parse_percentage, parse_size
-from localdisk.yamltree import FILE_LIMIT, Path, Problem, Refused, Tree, read_tree, shorten
+from localdisk.yamltree import FILE_LIMIT, Problem, Refused, Tree, read_tree, shorten
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from jsonschema.exceptions import ValidationError
+
+    from localdisk.yamltree import Path
+
+    _Values = dict[str, Any]
 
 DEFAULT_PATH = "/etc/localdisk.yaml"
 
 _SCHEMA_FILE = "localdisk.schema.json"
 _SHOWN_PROBLEMS = 50
 _BACKENDS = ("lvm", "lvmthin")
-
-_Values = dict[str, Any]
 
 
 # -- what the rest of the program sees

@@ -1,22 +1,25 @@
 """The configuration that was found good last, so that it is not validated again while it stays the same.
 
 Validating costs a helper more than half of its time, mostly for importing what validates.  The memory is
-one file in /run/localdisk that only root writes and everybody reads: `<SHA-256 of the rest>`, a new line,
+one file in /run/localdisk that only root writes and everybody reads: `<CRC-32 of the rest>`, a new line,
 then JSON with the text of the configuration file, the program that validated it, and the values that it
 found.  It holds for the same text and the same program alone.  It is written in place: a process that
-reads it while it is written, or after its writer was killed, finds a wrong digest, and validates.
+reads it while it is written, or after its writer was killed, finds a wrong checksum, and validates.
 """
 
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import stat
-from typing import Any
+import zlib
 
 from localdisk import lock
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 _NAME = "configuration"
 _LIMIT = 1 << 20  # bytes; a configuration file has at most 64 KiB
@@ -49,7 +52,7 @@ def remember(text: bytes, values: dict[str, Any]) -> None:
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.ftruncate(fd, 0)
-        os.pwrite(fd, _digest(record) + b"\n" + record, 0)
+        os.pwrite(fd, _checksum(record) + b"\n" + record, 0)
     except OSError:
         pass  # another one writes, or /run is full: the next run validates again
     finally:
@@ -66,8 +69,8 @@ def _is_roots(status: os.stat_result) -> bool:
 
 
 def _values(written: bytes, text: bytes) -> dict[str, Any] | None:
-    digest, _, record = written.partition(b"\n")
-    if digest != _digest(record):
+    checksum, _, record = written.partition(b"\n")
+    if checksum != _checksum(record):
         return None
     found = json.loads(record)
     values: dict[str, Any] = found["values"]
@@ -80,5 +83,5 @@ def _origin(text: bytes) -> list[object]:
     return [text.decode("latin-1"), __file__, ours.st_mtime_ns, ours.st_size]
 
 
-def _digest(record: bytes) -> bytes:
-    return hashlib.sha256(record).hexdigest().encode()
+def _checksum(record: bytes) -> bytes:
+    return b"%08x" % zlib.crc32(record)

@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
 from localdisk import image, run
 from localdisk.errors import CommandMissing, CopyFailed, DeviceNotReady, Error, PoolFilledUp, how_it_ended
@@ -55,7 +54,8 @@ class Target(Device):
     nice: int  # absolute
 
 
-class _Pass(NamedTuple):
+@dataclass(frozen=True)
+class _Pass:
     """One run of qemu-img convert: what it reads, with the descriptors `fds`, and what it is told."""
 
     filename: str

@@ -27,14 +27,19 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Optional
 
 from localdisk.errors import BadDiskData, BadDomain
 from localdisk.ids import is_uuid
 from localdisk.vdsm import DATA_LIMIT
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:  # the JSON path must not pay for lxml's import
+    from typing import Optional
+
     from lxml.etree import _Element
+
+    _Attributes = Mapping[str, Optional[str]]  # new values of a start tag's attributes; None removes one
+    _Change = Optional[_Attributes]  # of an element; None removes it
 
 DEVICES = ("disk", "cdrom", "floppy", "lun")  # libvirt's, and vdsm's DRIVE device
 SHARED = ("none", "false", "exclusive", "shared", "transient")
@@ -67,9 +72,6 @@ _MARKUP = re.compile(
     re.ASCII | re.DOTALL | re.VERBOSE,
 )
 _ATTRIBUTE = re.compile(r"""(?P<name>[^\s=]+)\s*=\s*(?P<value>"[^"]*"|'[^']*')""", re.ASCII)
-
-_Attributes = Mapping[str, Optional[str]]  # new values of a start tag's attributes; None removes one
-_Change = Optional[_Attributes]  # of an element; None removes it
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,11 @@ Only `cli.py` prints errors and exits.
 
 from __future__ import annotations
 
-import re
-import signal
 from collections.abc import Sequence
-from typing import Any, ClassVar
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, ClassVar
 
 FIELD_LIMIT = 200
 
@@ -28,6 +29,8 @@ def plain(value: object) -> str:
 
 def target(argv: Sequence[str]) -> str:
     """` for …` with what a command works on, its last word; "" where that is no plain name."""
+    import re
+
     words = [word for word in argv[2:][-1:] if re.fullmatch(r"[\w/][\w/.:+-]*", word)]
     return "".join(f" for {word}" for word in words)
 
@@ -160,6 +163,8 @@ def how_it_ended(exit_code: int) -> str:
 
     sudo and timeout report the signal that ended their command as 128 and its number, as shells do.
     """
+    import signal
+
     number = -exit_code if exit_code < 0 else exit_code - 128
     try:
         name = signal.Signals(number).name

@@ -10,12 +10,15 @@ disk.  A *tree* is what one build extracts for one Python:
 
 from __future__ import annotations
 
+import _signal  # type: ignore[import-not-found]  # what `signal` makes enumerations of, which are slow to import
 import fcntl
 import os
-import signal
 import sys
 import time
-from typing import NoReturn
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import NoReturn
 
 TREES = "/var/cache/localdisk"
 BUILD_ID = "@BUILD_ID@"  # build.sh puts a hash of everything that is in the zipapp here
@@ -35,7 +38,7 @@ def main(called_by_vdsm: bool, refused: int = 2) -> None:
     clean(os.environ)
     os.umask(0o022)
     # Inherited as ignored, it makes every command that fails look as if it had succeeded.
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    _signal.signal(_signal.SIGCHLD, _signal.SIG_DFL)
     user = os.geteuid()
     if user == 0:
         require_trusted(program())

@@ -14,14 +14,15 @@ import select
 import signal
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
 
 from localdisk import lock
 from localdisk.errors import BadRequest, Error
-from localdisk.session import MAX_REQUEST, Answer, Session
+from localdisk.session import MAX_REQUEST, Session
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from localdisk.config import Config
+    from localdisk.session import Answer
 
 
 CANCELLED = signal.SIGUSR1  # to the hook: its VM was powered off

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from localdisk import copy, definition, domains, image, kept, log, origin, vdsm
 from localdisk.client import Base, Helper, Looked, Prepared
@@ -31,6 +30,7 @@ from localdisk.errors import (
 from localdisk.image import Source
 from localdisk.vdsm import BEGINNINGS, Call
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from localdisk.config import Policy
 

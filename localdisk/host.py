@@ -15,12 +15,17 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
 
 from localdisk import domains, host_storage, lock, places, run
 from localdisk.config import Config
 from localdisk.errors import CommandFailed, Error, Interrupted, Unseen
 from localdisk.host_storage import Group, LvmSettings
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import TypeVar
+
+    T = TypeVar("T")
 
 # The packages that have the tools that we run, EL's and Debian's.
 PACKAGES = {
@@ -35,7 +40,6 @@ PACKAGES = {
 }
 
 Version = tuple[int, ...]
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,17 @@ import re
 import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Optional
 
 from localdisk import places, run, sysfs
 from localdisk.disk import LocalDisk, local_disks
 from localdisk.errors import CommandFailed, NoVolumeGroup
 from localdisk.lvm import VolumeGroup
 
-Owner = tuple[Optional[int], Optional[int]]  # user and group, by number; None: there is no such
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Optional
+
+    Owner = tuple[Optional[int], Optional[int]]  # user and group, by number; None: there is no such
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
-import re
+_DASHES = (8, 13, 18, 23)
+_DIGITS = frozenset("0123456789abcdef")
 
-_CANONICAL = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+
+def new_uuid() -> str:
+    """A random one."""
+    import uuid  # slow to import, and most who come here make none
+
+    return str(uuid.uuid4())
+
+
+def uuid_of(name: str, namespace: str) -> str:
+    """Always the same one for this name in this namespace, which is a UUID itself."""
+    import uuid
+
+    return str(uuid.uuid5(uuid.UUID(namespace), name))
 
 
 def is_uuid(text: object) -> bool:
     """Whether `text` is a string that is a canonical lower-case UUID and nothing else."""
-    return isinstance(text, str) and _CANONICAL.fullmatch(text) is not None
+    if not isinstance(text, str) or len(text) != 36 or any(text[place] != "-" for place in _DASHES):
+        return False
+    digits = text.replace("-", "")
+    return len(digits) == 32 and _DIGITS.issuperset(digits)

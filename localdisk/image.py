@@ -19,7 +19,6 @@ import struct
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 from localdisk import run
 from localdisk.definition import Disk
@@ -27,6 +26,10 @@ from localdisk.errors import CommandFailed, CommandMissing, SourceRefused
 from localdisk.identity import Tables, forget_pages, is_empty, read_identity
 from localdisk.ids import is_uuid
 from localdisk.units import MAX_DISK
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 MAX_LAYERS = 64
 SECTOR = 512

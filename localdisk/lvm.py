@@ -12,7 +12,6 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from localdisk import run
 from localdisk.errors import (
@@ -25,6 +24,10 @@ from localdisk.errors import (
     ThinPoolAtThreshold,
     VolumeGroupUnusable,
 )
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 REPORT = {
     "vg": "vg_name,vg_uuid,vg_size,vg_free,vg_extent_size,vg_partial,vg_exported,vg_lock_type",

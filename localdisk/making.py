@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any
 
 from localdisk import lock, log
 from localdisk.config import Policy
@@ -22,6 +21,10 @@ from localdisk.lvm import LogicalVolume, VolumeGroup
 from localdisk.progress import COPYING, PREPARING, WAITING, Progress
 from localdisk.removal import take_away
 from localdisk.units import format_size
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 
 class Making:

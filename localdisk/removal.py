@@ -11,12 +11,12 @@ import fcntl
 import mmap
 import os
 import struct
-import uuid
 from collections.abc import Callable
 
 from localdisk import sysfs
 from localdisk.disk import LocalDisk, aside_tags, require_alone
 from localdisk.errors import CannotDiscard, CommandFailed, DiskBusy, EraseFailed
+from localdisk.ids import new_uuid
 from localdisk.lvm import LogicalVolume, VolumeGroup
 
 TRIES = 20  # a writer that was just killed, or udev, may have it open for a moment
@@ -74,7 +74,7 @@ def finish(vg: VolumeGroup, disk: LocalDisk, configured: str, pause: Pause) -> N
 
 def _set_aside(vg: VolumeGroup, disk: LocalDisk, erase: str) -> str:
     """Killed between the two commits, it is nobody's under its old name; whoever comes next renames it."""
-    name = disk.aside_name or str(uuid.uuid4())
+    name = disk.aside_name or new_uuid()
     if not (disk.is_aside and disk.aside_name):
         add, remove = aside_tags(disk, erase, name)
         vg.change_tags(disk.volume_id, add=add, remove=remove)

@@ -7,7 +7,6 @@ their image.  So whatever is killed before the new disk is complete, the next st
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -18,6 +17,7 @@ from localdisk.cache import Spare
 from localdisk.config import Policy
 from localdisk.disk import LocalDisk, require_alone
 from localdisk.errors import Error
+from localdisk.ids import new_uuid
 from localdisk.lock import Pause
 from localdisk.lvm import VolumeGroup
 from localdisk.removal import take_away
@@ -40,7 +40,7 @@ class Replaced:
             lv = vg.find(name)
             if lv and lv.lv_uuid == disk.lv.lv_uuid:
                 require_alone(replace(disk, lv=lv), vg.vg_name)
-                new_name = str(uuid.uuid4())
+                new_name = new_uuid()
                 self._resources.enter_context(lock.holding(lock.disk_lock(new_name), self._pause))
                 vg.rename(name, new_name)
                 log.event("kept disk renamed", vm=disk.vm_id, disk=name, to=new_name)

@@ -33,7 +33,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 from localdisk import cache, cancel, clock, counters, domains, kept, lock, log, stale
 from localdisk import disk as life
@@ -62,13 +61,17 @@ from localdisk.removal import take_away
 from localdisk.replaced import Replaced
 from localdisk.units import MAX_DISK
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    Request = Mapping[str, Any]
+    Answer = dict[str, Any]
+
 MAX_REQUEST = 64 * 1024  # bytes of one line
 MAX_DISKS = 256
 LOCK_TRIES = 3  # status and gc take a lock for a moment, to see whether it is free
 PROPERTY_VALUES = ("lvm", "lvmthin", "on")
-
-Request = Mapping[str, Any]
-Answer = dict[str, Any]
 
 
 @dataclass(frozen=True)

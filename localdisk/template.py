@@ -19,7 +19,6 @@ Everything here is a pure function of frozen data.
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -35,11 +34,11 @@ from localdisk.disk import (
     only_uuid,
     values_of,
 )
-from localdisk.ids import is_uuid
+from localdisk.ids import is_uuid, uuid_of
 from localdisk.lvm import LogicalVolume, VolumeGroup
 
 _MINUTE = 60  # seconds; of twenty VMs that start together, one writes down that it is used
-_NAMES = uuid.UUID("5f2b6f5e-2a40-4b4d-9d0b-6f6a3c1e7d42")  # any, but always this one
+_NAMES = "5f2b6f5e-2a40-4b4d-9d0b-6f6a3c1e7d42"  # any, but always this one
 
 
 @dataclass(frozen=True)
@@ -133,7 +132,7 @@ def templates(vg: VolumeGroup) -> tuple[Template, ...]:
 def lv_name(volume_id: str, fingerprint: str, backend: str, thin_pool: str) -> str:
     """The name of the template LV of a volume as it is now, in the volume group or in a thin pool of it."""
     place = f"{backend} {thin_pool}" if backend == "lvmthin" else backend
-    return str(uuid.uuid5(_NAMES, f"{volume_id} {fingerprint} {place}"))
+    return uuid_of(f"{volume_id} {fingerprint} {place}", _NAMES)
 
 
 def new_tags(volume_id: str, fingerprint: str, writes: int) -> frozenset[str]:

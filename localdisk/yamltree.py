@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any, Union
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, Union
+
+    Path = tuple[Union[str, int], ...]
 
 FILE_LIMIT = 64 * 1024
 DEPTH_LIMIT = 8
 LIST_LIMIT = 256
-
-Path = tuple[Union[str, int], ...]
 
 
 @dataclass(frozen=True)
