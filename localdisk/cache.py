@@ -12,7 +12,6 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
 from functools import partial
 
 from localdisk import counters, lock, log, removal, template
@@ -30,6 +29,7 @@ from localdisk.errors import (
     ThinPoolAtThreshold,
     ThinPoolFull,
 )
+from localdisk.frozen import frozen, replace
 from localdisk.lock import Pause
 from localdisk.lvm import VolumeGroup, read_tags
 from localdisk.making import Making
@@ -48,7 +48,7 @@ FindRoom = Callable[[str], VolumeGroup]  # but by evicting the template LV of th
 Make = Callable[[VolumeGroup], None]  # creates a volume; raises ThinPoolAtThreshold
 
 
-@dataclass(frozen=True)
+@frozen
 class Spare:
     """What can be removed for room: the bytes that it takes of the group or pool, and how."""
 
@@ -56,7 +56,7 @@ class Spare:
     remove: Callable[[], None]
 
 
-@dataclass(frozen=True)
+@frozen
 class Base:
     """A template's volume as the hook has found it; `size` in bytes of its guest's view."""
 

@@ -11,13 +11,13 @@ import os
 import shutil
 import stat
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import ClassVar, Union
 
 from localdisk import run, unpack
+from localdisk.frozen import field, frozen
 
 
-@dataclass(frozen=True)
+@frozen
 class MakeDirectory:
     path: str
 
@@ -35,7 +35,7 @@ class MakeDirectory:
         _sync(os.path.dirname(self.path))
 
 
-@dataclass(frozen=True)
+@frozen
 class Write:
     """Make `path` a regular file, whatever is there, if `judge`, a command, accepts what is written."""
 
@@ -65,7 +65,7 @@ class Write:
         _sync(os.path.dirname(self.path))
 
 
-@dataclass(frozen=True)
+@frozen
 class Link:
     """Make `path` a symbolic link, in the place of a link that is there."""
 
@@ -87,7 +87,7 @@ class Link:
         _sync(os.path.dirname(self.path))
 
 
-@dataclass(frozen=True)
+@frozen
 class Move:
     """Rename a file, in the place of what is there; `why` is told."""
 
@@ -107,7 +107,7 @@ class Move:
         _sync(os.path.dirname(self.path))
 
 
-@dataclass(frozen=True)
+@frozen
 class Remove:
     """Remove a file, a link, an empty directory, or a directory with all that is in it."""
 
@@ -127,7 +127,7 @@ class Remove:
         _sync(os.path.dirname(self.path))
 
 
-@dataclass(frozen=True)
+@frozen
 class Prune:
     """Remove the trees of other builds than `keep` that no process runs from; `found` are these."""
 
@@ -145,7 +145,7 @@ class Prune:
         unpack.prune(self.trees, self.keep)
 
 
-@dataclass(frozen=True)
+@frozen
 class Call:
     """Run a command of the live system."""
 

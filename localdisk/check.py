@@ -9,17 +9,17 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
 
 from localdisk import config as configuration
 from localdisk import host as hosts
 from localdisk.check_host import check_host
 from localdisk.config import Config
 from localdisk.finding import Finding
+from localdisk.frozen import frozen, plain_values
 from localdisk.host import Host
 
 
-@dataclass(frozen=True)
+@frozen
 class Report:
     """What was found; `path` is the configuration's."""
 
@@ -70,7 +70,7 @@ def as_json(report: Report) -> str:
     """`{"configuration": PATH or null, "problems": [{"what", "why", "fix", "hint"}, …]}`."""
     rows = []
     for finding in report.findings:
-        row = asdict(finding)
+        row = plain_values(finding)
         row["hint"] = row.pop("is_hint")
         rows.append(row)
     shown = {"configuration": report.path if report.is_there else None, "problems": rows}

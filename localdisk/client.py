@@ -10,20 +10,20 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from types import TracebackType
 
 from localdisk import run
 from localdisk.copy import Device, Target
 from localdisk.definition import Disk
 from localdisk.errors import HelperRefused, HelperUnavailable, how_it_ended
+from localdisk.frozen import frozen, plain_values
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
 
-@dataclass(frozen=True)
+@frozen
 class Base:
     """A template's volume that a disk may start from; `domain` "" for a file, `size` in bytes."""
 
@@ -33,7 +33,7 @@ class Base:
     size: int
 
 
-@dataclass(frozen=True)
+@frozen
 class Looked:
     """What the helper sees of one disk; `path` is where it is or would be."""
 
@@ -44,7 +44,7 @@ class Looked:
     path: str
 
 
-@dataclass(frozen=True)
+@frozen
 class Claimed:
     """The answer to a claim; where the disk neither stays nor has a path, it is to be prepared."""
 
@@ -54,7 +54,7 @@ class Claimed:
     is_cached: bool  # it would start from a local copy of its template
 
 
-@dataclass(frozen=True)
+@frozen
 class Prepared:
     """The local disk's path, and what must be copied where; `session.py` says what `how` can be."""
 
@@ -64,7 +64,7 @@ class Prepared:
     base: Device | None
 
 
-@dataclass(frozen=True)
+@frozen
 class Fetched:
     """Whether a template is in the cache, and if a new copy of it would be thin."""
 
@@ -125,13 +125,13 @@ class Helper:
 
         `writes` are the bytes of data that will be written to it; `base` is what it may start from.
         """
-        asked = asdict(base) if base else None
+        asked = plain_values(base) if base else None
         fields = {"size": virtual_size, "fingerprint": fingerprint, "writes": writes, "base": asked}
         return self._prepared(self._ask("prepare", **fields))
 
     def prefetch(self, backend: str, base: Base) -> Fetched:
         """Hold this template's lock until the end and see whether it is in the cache."""
-        answer = self._ask("prefetch", backend=backend, base=asdict(base))
+        answer = self._ask("prefetch", backend=backend, base=plain_values(base))
         with self._understood():
             return Fetched(bool(answer["ready"]), bool(answer["thin"]))
 

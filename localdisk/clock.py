@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import time
-from dataclasses import dataclass
+
+from localdisk.frozen import frozen
 
 BOOT_ID = "/proc/sys/kernel/random/boot_id"
 
 
-@dataclass(frozen=True)
+@frozen
 class Moment:
     epoch: float  # seconds, as the date says
     boot_id: str = ""  # "" where the kernel has none

@@ -15,12 +15,12 @@ import json
 import os
 import stat
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
 from functools import lru_cache
 from types import MappingProxyType
 
 from localdisk import config_memory
 from localdisk.errors import BadProperty, ConfigRefused, ConfigUnreadable
+from localdisk.frozen import frozen, replace
 from localdisk.units import Amount, parse_duration, parse_percentage, parse_size
 from localdisk.yamltree import FILE_LIMIT, Problem, Refused, Tree, read_tree, shorten
 
@@ -44,7 +44,7 @@ _BACKENDS = ("lvm", "lvmthin")
 # -- what the rest of the program sees
 
 
-@dataclass(frozen=True)
+@frozen
 class Margins:
     """Room that is left: `disk` of the virtual size, `reserve` of the VG, percentages of the thin pool."""
 
@@ -54,7 +54,7 @@ class Margins:
     thin_metadata: float
 
 
-@dataclass(frozen=True)
+@frozen
 class Retention:
     """How a local disk ends; `keep_for` and `grace` in seconds, the others in the schema's words."""
 
@@ -66,7 +66,7 @@ class Retention:
     older_disks: str
 
 
-@dataclass(frozen=True)
+@frozen
 class Copy:
     """`bandwidth` is of the whole host, in bytes per second; None: unlimited."""
 
@@ -75,7 +75,7 @@ class Copy:
     nice: int
 
 
-@dataclass(frozen=True)
+@frozen
 class Cache:
     """The template cache; `max_size` of the VG or pool, `keep_for` in seconds."""
 
@@ -84,7 +84,7 @@ class Cache:
     keep_for: int
 
 
-@dataclass(frozen=True)
+@frozen
 class Settings:
     """Every key that may stand at the top of the file and again under `vms`."""
 
@@ -99,7 +99,7 @@ class Settings:
     cache: Cache
 
 
-@dataclass(frozen=True)
+@frozen
 class Policy(Settings):
     """What holds for one VM; `disks` are the image ids that are local, None: all of them."""
 
@@ -111,7 +111,7 @@ class Policy(Settings):
         return self.enabled and (self.disks is None or image_id.lower() in self.disks)
 
 
-@dataclass(frozen=True)
+@frozen
 class Override:
     """A VM's policy but for its property value; `backend` is what its own section says, None: nothing."""
 
@@ -119,7 +119,7 @@ class Override:
     backend: str | None
 
 
-@dataclass(frozen=True)
+@frozen
 class Config(Settings):
     """One configuration file; `vms` by VM UUID, `others` for every VM that it does not name."""
 

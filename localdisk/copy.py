@@ -17,11 +17,11 @@ import struct
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 
 from localdisk import image, run
 from localdisk.errors import CommandMissing, CopyFailed, DeviceNotReady, Error, PoolFilledUp, how_it_ended
+from localdisk.frozen import frozen
 from localdisk.image import Layer, Source
 from localdisk.lvm import read_dm_uuid
 
@@ -37,7 +37,7 @@ _PROGRESS = re.compile(rb"\((\d+(?:\.\d+)?)/100%\)")
 OnProgress = Callable[[float, int], None]
 
 
-@dataclass(frozen=True)
+@frozen
 class Device:
     """An active logical volume of ours, as the helper knows it."""
 
@@ -45,7 +45,7 @@ class Device:
     dm_uuid: str
 
 
-@dataclass(frozen=True)
+@frozen
 class Target(Device):
     """The logical volume to fill, as the helper made it."""
 
@@ -54,7 +54,7 @@ class Target(Device):
     nice: int  # absolute
 
 
-@dataclass(frozen=True)
+@frozen
 class _Pass:
     """One run of qemu-img convert: what it reads, with the descriptors `fds`, and what it is told."""
 

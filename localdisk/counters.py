@@ -15,10 +15,10 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
 
 from localdisk import lock, log
 from localdisk.errors import Error
+from localdisk.frozen import field, frozen, names, plain_values, replace
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ _LIMIT = 4096  # bytes of the file
 _REASONS = 64  # different ones that are counted
 
 
-@dataclass(frozen=True)
+@frozen
 class Counters:
     """Sums since boot; bytes, seconds, and times in seconds since the epoch (0: never)."""
 
@@ -114,7 +114,7 @@ def _change(change: Callable[[Counters], Counters]) -> None:
         os.makedirs(lock.RUN, mode=0o755, exist_ok=True)
         with _opened(os.O_RDWR | os.O_CREAT, fcntl.LOCK_EX) as fd:
             old = _parse(os.pread(fd, _LIMIT, 0))
-            os.pwrite(fd, json.dumps(asdict(change(old))).encode().ljust(_LIMIT), 0)
+            os.pwrite(fd, json.dumps(plain_values(change(old))).encode().ljust(_LIMIT), 0)
     except OSError as error:
         log.problem("cannot count", why=error)
 
@@ -136,9 +136,7 @@ def _parse(text: bytes) -> Counters:
     with contextlib.suppress(ValueError, RecursionError):
         found = json.loads(text)
         values = found if isinstance(found, dict) else {}
-    return Counters(
-        **{each.name: values[each.name] for each in fields(Counters) if _is_good(each.name, values)}
-    )
+    return Counters(**{name: values[name] for name in names(Counters) if _is_good(name, values)})
 
 
 def _is_good(name: str, values: dict[str, Any]) -> bool:

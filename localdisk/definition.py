@@ -26,9 +26,9 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 
 from localdisk.errors import BadDiskData, BadDomain
+from localdisk.frozen import frozen, replace
 from localdisk.ids import is_uuid
 from localdisk.vdsm import DATA_LIMIT
 
@@ -74,7 +74,7 @@ _MARKUP = re.compile(
 _ATTRIBUTE = re.compile(r"""(?P<name>[^\s=]+)\s*=\s*(?P<value>"[^"]*"|'[^']*')""", re.ASCII)
 
 
-@dataclass(frozen=True)
+@frozen
 class Volume:
     """One volume of an image directory, as vdsm names it; `volume_id` is a canonical UUID."""
 
@@ -82,7 +82,7 @@ class Volume:
     path: str
 
 
-@dataclass(frozen=True)
+@frozen
 class Disk:
     """One disk of a VM, in vdsm's words.
 
@@ -312,7 +312,7 @@ def localize_domain(xml: str, paths: Mapping[str, str]) -> str:
     return _edited(xml, root, changes)
 
 
-@dataclass(frozen=True)
+@frozen
 class Running:
     """A VM that runs, from the domain XML that libvirt has of it."""
 
@@ -436,7 +436,7 @@ def _disks(root: _Element) -> list[tuple[_Element, Disk]]:
     return disks
 
 
-@dataclass(frozen=True)
+@frozen
 class _Identity:
     """What vdsm's metadata says about one disk; the fields are those of Disk."""
 

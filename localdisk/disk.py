@@ -29,7 +29,6 @@ import enum
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 
 from localdisk.clock import Moment
 from localdisk.config import Margins, Policy, Retention
@@ -49,6 +48,7 @@ from localdisk.errors import (
     ThinPoolInactive,
     ThinPoolNotZeroing,
 )
+from localdisk.frozen import frozen
 from localdisk.ids import is_uuid
 from localdisk.lvm import LogicalVolume, VolumeGroup
 from localdisk.units import format_size
@@ -75,7 +75,7 @@ class State(enum.Enum):
     DELETING = "deleting"
 
 
-@dataclass(frozen=True)
+@frozen
 class LocalDisk:
     """A local disk as its logical volume and tags describe it."""
 
@@ -221,7 +221,7 @@ def aside_tags(disk: LocalDisk, erase: str, name: str) -> tuple[frozenset[str], 
 # -- how old a mark is
 
 
-@dataclass(frozen=True)
+@frozen
 class Age:
     """How long ago a disk was marked, in seconds; `doubt` says why that cannot be true, "" if it can."""
 
@@ -254,7 +254,7 @@ def is_clock_wrong(disk: LocalDisk, now: Moment) -> bool:
 # -- starting
 
 
-@dataclass(frozen=True)
+@frozen
 class Start:
     """What a start does with the local disks of its image.  Without `reuse`, a new disk is made."""
 
@@ -263,7 +263,7 @@ class Start:
     replace: tuple[LocalDisk, ...] = ()  # kept disks that are removed once the disk of this start is ready
 
 
-@dataclass(frozen=True)
+@frozen
 class Wanted:
     """The disk that a start asks for."""
 

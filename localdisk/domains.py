@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 from localdisk import run
 from localdisk.errors import CommandFailed, CommandMissing, CommandTimeout, LibvirtSilent
+from localdisk.frozen import frozen
 from localdisk.ids import is_uuid
 
 VIRSH = ("virsh", "--readonly", "--connect", "qemu:///system")
@@ -31,7 +31,7 @@ class DomainState(enum.Enum):
     ACTIVE = "active"  # it runs or is paused
 
 
-@dataclass(frozen=True)
+@frozen
 class Domains:
     """The UUIDs of all VMs that libvirt knows in any state, and of those that run, paused ones included."""
 
@@ -39,7 +39,7 @@ class Domains:
     active: frozenset[str]
 
 
-@dataclass(frozen=True)
+@frozen
 class Question:
     """virsh under way."""
 

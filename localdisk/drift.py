@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 
 from localdisk import gc
 from localdisk.clock import Moment
@@ -15,6 +14,7 @@ from localdisk.config import Config
 from localdisk.definition import Disk, Running
 from localdisk.disk import LocalDisk, State, is_fingerprint, is_left_alone
 from localdisk.errors import DependentVolumes, Error, plain
+from localdisk.frozen import frozen
 from localdisk.gc import Action
 from localdisk.lvm import VolumeGroup
 from localdisk.progress import Progress
@@ -56,7 +56,7 @@ Templates = Iterable[tuple[VolumeGroup, Template]]
 Held = Mapping[str, "Progress | None"]
 
 
-@dataclass(frozen=True)
+@frozen
 class Problem:
     kind: str
     what: str

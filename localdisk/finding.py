@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable
-from dataclasses import dataclass
+
+from localdisk.frozen import frozen
 
 
-@dataclass(frozen=True)
+@frozen
 class Finding:
     """One problem; a hint may be none, and does not count."""
 

@@ -11,7 +11,6 @@ import enum
 import json
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
 
 from localdisk import cancel, clock, counters, domains, kept, lock, log, lvm, progress, stale, template
 from localdisk.clock import Moment
@@ -30,6 +29,7 @@ from localdisk.disk import (
 )
 from localdisk.domains import Domains
 from localdisk.errors import Error, Interrupted, LibvirtSilent
+from localdisk.frozen import frozen, replace
 from localdisk.lvm import LogicalVolume, VolumeGroup
 from localdisk.progress import Progress
 from localdisk.removal import finish, take_away
@@ -46,7 +46,7 @@ class Action(enum.Enum):
     REST = "rest"  # deactivate a template LV that nobody reads
 
 
-@dataclass(frozen=True)
+@frozen
 class Witnesses:
     """What speaks for a disk."""
 
@@ -59,7 +59,7 @@ class Witnesses:
     vm_is_prepared: bool = False  # a process works on another disk of its VM
 
 
-@dataclass(frozen=True)
+@frozen
 class Verdict:
     action: Action
     reason: str
@@ -68,7 +68,7 @@ class Verdict:
     age: float = 0  # of the mark that is made, in seconds
 
 
-@dataclass(frozen=True)
+@frozen
 class Finding:
     """One disk, what was decided, and what came of it."""
 
@@ -83,7 +83,7 @@ class Finding:
         return bool(self.failure) or not self.verdict.is_certain
 
 
-@dataclass(frozen=True)
+@frozen
 class Collection:
     """One run of gc; `problems` are what it could not look at, one line each."""
 
@@ -352,7 +352,7 @@ def _count(found: Collection) -> None:
     )
 
 
-@dataclass(frozen=True)
+@frozen
 class _Group:
     """gc's work on one volume group, as it was at first."""
 

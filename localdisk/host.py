@@ -13,12 +13,12 @@ import re
 import stat
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import partial
 
 from localdisk import domains, host_storage, lock, places, run
 from localdisk.config import Config
 from localdisk.errors import CommandFailed, Error, Interrupted, Unseen
+from localdisk.frozen import frozen
 from localdisk.host_storage import Group, LvmSettings
 
 TYPE_CHECKING = False
@@ -42,7 +42,7 @@ PACKAGES = {
 Version = tuple[int, ...]
 
 
-@dataclass(frozen=True)
+@frozen
 class Entry:
     """A file or directory, no link followed; `text` is what a small file says."""
 
@@ -62,7 +62,7 @@ class Entry:
         return stat.S_ISDIR(self.mode)
 
 
-@dataclass(frozen=True)
+@frozen
 class Hook:
     """An executable file in a directory of vdsm's hook points; `target` is what it really is."""
 
@@ -71,7 +71,7 @@ class Hook:
     target: str
 
 
-@dataclass(frozen=True)
+@frozen
 class Accounts:
     """Those of the users vdsm and qemu and the groups kvm and qemu that exist, and the groups of vdsm."""
 
@@ -80,7 +80,7 @@ class Accounts:
     of_vdsm: frozenset[str]
 
 
-@dataclass(frozen=True)
+@frozen
 class Host:
     """Everything; None where it could not be asked, which `failures` or an ordinary user explain."""
 

@@ -7,11 +7,11 @@ import os
 import re
 import stat
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 
 from localdisk import places, run, sysfs
 from localdisk.disk import LocalDisk, local_disks
 from localdisk.errors import CommandFailed, NoVolumeGroup
+from localdisk.frozen import field, frozen
 from localdisk.lvm import VolumeGroup
 
 TYPE_CHECKING = False
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     Owner = tuple[Optional[int], Optional[int]]  # user and group, by number; None: there is no such
 
 
-@dataclass(frozen=True)
+@frozen
 class LvmSettings:
     """What the host's LVM configuration says."""
 
@@ -30,7 +30,7 @@ class LvmSettings:
     scan_lvs: bool = False  # whether LVM looks for volume groups inside of logical volumes
 
 
-@dataclass(frozen=True)
+@frozen
 class Multipath:
     """A multipath device under a volume group."""
 
@@ -38,7 +38,7 @@ class Multipath:
     wwid: str
 
 
-@dataclass(frozen=True)
+@frozen
 class PoolWatch:
     """What LVM does for a thin pool that fills up."""
 
@@ -46,7 +46,7 @@ class PoolWatch:
     is_monitored: bool
 
 
-@dataclass(frozen=True)
+@frozen
 class Group:
     """A volume group of the configuration; `vg` None: LVM does not see it."""
 

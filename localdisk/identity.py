@@ -23,9 +23,9 @@ import stat
 import sys
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice
 
+from localdisk.frozen import frozen
 from localdisk.lvm import read_dm_uuid
 
 MAX_TABLES = 128 << 20  # bytes of L2 tables and refcount blocks that are read of one volume
@@ -39,7 +39,7 @@ _AHEAD = 256  # pieces that the kernel reads at once
 Piece = tuple[int, int]  # offset, length
 
 
-@dataclass(frozen=True)
+@frozen
 class Tables:
     """Where a qcow2 image has its tables: offsets and sizes in bytes."""
 

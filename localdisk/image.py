@@ -18,11 +18,11 @@ import stat
 import struct
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 
 from localdisk import run
 from localdisk.definition import Disk
 from localdisk.errors import CommandFailed, CommandMissing, SourceRefused
+from localdisk.frozen import field, frozen
 from localdisk.identity import Tables, forget_pages, is_empty, read_identity
 from localdisk.ids import is_uuid
 from localdisk.units import MAX_DISK
@@ -55,7 +55,7 @@ _MEASURED = 64 * 1024  # the cluster size that qemu-img measure assumes
 _BOUNDED = ("prlimit", "--as=2147483648", "--cpu=600", "--core=0", "--")
 
 
-@dataclass(frozen=True)
+@frozen
 class Header:
     """What a qcow2 header says; `virtual_size` in bytes, names "" where there are none."""
 
@@ -137,7 +137,7 @@ def _backing_format(data: bytes, offset: int, end: int) -> str:
     return ""
 
 
-@dataclass(frozen=True)
+@frozen
 class Layer:
     """One opened volume of the chain; `virtual_size` in bytes, as the guest sees this layer."""
 
@@ -173,7 +173,7 @@ class Layer:
             return False
 
 
-@dataclass(frozen=True)
+@frozen
 class Source:
     """The chain of one disk, leaf first."""
 

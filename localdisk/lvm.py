@@ -11,7 +11,6 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 
 from localdisk import run
 from localdisk.errors import (
@@ -24,6 +23,7 @@ from localdisk.errors import (
     ThinPoolAtThreshold,
     VolumeGroupUnusable,
 )
+from localdisk.frozen import frozen
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ _TIMES = ("--config", 'report{time_format="%s"}')  # lv_time in seconds since th
 SELECT = {"seg": "segtype=thin-pool", "pv": "pv_name=none", "pvseg": "pv_name=none"}
 
 
-@dataclass(frozen=True)
+@frozen
 class LogicalVolume:
     """One row of `lvs`; sizes in bytes, percentages 0 to 100 or None where LVM shows none."""
 
@@ -93,7 +93,7 @@ class LogicalVolume:
         return {"thin", "pool"} <= self.lv_layout
 
 
-@dataclass(frozen=True)
+@frozen
 class VolumeGroup:
     """One volume group as it was when it was read; sizes in bytes.  Its methods change the real one."""
 

@@ -10,12 +10,12 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import replace
 
 from localdisk import lock, log
 from localdisk.config import Policy
 from localdisk.disk import LocalDisk, State
 from localdisk.errors import Error
+from localdisk.frozen import replace
 from localdisk.lock import Pause
 from localdisk.lvm import LogicalVolume, VolumeGroup
 from localdisk.progress import COPYING, PREPARING, WAITING, Progress

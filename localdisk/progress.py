@@ -9,16 +9,16 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 
 from localdisk import lock
+from localdisk.frozen import frozen, plain_values
 from localdisk.ids import is_uuid
 from localdisk.units import format_size
 
 PREPARING, WAITING, COPYING = "preparing", "waiting", "copying"
 
 
-@dataclass(frozen=True)
+@frozen
 class Progress:
     """One disk that is being prepared; bytes, and seconds since the epoch."""
 
@@ -49,7 +49,7 @@ class Progress:
         return round((self.at - self.since) * (1 - self.fraction) / self.fraction)
 
     def as_text(self) -> str:
-        return json.dumps(asdict(self))
+        return json.dumps(plain_values(self))
 
 
 def pace(rate: int, seconds_left: int | None) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 
 from localdisk import clock, domains, lock, log, lvm, template
 from localdisk.clock import Moment
@@ -24,6 +23,7 @@ from localdisk.errors import (
     NoSuchDisk,
     SeveralDisks,
 )
+from localdisk.frozen import frozen
 from localdisk.lvm import VolumeGroup
 from localdisk.removal import take_away
 from localdisk.units import format_duration, format_size
@@ -31,7 +31,7 @@ from localdisk.units import format_duration, format_size
 Vms = tuple[Mapping[str, str], frozenset[str]]  # the names of all by UUID, and which run
 
 
-@dataclass(frozen=True)
+@frozen
 class Named:
     """A local disk, or a template LV with the volume on shared storage that it is a copy of."""
 
@@ -44,7 +44,7 @@ class Named:
         return f"{self.vg.vg_name}/{self.disk.volume_id}"
 
 
-@dataclass(frozen=True)
+@frozen
 class Outcome:
     """A line for one disk; `failure` is why it was refused or could not be removed."""
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from functools import partial
 
 from localdisk import cache, lock, log
@@ -17,6 +16,7 @@ from localdisk.cache import Spare
 from localdisk.config import Policy
 from localdisk.disk import LocalDisk, require_alone
 from localdisk.errors import Error
+from localdisk.frozen import replace
 from localdisk.ids import new_uuid
 from localdisk.lock import Pause
 from localdisk.lvm import VolumeGroup

@@ -31,7 +31,6 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
 from functools import partial
 
 from localdisk import cache, cancel, clock, counters, domains, kept, lock, log, stale
@@ -54,6 +53,7 @@ from localdisk.errors import (
     VmForgotten,
     VmRuns,
 )
+from localdisk.frozen import frozen, replace
 from localdisk.ids import is_uuid
 from localdisk.lvm import VolumeGroup
 from localdisk.making import Making
@@ -74,7 +74,7 @@ LOCK_TRIES = 3  # status and gc take a lock for a moment, to see whether it is f
 PROPERTY_VALUES = ("lvm", "lvmthin", "on")
 
 
-@dataclass(frozen=True)
+@frozen
 class Claim:
     """The disk that this helper holds the lock of."""
 

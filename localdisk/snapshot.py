@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
 
 from localdisk import clock, domains, drift, gc, lvm, progress, sysfs, template
 from localdisk import vms as libvirt
@@ -19,6 +18,7 @@ from localdisk.config import Config, Policy
 from localdisk.disk import LocalDisk, State, is_left_alone, local_disks, silent_pool
 from localdisk.drift import Problem
 from localdisk.errors import LibvirtSilent, VolumeGroupUnusable
+from localdisk.frozen import frozen, replace
 from localdisk.gc import Action, Verdict
 from localdisk.lvm import VolumeGroup
 from localdisk.progress import Progress
@@ -27,7 +27,7 @@ from localdisk.units import format_duration
 from localdisk.vms import Vms
 
 
-@dataclass(frozen=True)
+@frozen
 class CacheUse:
     """Bytes that template LVs take of a volume group or of a pool, and may take (cache.max_size)."""
 
@@ -35,7 +35,7 @@ class CacheUse:
     limit: int
 
 
-@dataclass(frozen=True)
+@frozen
 class Pool:
     """A thin pool: what is used of it, None where it does not tell, and the margins, all in percent."""
 
@@ -48,7 +48,7 @@ class Pool:
     cache: CacheUse | None = None  # None where it is off, and there is no template LV
 
 
-@dataclass(frozen=True)
+@frozen
 class Group:
     """A volume group; `reserve` are the bytes of `free` that no new disk gets."""
 
@@ -60,7 +60,7 @@ class Group:
     cache: CacheUse | None = None  # of preallocated ones; None where it is off, and there is no template LV
 
 
-@dataclass(frozen=True)
+@frozen
 class Copy:
     """What is being prepared, how far; `done` from 0 to 1, `rate` in bytes written per second."""
 
@@ -72,7 +72,7 @@ class Copy:
     seconds_left: int | None
 
 
-@dataclass(frozen=True)
+@frozen
 class Next:
     """What happens to a disk or template LV if nothing else does, and when, None: that depends on others."""
 
@@ -81,7 +81,7 @@ class Next:
     text: str
 
 
-@dataclass(frozen=True)
+@frozen
 class Row:
     """One local disk, or one that is about to be made."""
 
@@ -104,7 +104,7 @@ class Row:
     older: bool = False  # of vdsm's older hook, kept until the operator decides
 
 
-@dataclass(frozen=True)
+@frozen
 class TemplateRow:
     """One template LV, or one that is about to be made."""
 
@@ -121,7 +121,7 @@ class TemplateRow:
     next: Next
 
 
-@dataclass(frozen=True)
+@frozen
 class Snapshot:
     """All of it.  Sizes in bytes, times in seconds since the epoch."""
 
@@ -216,7 +216,7 @@ def _unusable(vg: VolumeGroup, config: Config) -> Iterator[Problem]:
 # -- disks
 
 
-@dataclass(frozen=True)
+@frozen
 class _View:
     """From where the disks are looked at."""
 

@@ -11,11 +11,11 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
 
 from localdisk import snapshot, table
 from localdisk.config import Config
 from localdisk.errors import Error, Interrupted
+from localdisk.frozen import plain_values
 from localdisk.snapshot import Snapshot
 from localdisk.table import Look
 
@@ -26,7 +26,7 @@ _HOME, _CLEAR_LINE, _CLEAR_BELOW = "\033[H", "\033[K", "\033[J"
 
 
 def as_json(found: Snapshot) -> str:
-    return json.dumps({"version": 1, **asdict(found)}, indent=2) + "\n"
+    return json.dumps({"version": 1, **plain_values(found)}, indent=2) + "\n"
 
 
 def as_table(found: Snapshot, full: bool = False) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 
+from localdisk.frozen import frozen
 from localdisk.ids import is_uuid
 
 BLOCK = "/sys/block"
@@ -15,7 +15,7 @@ _SECTOR = 512  # bytes; `size` counts these, whatever the device's own are
 _TARGET_NAME = re.compile(r"((?:[^-]|--)+)-((?:[^-]|--)+)")  # VG-LV, dashes inside doubled
 
 
-@dataclass(frozen=True)
+@frozen
 class Volume:
     vg_name: str
     lv_name: str

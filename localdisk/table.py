@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 
 from localdisk import progress
 from localdisk.errors import plain
+from localdisk.frozen import frozen
 from localdisk.snapshot import CacheUse, Copy, Group, Pool, Row, Snapshot, TemplateRow
 from localdisk.units import format_duration, format_size
 
@@ -34,7 +34,7 @@ _RIGHT = {"SIZE", "USED", "HOLDS"}
 _MAY_BE_EMPTY = {"USED", "LV"}
 
 
-@dataclass(frozen=True)
+@frozen
 class Look:
     """How it is shown; `full`: whole ids and names, however wide."""
 
@@ -180,7 +180,7 @@ def _copy_bar(copy: Copy | None, size: int, name: str, look: Look) -> Iterator[s
         yield f"{bar} {share} of {format_size(size)}  {progress.pace(copy.rate, copy.seconds_left)}  {name}"
 
 
-@dataclass(frozen=True)
+@frozen
 class _Gauge:
     """How full something is; `limit` is the share from where on no more is made."""
 

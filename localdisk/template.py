@@ -20,7 +20,6 @@ Everything here is a pure function of frozen data.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 
 from localdisk.config import Cache
 from localdisk.disk import (
@@ -34,6 +33,7 @@ from localdisk.disk import (
     only_uuid,
     values_of,
 )
+from localdisk.frozen import frozen
 from localdisk.ids import is_uuid, uuid_of
 from localdisk.lvm import LogicalVolume, VolumeGroup
 
@@ -41,7 +41,7 @@ _MINUTE = 60  # seconds; of twenty VMs that start together, one writes down that
 _NAMES = "5f2b6f5e-2a40-4b4d-9d0b-6f6a3c1e7d42"  # any, but always this one
 
 
-@dataclass(frozen=True)
+@frozen
 class Template:
     """A template LV as its logical volume and tags describe it."""
 

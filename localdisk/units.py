@@ -7,7 +7,8 @@ decided by the patterns in `schema/localdisk.schema.json`; everything they allow
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+
+from localdisk.frozen import frozen
 
 MAX_DISK = 64 << 40  # bytes; the largest virtual disk that is taken on, far beyond what LVM is used for here
 
@@ -45,7 +46,7 @@ def parse_duration(text: str) -> int:
     return int(match[1]) * _DURATION_UNITS[match[2]]
 
 
-@dataclass(frozen=True)
+@frozen
 class Amount:
     """So many bytes, or so many percent of something: exactly one of the two is set."""
 

@@ -13,9 +13,9 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from localdisk.errors import BadHookCall, BadProperty
+from localdisk.frozen import frozen
 from localdisk.ids import is_uuid
 
 PROPERTY = "localdisk"  # the VM custom property; older hook: the same name, values lvm and lvmthin
@@ -52,7 +52,7 @@ MESSAGE_LIMIT = 1000  # characters on standard error: the engine shows at most 4
 _PART_LIMIT = 400  # of what is wrong, and of what to do
 
 
-@dataclass(frozen=True)
+@frozen
 class Call:
     """One call of a hook point.
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 
 from localdisk import definition, domains, log
 from localdisk.definition import Running
 from localdisk.domains import Domains
 from localdisk.errors import BadDomain
+from localdisk.frozen import frozen
 
 
-@dataclass(frozen=True)
+@frozen
 class Vms:
     """`names` by UUID of all VMs that libvirt knows in any state; `running` those that run."""
 

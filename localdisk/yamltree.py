@@ -7,7 +7,8 @@ the file wants, and its constructor would make numbers of `1:30` and lose all pl
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+
+from localdisk.frozen import frozen
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ DEPTH_LIMIT = 8
 LIST_LIMIT = 256
 
 
-@dataclass(frozen=True)
+@frozen
 class Place:
     """Where a key or value begins, counted from 1, and how it is written if it is a scalar."""
 
@@ -29,7 +30,7 @@ class Place:
     text: str = ""
 
 
-@dataclass(frozen=True)
+@frozen
 class Problem:
     """What is wrong with the value at `path`; the empty path is the whole file."""
 
@@ -47,7 +48,7 @@ class Refused:
     """Stands for a value that has a problem already, so that what surrounds it can still be checked."""
 
 
-@dataclass(frozen=True)
+@frozen
 class Tree:
     """`value` is made of dict with text keys, list, str, int, bool, None and Refused.
 

@@ -7,7 +7,6 @@ characters when it is measured.
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import io
 import json
@@ -30,6 +29,7 @@ from localdisk import (
     copy,
     counters,
     domains,
+    frozen,
     gc,
     helper,
     hook,
@@ -1205,7 +1205,7 @@ def in_two_groups(world: World) -> None:
     there = world.host()
     there.add(VOLUME, tags(), EXTENT)
     vg = VolumeGroup.from_report(there.report())
-    remove.find((vg, dataclasses.replace(vg, vg_name="second")), {}, VOLUME)
+    remove.find((vg, frozen.replace(vg, vg_name="second")), {}, VOLUME)
 
 
 REMOVE = {

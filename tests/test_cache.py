@@ -6,7 +6,6 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import pytest
 
 from localdisk import cache, counters, gc, lock, progress, template
 from localdisk.errors import CommandTimeout, DeviceNotReady, NoTemplate
+from localdisk.frozen import replace
 from localdisk.lvm import VolumeGroup
 from tests.fakes import (
     EXTENT,

@@ -10,7 +10,6 @@ import shlex
 import stat
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,6 +29,7 @@ from localdisk.errors import (
     VolumeGroupUnusable,
 )
 from localdisk.finding import Finding, write_command
+from localdisk.frozen import replace
 from localdisk.host import Accounts, Entry, Hook, Host
 from localdisk.host_storage import Group, LvmSettings, Multipath, PoolWatch
 from localdisk.lvm import VolumeGroup
@@ -66,7 +66,7 @@ def a_group(fake: FakeHost | None = None, devices: tuple[str, ...] = (), **chang
     vg = VolumeGroup.from_report((fake or FakeHost()).report(), devices)
     vg = replace(vg, vg_name="ovirt-local")
     group = Group("ovirt-local", devices, vg, pools={"pool0": PoolWatch(True, False)})
-    return replace(group, **changes)  # type: ignore[arg-type]
+    return replace(group, **changes)
 
 
 GOOD = Host(
@@ -95,7 +95,7 @@ GOOD = Host(
 
 def lines(text: str = "", **changes: object) -> list[str]:
     """What check says of a good host with these changes."""
-    found = tuple(check_host(config.parse(text.encode(), "F"), replace(GOOD, **changes)))  # type: ignore[arg-type]
+    found = tuple(check_host(config.parse(text.encode(), "F"), replace(GOOD, **changes)))
     return as_lines(Report("F", True, (), found)).splitlines()[1:]
 
 
@@ -433,23 +433,23 @@ def test_udev_rule_of_several_groups() -> None:
             " : lvm vgimportdevices ovirt-local",
         ),
         (
-            {"hidden": ("/dev/b",), "vg": replace(a_group().vg, vg_partial=True)},  # type: ignore[type-var]
+            {"hidden": ("/dev/b",), "vg": replace(a_group().vg, vg_partial=True)},
             "volume group ovirt-local is not in LVM's devices file (/dev/b), so LVM does not see it"
             " : for device in /dev/b; do lvm lvmdevices --adddev $device; done",
         ),
         (
-            {"vg": replace(a_group().vg, vg_partial=True)},  # type: ignore[type-var]
+            {"vg": replace(a_group().vg, vg_partial=True)},
             "volume group ovirt-local is missing a physical volume, so no local disk can be made or changed"
             " : vgreduce --removemissing ovirt-local # where the device is gone for good;"
             " vgextend --restoremissing ovirt-local DEVICE where it is back",
         ),
         (
-            {"vg": replace(a_group().vg, vg_exported=True, vg_partial=True)},  # type: ignore[type-var]
+            {"vg": replace(a_group().vg, vg_exported=True, vg_partial=True)},
             "volume group ovirt-local is exported, so no local disk can be made or changed"
             " : vgimport ovirt-local",
         ),
         (
-            {"vg": replace(a_group().vg, vg_lock_type="dlm")},  # type: ignore[type-var]
+            {"vg": replace(a_group().vg, vg_lock_type="dlm")},
             "volume group ovirt-local is shared (dlm), so no local disk can be made or changed : vgchange -y"
             " --lock-type none --lock-opt force ovirt-local # where no other host uses it",
         ),

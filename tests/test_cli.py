@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -39,6 +38,7 @@ from localdisk.errors import (
     NoVolumeGroup,
     UsageError,
 )
+from localdisk.frozen import replace
 from localdisk.gc import Action, Collection, Finding, Verdict
 from localdisk.lvm import VolumeGroup
 from localdisk.snapshot import Snapshot

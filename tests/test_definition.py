@@ -17,7 +17,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.parsers import expat
@@ -39,6 +38,7 @@ from localdisk.definition import (
     read_running,
 )
 from localdisk.errors import BadDiskData, BadDomain, Error
+from localdisk.frozen import replace
 from localdisk.vdsm import DATA_LIMIT
 
 DATA = Path(__file__).parent / "data" / "definition"

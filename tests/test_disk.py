@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Iterable
 
@@ -9,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from localdisk import disk as life
+from localdisk import frozen
 from localdisk.clock import Moment
 from localdisk.config import Cache, Copy, Margins, Policy, Retention
 from localdisk.disk import LocalDisk, Start, State, Stop, Wanted, plan_start, plan_stop, require_room
@@ -62,7 +62,7 @@ POLICY = Policy(
     enabled=True,
     disks=None,
 )
-THIN = dataclasses.replace(POLICY, backend="lvmthin")
+THIN = frozen.replace(POLICY, backend="lvmthin")
 
 
 def volume(
@@ -426,7 +426,7 @@ def test_no_start_breaks_a_promise() -> None:
     for (one, other), on_stop, on_change in itertools.product(
         itertools.product(kinds, kinds), ("delete", "keep"), ("refuse", "recopy")
     ):
-        retention = dataclasses.replace(RETENTION, on_stop=on_stop, on_source_change=on_change)
+        retention = frozen.replace(RETENTION, on_stop=on_stop, on_source_change=on_change)
         ours, theirs = of_kind(VOLUME, *one), of_kind(OTHER_VOLUME, *other)
         plan = planned_start(ours, theirs, retention=retention)
         if not isinstance(plan, Start):
@@ -452,7 +452,7 @@ def test_no_start_breaks_a_promise() -> None:
 def of_kind(name: str, state: State, is_open: bool, fingerprint: str, size: int, is_stale: bool) -> LocalDisk:
     disk = found_disk(state, is_open, fingerprint, size, is_older=False)
     lv_tags = disk.lv.lv_tags | ({"STALE"} if is_stale else set())
-    return local_disk(dataclasses.replace(disk.lv, lv_name=name, lv_tags=lv_tags))
+    return local_disk(frozen.replace(disk.lv, lv_name=name, lv_tags=lv_tags))
 
 
 def kept(name: str = VOLUME, fingerprint: str = "same", is_stale: bool = False) -> LocalDisk:
@@ -470,7 +470,7 @@ def kept(name: str = VOLUME, fingerprint: str = "same", is_stale: bool = False) 
 )
 def test_the_operator_decides_about_a_kept_disk(disk: LocalDisk, refusal: type[Error]) -> None:
     assert planned_start(disk, retention=RETENTION) is refusal
-    recopy = dataclasses.replace(RETENTION, on_source_change="recopy")
+    recopy = frozen.replace(RETENTION, on_source_change="recopy")
     assert planned_start(disk, retention=recopy) == Start(replace=(disk,))
 
 
@@ -478,13 +478,13 @@ def test_the_kept_disk_of_the_same_bytes_is_used_whatever_its_name_is() -> None:
     other, changed = kept(OTHER_VOLUME), kept(fingerprint="other")
     assert planned_start(other, retention=RETENTION) == Start(other)
     assert planned_start(changed, other, retention=RETENTION) == Start(other)
-    recopy = dataclasses.replace(RETENTION, on_source_change="recopy")
+    recopy = frozen.replace(RETENTION, on_source_change="recopy")
     assert planned_start(changed, other, retention=recopy) == Start(other, replace=(changed,))
 
 
 def test_a_disk_of_the_older_hook_says_by_its_name_alone_what_it_is_a_copy_of() -> None:
     older = found_disk(State.READY, False, "none", SIZE, is_older=True)
-    elsewhere = local_disk(dataclasses.replace(older.lv, lv_name=OTHER_VOLUME))
+    elsewhere = local_disk(frozen.replace(older.lv, lv_name=OTHER_VOLUME))
     assert planned_start(older, retention=RETENTION) == Start(older)
     assert planned_start(elsewhere, retention=RETENTION) is OtherLeaf
 
@@ -498,7 +498,7 @@ def test_no_start_while_a_disk_of_the_image_has_drifted(name: str, is_open: bool
     kinds = itertools.product(STATE_TAGS, (False, True), ("same", "other"), (SIZE,), (False, True))
     others = [(), *((of_kind(beside, *kind),) for kind in kinds)]
     for other, on_stop, on_change in itertools.product(others, ("delete", "keep"), ("refuse", "recopy")):
-        retention = dataclasses.replace(RETENTION, on_stop=on_stop, on_source_change=on_change)
+        retention = frozen.replace(RETENTION, on_stop=on_stop, on_source_change=on_change)
         assert planned_start(*other, drifted, retention=retention) is DiskDrifted
 
 
@@ -509,7 +509,7 @@ def test_a_disk_that_others_depend_on_is_neither_removed_nor_renamed(
     state: State, on_stop: str, on_change: str
 ) -> None:
     """D5, for each way in which a start would want to: refused, or left beside the new disk."""
-    retention = dataclasses.replace(RETENTION, on_stop=on_stop, on_source_change=on_change)
+    retention = frozen.replace(RETENTION, on_stop=on_stop, on_source_change=on_change)
     for fingerprint, mates in itertools.product(
         ("same", "other"), ((), (kept(OTHER_VOLUME),), (kept(OTHER_VOLUME, "other"),))
     ):
@@ -523,7 +523,7 @@ def test_a_disk_that_others_depend_on_is_neither_removed_nor_renamed(
             assert plan is DependentVolumes or on_change == "refuse"
             assert plan in (DependentVolumes, SourceChanged, OtherLeaf)
         theirs = depended_on(of_kind(OTHER_VOLUME, state, False, fingerprint, SIZE, False))
-        mates = tuple(local_disk(dataclasses.replace(mate.lv, lv_name=VOLUME)) for mate in mates)
+        mates = tuple(local_disk(frozen.replace(mate.lv, lv_name=VOLUME)) for mate in mates)
         plan = planned_start(theirs, *mates, retention=retention)
         if isinstance(plan, Start):
             assert does(plan, theirs) == "leave"
@@ -539,12 +539,12 @@ def test_a_disk_of_the_older_hook_is_left_alone(
     """D3: whatever there is beside it, it is used as it is, or stays as it is until the operator decides."""
     retention = Retention(on_stop, 3600, 600, on_change, "none", "keep")
     older = found_disk(state, False, fingerprint, SIZE // 2, is_older=True)
-    stale = local_disk(dataclasses.replace(older.lv, lv_tags=older.lv.lv_tags | {"STALE"}))
+    stale = local_disk(frozen.replace(older.lv, lv_tags=older.lv.lv_tags | {"STALE"}))
     named = kept(OTHER_VOLUME)
     for mates in ((), (named,), (kept(OTHER_VOLUME, "other"),)):
         assert does(planned_start(older, *mates, retention=retention), older) == "reuse"
         assert planned_start(stale, *mates, retention=retention) is KeptStale
-    elsewhere = local_disk(dataclasses.replace(older.lv, lv_name=OTHER_VOLUME))
+    elsewhere = local_disk(frozen.replace(older.lv, lv_name=OTHER_VOLUME))
     plan = planned_start(elsewhere, retention=retention)
     assert plan == (Start() if on_change == "recopy" else OtherLeaf)
     plan = planned_start(elsewhere, kept(), retention=retention)
@@ -555,7 +555,7 @@ def test_a_disk_of_the_older_hook_is_left_alone(
 
 
 def depended_on(disk: LocalDisk) -> LocalDisk:
-    return local_disk(dataclasses.replace(disk.lv, dependents=("backup",)))
+    return local_disk(frozen.replace(disk.lv, dependents=("backup",)))
 
 
 def test_nothing_found_is_created() -> None:
@@ -570,7 +570,7 @@ STOPS = list(itertools.product(State, (False, True), ("delete", "keep"), ("none"
 def test_a_stop_does_what_the_table_says() -> None:
     for state, is_open, on_stop, erase in STOPS:
         disk = found_disk(state, is_open, "same", SIZE, is_older=False)
-        retention = dataclasses.replace(RETENTION, on_stop=on_stop, erase=erase)
+        retention = frozen.replace(RETENTION, on_stop=on_stop, erase=erase)
         is_kept = on_stop == "keep" and state in (State.READY, State.STOPPED)
         must_wait = is_open or erase != "none"
         expected = Stop.KEEP if is_kept else Stop.MARK_DELETING if must_wait else Stop.REMOVE
@@ -593,7 +593,7 @@ def read(host: FakeHost) -> VolumeGroup:
 
 
 def with_margins(policy: Policy, **margins: Amount | float) -> Policy:
-    return dataclasses.replace(policy, margins=dataclasses.replace(policy.margins, **margins))  # type: ignore[arg-type]
+    return frozen.replace(policy, margins=frozen.replace(policy.margins, **margins))
 
 
 @pytest.mark.parametrize(
@@ -744,4 +744,4 @@ def test_pool_that_does_not_tell_how_full_it_is() -> None:
 )
 def test_no_room_in_an_unusable_group(vg: dict[str, str], backend: str) -> None:
     with pytest.raises(VolumeGroupUnusable):
-        require_room(read(group(**vg)), dataclasses.replace(POLICY, backend=backend), 512, 0)
+        require_room(read(group(**vg)), frozen.replace(POLICY, backend=backend), 512, 0)

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import itertools
 import json
 import os
@@ -15,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from localdisk import cli, clock, config, counters, gc, lock
+from localdisk import cli, clock, config, counters, frozen, gc, lock
 from localdisk.clock import Moment
 from localdisk.config import Config, Policy
 from localdisk.disk import FIRST, LocalDisk, unneeded_tags
@@ -68,7 +67,7 @@ def policy(text: str = "") -> Policy:
 
 
 def disk(lv_tags: set[str] | frozenset[str], is_open: bool = False) -> LocalDisk:
-    lv = dataclasses.replace(LV, lv_name=VOLUME, lv_tags=frozenset(lv_tags), lv_device_open=is_open)
+    lv = frozen.replace(LV, lv_name=VOLUME, lv_tags=frozenset(lv_tags), lv_device_open=is_open)
     found = LocalDisk.from_lv(lv)
     assert found
     return found
@@ -234,9 +233,9 @@ WITNESSES = st.builds(
     Witnesses, st.booleans(), st.none() | st.booleans(), st.booleans(), st.booleans(), st.booleans()
 )
 POLICIES = st.builds(
-    lambda on_stop, keep_for, grace: dataclasses.replace(
+    lambda on_stop, keep_for, grace: frozen.replace(
         policy(),
-        retention=dataclasses.replace(policy().retention, on_stop=on_stop, keep_for=keep_for, grace=grace),
+        retention=frozen.replace(policy().retention, on_stop=on_stop, keep_for=keep_for, grace=grace),
     ),
     st.sampled_from(["delete", "keep"]),
     st.integers(0, 2 * NOW),
@@ -1360,7 +1359,7 @@ class TemplateCase(NamedTuple):
     @property
     def verdict(self) -> Verdict:
         more = () if self.is_ready else ("UPDATING", "WRITES_5")
-        lv = dataclasses.replace(
+        lv = frozen.replace(
             LV,
             lv_name=LV_OF_IT,
             lv_tags=frozenset(template_tags(NOW - self.used, *more)),
@@ -1466,7 +1465,7 @@ def test_decide_template_never_breaks_a_promise(
     now: int,
 ) -> None:
     own = {"localdisk", f"TEMPLATE_{TEMPLATE}", *more}
-    lv = dataclasses.replace(
+    lv = frozen.replace(
         LV,
         lv_name=LV_OF_IT,
         lv_tags=frozenset(own | ({f"SOURCE_{FINGERPRINT}", f"SAMPLE_{FINGERPRINT}"} if is_told else set())),

@@ -9,7 +9,7 @@ import stat
 import struct
 import subprocess
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from localdisk import image, run
 from localdisk.definition import Disk, Volume
 from localdisk.errors import CommandFailed, CommandMissing, SourceRefused
+from localdisk.frozen import replace
 from localdisk.image import Header, Layer, Source
 
 MIB = 1 << 20

@@ -9,7 +9,6 @@ import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,7 @@ from localdisk import cli, config, counters, drift, errors, lock, metrics, snaps
 from localdisk.counters import Counters
 from localdisk.drift import Problem
 from localdisk.errors import Error, NoVolumeGroup
+from localdisk.frozen import replace
 from localdisk.snapshot import CacheUse, Copy, Group, Next, Pool, Row, Snapshot, TemplateRow
 from tests.fakes import IMAGE, OTHER_VOLUME, VM, VOLUME
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from localdisk import config, gc, lock, remove
+from localdisk import config, frozen, gc, lock, remove
 from localdisk.errors import (
     CommandFailed,
     DependentVolumes,
@@ -106,7 +105,7 @@ def test_what_is_not_ours_is_not_touched(host: FakeHost, lv_tags: set[str]) -> N
 def test_two_groups_with_a_disk_of_that_name(host: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
     host.add(VOLUME, tags(), SIZE)
     vg = VolumeGroup.from_report(host.report())
-    groups = (vg, dataclasses.replace(vg, vg_name="second"))
+    groups = (vg, frozen.replace(vg, vg_name="second"))
     with pytest.raises(SeveralDisks, match=f"{NAME}, second/{VOLUME}"):
         remove.find(groups, {}, VOLUME)
     assert len(remove.find(groups, {}, f"second/{VOLUME}")) == 1

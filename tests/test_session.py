@@ -7,7 +7,6 @@ import syslog
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from localdisk import config, counters, gc, lock, progress, template
 from localdisk.config import Config
 from localdisk.counters import Counters
 from localdisk.errors import CommandFailed
+from localdisk.frozen import replace
 from localdisk.lvm import VolumeGroup
 from localdisk.progress import Progress
 from localdisk.session import Session

@@ -6,7 +6,6 @@ import json
 import os
 import time
 from collections.abc import Iterable
-from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import pytest
 from localdisk import config, drift, lock, progress, snapshot, status, sysfs, table
 from localdisk.config import Config
 from localdisk.errors import NoVolumeGroup
+from localdisk.frozen import replace
 from localdisk.progress import Progress
 from localdisk.snapshot import CacheUse, Copy, Group, Next, Pool, Row, Snapshot, TemplateRow
 from tests.fakes import (

@@ -14,13 +14,13 @@ import subprocess
 import sys
 import termios
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from localdisk import status, table
 from localdisk.drift import Problem
+from localdisk.frozen import replace
 from localdisk.snapshot import CacheUse, Copy, Group, Next, Pool, Row, Snapshot, TemplateRow
 from localdisk.table import Look, render
 

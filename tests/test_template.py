@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
-from dataclasses import replace
 from functools import lru_cache
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from localdisk import config, template
+from localdisk import config, frozen, template
 from localdisk import disk as life
 from localdisk.config import Cache
 from localdisk.disk import LocalDisk, State
+from localdisk.frozen import replace
 from localdisk.ids import is_uuid
 from localdisk.lvm import LogicalVolume, VolumeGroup
 from localdisk.template import Template
@@ -41,7 +40,7 @@ properties = settings(max_examples=100, deadline=None, derandomize=True, databas
 
 
 def lv(lv_tags: set[str] | frozenset[str], **changes: object) -> LogicalVolume:
-    return dataclasses.replace(LV, lv_tags=frozenset(lv_tags), **changes)  # type: ignore[arg-type]
+    return frozen.replace(LV, lv_tags=frozenset(lv_tags), **changes)
 
 
 def found(lv_tags: set[str] | frozenset[str] = frozenset(READY), **changes: object) -> Template:

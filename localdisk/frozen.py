@@ -1,0 +1,145 @@
+"""Classes of named fields that are compared by value and never change, as frozen dataclasses are.
+
+Hooks and their helper are started for every disk of every VM, and `dataclasses` costs each of them as much as
+a bare interpreter's start: it imports `inspect`, with Python's parser and disassembler, and compiles code
+for each class.  To a type checker these are dataclasses.
+"""
+
+from __future__ import annotations
+
+TYPE_CHECKING = False  # as type checkers know it; `typing` is slow to import, too
+if TYPE_CHECKING:
+    from typing import Any, TypeVar
+
+    from typing_extensions import dataclass_transform
+
+    T = TypeVar("T")
+else:
+
+    def dataclass_transform(**_options):
+        return lambda function: function
+
+
+class _Options:
+    """The options of a field, in the place of its default."""
+
+    def __init__(self, **options: Any) -> None:
+        self.options = options
+
+
+def field(**options: Any) -> Any:
+    """A field with options, each optional.
+
+    default           its value where none is given
+    default_factory   makes that value, anew for each object
+    compare=False     objects that differ in it alone are equal
+    repr=False        it is not shown
+    """
+    return _Options(**options)
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(field,))
+def frozen(cls: type[T]) -> type[T]:
+    """The fields of the class are what it annotates, after those of a class of this kind that it extends.
+
+    They are given by position or by name.  Where one is missing or unknown, TypeError is raised; where one
+    is to be changed, AttributeError.
+    """
+    options = {**getattr(cls, "_options", {}), **_own_options(cls)}
+    members: dict[str, Any] = {
+        "_options": options,
+        "_names": tuple(options),
+        "_defaults": {name: each["default"] for name, each in options.items() if "default" in each},
+        "_makers": {
+            name: each["default_factory"] for name, each in options.items() if "default_factory" in each
+        },
+        "_compared": tuple(name for name, each in options.items() if each.get("compare", True)),
+        "__init__": _init,
+        "__eq__": _equals,
+        "__hash__": _hash,
+        "__repr__": _repr,
+        "__setattr__": _refuse,
+        "__delattr__": _refuse,
+    }
+    for name, member in members.items():
+        setattr(cls, name, member)
+    return cls
+
+
+def replace(old: T, **changes: Any) -> T:
+    """An object like `old`, but for `changes`."""
+    return type(old)(**{**values(old), **changes})
+
+
+def values(found: object) -> dict[str, Any]:
+    """The fields of an object, by name."""
+    state = vars(found)
+    return {name: state[name] for name in names(type(found))}
+
+
+def names(kind: type) -> tuple[str, ...]:
+    """The names of the fields of a class."""
+    found: tuple[str, ...] = kind._names  # type: ignore[attr-defined]
+    return found
+
+
+def plain_values(found: Any) -> Any:
+    """`found` for JSON: a dictionary for each such object in it, a list for each sequence."""
+    if hasattr(type(found), "_names"):
+        return {name: plain_values(value) for name, value in values(found).items()}
+    if isinstance(found, dict):
+        return {key: plain_values(value) for key, value in found.items()}
+    if isinstance(found, (list, tuple)):
+        return [plain_values(value) for value in found]
+    return found
+
+
+def _own_options(cls: type) -> dict[str, dict[str, Any]]:
+    """The options of each field that the class itself annotates."""
+    found = {}
+    for name, annotation in cls.__dict__.get("__annotations__", {}).items():
+        if annotation.startswith("ClassVar"):
+            continue
+        default = cls.__dict__.get(name, _Options())
+        found[name] = default.options if isinstance(default, _Options) else {"default": default}
+        if isinstance(cls.__dict__.get(name), _Options):
+            delattr(cls, name)
+    return found
+
+
+def _init(self: Any, *by_position: Any, **by_name: Any) -> None:
+    state = dict(zip(self._names, by_position), **by_name)
+    is_given_once = len(state) == len(by_position) + len(by_name)
+    for name, value in self._defaults.items():
+        state.setdefault(name, value)
+    for name, make in self._makers.items():
+        if name not in state:
+            state[name] = make()
+    if not is_given_once or len(state) != len(self._names) or not state.keys() <= self._options.keys():
+        wrong = sorted(self._options.keys() ^ state.keys()) or "a field is given twice"
+        raise TypeError(f"{type(self).__name__}: {wrong}")
+    self.__dict__.update(state)
+
+
+def _key(self: Any) -> tuple[object, ...]:
+    state = self.__dict__
+    return tuple([state[name] for name in self._compared])
+
+
+def _equals(self: Any, other: object) -> Any:
+    return _key(self) == _key(other) if type(other) is type(self) else NotImplemented
+
+
+def _hash(self: Any) -> int:
+    return hash(_key(self))
+
+
+def _repr(self: Any) -> str:
+    shown = (
+        f"{name}={value!r}" for name, value in values(self).items() if self._options[name].get("repr", True)
+    )
+    return f"{type(self).__qualname__}({', '.join(shown)})"
+
+
+def _refuse(self: object, name: str, *_value: object) -> None:
+    raise AttributeError(f"{type(self).__name__} does not change: {name}")
