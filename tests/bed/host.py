@@ -172,8 +172,11 @@ def logical_volumes() -> dict[str, frozenset[str]]:
 
 def install() -> None:
     """As an administrator does: copies one file, and has it install all that belongs to it."""
-    if throwaway():
-        # What this machine has extracted shows through; a host that gets the file has nothing yet.
+    if throwaway() and not TREES.parent.is_mount():
+        # What this machine has extracted shows through, and changes while other tests run on it; a host that
+        # gets the file has nothing yet.
+        run("mount", "-t", "tmpfs", "-o", "mode=755", "cache", str(TREES.parent))
+    elif throwaway():
         shutil.rmtree(TREES, ignore_errors=True)
     source = Path(os.environ.get("LOCALDISK_BED_PROGRAM", ROOT / "dist/localdisk"))
     if not source.is_file():

@@ -37,7 +37,7 @@ from tests.integration.steps import (
 )
 
 SCHEMA = json.loads((Path(__file__).parents[2] / "schema" / "status.schema.json").read_text())
-SLOW = "copy: {parallel: 1, bandwidth: 512KiB}\nmargins: {reserve: 10%}\n"
+SLOW = "copy: {parallel: 1, bandwidth: 1MiB}\nmargins: {reserve: 10%}\n"
 
 
 @pytest.fixture(autouse=True)
@@ -139,7 +139,9 @@ def test_open_by_no_vm(volume_group: str, file_storage: FileStorage) -> None:
 def test_copies_that_run_wait_and_die(volume_group: str, file_storage: FileStorage) -> None:
     """The one that waits has no volume yet; the one that is killed leaves one that nobody works on."""
     configure(SLOW)
-    images = [file_storage.template(24 * MIB, seed=64), file_storage.template(24 * MIB, seed=65)]
+    images = [file_storage.template(64 * MIB, seed=64), file_storage.template(64 * MIB, seed=65)]
+    for image in images:
+        run("qemu-io", "-f", "raw", "-c", f"write -P 5 0 {64 * MIB}", str(image.leaf.path))
     with logged() as lines:
         first = begin(images[0])
         wait_for(lambda: copied(images[0]), "progress")
@@ -148,10 +150,10 @@ def test_copies_that_run_wait_and_die(volume_group: str, file_storage: FileStora
         rows = {row["volume"]: row for row in shown(0)["disks"]}
         copy, waiting = rows[images[0].leaf.id], rows[images[1].leaf.id]
         assert (copy["state"], waiting["state"]) == ("copying", "waiting")
-        assert copy["size"] == 24 * MIB
+        assert copy["size"] == 64 * MIB
         assert 0 < copy["copy"]["done"] < 1
-        assert 0 < copy["copy"]["written"] <= 24 * MIB
-        assert copy["copy"]["rate"] < MIB
+        assert 0 < copy["copy"]["written"] <= 64 * MIB
+        assert copy["copy"]["rate"] < 2 * MIB
         assert copy["next"]["text"].endswith(" left")
         assert waiting["next"]["text"].startswith("waits ")
         wait_for(lambda: any(" copying vm=" in line for line in lines), "a line that tells how far it is")
@@ -167,7 +169,7 @@ def test_copies_that_run_wait_and_die(volume_group: str, file_storage: FileStora
             libvirt.undefine(vm_id)
         localdisk("gc")
         assert problems() == {}
-    assert any(f"disk={images[0].leaf.id} bytes={24 * MIB} backend=lvm" in line for line in lines)
+    assert any(f"disk={images[0].leaf.id} bytes={64 * MIB} backend=lvm" in line for line in lines)
     copying = [line for line in lines if " copying vm=" in line]
     assert copying
     assert all(" took=" in line and "B/s" in line for line in copying), lines
