@@ -10,7 +10,7 @@
 #   ./build.sh crash [ARGUMENTS]    the crash matrix: --match TEXT, --every N, --all
 #   ./build.sh model [SEED]         the model test in memory and on real LVM; SEED may be FIRST-LAST
 #   ./build.sh bench                the table of measurements
-#   ./build.sh pictures             docs/*.svg of the README, drawn from a real run
+#   ./build.sh pictures             docs/*.svg, drawn from a real run
 #   ./build.sh fuzz [SECONDS]       broken input for everything that reads what others wrote
 #   ./build.sh pins                 pins/*.txt anew: every package that pip installs, and the guest's kernel
 #

@@ -350,7 +350,7 @@ def _refuse_config(arguments: argparse.Namespace) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The argument parser; README's reference is made from its help.  Bad usage raises UsageError."""
+    """The argument parser; docs/operations.md has its help.  Bad usage raises UsageError."""
     import argparse
 
     class Parser(argparse.ArgumentParser):

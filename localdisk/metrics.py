@@ -1,7 +1,7 @@
 """A snapshot and the counters as metrics in Prometheus' text format, for node_exporter's textfile collector.
 
 METRICS is all there is: each metric's name, meaning, labels, and how its values come from what was seen.
-README's table, examples/metrics/ and their tests follow it.
+The table in docs/operations.md, examples/metrics/ and their tests follow it.
 
 Format: https://prometheus.io/docs/instrumenting/exposition_formats/; names and units:
 https://prometheus.io/docs/practices/naming/.
@@ -78,7 +78,7 @@ def render(snapshot: Snapshot | None, counters: Counters, config_valid: bool) ->
 
 
 def reference() -> str:
-    """Markdown table of all metrics; README has it."""
+    """Markdown table of all metrics; docs/operations.md has it."""
     rows = [f"| `{_signature(metric)}` | {metric.type} | {metric.meaning} |\n" for metric in METRICS]
     return "| metric | type | meaning |\n|---|---|---|\n" + "".join(rows)
 

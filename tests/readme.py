@@ -1,4 +1,7 @@
-"""README's reference, made from the schema and from --help: `python -m tests.readme` writes it in."""
+"""The generated parts of README.md and docs/: `python -m tests.readme` writes them anew.
+
+A part stands between `<!-- reference: NAME -->` and `<!-- end -->`.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +11,26 @@ import re
 from pathlib import Path
 
 from localdisk import cli, config, metrics
+from tests import troubleshooting
 
-README = Path(__file__).resolve().parents[1] / "README.md"
+ROOT = Path(__file__).resolve().parents[1]
+README, DOCS = ROOT / "README.md", ROOT / "docs"
+PAGES = (README, *sorted(DOCS.glob("*.md")))  # those with generated parts
+DOCUMENTS = (
+    *PAGES,
+    *(ROOT / name for name in ("CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")),
+    *sorted((ROOT / "examples").rglob("*.md")),
+)
 
 
 def generated() -> dict[str, str]:
-    """Each reference by its name."""
-    return {"configuration": config.reference(), "help": modes(), "metrics": metrics.reference()}
+    """Each generated part by its name."""
+    return {
+        "configuration": config.reference(),
+        "help": modes(),
+        "messages": troubleshooting.reference(),
+        "metrics": metrics.reference(),
+    }
 
 
 def modes() -> str:
@@ -28,15 +44,22 @@ def modes() -> str:
     return f"```\n{shown}\n{usages}```\n"
 
 
+def parts(text: str) -> list[str]:
+    """The names of the generated parts of a document."""
+    return re.findall(r"^<!-- reference: (\w+) -->$", text, re.M)
+
+
 def filled(text: str) -> str:
-    """README's `text` with every reference as it is generated now."""
-    for name, body in generated().items():
+    """A document's `text` with every generated part as it is generated now."""
+    bodies = generated()
+    for name in parts(text):
         block = re.compile(rf"(<!-- reference: {name} -->\n).*?(<!-- end -->)", re.S)
         found = block.search(text)
         assert found, name
-        text = text[: found.end(1)] + body + text[found.start(2) :]
+        text = text[: found.end(1)] + bodies[name] + text[found.start(2) :]
     return text
 
 
 if __name__ == "__main__":
-    README.write_text(filled(README.read_text()))
+    for path in PAGES:
+        path.write_text(filled(path.read_text()))

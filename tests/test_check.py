@@ -282,8 +282,8 @@ def test_the_examples_are_what_install_writes(example: str, made: str) -> None:
     assert (ROOT / "examples/host" / example).read_text() == made
 
 
-def test_the_places_are_those_of_readme() -> None:
-    text = (ROOT / "README.md").read_text()
+def test_the_places_are_those_of_the_pages() -> None:
+    text = (ROOT / "docs/operations.md").read_text()
     made = (places.PROGRAM, places.SUDOERS, *places.UDEV_RULES, places.CRON, places.HOOKS, places.HOOKS_ASIDE)
     assert [place for place in made if place not in text] == []
 

@@ -1,4 +1,4 @@
-"""The pictures' converters, on little texts and traces; and what the README shows."""
+"""The pictures' converters, on little texts and traces; and what the pages show."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from lxml import etree
 from tests.pictures import svg, terminal, way
 from tests.pictures.draw import scenes
 from tests.pictures.terminal import Run, Style
-from tests.readme import README
+from tests.readme import DOCS, PAGES
 
-DOCS = README.parent / "docs"
 KIB = 1 << 10
 VM, VOLUME = "5d1f0a58-0000-4000-8000-000000000001", "5d1f0a58-0000-4000-8000-000000000002"
 
@@ -196,12 +195,14 @@ def test_attributes_are_escaped() -> None:
     parsed(svg.document(1, 2.50, '"<', "", [svg.text(1, 2.0, "&", kind='"<&')]))
 
 
-def pictures_of_the_readme() -> list[str]:
-    return re.findall(r"!\[[^\]]{20,}\]\((docs/[^)]+)\)", README.read_text())
+def pictures_of(page: Path) -> list[Path]:
+    """Those with words for who does not see them."""
+    return [page.parent / name for name in re.findall(r"!\[[^\]]{20,}\]\(([^)]+)\)", page.read_text())]
 
 
-def test_the_readme_shows_every_picture_and_says_what_is_on_it() -> None:
-    assert sorted(pictures_of_the_readme()) == sorted(f"docs/{path.name}" for path in DOCS.glob("*.svg"))
+def test_the_pages_show_every_picture_and_say_what_is_on_it() -> None:
+    shown = [path for page in PAGES for path in pictures_of(page)]
+    assert sorted(shown) == sorted(DOCS.glob("*.svg"))
 
 
 @pytest.mark.parametrize("name", ["status", "watch", "way"])

@@ -1,4 +1,4 @@
-"""What starts, prefetches and gc do with template LVs (README.md, "Template cache").
+"""What starts, prefetches and gc do with template LVs (docs/architecture.md, "Template cache inside").
 
 As `predict.py`, of which this is the part about templates; sizes are bytes.
 """

@@ -1,4 +1,4 @@
-"""The pictures of the README, drawn from a real run: `./build.sh pictures`.
+"""The pictures of README.md and docs/, drawn from a real run: `./build.sh pictures`.
 
 record.py     plays the scenes in the test bed and prints what it saw, one line of JSON a scene
 trace.py      which processes ran, as whom, from when to when, and what they copied
