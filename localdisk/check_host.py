@@ -135,9 +135,12 @@ def _sudo(host: Host) -> Iterator[Finding]:
     if host.sudo_problem:
         what = f"vdsm cannot run `sudo {host.program} helper` ({host.sudo_problem})"
         yield Finding(what, "without it no local disk is made", fix)
-    elif host.sudoers and _rules(host.sudoers.text) != _rules(places.sudoers(host.program)):
-        why = "vdsm's environment, or more than one command of its, could reach root"
-        yield Finding(f"{places.SUDOERS} is not the rule that localdisk needs, no more and no less", why, fix)
+    elif host.sudoers and host.sudo_options is not None:
+        rule = places.sudoers(host.program, host.sudo_options)
+        if _rules(host.sudoers.text) != _rules(rule):
+            what = f"{places.SUDOERS} is not the rule that localdisk needs, no more and no less"
+            why = "vdsm could reach root with more than it needs, or a setting for all commands break a start"
+            yield Finding(what, why, fix)
 
 
 def _rules(text: str) -> set[str]:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
-from localdisk import domains, host_storage, lock, places, run
+from localdisk import domains, host_storage, lock, places, run, sudo_rule
 from localdisk.config import Config
 from localdisk.errors import CommandFailed, Error, Interrupted, Unseen
 from localdisk.frozen import frozen
@@ -32,6 +32,7 @@ PACKAGES = {
     "lvm": ("lvm2", "lvm2"),
     "qemu-img": ("qemu-img", "qemu-utils"),
     "sudo": ("sudo", "sudo"),
+    "visudo": ("sudo", "sudo"),
     "virsh": ("libvirt-client", "libvirt-clients"),
     "setpriv": ("util-linux", "util-linux"),
     "prlimit": ("util-linux", "util-linux"),
@@ -99,6 +100,7 @@ class Host:
     older_files: tuple[str, ...]  # those of places.OLDER_FILES that are there
     cron: Entry | None
     sudoers: Entry | None
+    sudo_options: tuple[str, ...] | None  # what the host's sudo knows of what our rule says
     run_directory: Entry | None
     lvm_settings: LvmSettings | None
     groups: tuple[Group, ...]
@@ -139,6 +141,7 @@ def look(config: Config, program: str) -> Host:
         older_files=tuple(places.older_files()),
         cron=asked(partial(entry, places.CRON, read=True)),
         sudoers=asked(partial(entry, places.SUDOERS, read=True)) if is_root else None,
+        sudo_options=asked(sudo_rule.known_options) if is_root and "visudo" not in missing else None,
         run_directory=asked(partial(entry, lock.RUN)),
         lvm_settings=settings,
         groups=tuple(groups),

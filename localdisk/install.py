@@ -15,7 +15,7 @@ import time
 import zipfile
 from collections.abc import Iterator
 
-from localdisk import config, lock, log, lvm, places, unpack
+from localdisk import config, lock, log, lvm, places, sudo_rule, unpack
 from localdisk.change import (
     Call,
     Change,
@@ -139,7 +139,7 @@ def _rules(root: str) -> Iterator[Change]:
     else:
         groups = config.parse(example, settings).volume_groups
         yield Write(settings, example, 0o644)
-    sudoers = places.sudoers(places.PROGRAM).encode()
+    sudoers = places.sudoers(places.PROGRAM, sudo_rule.known_options()).encode()
     yield from _file(Write(f"{root}{places.SUDOERS}", sudoers, 0o440, judge=("visudo", "-cf")))
     rule = places.udev_rule(groups).encode()
     udev = [change for path in places.UDEV_RULES for change in _file(Write(root + path, rule, 0o644))]

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 PROGRAM = "/usr/local/libexec/localdisk"  # where install puts it; any place that is root's alone will do
 TREES = "/var/cache/localdisk"  # front.py's
@@ -57,21 +57,41 @@ def older_files() -> list[str]:
     return [path for path in OLDER_FILES if os.path.lexists(path)]
 
 
-def sudoers(program: str) -> str:
-    """The text of SUDOERS."""
+# What sudo 1.8.29 (EL8) does not know yet; `sudo_rule.py` finds out which of them a host's sudo knows.
+NEWER_SUDO_OPTIONS = (
+    "!log_servers",  # 1.9.0
+    "!runas_check_shell",  # 1.8.30
+    "!runcwd",  # 1.9.3
+    "!intercept, !log_subcmds, !log_exit_status",  # 1.9.8
+    "!log_stdin, !log_stdout, !log_stderr, !log_ttyin, !log_ttyout",  # 1.9.15
+)
+
+
+def sudoers(program: str, options: Sequence[str] = NEWER_SUDO_OPTIONS) -> str:
+    """The text of SUDOERS; `options` are those of NEWER_SUDO_OPTIONS that the host's sudo knows."""
+    newer = "".join(f"Defaults!{program} {option}\n" for option in options)
     return f"""\
 # Made by localdisk install: root:root, mode 0440.
 # vdsm may run exactly this one command as root: no wildcard, no other argument.
 #
-# Nothing of vdsm's environment reaches it.  Without a pty and a PAM session in between, sudo becomes
-# the helper instead of staying beside it: its standard input ends when the hook does.  Each run is
-# logged, although vdsm's own sudoers file has !syslog for everything that vdsm runs.
+# Nothing of vdsm's environment reaches it.  Without a pty, a log of what it reads and writes, and a PAM
+# session in between, sudo becomes the helper instead of staying beside it: its standard input ends when the
+# hook does.  Each run is logged, although vdsm's own sudoers file has !syslog for everything that vdsm runs.
+#
+# sudo applies Defaults for one command after those that a host has for all commands or for vdsm, and the
+# tags of a rule after all Defaults.  The helper runs LVM (EXEC, !intercept), copies take hours
+# (!command_timeout), and the helper must know where its own file is (fdexec).  NOSETENV: vdsm sets no
+# variable.  The last Defaults are of newer versions of sudo; install leaves out what this host's sudo does
+# not know.
 
 Defaults!{program} env_reset, !env_keep, !env_check
 Defaults!{program} secure_path = /usr/sbin:/usr/bin:/sbin:/bin
 Defaults!{program} !requiretty, !use_pty, !pam_session, !pam_setcred
 Defaults!{program} syslog = authpriv
-vdsm ALL=(root) NOPASSWD: {program} helper
+Defaults!{program} !command_timeout, fdexec = never, !stay_setuid
+Defaults!{program} ignore_logfile_errors, ignore_audit_errors
+{newer}\
+vdsm ALL=(root) NOPASSWD: EXEC: NOSETENV: NOLOG_INPUT: NOLOG_OUTPUT: {program} helper
 """
 
 

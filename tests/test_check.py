@@ -85,6 +85,7 @@ GOOD = Host(
     older_files=(),
     cron=a_file(places.CRON, text=places.cron_line(PROGRAM)),
     sudoers=a_file(places.SUDOERS, 0o440, places.sudoers(PROGRAM)),
+    sudo_options=places.NEWER_SUDO_OPTIONS,
     run_directory=a_directory(lock.RUN),
     lvm_settings=SETTINGS,
     groups=(a_group(),),
@@ -255,9 +256,9 @@ def test_sudo() -> None:
 def test_sudo_rule_that_allows_more_or_less(sudoers: str, is_good: bool) -> None:
     found = lines(sudoers=a_file(places.SUDOERS, 0o440, sudoers))
     line = (
-        f"{places.SUDOERS} is not the rule that localdisk needs, no more and no less, vdsm's"
-        " environment, or more"
-        f" than one command of its, could reach root : {INSTALL}"
+        f"{places.SUDOERS} is not the rule that localdisk needs, no more and no less, vdsm"
+        " could reach root with more than it needs, or a setting for all commands break a start"
+        f" : {INSTALL}"
     )
     assert found == (["this host: good"] if is_good else [line])
     assert lines(sudoers=None) == ["this host: good"], "it may be in another file"
@@ -911,6 +912,7 @@ def fixture_door(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Door:
             "lvm pvs": PVS,
             "lvm lvs": LVS,
             "qemu-img --version": "qemu-img version 7.2.22 (Debian 1:7.2)\nCopyright\n",
+            "visudo": "",
             "virsh": f"{VM}\n\n",
             "setpriv": "",
         }
@@ -980,6 +982,7 @@ def test_everything_fails(door: Door) -> None:
         CommandFailed,
         CommandFailed,
         LibvirtSilent,
+        CommandTimeout,  # visudo
         CommandTimeout,  # sudo
     ]
     assert all("Traceback" not in line for line in lines(failures=seen.failures))

@@ -28,6 +28,7 @@ ORDER = (
     "host",
     "host_storage",
     "finding",
+    "sudo_rule",
     "places",
     "status",
     "table",

@@ -8,7 +8,7 @@ import os
 import shutil
 import stat
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -124,7 +124,7 @@ def test_a_clean_image(image: Image, visudo: list[str]) -> None:
         assert os.readlink(image(link)) == places.PROGRAM
         assert stat.S_IMODE(image(link).parent.stat().st_mode) == 0o755
     assert image(places.PROGRAM).read_bytes() == Path(image.program).read_bytes()
-    assert visudo == [places.sudoers(places.PROGRAM)] == [image(places.SUDOERS).read_text()]
+    assert {*visudo} == {places.sudoers(places.PROGRAM)} == {image(places.SUDOERS).read_text()}
     assert image(places.CRON).read_text() == places.cron(places.PROGRAM, ())
     told = [*(f"wrote {path} (mode {mode:04o})" for path, mode in FILES.items())]
     told += [f"linked {link} to {places.PROGRAM}" for link in LINKS]
@@ -403,6 +403,34 @@ def raising(*_words: object) -> None:
     raise Killed
 
 
+@pytest.mark.parametrize("version", ["1.8.29", "1.9.5p2", "1.9.13p3", "1.9.15p5"])
+def test_what_an_older_sudo_does_not_know_is_left_out(
+    image: Image, monkeypatch: pytest.MonkeyPatch, version: str
+) -> None:
+    """As the visudo of each of these versions judged: those of EL8, EL9, Debian 12 and EL10."""
+    came_with = {"1.8.29": 0, "1.9.5p2": 3, "1.9.13p3": 5, "1.9.15p5": 5}
+    unknown = places.NEWER_SUDO_OPTIONS[came_with[version] :]
+
+    def judge(argv: Sequence[str]) -> str:
+        text = Path(argv[2]).read_text()
+        if any(option in text for option in unknown):
+            raise CommandFailed(tuple(argv), 1, f"{argv[2]}:19:40: unknown defaults entry")
+        return ""
+
+    monkeypatch.setattr(run, "run", judge)
+    image.install()
+    text = image(places.SUDOERS).read_text()
+    known = places.NEWER_SUDO_OPTIONS[: came_with[version]]
+    assert text == places.sudoers(places.PROGRAM, known)
+    assert text.count("\nDefaults") == 6 + len(known)
+    assert text.endswith(f"\nvdsm ALL=(root) NOPASSWD: {TAGS} {places.PROGRAM} helper\n")
+    image.install()
+    assert image(places.SUDOERS).read_text() == text
+
+
+TAGS = "EXEC: NOSETENV: NOLOG_INPUT: NOLOG_OUTPUT:"
+
+
 def test_a_refused_sudo_rule_leaves_the_old_one(image: Image, monkeypatch: pytest.MonkeyPatch) -> None:
     image.write(places.SUDOERS, "old", 0o440)
 
@@ -529,8 +557,9 @@ commands: list[str] = []
 def test_live(live: tuple[Image, FakeHost]) -> None:
     image, fake = live
     lines = list(install.install(image.program))
-    assert commands[0].startswith("visudo -cf ")
-    assert commands[1:] == [
+    asked = [command for command in commands if command.startswith("visudo -cf ")]
+    assert asked[-1] == f"visudo -cf {change.temporary_name(places.SUDOERS)}"
+    assert commands[len(asked) :] == [
         "udevadm control --reload",
         "udevadm trigger --settle --action=change --sysname-match=dm-*",
     ]
@@ -538,12 +567,14 @@ def test_live(live: tuple[Image, FakeHost]) -> None:
     assert os.listdir(lock.RUN) == []
     commands.clear()
     assert list(install.install(image.program)) == ["all of localdisk is in its place, nothing was changed"]
-    assert commands == []
+    assert [command.split()[0] for command in commands] == ["visudo"]
+    commands.clear()
     fake.add(VOLUME, tags(ours=False))
     (line,) = list(install.install(image.program))[:-1]  # again and again, until somebody decides
     assert line.startswith(f"ovirt-local/{VOLUME}  VM {VM}  64 MiB  is vdsm's older hook's, kept until you")
     assert [*install.install(image.program, dry_run=True)][:-1] == [line]
     fake.volumes.clear()
+    commands.clear()
     fake.add(VOLUME, tags())
     lines = list(uninstall.uninstall())
     assert commands == ["udevadm control --reload"]
