@@ -26,6 +26,15 @@ QEMU_IMG = (5, 2)
 
 def check_host(config: Config, host: Host) -> Iterator[Finding]:
     """Everything about the host, the cause before what comes of it."""
+    has_cause = False
+    for finding in _causes(config, host):
+        has_cause = has_cause or not finding.is_hint
+        yield finding
+    if not has_cause:
+        yield from _rehearsal(host)
+
+
+def _causes(config: Config, host: Host) -> Iterator[Finding]:
     yield from _tools(host)
     yield from _versions(config, host)
     yield from _accounts(host)
@@ -42,7 +51,9 @@ def check_host(config: Config, host: Host) -> Iterator[Finding]:
     yield from _clock(host)
     for group in host.groups:
         yield from check_group(group, config, host.lvm_settings, _program_time(host), host.now)
-    yield from map(_failure, host.failures)
+    for failure in host.failures:
+        if not (ways and failure.fields.get("tool") == host.program):
+            yield _failure(failure)
     if not host.is_root:
         what = "volume groups, thin pools, local disks and the sudo rule were not looked at"
         yield Finding(what, "only root sees them", f"sudo {shlex.quote(host.program)} check", is_hint=True)
@@ -131,16 +142,40 @@ def _owned(entry: Entry) -> str:
 
 
 def _sudo(host: Host) -> Iterator[Finding]:
-    fix = _install_ours(host)
-    if host.sudo_problem:
-        what = f"vdsm cannot run `sudo {host.program} helper` ({host.sudo_problem})"
-        yield Finding(what, "without it no local disk is made", fix)
-    elif host.sudoers and host.sudo_options is not None:
-        rule = places.sudoers(host.program, host.sudo_options)
-        if _rules(host.sudoers.text) != _rules(rule):
-            what = f"{places.SUDOERS} is not the rule that localdisk needs, no more and no less"
-            why = "vdsm could reach root with more than it needs, or a setting for all commands break a start"
-            yield Finding(what, why, fix)
+    problem = host.rehearsal.sudo if host.rehearsal else ""
+    if problem:
+        yield _no_helper(host, problem)
+    elif host.sudoers and host.sudo_options is not None and not _has_our_rule(host):
+        what = f"{places.SUDOERS} is not the rule that localdisk needs, no more and no less"
+        why = "vdsm could reach root with more than it needs, or a setting for all commands break a start"
+        yield Finding(what, why, _install_ours(host))
+
+
+def _has_our_rule(host: Host) -> bool:
+    rule = places.sudoers(host.program, host.sudo_options or ())
+    return host.sudoers is not None and _rules(host.sudoers.text) == _rules(rule)
+
+
+def _no_helper(host: Host, problem: str) -> Finding:
+    """The finding that vdsm cannot run the helper; what sudo says decides what to do about it."""
+    said, _, fix = problem.partition(" : ")
+    said = said.replace("cannot run the privileged helper: ", "")
+    if fix.startswith("check the sudo rule"):
+        fix = _install_ours(host)
+        if _has_our_rule(host):
+            fix = "sudo -l -U vdsm # shows the rule or setting of another file that takes the place of ours"
+    what = f"vdsm cannot run `sudo {host.program} helper` ({said})"
+    return Finding(what, "without it no local disk is made", fix)
+
+
+def _rehearsal(host: Host) -> Iterator[Finding]:
+    """What vdsm meets where a VM would start, if no other finding explains it."""
+    found = host.rehearsal
+    if found:
+        for who, message in (("its helper", found.helper), ("libvirt", found.libvirt)):
+            if message:
+                what, _, fix = message.partition(" : ")
+                yield Finding(f"user vdsm, through {who}: {what}", "so no VM can start from local disks", fix)
 
 
 def _rules(text: str) -> set[str]:

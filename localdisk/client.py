@@ -15,7 +15,7 @@ from types import TracebackType
 from localdisk import run
 from localdisk.copy import Device, Target
 from localdisk.definition import Disk
-from localdisk.errors import HelperRefused, HelperUnavailable, how_it_ended
+from localdisk.errors import HelperRefused, HelperUnavailable, how_it_ended, sudo_fix
 from localdisk.frozen import frozen, plain_values
 
 TYPE_CHECKING = False
@@ -181,7 +181,8 @@ class Helper:
         try:
             answer = json.loads(run.ask(self._process, json.dumps({"verb": verb, **fields}).encode()))
         except (OSError, ValueError, RecursionError):
-            raise HelperUnavailable(problem=self._last_words(), program=self._program) from None
+            problem = self._last_words()
+            raise HelperUnavailable(problem=problem, fix=sudo_fix(problem, self._program)) from None
         with self._understood():
             refusal = answer.get("error")
         if refusal is not None:
@@ -195,7 +196,7 @@ class Helper:
             yield
         except (AttributeError, KeyError, TypeError, ValueError):
             problem = "its answer is not understood"
-            raise HelperUnavailable(problem=problem, program=self._program) from None
+            raise HelperUnavailable(problem=problem, fix=sudo_fix(problem, self._program)) from None
 
     def _last_words(self) -> str:
         run.close_input(self._process)

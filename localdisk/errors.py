@@ -196,8 +196,22 @@ class CommandTimeout(Error):
 
 
 class CommandMissing(Error):
-    what = "{tool} is not installed, or not for this user to run"
+    what = "{tool} is not installed"
     fix = "install the package that has it"
+
+
+class CommandForbidden(CommandMissing):
+    """The tool is there and this user may not run it."""
+
+    what = "{tool} cannot be run by this user: it is user {uid}'s, group {gid}'s, mode {mode}"
+    fix = "chmod o+rx {path}"
+
+
+class CommandBlocked(CommandMissing):
+    """The tool is there, its mode allows it, and the kernel or a preloaded library refuses."""
+
+    what = "{tool} cannot be run, although the mode of {path} allows it"
+    fix = "look for NOEXEC in sudo's rules (sudo -l -U vdsm), a mount with noexec, a denial in the audit log"
 
 
 class Unseen(Error):
@@ -205,9 +219,28 @@ class Unseen(Error):
     fix = "ls -ld {path}"
 
 
+# By what sudo says; it is the last line of its standard error.
+_SUDO_FIXES = (
+    ("contact your system administrator", "chage --expiredate -1 vdsm, or look at /etc/pam.d/sudo"),
+    ("reset your password", "chage --expiredate -1 --maxdays -1 vdsm"),
+    ("is your account locked", "chage --expiredate -1 vdsm, or look at /etc/pam.d/sudo"),
+    ("have the setuid bit set", "chown root:root /usr/bin/sudo && chmod 4755 /usr/bin/sudo"),
+    ("effective uid is not 0", "chmod 4755 /usr/bin/sudo, and mount its file system without nosuid"),
+    ("no new privileges", "take NoNewPrivileges out of vdsmd's unit (systemctl cat vdsmd)"),
+)
+
+
+def sudo_fix(problem: str, program: str) -> str:
+    """What to do if sudo did not run the helper, by its last line."""
+    for said, fix in _SUDO_FIXES:
+        if said in problem:
+            return fix
+    return f"check the sudo rule `vdsm ALL=(root) NOPASSWD: {program} helper`"
+
+
 class HelperUnavailable(Error):
     what = "cannot run the privileged helper: {problem}"
-    fix = "check the sudo rule `vdsm ALL=(root) NOPASSWD: {program} helper`"
+    fix = "{fix}"
 
 
 class HelperRefused(Error):

@@ -7,6 +7,7 @@ cannot be asked is a failure in it.  Nothing is judged here, `check_host.py` and
 from __future__ import annotations
 
 import grp
+import json
 import os
 import pwd
 import re
@@ -82,6 +83,15 @@ class Accounts:
 
 
 @frozen
+class Rehearsal:
+    """What user vdsm meets where a VM would start: a whole message each, "" if there is none."""
+
+    sudo: str  # why the helper does not run
+    helper: str  # why it refuses
+    libvirt: str
+
+
+@frozen
 class Host:
     """Everything; None where it could not be asked, which `failures` or an ordinary user explain."""
 
@@ -104,7 +114,7 @@ class Host:
     run_directory: Entry | None
     lvm_settings: LvmSettings | None
     groups: tuple[Group, ...]
-    sudo_problem: str | None  # why vdsm cannot run the helper; "": it can; None: it was not tried
+    rehearsal: Rehearsal | None
     failures: tuple[Error, ...]
 
 
@@ -145,8 +155,8 @@ def look(config: Config, program: str) -> Host:
         run_directory=asked(partial(entry, lock.RUN)),
         lvm_settings=settings,
         groups=tuple(groups),
-        sudo_problem=asked(partial(_sudo_problem, program))
-        if _can_try_sudo(is_root, missing, accounts)
+        rehearsal=asked(partial(_rehearse, program))
+        if is_root and "vdsm" in accounts.users and not missing
         else None,
         failures=tuple(asked.failures),
     )
@@ -251,18 +261,12 @@ def _version(argv: list[str], pattern: str) -> Version:
     return tuple(map(int, found.groups()))
 
 
-def _can_try_sudo(is_root: bool, missing: tuple[str, ...], accounts: Accounts) -> bool:
-    return is_root and not {"sudo", "setpriv"} & set(missing) and "vdsm" in accounts.users
-
-
-def _sudo_problem(program: str) -> str:
-    """What sudo says when vdsm runs the helper; "": it ran, and did nothing, for its input ends at once.
-
-    It is tried, not asked for with `sudo -l`, which knows neither about a program that refuses to run nor
-    about PAM.
-    """
+def _rehearse(program: str) -> Rehearsal:
+    """Have vdsm do what a start does; the program itself is run, so that vdsm's rights to it count, too."""
+    argv = [program, "rehearsal"]
+    out = run.run(argv, user="vdsm")
     try:
-        run.run(["setpriv", "--reuid=vdsm", "--regid=kvm", "--init-groups", "sudo", "-n", program, "helper"])
-    except CommandFailed as error:
-        return str(error.fields["said"])
-    return ""
+        found = json.loads(out)
+        return Rehearsal(str(found["sudo"]), str(found["helper"]), str(found["libvirt"]))
+    except (KeyError, TypeError, ValueError):
+        raise CommandFailed(tuple(argv), 0, f"it printed {out[:80]!r}") from None

@@ -9,10 +9,22 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 import subprocess
 from collections.abc import Iterable, Sequence
 
-from localdisk.errors import CommandFailed, CommandMissing, CommandTimeout, target
+from localdisk.errors import (
+    CommandBlocked,
+    CommandFailed,
+    CommandForbidden,
+    CommandMissing,
+    CommandTimeout,
+    target,
+)
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 DEADLINE = 120  # seconds; LVM waits for its own locks and for udev, both bounded below this
 
@@ -28,11 +40,11 @@ Process = subprocess.Popen  # what `start` returns, for annotations elsewhere
 class Begun:
     """A tool that runs while its caller does something else; `output` waits for its end."""
 
-    def __init__(self, argv: Sequence[str], pass_fds: Iterable[int] = ()) -> None:
+    def __init__(self, argv: Sequence[str], pass_fds: Iterable[int] = (), user: str = "") -> None:
         self._argv = argv
         # In a session of its own, so that a signal to our process group ends us, who then tidy up, and not
         # the tool in the middle.
-        self._process = start(argv, stdout=subprocess.PIPE, pass_fds=pass_fds, new_session=True)
+        self._process = start(argv, stdout=subprocess.PIPE, pass_fds=pass_fds, new_session=True, user=user)
 
     def output(self, deadline: float = DEADLINE) -> str:
         """Its standard output, when it has ended, at most `deadline` seconds from now.
@@ -58,12 +70,16 @@ def begin(argv: Sequence[str]) -> Begun:
     return Begun(argv)
 
 
-def run(argv: Sequence[str], *, deadline: float = DEADLINE, pass_fds: Iterable[int] = ()) -> str:
+def run(
+    argv: Sequence[str], *, deadline: float = DEADLINE, pass_fds: Iterable[int] = (), user: str = ""
+) -> str:
     """Run `argv` to its end, at most `deadline` seconds, and return its standard output.
+
+    Root can run it as `user`, with that user's groups and no capability.
 
     Raises CommandFailed, CommandTimeout, CommandMissing.
     """
-    return Begun(argv, pass_fds).output(deadline)
+    return Begun(argv, pass_fds, user).output(deadline)
 
 
 def start(
@@ -73,6 +89,7 @@ def start(
     stdout: int = subprocess.DEVNULL,
     pass_fds: Iterable[int] = (),
     new_session: bool = False,
+    user: str = "",
 ) -> Process[bytes]:
     """Start `argv`; standard error is a pipe.  Raises CommandMissing."""
     try:
@@ -85,9 +102,31 @@ def start(
             env=ENVIRONMENT,
             cwd="/",
             start_new_session=new_session,
+            **(_identity(user) if user else {}),
         )
     except (FileNotFoundError, PermissionError):
-        raise CommandMissing(tool=argv[0]) from None
+        raise _cannot_run(argv[0]) from None
+
+
+def _cannot_run(tool: str) -> CommandMissing:
+    """The error that names why `tool` could not be run."""
+    places = (os.path.join(directory, tool) for directory in ENVIRONMENT["PATH"].split(":"))
+    path = next(filter(os.path.isfile, places), "")
+    if not path:
+        return CommandMissing(tool=tool)
+    if os.access(path, os.X_OK):
+        return CommandBlocked(tool=tool, path=path)
+    found = os.stat(path)
+    mode = f"{stat.S_IMODE(found.st_mode):04o}"
+    return CommandForbidden(tool=tool, path=path, uid=found.st_uid, gid=found.st_gid, mode=mode)
+
+
+def _identity(user: str) -> dict[str, Any]:
+    import pwd
+
+    found = pwd.getpwnam(user)
+    groups = os.getgrouplist(user, found.pw_gid)
+    return {"user": found.pw_uid, "group": found.pw_gid, "extra_groups": groups}
 
 
 def start_talking(argv: Sequence[str]) -> Process[bytes]:
@@ -137,8 +176,17 @@ def close_input(process: Process[bytes]) -> None:
 
 
 def read_errors(process: Process[bytes]) -> str:
-    """Wait for a tool to end and return the last line that it wrote to standard error, "" if none."""
+    """Wait for a tool to end and return the last line that it wrote to standard error, "" if none.
+
+    sudo says the reason first, and "a password is required" after it: of sudo, all lines in one.
+    """
     said = process.stderr.read() if process.stderr else b""
     process.wait()
     lines = [line.strip() for line in said.decode(errors="replace").splitlines() if line.strip()]
+    by_sudo = [line[len(_SUDO) :] for line in lines if line.startswith(_SUDO)]
+    if by_sudo and lines[-1].startswith(_SUDO):
+        return _SUDO + ", ".join(by_sudo)
     return lines[-1] if lines else ""
+
+
+_SUDO = "sudo: "

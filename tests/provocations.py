@@ -16,6 +16,7 @@ import select
 import signal
 import stat
 import struct
+import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -1067,7 +1068,21 @@ def directory_in_the_way(world: World) -> object:
     return list(install._file(Write(str(path), b"", 0o644)))
 
 
+def forbidden(world: World) -> object:
+    path = world.directory / world.name()
+    path.touch(0o640)
+    return run.run([str(path)])
+
+
+def blocked(world: World) -> object:
+    path = world.directory / world.name()
+    path.touch(0o755)
+    world.raises(subprocess, "Popen", PermissionError())
+    return run.run([str(path)])
+
+
 HOST = {
+    "rehearsal": case(printed(lambda: host._rehearse("/x/localdisk")), "/x/localdisk rehearsal", "evil"),
     "unseen": case(asked_in_vain, "/evil", "ls -ld"),
     "version": case(printed(host._lvm_version), "lvm version", "evil"),
     "report": case(printed(lambda: host_storage._pools("vg", [])), "lvm lvs", "evil"),
@@ -1232,6 +1247,8 @@ RUN = {
     "killed": case(lambda _: run.run(["sh", "-c", "kill -TERM $$"]), "killed by SIGTERM"),
     "late": case(lambda _: run.run(["sh", "-c", "sleep 9", "/dev/x"], deadline=0.1), "sh -c", "/dev/x"),
     "missing": case(lambda _: run.run(["nosuchtool"]), "nosuchtool"),
+    "forbidden": case(forbidden, "/evil", "chmod o+rx"),
+    "blocked": case(blocked, "/evil", "NOEXEC"),
 }
 
 # -- image

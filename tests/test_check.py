@@ -23,14 +23,16 @@ from localdisk.errors import (
     CommandFailed,
     CommandMissing,
     CommandTimeout,
+    HelperUnavailable,
     Interrupted,
     LibvirtSilent,
     Unseen,
     VolumeGroupUnusable,
+    sudo_fix,
 )
 from localdisk.finding import Finding, write_command
 from localdisk.frozen import replace
-from localdisk.host import Accounts, Entry, Hook, Host
+from localdisk.host import Accounts, Entry, Hook, Host, Rehearsal
 from localdisk.host_storage import Group, LvmSettings, Multipath, PoolWatch
 from localdisk.lvm import VolumeGroup
 from localdisk.vdsm import POINTS
@@ -89,7 +91,7 @@ GOOD = Host(
     run_directory=a_directory(lock.RUN),
     lvm_settings=SETTINGS,
     groups=(a_group(),),
-    sudo_problem="",
+    rehearsal=Rehearsal("", "", ""),
     failures=(),
 )
 
@@ -210,7 +212,7 @@ def test_devices_need_a_newer_lvm() -> None:
 def test_the_program_is_roots_alone(entry: Entry, line: str) -> None:
     way = tuple(entry if each.path == entry.path else each for each in WAY)
     assert lines(way=way) == [line]
-    assert lines(way=way, sudo_problem="sudo: refused") == [line], "what comes of it is not told"
+    assert lines(way=way, rehearsal=no_helper("sudo: refused")) == [line], "what comes of it is not told"
 
 
 def test_a_program_outside_of_the_system() -> None:
@@ -233,8 +235,36 @@ def test_a_program_that_is_not_where_install_puts_it() -> None:
     assert fixes == {f"{program} install && {PROGRAM} check"}
 
 
+def no_helper(problem: str) -> Rehearsal:
+    return Rehearsal(str(HelperUnavailable(problem=problem, fix=sudo_fix(problem, PROGRAM))), "", "")
+
+
+@pytest.mark.parametrize(
+    ("said", "fix"),
+    [
+        ("sudo: a password is required", "sudo -l -U vdsm # shows the rule or setting of another file"),
+        ("sudo: account validation failure, is your account locked?", "chage --expiredate -1 vdsm"),
+        ("sudo: /usr/bin/sudo must be owned by uid 0 and have the setuid bit set", "chown root:root /usr"),
+    ],
+)
+def test_what_keeps_sudo_from_running(said: str, fix: str) -> None:
+    (line,) = lines(rehearsal=no_helper(said))
+    assert line.startswith(f"vdsm cannot run `sudo {PROGRAM} helper` ({said}), without it no")
+    assert f" : {fix}" in line
+
+
+def test_what_only_vdsm_meets() -> None:
+    found = lines(rehearsal=Rehearsal("", "no report : do this", "no libvirt : do that"))
+    assert found == [
+        "user vdsm, through its helper: no report, so no VM can start from local disks : do this",
+        "user vdsm, through libvirt: no libvirt, so no VM can start from local disks : do that",
+    ]
+    group = a_group(vg=None)
+    assert len(lines(rehearsal=Rehearsal("", "no report : do this", ""), groups=(group,))) == 1
+
+
 def test_sudo() -> None:
-    (line,) = lines(sudo_problem="sudo: a password is required")
+    (line,) = lines(rehearsal=no_helper("sudo: a password is required"), sudoers=None)
     what, _, fix = line.partition(" : ")
     assert what == (
         f"vdsm cannot run `sudo {PROGRAM} helper` (sudo: a password is required),"
@@ -733,7 +763,7 @@ def test_an_ordinary_user() -> None:
         " root sees them"
         f" : sudo {PROGRAM} check"
     )
-    seen: dict[str, Any] = {"is_root": False, "groups": (), "lvm_settings": None, "sudo_problem": None}
+    seen: dict[str, Any] = {"is_root": False, "groups": (), "lvm_settings": None, "rehearsal": None}
     assert lines(**seen) == [hint, "this host: good"]
 
 
@@ -914,7 +944,7 @@ def fixture_door(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Door:
             "qemu-img --version": "qemu-img version 7.2.22 (Debian 1:7.2)\nCopyright\n",
             "visudo": "",
             "virsh": f"{VM}\n\n",
-            "setpriv": "",
+            f"{PROGRAM} rehearsal": json.dumps({"sudo": "", "helper": "", "libvirt": ""}),
         }
     )
     monkeypatch.setattr(run, "run", door.run)
@@ -947,21 +977,21 @@ def test_looking(door: Door) -> None:
     seen = look()
     assert seen.failures == ()
     assert (seen.lvm_version, seen.qemu_img_version) == ((2, 3, 16), (7, 2))
-    assert (seen.accounts, seen.known_vms, seen.sudo_problem) == (ACCOUNTS, frozenset({VM}), "")
+    assert (seen.accounts, seen.known_vms) == (ACCOUNTS, frozenset({VM}))
+    assert seen.rehearsal == Rehearsal("", "", "")
     assert (seen.hooks, seen.cron, seen.udev_rules, seen.run_directory) == ((), None, (), None)
     assert seen.lvm_settings == LvmSettings(False, autoextend_threshold=80, scan_lvs=False)
     (group,) = seen.groups
     assert group.vg
     assert (group.hidden, group.multipaths, group.pools) == ((), (), {"pool0": PoolWatch(True, False)})
     assert began <= seen.now <= time.time()
-    sudo = f"setpriv --reuid=vdsm --regid=kvm --init-groups sudo -n {PROGRAM} helper"
-    assert door.commands[-1] == sudo
+    assert door.commands[-1] == f"{PROGRAM} rehearsal"
 
 
 def test_looking_as_an_ordinary_user(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 36)
     seen = look()
-    assert (seen.is_root, seen.groups, seen.lvm_settings, seen.sudo_problem) == (False, (), None, None)
+    assert (seen.is_root, seen.groups, seen.lvm_settings, seen.rehearsal) == (False, (), None, None)
     assert [command.split()[0] for command in door.commands] == ["lvm", "qemu-img", "virsh"]
 
 
@@ -1002,11 +1032,13 @@ def test_a_report_that_is_not_understood(door: Door, answer: str) -> None:
 
 
 def test_sudo_is_tried(door: Door) -> None:
-    door.answers["setpriv"] = CommandFailed(("setpriv",), 1, "x\nsudo: a password is required\n")
-    assert look().sudo_problem == "sudo: a password is required"
-    door.answers["setpriv"] = CommandMissing(tool="setpriv")
-    seen = look()
-    assert (seen.sudo_problem, len(seen.failures)) == (None, 1)
+    said = {"sudo": "s : t", "helper": "h : i", "libvirt": "l : m"}
+    door.answers[f"{PROGRAM} rehearsal"] = json.dumps(said)
+    assert look().rehearsal == Rehearsal("s : t", "h : i", "l : m")
+    for answer in ("", "[]", "{}", CommandMissing(tool=PROGRAM)):
+        door.answers[f"{PROGRAM} rehearsal"] = answer
+        seen = look()
+        assert (seen.rehearsal, len(seen.failures)) == (None, 1)
 
 
 def test_accounts_that_are_missing(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1017,7 +1049,7 @@ def test_accounts_that_are_missing(door: Door, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(grp, "getgrnam", missing)
     seen = look()
     assert seen.accounts == Accounts({}, {}, frozenset())
-    assert seen.sudo_problem is None, "as whom?"
+    assert seen.rehearsal is None, "as whom?"
 
 
 def test_files(door: Door, tmp_path: Path) -> None:
@@ -1032,6 +1064,7 @@ def test_files(door: Door, tmp_path: Path) -> None:
     (point / "20_directory").mkdir()
     (tmp_path / "cron").write_text("text\n")
     (tmp_path / "run").mkdir()
+    door.answers[str(program)] = json.dumps({"sudo": "", "helper": "", "libvirt": ""})
     seen = look(program=str(program))
     assert seen.hooks == (Hook("before_vm_start", str(point / "50_localdisk"), str(program)),)
     assert [entry.path for entry in seen.way] == [str(program), *map(str, program.parents)]

@@ -189,6 +189,7 @@ def test_without_sudo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     ("script", "problem"),
     [
         ("echo 'sudo: a password is required' >&2; exit 1", "sudo: a password is required"),
+        ("printf 'sudo: a\nsudo: b is required\n' >&2; exit 1", "sudo: a, b is required"),
         ("printf 'Warning\\n  a\\033[31mb\\n\\n' >&2; exit 1", "a\\x1b[31mb"),
         ("exit 3", "it ended without a word: exit code 3"),
         ("exit 0", "it ended without a word: exit code 0"),

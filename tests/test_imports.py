@@ -37,6 +37,7 @@ ORDER = (
     "drift",
     "vms",
     "prefetch",
+    "rehearsal",
     "hook",
     "remove",
     "gc",

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -10,7 +11,7 @@ from types import FrameType
 import pytest
 
 from localdisk import run
-from localdisk.errors import CommandFailed, CommandMissing, CommandTimeout
+from localdisk.errors import CommandBlocked, CommandFailed, CommandForbidden, CommandMissing, CommandTimeout
 
 
 def is_running(pid: int) -> bool:
@@ -75,10 +76,24 @@ def test_a_tool_that_dies() -> None:
         run.run(["sh", "-c", "kill -SEGV $$"])
 
 
-@pytest.mark.parametrize("tool", ["no-such-tool-at-all", "/nonexistent/tool", "/etc/passwd"])
+@pytest.mark.parametrize("tool", ["no-such-tool-at-all", "/nonexistent/tool"])
 def test_a_tool_that_cannot_be_run(tool: str) -> None:
     with pytest.raises(CommandMissing, match=f"^{tool} is not installed"):
         run.run([tool])
+
+
+def test_a_tool_that_is_not_for_this_user(tmp_path: Path) -> None:
+    tool = tmp_path / "tool"
+    tool.touch(0o640)
+    error = CommandForbidden(tool=str(tool), path=str(tool), uid=os.getuid(), gid=os.getgid(), mode="0640")
+    with pytest.raises(CommandForbidden, match=re.escape(str(error))):
+        run.run([str(tool)])
+
+
+def test_a_tool_that_something_else_than_its_mode_forbids() -> None:
+    """As sudo's noexec, a mount with noexec, or a security module does: EACCES, whatever the mode is."""
+    with pytest.raises(CommandBlocked, match=r"^sh cannot be run, although the mode of /\S+/sh allows it : "):
+        raise run._cannot_run("sh")
 
 
 def test_a_deadline_ends_the_tool(tmp_path: Path) -> None:

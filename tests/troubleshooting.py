@@ -51,8 +51,11 @@ BEHIND = {
     " line. `localdisk check` often finds the cause.",
     "CommandTimeout": "A tool hangs, mostly because storage does. LVM waits for another LVM command"
     " that holds its lock.",
-    "CommandMissing": "`localdisk check` names the package. Under sudo, `Defaults noexec` looks like"
-    " this, too.",
+    "CommandMissing": "`localdisk check` names the package.",
+    "CommandForbidden": "A hardening guide has taken a tool away from all but a group. User vdsm runs"
+    " sudo, virsh and qemu-img.",
+    "CommandBlocked": "A rule of sudo that comes after ours has NOEXEC, the file system is mounted"
+    " noexec, or a security module refuses.",
     "Unseen": "Only `check` prints it: the file or directory could not be judged.",
     "HelperUnavailable": "vdsm may not run the helper as root, or sudo refuses user vdsm for another"
     " reason, such as an expired account: `sudo -u vdsm sudo -n -l`, then `localdisk check`.",

@@ -20,8 +20,8 @@ import pytest
 from tests.bed import host, libvirt
 from tests.bed.failing import FailingDevice, failing_device
 from tests.bed.shell import attempt, run
-from tests.bed.storage import new_id
-from tests.integration.steps import CONFIG, LOCKS, MIB, configure, localdisk
+from tests.bed.storage import FileStorage, new_id
+from tests.integration.steps import CONFIG, LOCKS, MIB, configure, localdisk, refused_disk
 
 NAME = "bed-check"  # a volume group of these tests' own
 POINT = host.HOOKS / "after_disk_prepare"
@@ -491,3 +491,91 @@ def stop(daemon: str) -> None:
     file = Path(f"/run/{daemon}.pid")
     if file.exists():
         run("kill", file.read_text().strip())
+
+
+# -- what vdsm meets, and root does not
+
+
+@contextmanager
+def later_rule(text: str) -> Iterator[None]:
+    path = Path("/etc/sudoers.d/99_later")
+    path.write_text(f"{text}\n")
+    path.chmod(0o440)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def start_meets(*words: str) -> None:
+    """A start is refused with one line that has these words."""
+    storage = FileStorage()
+    try:
+        line = refused_disk(storage.template(8 * MIB, seed=1))
+        for word in words:
+            assert word in line
+    finally:
+        storage.remove()
+
+
+@pytest.mark.usefixtures("throwaway")
+def test_sudo_is_for_a_group_that_vdsm_is_not_in() -> None:
+    sudo = Path("/usr/bin/sudo")
+    sudo.chmod(0o4750)
+    try:
+        start_meets("sudo cannot be run by this user: it is user 0's", "chmod o+rx /usr/bin/sudo")
+        fixed("sudo cannot be run by this user")
+    finally:
+        sudo.chmod(0o4755)
+
+
+@pytest.mark.usefixtures("throwaway")
+def test_sudo_without_its_setuid_bit() -> None:
+    sudo = Path("/usr/bin/sudo")
+    sudo.chmod(0o755)
+    try:
+        start_meets("have the setuid bit set", "chmod 4755 /usr/bin/sudo")
+        fixed("have the setuid bit set")
+    finally:
+        sudo.chmod(0o4755)
+
+
+@pytest.mark.usefixtures("throwaway")
+def test_vdsms_account_has_expired() -> None:
+    run("chage", "--expiredate", "2001-01-01", "vdsm")
+    try:
+        start_meets("xpired", "chage --expiredate -1 vdsm")
+        (fix,) = named("vdsm cannot run")
+        paste(fix.partition(", or ")[0])
+        good()
+    finally:
+        run("chage", "--expiredate", "-1", "vdsm")
+
+
+def test_a_later_rule_forbids_the_helper_to_run_lvm() -> None:
+    """The fix shows the rule; somebody must remove it."""
+    with later_rule(f"vdsm ALL=(root) NOPASSWD: NOEXEC: {host.PROGRAM} helper"):
+        start_meets("lvm cannot be run, although the mode of /usr/sbin/lvm allows it", "sudo -l -U vdsm")
+        named("user vdsm, through its helper: lvm cannot be run")
+    good()
+
+
+def test_a_later_rule_wants_a_password() -> None:
+    with later_rule("vdsm ALL=(ALL) ALL"):
+        start_meets("a password is required")
+        (fix,) = named("vdsm cannot run")
+        assert fix.startswith("sudo -l -U vdsm # ")
+        assert "ALL" in run("sh", "-c", fix)
+    good()
+
+
+@pytest.mark.usefixtures("throwaway")
+def test_libvirt_is_not_for_vdsm() -> None:
+    virsh = Path("/usr/bin/virsh")
+    virsh.chmod(0o750)
+    try:
+        (fix,) = named("user vdsm, through libvirt: libvirt does not say which VMs run: virsh cannot be run")
+        assert fix == "check that libvirt runs (virsh -r list)"
+    finally:
+        virsh.chmod(0o755)
+    good()
