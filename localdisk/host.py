@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
-from localdisk import domains, host_storage, lock, places, run, sudo_rule
+from localdisk import domains, host_storage, lock, lvm, places, run, sudo_rule
 from localdisk.config import Config
 from localdisk.errors import CommandFailed, Error, Interrupted, Unseen
 from localdisk.frozen import frozen
@@ -246,15 +246,16 @@ def _group_entry(name: str) -> grp.struct_group | None:
 
 
 def _lvm_version() -> Version:
-    return _version(["lvm", "version"], r"LVM version:\s+(\d+)\.(\d+)\.(\d+)")
+    argv = ["lvm", "version"]
+    return _version(argv, lvm.call(argv), r"LVM version:\s+(\d+)\.(\d+)\.(\d+)")
 
 
 def _qemu_img_version() -> Version:
-    return _version(["qemu-img", "--version"], r"qemu-img version (\d+)\.(\d+)")
+    argv = ["qemu-img", "--version"]
+    return _version(argv, run.run(argv), r"qemu-img version (\d+)\.(\d+)")
 
 
-def _version(argv: list[str], pattern: str) -> Version:
-    out = run.run(argv)
+def _version(argv: list[str], out: str, pattern: str) -> Version:
     found = re.search(pattern, out)
     if not found:
         raise CommandFailed(tuple(argv), 0, f"it printed {out[:80]!r}")

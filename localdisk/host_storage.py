@@ -8,7 +8,7 @@ import re
 import stat
 from collections.abc import Iterator, Mapping
 
-from localdisk import places, run, sysfs
+from localdisk import lvm, places, sysfs
 from localdisk.disk import LocalDisk, local_disks
 from localdisk.errors import CommandFailed, NoVolumeGroup
 from localdisk.frozen import field, frozen
@@ -66,7 +66,8 @@ class Group:
 
 def settings() -> LvmSettings:
     """Raises CommandFailed, CommandTimeout."""
-    out = run.run(["lvm", "lvmconfig", "--typeconfig", "full", "devices", "activation"])
+    # --mergedconfig: not only what the command itself is given.
+    out = lvm.call(["lvm", "lvmconfig", "--typeconfig", "full", "--mergedconfig", "devices", "activation"])
     values = dict(re.findall(r"^\s*(\w+)=(\d+)\s*$", out, re.M))
     return LvmSettings(
         use_devices_file=values.get("use_devicesfile", "0") == "1",  # absent before LVM 2.03.12
@@ -119,7 +120,7 @@ def _pools(vg_name: str, options: list[str]) -> dict[str, PoolWatch]:
 
 
 def _report(argv: list[str], kind: str) -> list[dict[str, str]]:
-    out = run.run(argv)
+    out = lvm.call(argv)
     try:
         rows: list[dict[str, str]] = json.loads(out)["report"][0][kind]
     except (ValueError, KeyError, IndexError, TypeError):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from localdisk import run
 from localdisk.errors import (
@@ -40,7 +40,17 @@ REPORT = {
 }
 _ORIGINS = {"thickorigin", "multithickorigin", "extthinorigin", "multiextthinorigin"}
 _NO_QUESTIONS = ("--wipesignatures", "n")  # of old signatures; lvcreate refuses it for snapshots
-_TIMES = ("--config", 'report{time_format="%s"}')  # lv_time in seconds since the epoch
+# Whatever lvm.conf or lvmlocal.conf says of them (lvm.conf(5), "log" and "report"): what shapes the messages and
+# reports that are read here.  `--config` takes the place of each of these keys and of nothing else: what an
+# administrator sets of devices, filters, locking and activation stays as it is.
+SETTINGS = (
+    'log{command_names=0 prefix="  " indent=0 silent=0 verbose=0 activation=0 report_command_log=0} '
+    'report{output_format="basic" compact_output=0 compact_output_cols="" aligned=1 buffered=1 headings=1 '
+    'separator=" " list_item_separator="," prefixes=0 quoted=1 columns_as_rows=0 binary_values_as_numeric=0 '
+    'time_format="%s" mark_hidden_devices=1 two_word_unknown_device=0 '  # times in seconds since the epoch
+    'lvs_sort="vg_name,lv_name" pvs_sort="pv_name" vgs_sort_full="vg_name" lvs_sort_full="vg_name,lv_name" '
+    'pvs_sort_full="pv_name" segs_sort_full="lv_uuid,seg_start" pvsegs_sort_full="pv_uuid,pvseg_start"}'
+)
 SELECT = {"seg": "segtype=thin-pool", "pv": "pv_name=none", "pvseg": "pv_name=none"}
 
 
@@ -111,13 +121,13 @@ class VolumeGroup:
     @classmethod
     def read(cls, vg_name: str, devices: tuple[str, ...] = ()) -> VolumeGroup:
         """Ask LVM.  Raises NoVolumeGroup, VolumeGroupUnusable, CommandFailed, CommandTimeout."""
-        argv = ["lvm", "fullreport", "--reportformat", "json", "--units", "b", "--nosuffix", *_TIMES]
+        argv = ["lvm", "fullreport", "--reportformat", "json", "--units", "b", "--nosuffix"]
         for report, columns in REPORT.items():
             argv += ["--configreport", report, "-o", columns]
             if report in SELECT:
                 argv += ["-S", SELECT[report]]
         try:
-            text = run.run([*argv, *_devices(devices), vg_name])
+            text = call([*argv, *_devices(devices), vg_name])
         except CommandFailed as error:
             if f'Volume group "{vg_name}" not found' in error.stderr:
                 raise NoVolumeGroup(vg=vg_name) from None
@@ -218,23 +228,23 @@ class VolumeGroup:
     def extend(self, lv_name: str, size: int) -> None:
         """Make an active volume at least `size` bytes large."""
         option = ["--size", f"{_sectors(size)}b"]
-        run.run(["lvextend", "--quiet", *option, *_devices(self.devices), self._full_name(lv_name)])
+        call(["lvextend", "--quiet", *option, *_devices(self.devices), self._full_name(lv_name)])
 
     def _create(self, lv_name: str, tags: Iterable[str], *rest: str) -> None:
         # --setactivationskip: it stays inactive at boot (--setautoactivation is refused for thin volumes
         # by LVM 2.03.16); --ignoreactivationskip: but activate it now.
         argv = ["lvcreate", "--quiet", "--yes", "--name", lv_name]
         argv += ["--setactivationskip", "y", "--ignoreactivationskip"]
-        run.run([*argv, *_repeat("--addtag", tags), *_devices(self.devices), *rest])
+        call([*argv, *_repeat("--addtag", tags), *_devices(self.devices), *rest])
 
     def change_tags(self, *lv_names: str, add: Iterable[str] = (), remove: Iterable[str] = ()) -> None:
         """Add and remove tags, one commit a volume; removing an absent tag is no error."""
         tags = [*_repeat("--deltag", remove), *_repeat("--addtag", add)]
-        run.run(["lvchange", "--quiet", *tags, *_devices(self.devices), *map(self._full_name, lv_names)])
+        call(["lvchange", "--quiet", *tags, *_devices(self.devices), *map(self._full_name, lv_names)])
 
     def activate(self, lv_name: str) -> None:
         argv = ["lvchange", "--quiet", "--activate", "y", "--ignoreactivationskip"]
-        run.run([*argv, *_devices(self.devices), self._full_name(lv_name)])
+        call([*argv, *_devices(self.devices), self._full_name(lv_name)])
 
     def set_read_only(self, lv_name: str) -> None:
         """Let nobody write to a volume any more, whoever activates it."""
@@ -246,19 +256,19 @@ class VolumeGroup:
 
     def _permit(self, lv_name: str, permission: str) -> None:
         argv = ["lvchange", "--quiet", "--permission", permission]
-        run.run([*argv, *_devices(self.devices), self._full_name(lv_name)])
+        call([*argv, *_devices(self.devices), self._full_name(lv_name)])
 
     def deactivate(self, *lv_names: str) -> None:
         names = map(self._full_name, lv_names)
-        run.run(["lvchange", "--quiet", "--activate", "n", *_devices(self.devices), *names])
+        call(["lvchange", "--quiet", "--activate", "n", *_devices(self.devices), *names])
 
     def remove(self, *lv_names: str) -> None:
         """Remove volumes; LVM refuses one that is open ("in use") or that is not there."""
         names = map(self._full_name, lv_names)
-        run.run(["lvremove", "--quiet", "--yes", *_devices(self.devices), *names])
+        call(["lvremove", "--quiet", "--yes", *_devices(self.devices), *names])
 
     def rename(self, lv_name: str, new_name: str) -> None:
-        run.run(["lvrename", "--quiet", *_devices(self.devices), self.vg_name, lv_name, new_name])
+        call(["lvrename", "--quiet", *_devices(self.devices), self.vg_name, lv_name, new_name])
 
     def discard(self, lv_name: str) -> None:
         run.run(["blkdiscard", self.path(lv_name)], deadline=3600)
@@ -283,6 +293,18 @@ class VolumeGroup:
 
     def _full_name(self, lv_name: str) -> str:
         return f"{self.vg_name}/{lv_name}"
+
+
+def call(argv: Sequence[str]) -> str:
+    """Run a command of LVM's with SETTINGS and return its standard output.
+
+    `argv` has two words at least, the second without a value of its own, as `lvm fullreport` or `lvs --quiet`.
+    Raises CommandFailed, with `argv` as it could be typed; CommandTimeout, CommandMissing.
+    """
+    try:
+        return run.run([*argv[:2], "--config", SETTINGS, *argv[2:]])
+    except CommandFailed as error:
+        raise CommandFailed(tuple(argv), error.returncode, error.stderr) from None
 
 
 def read_all(
@@ -310,7 +332,7 @@ def read_tags(vg_name: str, lv_name: str, devices: Iterable[str]) -> frozenset[s
     Locks nothing and repairs nothing (`--readonly`): other hosts use the group.  Raises CommandFailed.
     """
     argv = ["lvs", "--readonly", "--reportformat", "json", "-o", "lv_tags", "--devices", ",".join(devices)]
-    text = run.run([*argv, f"{vg_name}/{lv_name}"])
+    text = call([*argv, f"{vg_name}/{lv_name}"])
     try:
         (row,) = json.loads(text)["report"][0]["lv"]
         return _words(row["lv_tags"])

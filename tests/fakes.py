@@ -45,7 +45,7 @@ TOOLS = ("lvm", "lvcreate", "lvextend", "lvchange", "lvremove", "lvrename", "lvs
 
 # Exactly what lvm.VolumeGroup.read sends, before the name of the group.
 FULLREPORT = (
-    'lvm fullreport --reportformat json --units b --nosuffix --config report{time_format="%s"}'
+    "lvm fullreport --reportformat json --units b --nosuffix"
     " --configreport vg -o vg_name,vg_uuid,vg_size,vg_free,vg_extent_size,vg_partial,vg_exported,vg_lock_type"
     " --configreport lv -o lv_name,lv_uuid,lv_size,lv_time,lv_tags,lv_device_open,lv_active,lv_permissions,"
     "lv_layout,lv_role,pool_lv,origin,data_percent,metadata_percent,kernel_discards"
@@ -53,6 +53,16 @@ FULLREPORT = (
     " --configreport pv -o pv_name -S pv_name=none"
     " --configreport pvseg -o pvseg_start -S pv_name=none"
 )
+
+
+def without_settings(argv: Sequence[str]) -> list[str]:
+    """A command without the settings that each of LVM's must carry."""
+    words = list(argv)
+    if words[0].startswith(("lv", "vg", "pv")):
+        assert words[2:4] == ["--config", lvm.SETTINGS], words
+        del words[2:4]
+    assert "--config" not in words
+    return words
 
 
 def report(name: str) -> str:
@@ -307,6 +317,7 @@ class FakeHost:
         words = list(argv)
         if words[0] == "prlimit":  # qemu-img, which is here
             return REAL_RUN(words, deadline=deadline, pass_fds=pass_fds)
+        words = without_settings(words)
         self.commands.append(" ".join(words))
         if words[0] in self.before:
             self.before[words[0]](words)

@@ -36,7 +36,7 @@ from localdisk.host import Accounts, Entry, Hook, Host, Rehearsal
 from localdisk.host_storage import Group, LvmSettings, Multipath, PoolWatch
 from localdisk.lvm import VolumeGroup
 from localdisk.vdsm import POINTS
-from tests.fakes import OTHER_VM, VM, VOLUME, FakeHost, report, tags
+from tests.fakes import OTHER_VM, VM, VOLUME, FakeHost, report, tags, without_settings
 
 ROOT = Path(__file__).parent.parent
 PROGRAM = places.PROGRAM
@@ -891,7 +891,7 @@ class Door:
         self.commands: list[str] = []
 
     def run(self, argv: Sequence[str], **_: object) -> str:
-        command = shlex.join(argv)
+        command = shlex.join(without_settings(argv))
         self.commands.append(command)
         best = max((start for start in self.answers if command.startswith(start)), key=len)
         answer = self.answers[best]

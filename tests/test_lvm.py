@@ -20,7 +20,7 @@ from localdisk.errors import (
 )
 from localdisk.lvm import LogicalVolume, VolumeGroup
 from tests import fakes
-from tests.fakes import EXTENT, FINGERPRINT, FULLREPORT, FakeHost, report
+from tests.fakes import EXTENT, FINGERPRINT, FULLREPORT, FakeHost, report, without_settings
 
 REPORTS = sorted(path.stem for path in fakes.REPORTS.glob("*.json"))
 THICK, THIN, OLDER, STOPPED = (f"{n * 8}-{n * 4}-4{n * 3}-8{n * 3}-{n * 12}" for n in "1234")
@@ -47,7 +47,7 @@ class Door:
         monkeypatch.setattr(run, "run", self.run)
 
     def run(self, argv: Sequence[str], *, deadline: float = 0, pass_fds: Iterable[int] = ()) -> str:
-        self.commands.append(" ".join(argv))
+        self.commands.append(" ".join(without_settings(argv)))
         if self.error:
             raise self.error
         return self.out
@@ -281,6 +281,15 @@ def test_argument_lists(monkeypatch: pytest.MonkeyPatch) -> None:
         "lvchange --quiet --permission r ovirt-local/b",
         "lvchange --quiet --permission rw ovirt-local/b",
     ]
+
+
+def test_a_failure_names_the_command_as_it_could_be_typed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the settings that it carries."""
+    Door(monkeypatch, error=CommandFailed(("lvchange", "--quiet", "--config", lvm.SETTINGS, "vg/a"), 5, "no"))
+    with pytest.raises(CommandFailed) as caught:
+        lvm.call(["lvchange", "--quiet", "vg/a"])
+    assert caught.value.argv == ("lvchange", "--quiet", "vg/a")
+    assert str(caught.value).startswith("lvchange --quiet failed for vg/a (exit code 5): no")
 
 
 def test_missing_group_is_told_from_other_failures(monkeypatch: pytest.MonkeyPatch) -> None:
