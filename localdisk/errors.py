@@ -319,6 +319,16 @@ class ThinPoolAtThreshold(Error):
     fix = "remove local disks (localdisk gc), or extend the pool (lvextend --size or --poolmetadatasize)"
 
 
+class ThinPoolUnusable(Error):
+    """LVM refuses for something else than its threshold; nothing that is removed would help."""
+
+    what = "LVM makes no new disk in thin pool {vg}/{pool}: {said}"
+    fix = (
+        "after vgcfgrestore: restore those with the transaction id of the pool (vgcfgrestore --list {vg}); "
+        "else see the system log of this host"
+    )
+
+
 class CacheFull(Error):
     what = "a template of {needed} does not fit into the cache, of which {free} can be had (cache.max_size)"
     fix = "raise cache.max_size in /etc/localdisk.yaml"

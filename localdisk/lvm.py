@@ -21,6 +21,7 @@ from localdisk.errors import (
     Error,
     NoVolumeGroup,
     ThinPoolAtThreshold,
+    ThinPoolUnusable,
     VolumeGroupUnusable,
 )
 from localdisk.frozen import frozen
@@ -40,9 +41,9 @@ REPORT = {
 }
 _ORIGINS = {"thickorigin", "multithickorigin", "extthinorigin", "multiextthinorigin"}
 _NO_QUESTIONS = ("--wipesignatures", "n")  # of old signatures; lvcreate refuses it for snapshots
-# Whatever lvm.conf or lvmlocal.conf says of them (lvm.conf(5), "log" and "report"): what shapes the messages and
-# reports that are read here.  `--config` takes the place of each of these keys and of nothing else: what an
-# administrator sets of devices, filters, locking and activation stays as it is.
+# What shapes the messages and reports that are read here (lvm.conf(5), "log" and "report").
+# `--config` takes the place of each of these keys and of nothing else: what an administrator sets of
+# devices, filters, locking and activation stays as it is.
 SETTINGS = (
     'log{command_names=0 prefix="  " indent=0 silent=0 verbose=0 activation=0 report_command_log=0} '
     'report{output_format="basic" compact_output=0 compact_output_cols="" aligned=1 buffered=1 headings=1 '
@@ -203,7 +204,8 @@ class VolumeGroup:
     def create_thin(self, lv_name: str, size: int, pool: str, tags: Iterable[str]) -> None:
         """Create and activate a thin volume of `size` bytes in `pool`, tags included, in one commit.
 
-        Raises ThinPoolAtThreshold where the pool is too full for LVM, whose limits may lie below our margins.
+        Raises ThinPoolAtThreshold where the pool is too full for LVM, whose limits may lie below our margins;
+        ThinPoolUnusable.
         """
         size_and_place = ("--virtualsize", f"{_sectors(size)}b", "--thinpool", f"{self.vg_name}/{pool}")
         try:
@@ -214,7 +216,7 @@ class VolumeGroup:
     def create_snapshot(self, lv_name: str, origin: str, tags: Iterable[str]) -> None:
         """Create and activate a writable thin snapshot of `origin`, tags included, in one commit.
 
-        Raises ThinPoolAtThreshold.
+        Raises ThinPoolAtThreshold, ThinPoolUnusable.
         """
         try:
             self._create(lv_name, tags, "--permission", "rw", "--snapshot", self._full_name(origin))
@@ -298,7 +300,7 @@ class VolumeGroup:
 def call(argv: Sequence[str]) -> str:
     """Run a command of LVM's with SETTINGS and return its standard output.
 
-    `argv` has two words at least, the second without a value of its own, as `lvm fullreport` or `lvs --quiet`.
+    `argv` begins with two words, the second without a value: `lvm fullreport`, `lvs --readonly`.
     Raises CommandFailed, with `argv` as it could be typed; CommandTimeout, CommandMissing.
     """
     try:
@@ -360,10 +362,18 @@ def _depends(snapshot: dict[str, str], origin: dict[str, str]) -> bool:
 
 
 def _at_threshold(error: CommandFailed, vg_name: str, pool: str) -> Error:
-    """What LVM says of a pool that is too full for it, or what it said."""
-    if re.search("(reached|above) threshold", error.stderr):
-        return ThinPoolAtThreshold(vg=vg_name, pool=pool)
-    return error
+    """What LVM says of a pool that is too full for it and of nothing else, or what it said.
+
+    LVM calls a pool that it cannot ask at its threshold, too: the line before it tells why.
+    """
+    lines = [line for line in map(str.strip, error.stderr.splitlines()) if line]
+    others = [line for line in lines if not re.search("(reached|above) threshold", line)]
+    if len(others) == len(lines):
+        return error
+    why = [line for line in others if not line.startswith("WARNING:") or f"{vg_name}/{pool} has" in line]
+    if why:
+        return ThinPoolUnusable(vg=vg_name, pool=pool, said=why[0])
+    return ThinPoolAtThreshold(vg=vg_name, pool=pool)
 
 
 def _shared(vg_name: str, lock_type: str) -> VolumeGroupUnusable:

@@ -1163,6 +1163,7 @@ LVM = {
     "shared": case(lock_type, "ovirt-local", "sanlock"),
     "size": case(group_report, "lvm fullreport", "evil"),
     "threshold": case(thin(error=lambda _: "pool has reached threshold."), "ovirt-local/pool0"),
+    "pool": case(thin(error=lambda w: f"{w.evil()}\npool reached threshold."), "ovirt-local/pool0", "evil"),
     "tags": case(printed(lambda: lvm.read_tags("vg", "lv", ["/dev/sda"])), "lvs lv", "not understood"),
     "no node": case(node(lambda _: "", "/nonexistent/lv"), "/nonexistent/lv", "udev"),
     "another device": case(node(lambda w: w.evil(), os.devnull), os.devnull, "evil"),

@@ -14,8 +14,10 @@ from localdisk import lvm, run
 from localdisk.errors import (
     CommandFailed,
     DeviceNotReady,
+    Error,
     NoVolumeGroup,
     ThinPoolAtThreshold,
+    ThinPoolUnusable,
     VolumeGroupUnusable,
 )
 from localdisk.lvm import LogicalVolume, VolumeGroup
@@ -318,6 +320,29 @@ def test_a_pool_that_is_too_full_for_lvm(monkeypatch: pytest.MonkeyPatch) -> Non
             assert f"thin pool ovirt-local/{thin.pool_lv}" in str(caught.value)
         with pytest.raises(kind):
             vg.create_snapshot("a", "gone", ())
+
+
+MISMATCH = "  WARNING: Thin pool ovirt-local/pool0 has unexpected transaction id 2, expecting 1.\n"
+SUM = "  WARNING: Sum of all thin volume sizes (1 GiB) exceeds the size of thin pool ovirt-local/pool0.\n"
+
+
+@pytest.mark.parametrize(
+    ("said", "kind", "shown"),
+    [
+        (THRESHOLD, ThinPoolAtThreshold, "too full for LVM itself"),
+        (SUM + THRESHOLD, ThinPoolAtThreshold, "too full for LVM itself"),
+        (MISMATCH + THRESHOLD, ThinPoolUnusable, "has unexpected transaction id 2, expecting 1."),
+        ("  Failed to get status.\n" + THRESHOLD, ThinPoolUnusable, "pool0: Failed to get status."),
+    ],
+)
+def test_only_the_threshold_counts_as_full(
+    monkeypatch: pytest.MonkeyPatch, said: str, kind: type[Error], shown: str
+) -> None:
+    """LVM says that of a pool whose state it does not know, too."""
+    Door(monkeypatch, error=CommandFailed(("lvcreate",), 5, said))
+    with pytest.raises(kind) as caught:
+        read("mixed").create_thin("a", EXTENT, "pool0", ())
+    assert shown in str(caught.value)
 
 
 # -- tags of volumes of storage domains

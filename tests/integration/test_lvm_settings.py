@@ -1,8 +1,9 @@
-"""LVM as administrators configure it: lvm.conf says what shapes reports and messages, and what LVM may use."""
+"""LVM as administrators leave it: settings that shape what it prints, metadata that was restored."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ from tests.integration.steps import (
     configure,
     device,
     localdisk,
+    refused_disk,
     start,
     stop,
 )
@@ -99,3 +101,31 @@ def status_of(volume: str) -> bool:
     """Whether status shows it."""
     shown = json.loads(attempt(str(host.PROGRAM), "status", "--json").stdout)
     return volume in {row["volume"] for row in shown["disks"]}
+
+
+# -- a pool that does not fit LVM's metadata
+
+
+def test_a_pool_with_another_transaction_id(file_storage: FileStorage) -> None:
+    """A restored backup of the metadata: nothing idle is evicted, LVM's own reason is shown."""
+    configure("cache: {templates: on}\n")
+    first = file_storage.clone(file_storage.template(SIZE, seed=1), seed=2)
+    stop(start(first, THIN), first, custom=THIN)
+    before = host.logical_volumes()
+    good, changed = Path("/run/metadata"), Path("/run/metadata.changed")
+    run("vgcfgbackup", "-f", str(good), host.VOLUME_GROUP)
+    changed.write_text(re.sub(r"transaction_id = [1-9]\d*", "transaction_id = 77", good.read_text()))
+    restore = ("vgcfgrestore", "--yes", "--force", host.VOLUME_GROUP, "-f")
+    image = file_storage.clone(file_storage.template(SIZE, seed=3), seed=4)
+    run(*restore, str(changed))
+    try:
+        line = refused_disk(image, THIN)
+    finally:
+        run(*restore, str(good))
+    assert host.logical_volumes() == before, "a template was evicted"
+    assert "unexpected transaction id" in line
+    assert "expecting 77" in line
+    vm_id = start(image, THIN)
+    stop(vm_id, image, custom=THIN)
+    configure()
+    localdisk("gc")
