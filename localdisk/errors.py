@@ -179,12 +179,11 @@ class CommandFailed(Error):
     what = "{tool} failed{target} ({how}): {said}"
     fix = "see the system log of this host"
 
-    def __init__(self, argv: tuple[str, ...], exit_code: int, stderr: str) -> None:
-        said = [line.strip() for line in stderr.splitlines() if line.strip()]
-        said_last = said[-1] if said else "it said nothing"
-        super().__init__(
-            tool=" ".join(argv[:2]), target=target(argv), how=how_it_ended(exit_code), said=said_last
-        )
+    def __init__(self, argv: tuple[str, ...], exit_code: int, stderr: str, said: str = "") -> None:
+        """`said`: what is shown of `stderr`; by itself its last line."""
+        lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+        said = said or (lines[-1] if lines else "it said nothing")
+        super().__init__(tool=" ".join(argv[:2]), target=target(argv), how=how_it_ended(exit_code), said=said)
         self.argv = argv
         self.returncode = exit_code
         self.stderr = stderr

@@ -306,7 +306,17 @@ def call(argv: Sequence[str]) -> str:
     try:
         return run.run([*argv[:2], "--config", SETTINGS, *argv[2:]])
     except CommandFailed as error:
-        raise CommandFailed(tuple(argv), error.returncode, error.stderr) from None
+        raise CommandFailed(tuple(argv), error.returncode, error.stderr, _reason(error.stderr)) from None
+
+
+def _reason(stderr: str) -> str:
+    """What LVM says of why it failed: often the last line but one, which a general one follows.
+
+    WARNING lines tell of something else, unless there are no others; a hint on LVM's options is none for us.
+    """
+    every = list(dict.fromkeys(filter(None, map(str.strip, stderr.splitlines()))))
+    lines = [line for line in every if not line.startswith(("WARNING:", "Use --select", "Run `"))]
+    return "; ".join(line.rstrip(".") for line in (lines or every)[-3:])
 
 
 def read_all(

@@ -294,6 +294,36 @@ def test_a_failure_names_the_command_as_it_could_be_typed(monkeypatch: pytest.Mo
     assert str(caught.value).startswith("lvchange --quiet failed for vg/a (exit code 5): no")
 
 
+FILTER = "Volume ovirt-local/n1 is not active locally (volume_list activation filter?)"
+NAMESAKES = "Multiple VGs found with the same name: skipping ovirt-local"
+RENAME = "Fix duplicate VG names with vgrename uuid, a device filter, or system IDs"
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        (
+            f"  {FILTER}.\n  Aborting. Failed to wipe start of new LV.\n",
+            f"{FILTER}; Aborting. Failed to wipe start of new LV",
+        ),
+        (
+            f"  WARNING: VG name ovirt-local is used by VGs a and b.\n  {RENAME}.\n  WARNING: Not using x.\n"
+            f"  {NAMESAKES}\n  Use --select vg_uuid=<uuid> in place of the VG name.\n",
+            f"{RENAME}; {NAMESAKES}",
+        ),
+        ("  no\n  no\n", "no"),
+        ("  WARNING: only this.\n", "WARNING: only this"),
+        ("", "it said nothing"),
+    ],
+)
+def test_the_whole_reason_is_shown(monkeypatch: pytest.MonkeyPatch, said: str, shown: str) -> None:
+    """As LVM 2.03.16 says it."""
+    Door(monkeypatch, error=CommandFailed(("lvcreate",), 5, said))
+    with pytest.raises(CommandFailed) as caught:
+        lvm.call(["lvcreate", "--quiet", "ovirt-local"])
+    assert f"(exit code 5): {shown} : " in str(caught.value)
+
+
 def test_missing_group_is_told_from_other_failures(monkeypatch: pytest.MonkeyPatch) -> None:
     said = '  Volume group "nosuch" not found\n  Cannot process volume group nosuch\n'
     Door(monkeypatch, error=CommandFailed(("lvm", "fullreport"), 5, said))

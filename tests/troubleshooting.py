@@ -48,7 +48,7 @@ BEHIND = {
     " `hotplug: shared` it stays on shared storage.",
     "UnplugRefused": "Plugged in again, the disk would come back from shared storage, with older data.",
     "CommandFailed": "A tool (LVM, qemu-img, virsh, udevadm) ended with an error; `<said>` is its last"
-    " line. `localdisk check` often finds the cause.",
+    " line, or the lines of LVM's that have the reason. `localdisk check` often finds the cause.",
     "CommandTimeout": "A tool hangs, mostly because storage does. LVM waits for another LVM command"
     " that holds its lock.",
     "CommandMissing": "`localdisk check` names the package.",
@@ -76,6 +76,8 @@ BEHIND = {
     "ThinPoolFull": "Used data, and what the copy will write, would pass `margins.thin_data`; or used"
     " metadata has passed `margins.thin_metadata`. A pool that is full fails the writes of all VMs in"
     " it.",
+    "ThinPoolUnusable": "LVM cannot work with the pool, whatever room it has: after an old backup of the"
+    " metadata was restored, for example. Nothing is evicted for it.",
     "ThinPoolAtThreshold": "LVM's own threshold (`thin_pool_autoextend_threshold` of lvm.conf) is lower"
     " than the margins.",
     "CacheFull": "In the log of a start: the disk was copied in full instead. From `prefetch`: nothing"
