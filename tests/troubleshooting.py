@@ -76,10 +76,10 @@ BEHIND = {
     "ThinPoolFull": "Used data, and what the copy will write, would pass `margins.thin_data`; or used"
     " metadata has passed `margins.thin_metadata`. A pool that is full fails the writes of all VMs in"
     " it.",
-    "ThinPoolUnusable": "LVM cannot work with the pool, whatever room it has: after an old backup of the"
-    " metadata was restored, for example. Nothing is evicted for it.",
     "ThinPoolAtThreshold": "LVM's own threshold (`thin_pool_autoextend_threshold` of lvm.conf) is lower"
     " than the margins.",
+    "ThinPoolUnusable": "LVM cannot work with the pool, whatever room it has: after an old backup of the"
+    " metadata was restored, for example. Nothing is evicted for it.",
     "CacheFull": "In the log of a start: the disk was copied in full instead. From `prefetch`: nothing"
     " was fetched.",
     "CacheOff": "`prefetch` needs the cache.",
