@@ -202,18 +202,19 @@ def kill(flow: Flow, scene: Scene, case: Case) -> bool:
 
 
 def send(call: Call, how: str) -> None:
-    assert call.process
+    process = call.process
+    assert process
     with contextlib.suppress(ProcessLookupError):
         if how == "TERM group":  # systemd sends it to all of the control group
             for pid in (*helpers(), *halt.tools_that_run()):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGTERM)
-            call.kill(signal.SIGTERM)
+            os.killpg(process.pid, signal.SIGTERM)  # it may have ended, and been waited for, meanwhile
         elif how == "KILL helper":
             for pid in helpers():
                 os.kill(pid, signal.SIGKILL)
         else:
-            os.kill(call.process.pid, signal.SIGKILL)
+            os.kill(process.pid, signal.SIGKILL)
 
 
 # -- what is left and what is wrong

@@ -96,8 +96,8 @@ class Running:
                 os.kill(pid, number)
             if how == "hook":
                 os.kill(process.pid, number)
-            elif how != "helper":
-                self.process.kill(number)
+            elif how != "helper":  # without its helper it may have ended, and been waited for, meanwhile
+                os.killpg(process.pid, number)
         return how
 
 
