@@ -164,10 +164,11 @@ def test_the_hook_is_told_that_its_vm_was_powered_off(tmp_path: Path, user: str,
         time.sleep(0.3)
     out, _ = hook.communicate(timeout=10)
     assert out.decode().split("\n")[:-1] == told
-    deadline = time.monotonic() + 10
-    while lock_files(tmp_path / "run") and time.monotonic() < deadline:
+    deadline = time.monotonic() + 30
+    commands = tmp_path / "commands"  # the helper writes them last
+    while not (commands.exists() and "lvremove" in commands.read_text()) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert "lvremove" in (tmp_path / "commands").read_text()
+    assert "lvremove" in commands.read_text()
     assert sorted(os.listdir(tmp_path / "run")) == [f"{VM}.destroying"]
 
 

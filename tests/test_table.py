@@ -313,6 +313,8 @@ class Terminal:
             env=environ,
             cwd=ROOT,
             start_new_session=True,
+            # A shell has what it runs in the background ignore Ctrl-C, and so would this.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         os.close(slave)
         self.seen = ""
