@@ -147,7 +147,7 @@ pack() {
   mkdir -p "$tree/localdisk/schema" "$tree/localdisk/examples"
   cp schema/localdisk.schema.json "$tree/localdisk/schema/"
   cp examples/minimal.yaml "$tree/localdisk/examples/"
-  rm -f "$tree"/localdisk/{first,front,pack}.py
+  rm -f "$tree"/localdisk/zipapp/{main,bootstrap,pack}.py
   # What run time does not need: headers and sources of lxml, tests, caches, type stubs of packages.
   find "$tree" \( -name '*.pxd' -o -name '*.pxi' -o -name '*.pyx' -o -name '*.h' -o -name '*.c' -o -name '*.pyi' \
     -o -name '*.rng' -o -name '*.xsl' \) -delete
@@ -164,7 +164,7 @@ pack() {
   # sitecustomize would otherwise run as root.  It also saves a tenth of a hook run without the property.
   .venv/bin/shiv --reproducible --site-packages "$tree" --entry-point localdisk.cli:main \
     --python "$PYTHON -IS" --output-file "$work/localdisk.shiv"
-  "$PYTHON" -m localdisk.pack "$work/localdisk.shiv" "$work/localdisk"
+  "$PYTHON" -m localdisk.zipapp.pack "$work/localdisk.shiv" "$work/localdisk"
 }
 
 
@@ -241,17 +241,17 @@ suite() {
   .venv/bin/python -m tests.suite --where "${WHERE:-auto}" "$@"
 }
 
-# What pytest is told in the bed: a name alone is a file of tests/integration.
+# What pytest is told in the bed: a name alone is a file of tests/kernel.
 kernel_arguments() {
   local word has_file=
   for word in "$@"; do
-    if [ -e "tests/integration/${word%%::*}" ]; then
-      word=tests/integration/$word
+    if [ -e "tests/kernel/${word%%::*}" ]; then
+      word=tests/kernel/$word
     fi
     [ ! -e "${word%%::*}" ] || has_file=1
     printf '%s\0' "$word"
   done
-  [ -n "$has_file" ] || printf 'tests/integration\0'
+  [ -n "$has_file" ] || printf 'tests/kernel\0'
 }
 
 main() {
@@ -298,9 +298,9 @@ main() {
     model)
       build_if_older
       export LOCALDISK_MODEL_SEED=${2:-1}
-      .venv/bin/python -m pytest -q tests/test_model.py
+      .venv/bin/python -m pytest -q tests/unit/test_model.py
       boot -- env "LOCALDISK_MODEL_SEED=$LOCALDISK_MODEL_SEED" .venv/bin/python -m pytest -v \
-        tests/integration/test_model.py
+        tests/kernel/test_model.py
       ;;
     build-again) build_again ;;
     test)

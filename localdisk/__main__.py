@@ -1,4 +1,4 @@
-"""`python -m localdisk`, for development; the zipapp starts with front.py."""
+"""`python -m localdisk`, for development; the zipapp starts with bootstrap.py."""
 
 import sys
 

@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 
-from localdisk import __version__, vdsm
+from localdisk import __version__
 from localdisk.errors import (
     DependentVolumes,
     DiskNeeded,
@@ -23,7 +23,8 @@ from localdisk.errors import (
     UsageError,
     plain,
 )
-from localdisk.vdsm import POINTS
+from localdisk.vdsm import hook_call
+from localdisk.vdsm.hook_call import POINTS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def _run(words: Sequence[str]) -> int:
     if list(words[1:]) == ["helper"]:
         return _helper()
     if list(words[1:]) == ["rehearsal"]:  # `check` runs it as vdsm
-        from localdisk import rehearsal
+        from localdisk.hook import rehearsal
 
         print(rehearsal.rehearse())
         return GOOD
@@ -101,8 +102,8 @@ def _report(message: str, exit_code: int, point: str = "") -> int:
 
         traceback.print_exc()
     if point:
-        print(vdsm.shown(message), file=sys.stderr)
-        return vdsm.exit_code(point, exit_code)
+        print(hook_call.shown(message), file=sys.stderr)
+        return hook_call.exit_code(point, exit_code)
     *details, last = message.splitlines()
     print(*details, f"localdisk: {last}", sep="\n", file=sys.stderr)
     return exit_code
@@ -114,13 +115,13 @@ def _report(message: str, exit_code: int, point: str = "") -> int:
 def _hook(point: str) -> int:
     import signal
 
-    from localdisk import hook, log
+    from localdisk import log
 
     signal.signal(signal.SIGTERM, _interrupt)
     signal.signal(signal.SIGHUP, _interrupt)
     signal.signal(signal.SIGUSR1, _cancel)
     try:
-        hook.run(point, os.environ)
+        _serve(point)
     except (HelperRefused, StartCancelled):  # the helper has logged why
         raise
     except Error as error:
@@ -128,6 +129,27 @@ def _hook(point: str) -> int:
         log.problem("refused", point=point, vm=vm_id, why=error)
         raise
     return GOOD
+
+
+def _serve(point: str) -> None:
+    if point == "before_vdsm_start":  # root's, and no VM's
+        before_vdsm_start()
+        return
+    from localdisk.hook import points
+
+    points.run(point, os.environ)
+
+
+def before_vdsm_start() -> None:
+    """Remove what no VM needs, before vdsm starts any.
+
+    If vdsm runs (somebody calls this by hand), a VM may be starting, and this behaves like plain `gc`.
+    """
+    from localdisk import config, log
+    from localdisk.volumes import gc
+
+    for problem in gc.collect(config.load(), may_start=hook_call.is_running()).problems:
+        log.problem("gc before vdsm starts", why=problem)
 
 
 def _cancel(_number: int, _frame: FrameType | None) -> NoReturn:
@@ -164,14 +186,15 @@ def _helper_mode(arguments: argparse.Namespace) -> int:
 
 
 def _helper() -> int:
-    from localdisk import config, helper
+    from localdisk import config
+    from localdisk.helper import process
 
     _require_root("helper")
-    return helper.main(config.load)
+    return process.main(config.load)
 
 
 def _gc_mode(arguments: argparse.Namespace) -> int:
-    from localdisk import gc
+    from localdisk.volumes import gc
 
     _require_root("gc")
     found = gc.collect(_load(arguments), dry_run=arguments.dry_run)
@@ -184,25 +207,26 @@ def _gc_mode(arguments: argparse.Namespace) -> int:
 
 def _older_hook() -> Iterator[str]:
     """What is wrong after an update of vdsm's package, which brings its own hook back."""
-    from localdisk import log, places
+    from localdisk import log
+    from localdisk.host import files as host_files
 
-    files = places.older_files()
+    files = host_files.older_files()
     if files:
-        error = OlderHookBack(files=", ".join(files), program=places.PROGRAM)
+        error = OlderHookBack(files=", ".join(files), program=host_files.PROGRAM)
         log.problem("two hooks for local disks", why=error)
         yield str(error)
 
 
 def _status_mode(arguments: argparse.Namespace) -> int:
-    from localdisk import snapshot, status
+    from localdisk.status import output, snapshot
 
     if arguments.prometheus is not None:
         return _metrics(arguments)
     settings = _load(arguments)
     if arguments.watch:
-        return _watch(status.frames(settings, arguments.full))
+        return _watch(output.frames(settings, arguments.full))
     found = snapshot.take(settings)
-    print(status.as_json(found) if arguments.json else status.as_table(found, arguments.full), end="")
+    print(output.as_json(found) if arguments.json else output.as_table(found, arguments.full), end="")
     return PROBLEMS if found.problems else GOOD
 
 
@@ -210,26 +234,27 @@ def _watch(frames: Iterator[str]) -> int:
     import signal
     import time
 
-    from localdisk import status
+    from localdisk.status import output
 
     if not sys.stdout.isatty():
         raise UsageError(problem="--watch needs a terminal")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        print(status.ENTER, end="")
+        print(output.ENTER, end="")
         for frame in frames:
             print(frame, end="", flush=True)
-            time.sleep(status.INTERVAL)
+            time.sleep(output.INTERVAL)
     except KeyboardInterrupt:
         pass
     finally:
-        print(status.LEAVE, end="", flush=True)
+        print(output.LEAVE, end="", flush=True)
     return GOOD
 
 
 def _metrics(arguments: argparse.Namespace) -> int:
     """Where the configuration is refused, or nothing can be looked at, the metrics tell that, too."""
-    from localdisk import counters, metrics, snapshot
+    from localdisk import counters
+    from localdisk.status import metrics, snapshot
 
     _require_root("status --prometheus")
     settings, found, refusal = None, None, None
@@ -245,7 +270,7 @@ def _metrics(arguments: argparse.Namespace) -> int:
 
 
 def _put(path: str, text: str) -> None:
-    from localdisk import metrics
+    from localdisk.status import metrics
 
     if path == "-":
         print(text, end="")
@@ -254,7 +279,7 @@ def _put(path: str, text: str) -> None:
 
 
 def _check_mode(arguments: argparse.Namespace) -> int:
-    from localdisk import check
+    from localdisk.host import check
 
     report = check.check(_load(arguments), arguments.config, os.path.realpath(sys.argv[0]))
     print(check.as_json(report) if arguments.json else check.as_lines(report), end="")
@@ -262,7 +287,8 @@ def _check_mode(arguments: argparse.Namespace) -> int:
 
 
 def _prefetch_mode(arguments: argparse.Namespace) -> int:
-    from localdisk import config, prefetch
+    from localdisk import config
+    from localdisk.hook import prefetch
 
     _refuse_config(arguments)
     prefetch.become_vdsm()
@@ -281,13 +307,13 @@ def _prefetch_mode(arguments: argparse.Namespace) -> int:
 
 
 def _bar(fraction: float, written: int) -> None:
-    from localdisk import prefetch
+    from localdisk.hook import prefetch
 
     print(prefetch.bar(fraction, written), end="" if fraction < 1 else prefetch.NO_BAR, flush=True)
 
 
 def _remove_mode(arguments: argparse.Namespace) -> int:
-    from localdisk import remove
+    from localdisk.volumes import remove
 
     _require_root("remove")
     code = GOOD
@@ -300,7 +326,7 @@ def _remove_mode(arguments: argparse.Namespace) -> int:
 
 
 def _install_mode(arguments: argparse.Namespace) -> int:
-    from localdisk import install
+    from localdisk.host import install
 
     _refuse_config(arguments)
     _require_root("install")
@@ -308,7 +334,7 @@ def _install_mode(arguments: argparse.Namespace) -> int:
 
 
 def _uninstall_mode(arguments: argparse.Namespace) -> int:
-    from localdisk import uninstall
+    from localdisk.host import uninstall
 
     _refuse_config(arguments)
     _require_root("uninstall")

@@ -19,10 +19,10 @@ from functools import lru_cache
 from types import MappingProxyType
 
 from localdisk import config_memory
+from localdisk.config_yaml import FILE_LIMIT, Problem, Refused, Tree, read_tree, shorten
 from localdisk.errors import BadProperty, ConfigRefused, ConfigUnreadable
 from localdisk.frozen import frozen, replace
 from localdisk.units import Amount, parse_duration, parse_percentage, parse_size
-from localdisk.yamltree import FILE_LIMIT, Problem, Refused, Tree, read_tree, shorten
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from jsonschema.exceptions import ValidationError
 
-    from localdisk.yamltree import Path
+    from localdisk.config_yaml import Path
 
     _Values = dict[str, Any]
 

@@ -1,6 +1,6 @@
 """Which VMs may have kept disks on this host: one file a VM in /run/localdisk/kept.
 
-`first.py` lets a VM without the custom property through at once, unless its file is there.  What counts is in
+`main.py` lets a VM without the custom property through at once, unless its file is there.  What counts is in
 the tags of the disks; the files are there before a disk is complete, and gc makes them anew from the tags,
 also after a boot, before vdsm starts any VM.  A file that holds text names the images whose disks are about
 to be marked as stale: if that is broken off, the next start or gc marks them.

@@ -17,14 +17,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from localdisk import cache, clock, lock, lvm, removal, run, sysfs
+from localdisk import clock, device_mapper, lock, run
 from localdisk.clock import Moment
 from localdisk.errors import CommandFailed, CommandTimeout, Error
+from localdisk.helper import cache
+from localdisk.volumes import lvm, removal
 
 if TYPE_CHECKING:
     import pytest
 
-    from localdisk.session import Session
+    from localdisk.helper.session import Session
 
 REPORTS = Path(__file__).parent / "data" / "lvm"
 EXTENT = 4 << 20
@@ -206,7 +208,7 @@ class FakeHost:
         monkeypatch.setattr(os, "open", self._open)
         monkeypatch.setattr(os, "close", self._close)
         monkeypatch.setattr(cache, "_sample", self._sample)
-        monkeypatch.setattr(sysfs, "can_discard", lambda path: path not in self.cannot_discard)
+        monkeypatch.setattr(device_mapper, "can_discard", lambda path: path not in self.cannot_discard)
         monkeypatch.setattr(clock, "now", lambda: Moment(time.time()))
         return self
 

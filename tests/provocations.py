@@ -23,45 +23,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from localdisk import (
-    cache,
-    cli,
-    config,
-    copy,
-    counters,
-    domains,
-    frozen,
-    gc,
-    helper,
-    hook,
-    host,
-    host_storage,
-    image,
-    install,
-    kept,
-    lock,
-    lvm,
-    metrics,
-    places,
-    prefetch,
-    removal,
-    remove,
-    run,
-    uninstall,
-    vdsm,
-    vms,
-)
-from localdisk.change import Write
-from localdisk.client import Helper
+from localdisk import cli, config, counters, frozen, kept, libvirt, lock, run
 from localdisk.config import Config
-from localdisk.definition import Disk, localize_disk, localize_domain, read_disk, read_domain
-from localdisk.disk import LocalDisk
-from localdisk.domains import DomainState
 from localdisk.errors import CommandFailed, Error
-from localdisk.image import Layer, Source
-from localdisk.lvm import VolumeGroup
-from localdisk.vdsm import DATA_LIMIT, DOMXML, JSON, Call
-from tests import test_cache, test_client, test_copy, test_hook, test_prefetch, test_session
+from localdisk.helper import cache, process
+from localdisk.hook import copy, image, prefetch
+from localdisk.hook.client import Helper
+from localdisk.hook.image import Layer, Source
+from localdisk.host import facts, files, install, storage_facts, uninstall
+from localdisk.host.file_changes import Write
+from localdisk.libvirt import DomainState
+from localdisk.status import libvirt_vms, metrics
+from localdisk.vdsm import hook_call
+from localdisk.vdsm.definition import Disk, localize_disk, localize_domain, read_disk, read_domain
+from localdisk.vdsm.hook_call import DATA_LIMIT, DOMXML, JSON, Call
+from localdisk.volumes import gc, lvm, removal, remove
+from localdisk.volumes.disk import LocalDisk
+from localdisk.volumes.lvm import VolumeGroup
 from tests.fakes import (
     EXTENT,
     IMAGE,
@@ -75,9 +53,11 @@ from tests.fakes import (
     report,
     tags,
 )
-from tests.test_cache import BASE, DOMAIN, FILL, ON, OWN_VOLUME, PREFETCH, THICK_LV, WITH_BASE
-from tests.test_image import FORMAT, LEAF, extension, made
-from tests.test_image import disk as source_disk
+from tests.unit.helper import test_cache, test_session
+from tests.unit.helper.test_cache import BASE, DOMAIN, FILL, ON, OWN_VOLUME, PREFETCH, THICK_LV, WITH_BASE
+from tests.unit.hook import test_client, test_copy, test_points, test_prefetch
+from tests.unit.hook.test_image import FORMAT, LEAF, extension, made
+from tests.unit.hook.test_image import disk as source_disk
 
 if TYPE_CHECKING:
     import pytest
@@ -129,15 +109,15 @@ class World:
         hook = test_session.Hook(host or self.host(), text)
         return [hook.ask(request) for request in requests][-1]
 
-    def vdsm(self, text: str = "") -> test_hook.Vdsm:
-        machine = test_hook.Vdsm(self.patch, self.directory)
+    def vdsm(self, text: str = "") -> test_points.Vdsm:
+        machine = test_points.Vdsm(self.patch, self.directory)
         machine.configure(text)
         return machine
 
     def prepare(self, text: str = "", **changes: Any) -> None:
         """after_disk_prepare of a disk with these keys."""
         machine = self.vdsm(text)
-        machine.call("after_disk_prepare", test_hook.disk_json(machine, **changes))
+        machine.call("after_disk_prepare", test_points.disk_json(machine, **changes))
 
     def source(self, data: bytes, image_format: str = "cow", **changes: object) -> None:
         """Open the volume of these bytes."""
@@ -241,7 +221,7 @@ def older_hook_back(world: World) -> str:
     paths = [world.directory / "localdisk", world.directory / "rule"]
     for path in paths:
         path.touch()
-    world.patch.setattr(places, "OLDER_FILES", tuple(map(str, paths)))
+    world.patch.setattr(files, "OLDER_FILES", tuple(map(str, paths)))
     return next(cli._older_hook())
 
 
@@ -407,7 +387,7 @@ PREFETCHES = {
 
 def too_long(world: World) -> None:
     """More than a request's bytes without an end of line."""
-    hook = helper.Hook.__new__(helper.Hook)
+    hook = process.Hook.__new__(process.Hook)
     hook._buffer, hook._signal = b"", -1
     world.patch.setattr(select, "select", lambda *_: ([0], [], []))
     world.patch.setattr(os, "read", lambda _fd, size: b"x" * (size + 1))
@@ -890,7 +870,7 @@ def in_vain(world: World) -> str:
 def no_list(world: World) -> object:
     there = world.host()
     there.active = {world.evil()}
-    return domains.active()
+    return libvirt.active()
 
 
 @dataclass(frozen=True)
@@ -909,7 +889,7 @@ def no_state(text: str) -> Provoke:
     def provoke(world: World) -> object:
         printed = Printed(text.replace("evil", world.evil()))
         world.patch.setattr(run, "begin", lambda _argv: printed)
-        return domains.state(VM)
+        return libvirt.state(VM)
 
     return provoke
 
@@ -933,7 +913,7 @@ def unread_vm(world: World) -> object:
     there = world.host()
     there.active = {VM}
     there.xmls = {VM: f"<domain>\n<uuid>{VM}</uuid><{world.word()}>\n</domain>"}
-    return vms.answer(domains.ask_names()).unread
+    return libvirt_vms.answer(libvirt.ask_names()).unread
 
 
 GC = {
@@ -950,7 +930,7 @@ GC = {
 
 
 def starts(*disks: tuple[str, str, str, str], vm: str = VM) -> Provoke:
-    return lambda w: w.vdsm().call("before_vm_start", test_hook.domain_xml(*disks, vm=vm))
+    return lambda w: w.vdsm().call("before_vm_start", test_points.domain_xml(*disks, vm=vm))
 
 
 def plugged(world: World) -> None:
@@ -971,12 +951,12 @@ def before_vdsm(world: World) -> None:
     machine = world.vdsm()
     machine.host.add(VOLUME, tags())
     machine.host.libvirt_is_silent = True
-    world.patch.setattr(vdsm, "is_running", lambda: True)
-    hook.run("before_vdsm_start", {})
+    world.patch.setattr(hook_call, "is_running", lambda: True)
+    cli.before_vdsm_start()
 
 
 def local_but_not_ready(world: World) -> None:
-    text = test_hook.domain_xml((world.xml(), f"/dev/{LV}", IMAGE, VOLUME))
+    text = test_points.domain_xml((world.xml(), f"/dev/{LV}", IMAGE, VOLUME))
     world.vdsm().call("before_vm_start", text)
 
 
@@ -984,7 +964,7 @@ def recovered(world: World) -> None:
     """vdsm recovers the VM, once it runs and once it is shut off; then it is migrated here."""
     machine = world.vdsm()
     for state in (DomainState.ACTIVE, DomainState.SHUT_OFF, DomainState.UNKNOWN):
-        test_hook.with_state(machine.host, state)
+        test_points.with_state(machine.host, state)
         machine.call("after_disk_prepare", "")
 
 
@@ -1000,9 +980,9 @@ def starts_in_vain(world: World) -> None:
 
 def resumed(world: World) -> None:
     machine = world.vdsm()
-    test_hook.with_state(machine.host, DomainState.UNKNOWN)
+    test_points.with_state(machine.host, DomainState.UNKNOWN)
     path = machine.source(VOLUME)
-    machine.call("before_vm_start", test_hook.domain_xml(("vda", path, IMAGE, VOLUME)))
+    machine.call("before_vm_start", test_points.domain_xml(("vda", path, IMAGE, VOLUME)))
 
 
 NO_IMAGE: dict[str, Any] = {"imageID": "", "volumeID": "", "serial": "", "volumeChain": []}
@@ -1030,7 +1010,7 @@ HOOK = {
 
 
 def asked_in_vain(world: World) -> str:
-    asked = host._Asked()
+    asked = facts._Asked()
     asked(lambda: os.stat(world.evil_path()))
     return str(asked.failures[0])
 
@@ -1082,10 +1062,10 @@ def blocked(world: World) -> object:
 
 
 HOST = {
-    "rehearsal": case(printed(lambda: host._rehearse("/x/localdisk")), "/x/localdisk rehearsal", "evil"),
+    "rehearsal": case(printed(lambda: facts._rehearse("/x/localdisk")), "/x/localdisk rehearsal", "evil"),
     "unseen": case(asked_in_vain, "/evil", "ls -ld"),
-    "version": case(printed(host._lvm_version), "lvm version", "evil"),
-    "report": case(printed(lambda: host_storage._pools("vg", [])), "lvm lvs", "evil"),
+    "version": case(printed(facts._lvm_version), "lvm version", "evil"),
+    "report": case(printed(lambda: storage_facts._pools("vg", [])), "lvm lvs", "evil"),
     "counters": case(uncounted, "cannot count"),
 }
 INSTALL = {
@@ -1136,7 +1116,7 @@ def usable(captured: str) -> Provoke:
 def node(uuid: Callable[[World], str], path: str) -> Provoke:
     def provoke(world: World) -> None:
         found = uuid(world)
-        world.patch.setattr("localdisk.lvm.read_dm_uuid", lambda _device: found)
+        world.patch.setattr("localdisk.device_mapper.read_uuid", lambda _device: found)
         world.patch.setattr(VolumeGroup, "path", lambda _vg, _name: path)
         VolumeGroup.from_report(report("empty")).dm_uuid("lv")
 
@@ -1401,7 +1381,7 @@ def call(text: bytes | None = b"", path: str = "data") -> Callable[[World], Call
 def environ(**changes: Callable[[World], str]) -> Provoke:
     def provoke(world: World) -> object:
         given = {"vmId": VM, "localdisk": "lvm", DOMXML: "/x"}
-        return vdsm.read_call("before_vm_start", {**given, **{k: v(world) for k, v in changes.items()}})
+        return hook_call.read_call("before_vm_start", {**given, **{k: v(world) for k, v in changes.items()}})
 
     return provoke
 
@@ -1409,21 +1389,29 @@ def environ(**changes: Callable[[World], str]) -> Provoke:
 def no_file_of_data(world: World) -> str:
     path = world.directory / world.name()
     path.mkdir()
-    return vdsm.read_data(Call("before_vm_start", VM, "lvm", str(path)))
+    return hook_call.read_data(Call("before_vm_start", VM, "lvm", str(path)))
 
 
 VDSM = {
-    "point": case(lambda w: vdsm.read_call(w.evil(), {}), "'evil'"),
+    "point": case(lambda w: hook_call.read_call(w.evil(), {}), "'evil'"),
     "id": case(environ(vmId=lambda w: w.evil()), "vmId is 'evil'"),
     "property": case(environ(localdisk=lambda w: w.evil()), "'evil'", "lvmthin"),
     "both": case(environ(**{JSON: lambda w: w.evil()}), JSON, DOMXML),
     "relative": case(environ(**{DOMXML: lambda w: w.evil()}), DOMXML, "'evil'"),
-    "no data": case(lambda _: vdsm.read_data(Call("before_vdsm_start", "", "", None)), "before_vdsm_start"),
+    "no data": case(
+        lambda _: hook_call.read_data(Call("before_vdsm_start", "", "", None)), "before_vdsm_start"
+    ),
     "no file": case(no_file_of_data, "/evil"),
-    "missing": case(lambda w: vdsm.read_data(Call("p", VM, "lvm", w.evil_path())), "/evil", "No such file"),
-    "too long": case(lambda w: vdsm.read_data(call(b"x" * (DATA_LIMIT + 1))(w)), "/data", str(DATA_LIMIT)),
-    "answer": case(lambda w: vdsm.write_data(call()(w), "x" * (DATA_LIMIT + 1)), "/data", str(DATA_LIMIT)),
-    "no UTF-8": case(lambda w: vdsm.read_data(call(b"\xff")(w)), "/data", "utf-8"),
+    "missing": case(
+        lambda w: hook_call.read_data(Call("p", VM, "lvm", w.evil_path())), "/evil", "No such file"
+    ),
+    "too long": case(
+        lambda w: hook_call.read_data(call(b"x" * (DATA_LIMIT + 1))(w)), "/data", str(DATA_LIMIT)
+    ),
+    "answer": case(
+        lambda w: hook_call.write_data(call()(w), "x" * (DATA_LIMIT + 1)), "/data", str(DATA_LIMIT)
+    ),
+    "no UTF-8": case(lambda w: hook_call.read_data(call(b"\xff")(w)), "/data", "utf-8"),
 }
 
 CASES: dict[str, Case] = {

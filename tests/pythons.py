@@ -7,12 +7,12 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from localdisk import first
+from localdisk.zipapp import main
 
 
 def pythons() -> Iterator[str]:
     """Those that it is packed for, as far as this machine has them, pyenv's included."""
-    for version in first.PYTHONS:
+    for version in main.PYTHONS:
         name = "python{}.{}".format(*version)
         managed = Path.home().glob(f".pyenv/versions/*/bin/{name}")
         for path in (shutil.which(name), *map(str, managed)):

@@ -10,7 +10,8 @@ import os
 import re
 from pathlib import Path
 
-from localdisk import cli, config, metrics
+from localdisk import cli, config
+from localdisk.status import metrics
 from tests import troubleshooting
 
 ROOT = Path(__file__).resolve().parents[1]

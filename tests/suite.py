@@ -3,7 +3,7 @@
     python -m tests.suite [--where PLACE] [--all] PART...
 
 PART is lint, build-again, unit (also under each other Python that this machine has), kernel (each file of
-tests/integration), crash (--all: not only a selection).  What each prints is in .bed/log/ and shown if it
+tests/kernel), crash (--all: not only a selection).  What each prints is in .bed/log/ and shown if it
 failed; of the others the last line is shown.  Exit status: 0 if all are good, else 1.
 """
 
@@ -30,7 +30,7 @@ from tests.pythons import others
 
 LOGS = STATE / "log"
 DURATIONS = STATE / "durations.json"  # seconds that each job took the last time
-KERNEL_TESTS = ROOT / "tests/integration"
+KERNEL_TESTS = ROOT / "tests/kernel"
 CRASH_SHARES = 2
 PASSED = re.compile(r"(\d+) passed")
 FAILED = re.compile(r"(\d+) (?:failed|errors?)")
@@ -114,7 +114,7 @@ def build_again(place: str, everything: bool) -> Iterator[Job]:
 def unit(place: str, everything: bool) -> Iterator[Job]:
     """The unit tests under each Python; 200 random chains by the cache's way of copying."""
     yield Job("unit", ("./build.sh", "unit", "tests"), 60)
-    chains = ("./build.sh", "unit", "tests/test_copy.py", "-k", "test_random_chains")
+    chains = ("./build.sh", "unit", "tests/unit/hook/test_copy.py", "-k", "test_random_chains")
     yield Job("unit-chains", ("env", "LOCALDISK_CHAINS=200", *chains), 20)
     for python in others():
         yield Job(f"unit-{Path(python).name}", ("./build.sh", "unit-under", python), 80)

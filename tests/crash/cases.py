@@ -27,7 +27,7 @@ from tests.bed.storage import digest, is_zero
 from tests.crash import halt
 from tests.crash.flows import CACHE, FLOWS, SIZE, Flow, Scene, new_scene, recover, start_thick, templates
 from tests.crash.halt import MOMENTS, Point
-from tests.integration.steps import LOCKS, configure, device, helpers, processes, starting, wait_for
+from tests.kernel.steps import LOCKS, configure, device, helpers, processes, starting, wait_for
 
 STATE = host.SCRATCH / "crash"
 SCENE, POINTS, RESULTS, PENDING = (STATE / name for name in ("scene", "points", "results", "pending"))

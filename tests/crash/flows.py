@@ -1,7 +1,8 @@
 """The flows: what localdisk does, each with what must be there before and what it should find after.
 
 All flows are those of one disk of one VM, on the volume group of the bed.  A flow's disk is made here, with
-LVM's own commands and the tags of `localdisk/disk.py`, so that nothing of localdisk runs before it counts.
+LVM's own commands and the tags of `localdisk/volumes/disk.py`, so that nothing of localdisk runs before it
+counts.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from tests.bed.player import Call, start_point
 from tests.bed.shell import run
 from tests.bed.storage import FileStorage, Image, Volume, digest, fill, guest_bytes, link, new_id
 from tests.bed.vm import Disk, Vm, boot_sector, disk_json, domain_xml
-from tests.integration.steps import MIB, THICK, THIN, configure, device, starting, tags
+from tests.kernel.steps import MIB, THICK, THIN, configure, device, starting, tags
 
 SIZE = 24 * MIB
 LONG_AGO = 5  # seconds since the epoch

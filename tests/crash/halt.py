@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.bed.shell import run
-from tests.integration.steps import processes
+from tests.kernel.steps import processes
 
 TOOLS = ("/usr/sbin/lvm", "/usr/bin/virsh", "/usr/bin/qemu-img", "/usr/sbin/blkdiscard")
 MOMENTS = ("before", "during", "after")

@@ -5,5 +5,5 @@
     __main__.py   runs them, by coverage (atheris) where that is installed, and counts
 
 A parser either takes an input or refuses it with one of our errors, whose every line is plain and bounded.
-tests/test_fuzz.py runs some inputs of each with the unit tests.
+tests/unit/test_fuzz.py runs some inputs of each with the unit tests.
 """

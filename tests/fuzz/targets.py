@@ -15,28 +15,18 @@ from unittest import mock
 
 import pytest
 
-from localdisk import (
-    config,
-    counters,
-    definition,
-    domains,
-    gc,
-    image,
-    lock,
-    origin,
-    progress,
-    run,
-    snapshot,
-    status,
-    template,
-)
+from localdisk import config, counters, libvirt, lock, run
 from localdisk.clock import Moment
-from localdisk.definition import Disk
-from localdisk.disk import LocalDisk, local_disks
 from localdisk.errors import Error
-from localdisk.image import Header
-from localdisk.lvm import VolumeGroup
-from localdisk.session import Session
+from localdisk.helper.session import Session
+from localdisk.hook import image, template_source
+from localdisk.hook.image import Header
+from localdisk.status import output, snapshot
+from localdisk.vdsm import definition
+from localdisk.vdsm.definition import Disk
+from localdisk.volumes import gc, progress, template
+from localdisk.volumes.disk import LocalDisk, local_disks
+from localdisk.volumes.lvm import VolumeGroup
 from tests.fakes import IMAGE, OTHER_VM, OTHER_VOLUME, REPORTS, VM, VOLUME, FakeHost, tags
 
 ROOT = Path(__file__).parents[2]
@@ -136,9 +126,9 @@ def _metadata(data: bytes) -> bool:
         path.parent.mkdir()
         path.write_bytes(b"x" * 512)
         path.with_suffix(".meta").write_bytes(data)
-        told = origin.read_metadata(str(path))
+        told = template_source.read_metadata(str(path))
         with image.opened_alone(str(path), "raw") as source:
-            is_template = origin.is_template(source.base)
+            is_template = template_source.is_template(source.base)
     assert all(isinstance(value, str) and "\n" not in value for value in told.values())
     if is_template:  # it has but one image, which it must name
         assert (told["IMAGE"], told["VOLTYPE"], told["LEGALITY"]) == (IMAGE, "SHARED", "LEGAL")
@@ -226,25 +216,25 @@ def _report(data: bytes) -> None:
     with ExitStack() as stack:
         for owner, name, value in (
             (VolumeGroup, "read", vg),
-            (domains, "ask_names", domains.Question(None, None)),
+            (libvirt, "ask_names", libvirt.Question(None, None)),
             (os, "geteuid", 0),
         ):
             stack.enter_context(mock.patch.object(owner, name, return_value=value))
         taken = snapshot.take(config.parse(b"", "F"))
-    status.as_table(taken)
-    status.as_json(taken)
+    output.as_table(taken)
+    output.as_json(taken)
 
 
 def _names(data: bytes) -> None:
-    names, running = domains.read_names(_text(data))
+    names, running = libvirt.read_names(_text(data))
     assert all(len(each) == 36 for each in (*names, *running))
 
 
 def _xmls(data: bytes) -> None:
     question = mock.Mock()
     question.text = lambda: _text(data)
-    with mock.patch.object(domains, "_ask", return_value=question):
-        for xml in domains.xmls([VM]):
+    with mock.patch.object(libvirt, "_ask", return_value=question):
+        for xml in libvirt.xmls([VM]):
             definition.read_running(xml)
 
 

@@ -10,7 +10,7 @@
     judge.py     compares a host with a state
     librarian.py the part of that about template LVs
     walk.py      the steps
-    fake.py      a host in memory; tests/integration/test_model.py has a real one
+    fake.py      a host in memory; tests/kernel/test_model.py has a real one
 
 What a call should do is written down in `predict.py` from DESIGN.md and README.md.  Nothing of the product
 is imported but by `fake.py`, so that model and product go wrong independently.

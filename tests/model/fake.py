@@ -21,11 +21,14 @@ from typing import Any
 
 import pytest
 
-from localdisk import config, copy, gc, hook, image, lock, origin, prefetch, removal, remove, run, vdsm
-from localdisk.copy import Device, OnProgress, Target
+from localdisk import cli, config, lock, run
 from localdisk.errors import CommandFailed, Error
-from localdisk.helper import Ended as HelperEnded
-from localdisk.session import Session
+from localdisk.helper.process import Ended as HelperEnded
+from localdisk.helper.session import Session
+from localdisk.hook import copy, image, points, prefetch, template_source
+from localdisk.hook.copy import Device, OnProgress, Target
+from localdisk.vdsm import hook_call
+from localdisk.volumes import gc, removal, remove
 from tests.bed import vdsm as bed_vdsm
 from tests.bed.storage import COW
 from tests.bed.storage import Image as BedImage
@@ -396,11 +399,11 @@ class FakeWorld:
             (time, "time", lambda: float(self.clock)),
             (uuid, "uuid4", lambda: uuid.UUID(int=self.rng.getrandbits(128), version=4)),
             (config, "load", lambda _path=None: self.config),
-            (vdsm, "is_running", lambda: False),
+            (hook_call, "is_running", lambda: False),
             (image, "opened", self._opened),
             (image, "opened_alone", self._opened_alone),
-            (origin, "read_metadata", lambda _path: {"FORMAT": "RAW", "VOLTYPE": "SHARED"}),
-            (origin, "is_template", lambda layer: layer.is_template),
+            (template_source, "read_metadata", lambda _path: {"FORMAT": "RAW", "VOLTYPE": "SHARED"}),
+            (template_source, "is_template", lambda layer: layer.is_template),
             (copy, "copy", self._copy),
             (copy, "copy_on", self._copy_on),
             (copy, "apply", self._apply),
@@ -693,7 +696,7 @@ class FakeWorld:
 
         def work() -> None:
             try:
-                hook.run(point, environ)
+                points.run(point, environ)
                 process.answer = path.read_text()
             finally:
                 path.unlink()
@@ -702,7 +705,7 @@ class FakeWorld:
 
     def _gc(self, call: Call) -> None:
         if call.arguments == (False,):
-            hook.run("before_vdsm_start", {})
+            cli.before_vdsm_start()
         else:
             found = gc.collect(self.config, dry_run=call.what == "gc --dry-run")
             assert gc.as_lines(found, call.what == "gc --dry-run").count("\n") == len(found.findings)

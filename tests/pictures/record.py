@@ -30,7 +30,7 @@ from tests.bed.player import Call, run_point, start_point
 from tests.bed.shell import attempt, run
 from tests.bed.storage import FileStorage, Image, fill, new_id
 from tests.bed.vm import Disk, Vm, disk_json, domain_xml
-from tests.integration.steps import MIB, THICK, THIN, configure, copied, localdisk, wait_for
+from tests.kernel.steps import MIB, THICK, THIN, configure, copied, localdisk, wait_for
 from tests.pictures.trace import Tracer
 
 MARK = "PICTURE "

@@ -1,0 +1,118 @@
+"""The one door to /sys: what the kernel knows of block devices and device-mapper; everybody may read it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterable, Iterator
+
+from localdisk.frozen import frozen
+from localdisk.ids import is_uuid
+
+BLOCK = "/sys/block"
+NUMBERS = "/sys/dev/block"
+NAMES = "/sys/class/block"  # with partitions, which BLOCK has not
+_SECTOR = 512  # bytes; `size` counts these, whatever the device's own are
+_TARGET_NAME = re.compile(r"((?:[^-]|--)+)-((?:[^-]|--)+)")  # VG-LV, dashes inside doubled
+
+
+@frozen
+class Volume:
+    vg_name: str
+    lv_name: str
+    size: int
+
+
+def logical_volumes(vg_names: Iterable[str]) -> Iterator[Volume]:
+    """Those of the volume groups that have a UUID as their name."""
+    wanted = frozenset(vg_names)
+    try:
+        devices = sorted(name for name in os.listdir(BLOCK) if name.startswith("dm-"))
+    except OSError:
+        return
+    for device in devices:
+        try:
+            match = _TARGET_NAME.fullmatch(_read(device, "dm", "name"))
+            size = int(_read(device, "size")) * _SECTOR
+        except (OSError, ValueError):  # it has just gone
+            continue
+        if match:
+            vg_name, lv_name = (part.replace("--", "-") for part in match.groups())
+            if vg_name in wanted and is_uuid(lv_name):
+                yield Volume(vg_name, lv_name, size)
+
+
+def can_discard(path: str) -> bool:
+    """Whether the block device at `path` discards what it is told to; False if it cannot be looked at."""
+    try:
+        device = os.stat(path).st_rdev
+        place = os.path.realpath(_at(device))
+        if not os.path.isdir(f"{place}/queue"):  # a partition
+            place = os.path.dirname(place)
+        with open(f"{place}/queue/discard_max_bytes", encoding="ascii") as file:
+            return int(file.read()) > 0
+    except (OSError, ValueError):
+        return False
+
+
+def read_uuid(device: int) -> str:
+    """The UUID that device-mapper has for a device number.  Raises OSError if it has no such device."""
+    with open(f"{_at(device)}/dm/uuid", encoding="ascii") as file:
+        return file.read().strip()
+
+
+def read_name(device: int) -> str:
+    """The name that device-mapper has for a device number; "" if it has no such device."""
+    try:
+        with open(f"{_at(device)}/dm/name", encoding="ascii") as file:
+            return file.read().strip()
+    except OSError:
+        return ""
+
+
+def devices_below(path: str) -> list[str]:
+    """The paths of the devices that the device at `path` lies on.  Raises OSError."""
+    return [f"/dev/{name}" for name in os.listdir(f"{_at(os.stat(path).st_rdev)}/slaves")]
+
+
+def multipath_devices() -> Iterator[str]:
+    """The paths of all multipath devices of this host.  Raises OSError."""
+    for name in sorted(os.listdir(BLOCK)):
+        with contextlib.suppress(OSError):
+            if _read(name, "dm", "uuid").startswith("mpath-"):
+                yield f"/dev/{name}"
+
+
+def name_and_uuid(name: str) -> tuple[str, str]:
+    """Name and UUID of device-mapper for the device named `name`, such as dm-3; "" twice if it has none."""
+    try:
+        return _read(name, "dm", "name", under=NAMES), _read(name, "dm", "uuid", under=NAMES)
+    except OSError:
+        return "", ""
+
+
+def holders(name: str) -> list[str]:
+    """The kernel's names of the devices that lie on the device of this name."""
+    return _related(name, "holders")
+
+
+def slaves(name: str) -> list[str]:
+    """The kernel's names of the devices that the device of this name lies on."""
+    return _related(name, "slaves")
+
+
+def _related(name: str, relation: str) -> list[str]:
+    try:
+        return sorted(os.listdir(f"{NAMES}/{name}/{relation}"))
+    except OSError:
+        return []
+
+
+def _at(device: int) -> str:
+    return f"{NUMBERS}/{os.major(device)}:{os.minor(device)}"
+
+
+def _read(*parts: str, under: str = "") -> str:
+    with open(os.path.join(under or BLOCK, *parts), encoding="ascii", errors="replace") as file:
+        return file.read().strip()

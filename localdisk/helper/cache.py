@@ -1,0 +1,475 @@
+"""The template cache, privileged half: here template LVs are made, checked, cloned and evicted.
+
+Whoever starts from a template holds the lock of its LV from the first look at it until the disk is made from
+it; so one copies the base, the others wait and then find it.  In doubt there is no template LV: the disk is
+copied in full.  `template.py` says what the tags mean, `session.py` is who asks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from functools import partial
+
+from localdisk import counters, device_mapper, lock, log
+from localdisk.config import Policy
+from localdisk.errors import (
+    BadRequest,
+    CacheFull,
+    CommandFailed,
+    Error,
+    ForeignVolume,
+    NoSpace,
+    NoTemplate,
+    ThinPoolAtThreshold,
+    ThinPoolFull,
+)
+from localdisk.frozen import frozen, replace
+from localdisk.helper.new_volume import Making
+from localdisk.lock import Pause
+from localdisk.units import format_size
+from localdisk.volumes import disk as life
+from localdisk.volumes import removal, template
+from localdisk.volumes.disk import UPDATING, LocalDisk
+from localdisk.volumes.lvm import VolumeGroup, read_tags
+from localdisk.volumes.removal import take_away
+from localdisk.volumes.template import Template
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+_SAMPLES, _SAMPLE = 256, 4096  # blocks, and bytes of each
+
+Room = Callable[[VolumeGroup], None]  # raises NoSpace or ThinPoolFull
+FindRoom = Callable[[str], VolumeGroup]  # but by evicting the template LV of that name; raises as Room
+Make = Callable[[VolumeGroup], None]  # creates a volume; raises ThinPoolAtThreshold
+
+
+@frozen
+class Spare:
+    """What can be removed for room: the bytes that it takes of the group or pool, and how."""
+
+    takes: int
+    remove: Callable[[], None]
+
+
+@frozen
+class Base:
+    """A template's volume as the hook has found it; `size` in bytes of its guest's view."""
+
+    volume_id: str
+    domain_id: str  # of block storage, "" for a file
+    fingerprint: str
+    size: int
+
+
+class Shelf:
+    """The place of one template in the cache, whose lock is held."""
+
+    def __init__(self, base: Base, policy: Policy, pause: Pause) -> None:
+        self.base = base
+        self._policy = policy
+        self._pause = pause
+        self._pool = policy.thin_pool if policy.backend == "lvmthin" else ""
+        name = template.lv_name(base.volume_id, base.fingerprint, policy.backend, policy.thin_pool)
+        with ExitStack() as stack:
+            held = stack.enter_context(lock.holding(lock.disk_lock(name), pause))
+            self.making = Making(name, policy, held, stack.pop_all(), template=base.volume_id)
+        self.making.tell()
+        self._vg: VolumeGroup  # as `look` has seen it
+        self._found: Template | None = None
+
+    @property
+    def name(self) -> str:
+        return self.making.lv_name
+
+    @property
+    def is_there(self) -> bool:
+        """Whether there was a template LV that may be used when it was last looked for."""
+        return self._found is not None
+
+    @property
+    def holds(self) -> int:
+        """Bytes of data that every clone shares with it."""
+        return self._found.holds if self._found else 0
+
+    def look(self) -> bool:
+        """Whether its template LV is there and may be used; one that may not is taken away.
+
+        Raises ForeignVolume, DiskBusy, CommandFailed.
+        """
+        vg = self._vg = _read(self._policy)
+        found = _find(vg, self.name)
+        if found and template.is_sound(found, self.base.fingerprint, self.base.size, vg):
+            self._found = found
+            return True
+        if vg.find(self.name):
+            self._take_away(vg, "it is incomplete, or not as it was made")
+        return False
+
+    def fill(self, writes: int, beside: Room) -> dict[str, Any]:
+        """Make the template LV; returns the fields of the `copy.Target` to copy the base to.
+
+        `writes` are the bytes of data in the base; `beside` asks whether there is room for the disk, too.
+        Raises CacheFull, NoSpace, ThinPoolFull, ThinPoolAtThreshold and the other errors of `require_room`.
+        """
+        base, policy = self.base, self._policy
+
+        def require(vg: VolumeGroup) -> None:
+            life.require_room(vg, policy, base.size, writes)
+            beside(_with_template(vg, self._pool, base.size, writes))
+
+        def room() -> VolumeGroup:
+            self._limit(_read(policy), writes)
+            return with_room(policy, require, self.name, self._pause)
+
+        def make(vg: VolumeGroup) -> None:
+            tags = template.new_tags(base.volume_id, base.fingerprint, writes)
+            if self._pool:
+                vg.create_thin(self.name, base.size, self._pool, tags)
+            else:
+                vg.create_thick(self.name, base.size, tags)
+
+        self.making.wait(base.size, self._pause)
+        return self.making.create(base.size, self._pause, room, self._insisting(make))
+
+    def _insisting(self, make: Make) -> Make:
+        return insisting(self._policy, make, self.name, self._pause)
+
+    def _limit(self, vg: VolumeGroup, writes: int) -> None:
+        """Evict what `cache.max_size` has no room for beside the new one.  Raises CacheFull."""
+        needed = writes if self._pool else vg.round_up(self.base.size)
+        every = template.in_place(vg, self._pool)
+        free = template.limit(vg, self._policy.cache, self._pool)
+        idle = tuple(_idle(every, self.name))
+        free -= sum(each.holds for each in every if each not in idle)
+        if needed > free:
+            raise CacheFull(needed=format_size(needed), free=format_size(max(0, free)))
+        for each in template.beyond(idle, free - needed):
+            evict(self._policy, each.name, "the cache is full", self._pause)
+
+    def commit(self) -> None:
+        """The base is copied and on the device: from now on it may be used.  Nobody writes to it any more.
+
+        Raises BadRequest where the volume is not the one that was made.
+        """
+        vg = _read(self._policy)
+        found = _find(vg, self.name)
+        if found is None or found.is_ready or not self.making.is_ours(vg, found.lv):
+            what = f"the local copy of volume {self.base.volume_id}"
+            raise BadRequest(problem=f"{what} is not the one that was made")
+        vg.require_usable()
+        sample = self._take_sample(vg.path(self.name))
+        holds = (
+            round(found.lv.lv_size * (found.lv.data_percent or 0) / 100)
+            if self._pool
+            else vg.round_up(self.base.size)
+        )
+        vg.deactivate(self.name)
+        vg.set_read_only(self.name)
+        ready = template.ready_tags(holds, sample, time.time())
+        vg.change_tags(self.name, add=ready, remove={UPDATING, *found.writes_tags})
+        self.making.finished()
+        log.event("template ready", **self.making.who, **self.making.speed())
+        counters.copied(self.making.written, self.making.took)
+        counters.template_miss()
+
+    # -- making a disk of it
+
+    def clone(
+        self, disk: Making, size: int, larger: int, tags: frozenset[str], room: FindRoom
+    ) -> dict[str, Any] | None:
+        """Make a VM's disk as a thin snapshot of it, `larger` bytes large, `size` of them the guest's view.
+
+        `room` finds room for it.
+        Returns the fields of the `copy.Target` for the layers above; None where the template LV was spoiled.
+        """
+        found = self._found
+        assert found  # noqa: S101 (look has said so)
+
+        def make(vg: VolumeGroup) -> None:
+            vg.create_snapshot(disk.lv_name, self.name, tags)
+            if vg.round_up(larger) > found.lv.lv_size:
+                vg.extend(disk.lv_name, larger)
+
+        target = disk.create(size, self._pause, partial(room, self.name), self._insisting(make))
+        if not self._is_as_it_was(target["path"]):
+            return None
+        self.touch()
+        counters.template_hit()
+        return target
+
+    def open(self, resources: ExitStack) -> dict[str, str] | None:
+        """Activate it, to be read; the fields of a `copy.Device`, None where it was spoiled.
+
+        It is open, and so not evicted, for as long as `resources`, at whose end it is inactive again.
+        """
+        vg, path = self._vg, self._vg.path(self.name)
+        with ExitStack() as stack:
+            stack.callback(_rest, self._policy, self.name)
+            vg.activate(self.name)
+            dm_uuid = vg.dm_uuid(self.name)
+            stack.callback(os.close, _open(path))
+            if not self._is_as_it_was(path):
+                return None
+            self.touch()
+            counters.template_hit()
+            resources.callback(stack.pop_all().close)
+        return {"path": path, "dm_uuid": dm_uuid}
+
+    def spoiled(self) -> None:
+        """Take away a template LV whose content is not what was copied."""
+        self._take_away(_read(self._policy), "its content is not what was copied")
+
+    def _is_as_it_was(self, path: str) -> bool:
+        """Whether the template LV, or a new clone of it, has the content that was copied, and can be read."""
+        assert self._found  # noqa: S101 (look has said so)
+        try:
+            return self._take_sample(path) == self._found.sample
+        except CommandFailed as error:
+            log.problem("template LV cannot be read", **self.making.who, why=error)
+            return False
+
+    def _take_sample(self, path: str) -> str:
+        """Raises CommandFailed."""
+        try:
+            return _sample(path, self.base.size)
+        except OSError as error:
+            raise CommandFailed(("read", path), error.errno or 0, error.strerror or str(error)) from None
+
+    def touch(self) -> None:
+        """It is used now."""
+        assert self._found  # noqa: S101 (look has said so)
+        now = time.time()
+        if self._found.is_used_at(now):
+            return
+        tag = template.used_tag(now)
+        try:
+            self._vg.change_tags(self.name, add={tag}, remove=self._found.used_tags - {tag})
+        except CommandFailed as error:  # it only goes earlier than it would
+            log.problem("template LV cannot be marked as used", **self.making.who, why=error)
+
+    def _take_away(self, vg: VolumeGroup, why: str) -> None:
+        found = removable(vg, self.name)
+        if found is None:
+            raise ForeignVolume(vg=vg.vg_name, lv=self.name)
+        vg.require_usable()
+        take_away(vg, found, self._policy.retention.erase, self._pause)
+        log.problem("template LV removed", **self.making.who, why=why)
+        self._found = None
+
+    def close(self) -> None:
+        """Remove an unfinished template LV and let go of its lock."""
+        self.making.undo(lambda vg: removable(vg, self.name))
+        self.making.release()
+
+
+# -- which volumes are templates'
+
+
+def require_template(base: Base, image_id: str) -> None:
+    """Raise NoTemplate unless a block volume was made for another image than the one that stands on it."""
+    tags = read_tags(base.domain_id, base.volume_id, _devices(f"/dev/{base.domain_id}/{base.volume_id}"))
+    images = [tag[3:] for tag in tags if tag.startswith("IU_")]
+    if len(images) != 1 or images[0] == image_id:
+        raise NoTemplate(volume=base.volume_id, problem="its storage domain has it as the image's own")
+
+
+def _devices(path: str) -> Iterator[str]:
+    """The devices that the volume group of an active volume may lie on: its own, and all multipath ones.
+
+    Named to LVM, so that it finds the group where it is not among the devices of this host's own.
+    """
+    try:
+        yield from device_mapper.devices_below(path)
+        yield from device_mapper.multipath_devices()
+    except OSError as error:
+        raise NoTemplate(volume=path, problem=error.strerror) from None
+
+
+# -- room
+
+
+def with_room(
+    policy: Policy, require: Room, keep: str, pause: Pause, spares: Sequence[Spare] = ()
+) -> VolumeGroup:
+    """The volume group, in which `require` finds room; idle template LVs but `keep` are evicted for it.
+
+    If they do not make enough room, `spares` are removed.  Nothing is removed if that would not help, as far
+    as LVM reports what each takes.  Raises what `require` raises.
+    """
+    vg = _read(policy)
+    try:
+        require(vg)
+        return vg
+    except (NoSpace, ThinPoolFull) as error:
+        refusal: Error = error
+    pool = policy.thin_pool if policy.backend == "lvmthin" else ""
+    idle = tuple(_evictable(policy, each, pause) for each in _idle(template.in_place(vg, pool), keep))
+    for each in _enough(vg, pool, require, idle, spares):
+        each.remove()
+        vg = _read(policy)
+        try:
+            require(vg)
+            return vg
+        except (NoSpace, ThinPoolFull) as error:
+            refusal = error
+    raise refusal
+
+
+def _enough(
+    vg: VolumeGroup, pool: str, require: Room, idle: Sequence[Spare], spares: Sequence[Spare]
+) -> Sequence[Spare]:
+    """What makes enough room if it is removed in this order.  Raises what `require` raises."""
+    for found in (idle, spares):
+        try:
+            require(_without(vg, pool, sum(each.takes for each in found)))
+            return found
+        except (NoSpace, ThinPoolFull):
+            pass
+    both = (*spares, *idle)
+    require(_without(vg, pool, sum(each.takes for each in both)))
+    return both
+
+
+def _evictable(policy: Policy, found: Template, pause: Pause) -> Spare:
+    return Spare(found.holds, partial(evict, policy, found.name, "a disk needs its room", pause))
+
+
+def insisting(policy: Policy, make: Make, keep: str, pause: Pause) -> Make:
+    """`make`, tried again after each idle template LV but `keep` that goes from a pool too full for LVM.
+
+    LVM's own threshold may lie below our margins.  Raises what `make` raises.
+    """
+
+    def insist(vg: VolumeGroup) -> None:
+        idle = _idle(template.in_place(vg, policy.thin_pool), keep)
+        while True:
+            try:
+                return make(vg)
+            except ThinPoolAtThreshold:
+                each = next(idle, None)
+                if each is None:
+                    raise
+            evict(policy, each.name, "a disk needs its room", pause)
+            vg = _read(policy)
+
+    return insist
+
+
+def evict(policy: Policy, name: str, why: str, pause: Pause) -> None:
+    """Remove a template LV that nobody uses, erased as the policy says; one in use stays."""
+    with lock.trying(lock.disk_lock(name)) as held:
+        vg = _read(policy)
+        found = _find(vg, name)
+        if not held or found is None or found.is_open:
+            return
+        vg.require_usable()
+        aside = take_away(vg, found.disk, policy.retention.erase, pause)
+        if aside:  # its room is wanted now
+            finish(policy, aside, pause)
+        log.event("template LV evicted", template=found.volume_id, lv=name, why=why)
+        counters.template_evicted()
+
+
+def finish(policy: Policy, aside: str, pause: Pause) -> None:
+    """Erase and remove what was set aside, unless somebody is at it by now."""
+    with lock.trying(lock.disk_lock(aside)) as held:
+        vg = _read(policy)
+        lv = vg.find(aside)
+        found = LocalDisk.from_lv(lv) if lv else None
+        if held and found and found.is_aside:
+            removal.finish(vg, found, policy.retention.erase, pause)
+
+
+def removable(vg: VolumeGroup, name: str) -> LocalDisk | None:
+    """What a template LV's name stands for, as what can be removed: it, or what was about to be set aside."""
+    lv = vg.find(name)
+    if lv is None:
+        return None
+    found = Template.from_lv(lv)
+    aside = LocalDisk.from_lv(lv)
+    if found:
+        return found.disk
+    return aside if aside and aside.is_aside else None
+
+
+def _idle(found: tuple[Template, ...], keep: str) -> Iterator[Template]:
+    for each in found:
+        is_free = not (each.is_open or each.lv.dependents)
+        if is_free and each.name != keep and not lock.is_held(lock.disk_lock(each.name)):
+            yield each
+
+
+def _without(vg: VolumeGroup, pool: str, size: int) -> VolumeGroup:
+    """The group as it would be if `size` bytes of template LVs were gone, from a pool or from the group."""
+    if not pool:
+        return replace(vg, vg_free=vg.vg_free + size)
+    return _with_pool(vg, pool, -size)
+
+
+def _with_template(vg: VolumeGroup, pool: str, size: int, writes: int) -> VolumeGroup:
+    """The group as it would be with one more template LV."""
+    if not pool:
+        return replace(vg, vg_free=vg.vg_free - vg.round_up(size))
+    return _with_pool(vg, pool, writes)
+
+
+def _with_pool(vg: VolumeGroup, pool: str, more: int) -> VolumeGroup:
+    lvs = tuple(
+        replace(lv, data_percent=max(0.0, lv.data_percent + 100 * more / lv.lv_size))
+        if lv.lv_name == pool and lv.data_percent is not None
+        else lv
+        for lv in vg.lvs
+    )
+    return replace(vg, lvs=lvs)
+
+
+# -- steps
+
+
+def _read(policy: Policy) -> VolumeGroup:
+    return VolumeGroup.read(policy.volume_group, policy.devices)
+
+
+def _find(vg: VolumeGroup, name: str) -> Template | None:
+    lv = vg.find(name)
+    return Template.from_lv(lv) if lv else None
+
+
+def _rest(policy: Policy, name: str) -> None:
+    """Deactivate it, unless somebody else is about to use it, or does: LVM waits 5 s for what is open."""
+    with contextlib.suppress(Error), lock.trying(lock.disk_lock(name)) as held:
+        vg = _read(policy)
+        found = _find(vg, name)
+        if held and found and not (found.is_open or found.lv.dependents):
+            vg.deactivate(name)
+
+
+def _open(path: str) -> int:
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise CommandFailed(("open", path), error.errno or 0, error.strerror or str(error)) from None
+
+
+def _sample(path: str, size: int) -> str:
+    """32 hexadecimal digits over blocks all over the first `size` bytes of a device: 1 MiB at most is read.
+
+    What has been overwritten, moved or restored in part is told from what was copied; a few bits are not.
+    """
+    import hashlib  # slow to import; few disks need it
+
+    digest = hashlib.sha256()
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+        for number in range(_SAMPLES):
+            digest.update(os.pread(fd, _SAMPLE, number * size // _SAMPLES // _SAMPLE * _SAMPLE))
+    finally:
+        os.close(fd)
+    return digest.hexdigest()[:32]

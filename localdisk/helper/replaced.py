@@ -1,0 +1,84 @@
+"""Kept disks that a start replaces: they stay until the new disk is complete, or until their room is needed.
+
+A kept disk may have the name that the new disk gets.  Then it gets another name just before the new disk is
+made: what says whose it is, and what it was copied from, is in its tags, and a start looks for kept disks by
+their image.  So whatever is killed before the new disk is complete, the next start finds the kept disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from functools import partial
+
+from localdisk import lock, log
+from localdisk.config import Policy
+from localdisk.errors import Error
+from localdisk.frozen import replace
+from localdisk.helper import cache
+from localdisk.helper.cache import Spare
+from localdisk.ids import new_uuid
+from localdisk.lock import Pause
+from localdisk.volumes.disk import LocalDisk, require_alone
+from localdisk.volumes.lvm import VolumeGroup
+from localdisk.volumes.removal import take_away
+
+
+class Replaced:
+    """Kept disks of one image, whose locks are held by `resources`."""
+
+    def __init__(
+        self, disks: Sequence[LocalDisk], policy: Policy, pause: Pause, resources: ExitStack
+    ) -> None:
+        self._disks = disks
+        self._policy = policy
+        self._pause = pause
+        self._resources = resources
+
+    def free_name(self, vg: VolumeGroup, name: str) -> None:
+        """Give another name to the one that has this name, if one has it.  Raises DependentVolumes."""
+        for disk in self._disks:
+            lv = vg.find(name)
+            if lv and lv.lv_uuid == disk.lv.lv_uuid:
+                require_alone(replace(disk, lv=lv), vg.vg_name)
+                new_name = new_uuid()
+                self._resources.enter_context(lock.holding(lock.disk_lock(new_name), self._pause))
+                vg.rename(name, new_name)
+                log.event("kept disk renamed", vm=disk.vm_id, disk=name, to=new_name)
+
+    @property
+    def spares(self) -> tuple[Spare, ...]:
+        """What can be removed for room, if there is none otherwise."""
+        pool = self._policy.thin_pool if self._policy.backend == "lvmthin" else ""
+        in_place = [disk for disk in self._disks if disk.lv.pool_lv == pool]
+        return tuple(Spare(_takes(disk), partial(self._remove_for_room, disk)) for disk in in_place)
+
+    def remove(self) -> None:
+        """The new disk is complete.  What cannot be removed is left to the next start, or to gc."""
+        for disk in self._disks:
+            try:
+                for vg, found in self._found(disk):
+                    take_away(vg, found, self._policy.retention.erase, self._pause)
+                    log.event("replaced disk removed", vm=found.vm_id, disk=found.volume_id)
+            except Error as error:
+                log.problem("replaced disk is left", vm=disk.vm_id, disk=disk.volume_id, why=error)
+
+    def _remove_for_room(self, disk: LocalDisk) -> None:
+        for vg, found in self._found(disk):
+            aside = take_away(vg, found, self._policy.retention.erase, self._pause)
+            if aside:  # its room is wanted now
+                cache.finish(self._policy, aside, self._pause)
+            log.event("kept disk removed before the copy, for room", vm=found.vm_id, disk=found.volume_id)
+
+    def _found(self, disk: LocalDisk) -> Iterator[tuple[VolumeGroup, LocalDisk]]:
+        """The disk as it is now, under whatever name, with its group; nothing if it is not there any more."""
+        vg = VolumeGroup.read(self._policy.volume_group, self._policy.devices)
+        for lv in vg.lvs:
+            found = LocalDisk.from_lv(lv) if lv.lv_uuid == disk.lv.lv_uuid else None
+            if found and (found.vm_id, found.image_id) == (disk.vm_id, disk.image_id):
+                yield vg, found
+
+
+def _takes(disk: LocalDisk) -> int:
+    """Bytes of the group or of the thin pool, as far as LVM reports them."""
+    return round(disk.lv.lv_size * (disk.lv.data_percent or 0) / 100) if disk.lv.pool_lv else disk.lv.lv_size

@@ -1,0 +1,516 @@
+"""The source of a local disk: its layers, opened once, and what a guest would see of them.
+
+Nothing is probed.  The format of the leaf is what vdsm says; the format and name of each parent is what
+the qcow2 header of its child says, read by our own code, and the parent must be a volume that vdsm
+named.  Each layer is opened once; header, fingerprint and copy all go through that descriptor, so a file
+that is swapped in between changes nothing.  qemu-img gets the layers as an explicit node tree.
+
+qcow2 header: docs/interop/qcow2.txt of QEMU.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import stat
+import struct
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+from localdisk import device_mapper, run
+from localdisk.errors import CommandFailed, CommandMissing, SourceRefused
+from localdisk.frozen import field, frozen
+from localdisk.hook.fingerprint import Tables, forget_pages, is_empty, read_identity
+from localdisk.ids import is_uuid
+from localdisk.units import MAX_DISK
+from localdisk.vdsm.definition import Disk
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+MAX_LAYERS = 64
+SECTOR = 512
+
+_MAGIC = b"QFI\xfb"
+_FIXED = struct.Struct(">4sIQIIQIIQQIIQ")  # magic … snapshots_offset: 72 bytes, all of version 2
+_FEATURES = struct.Struct(">QQQII")  # version 3: features, refcount_order, header_length
+_EXTENSION = struct.Struct(">II")
+_BACKING_FORMAT = 0xE2792ACA
+_COMPRESSION_TYPE, _EXTENDED_L2 = 1 << 3, 1 << 4
+_CONVERT = "convert it with qemu-img convert -f qcow2 -O qcow2 and put the result in its place"
+_REFUSED_FEATURES = {
+    1 << 0: ("it was not closed properly", "repair it with qemu-img check -f qcow2 -r all"),
+    1 << 1: ("it is marked corrupt", "repair it with qemu-img check -f qcow2 -r all, or restore it"),
+    1 << 2: ("it has an external data file", _CONVERT),
+}
+# What this program does not know, the host's qemu-img often does not open, either, and then converts nothing.
+_UNKNOWN = f"restore it; if qemu-img info opens it, or a newer one elsewhere does, {_CONVERT}"
+_REPLACED = "find out who put it there (ls -l, readlink -f), then restore the volume"
+_HEADER_BYTES = 64 * 1024  # header, extensions and backing name lie in the first cluster
+_MEASURED = 64 * 1024  # the cluster size that qemu-img measure assumes
+# A forged image can make a tool eat memory or spin.
+_BOUNDED = ("prlimit", "--as=2147483648", "--cpu=600", "--core=0", "--")
+
+
+@frozen
+class Header:
+    """What a qcow2 header says; `virtual_size` in bytes, names "" where there are none."""
+
+    virtual_size: int
+    backing_name: str
+    backing_format: str
+    tables: Tables = field(default=Tables(), compare=False)
+
+    @classmethod
+    def parse(cls, data: bytes) -> Header:
+        """From the first 64 KiB of an image.  Raises ValueError with (problem, fix)."""
+        if len(data) < _FIXED.size or not data.startswith(_MAGIC):
+            raise ValueError("it is no qcow2 image, but vdsm or its child says so", "restore the volume")
+        fields = _FIXED.unpack_from(data)
+        version, backing_offset, backing_size, cluster_bits, size = fields[1:6]
+        crypt_method, l1_size, l1_at, refcounts_at, refcount_clusters, snapshots = fields[6:12]
+        if version not in (2, 3):
+            raise ValueError(f"qcow2 version {version} is not known", _UNKNOWN)
+        if crypt_method:
+            fix = "decrypt it with qemu-img convert --object secret,id=NAME,file=KEY --image-opts"
+            raise ValueError("it is encrypted", fix)
+        if snapshots:
+            raise ValueError("it has internal snapshots", "remove each with qemu-img snapshot -d NAME")
+        if not 9 <= cluster_bits <= 21:
+            raise ValueError(f"its cluster size is 2^{cluster_bits}", "restore the volume")
+        if size % SECTOR or not 0 < size <= MAX_DISK:
+            fix = "set it to whole 512 bytes, at most 64 TiB, with qemu-img resize -f qcow2 --shrink"
+            raise ValueError(f"its virtual size is {size} bytes", fix)
+        header_length = _header_length(version, data)
+        return cls(
+            virtual_size=size,
+            backing_name=_backing_name(data, backing_offset, backing_size, 1 << cluster_bits),
+            backing_format=_backing_format(data, header_length, backing_offset or 1 << cluster_bits),
+            tables=Tables(
+                cluster=1 << cluster_bits,
+                l1=(l1_at, 8 * l1_size),
+                refcounts=(refcounts_at, refcount_clusters << cluster_bits),
+            ),
+        )
+
+
+def _header_length(version: int, data: bytes) -> int:
+    if version == 2:
+        return _FIXED.size
+    if len(data) < _FIXED.size + _FEATURES.size:
+        raise ValueError("its header is cut off", "restore the volume")
+    incompatible, _, _, _, length = _FEATURES.unpack_from(data, _FIXED.size)
+    for bit, refusal in _REFUSED_FEATURES.items():
+        if incompatible & bit:
+            raise ValueError(*refusal)
+    unknown = incompatible & ~(_COMPRESSION_TYPE | _EXTENDED_L2)
+    if unknown:
+        raise ValueError(f"it needs unknown features {unknown:#x}", _UNKNOWN)
+    if not _FIXED.size + _FEATURES.size <= length <= len(data) or length % 8:
+        raise ValueError(f"its header length is {length}", "restore the volume")
+    return int(length)
+
+
+def _backing_name(data: bytes, offset: int, size: int, cluster: int) -> str:
+    if not offset:
+        return ""
+    if not 0 < size <= 1023 or offset + size > min(cluster, len(data)):
+        raise ValueError("its backing file name lies outside the header", "restore the volume")
+    return data[offset : offset + size].decode("utf-8", "backslashreplace")
+
+
+def _backing_format(data: bytes, offset: int, end: int) -> str:
+    """The backing format header extension between `offset` and `end`, "" where there is none."""
+    while offset + _EXTENSION.size <= min(end, len(data)):
+        kind, length = _EXTENSION.unpack_from(data, offset)
+        offset += _EXTENSION.size
+        if kind == 0:
+            break
+        if offset + length > min(end, len(data)):
+            raise ValueError("a header extension is longer than the header", "restore the volume")
+        if kind == _BACKING_FORMAT:
+            return data[offset : offset + length].decode("ascii", "backslashreplace")
+        offset += -(-length // 8) * 8
+    return ""
+
+
+@frozen
+class Layer:
+    """One opened volume of the chain; `virtual_size` in bytes, as the guest sees this layer."""
+
+    path: str
+    format: str  # raw | qcow2, qemu's words
+    fd: int
+    is_block: bool
+    virtual_size: int
+    identity: str  # changes when the volume's content may have changed
+    tables: Tables | None = None  # of a qcow2 layer
+    is_empty: bool = False  # it shows what it stands on
+
+    @property
+    def node(self) -> dict[str, Any]:
+        """This layer alone as a qemu block node."""
+        return {"driver": self.format, "file": _file_node(self.fd, self.is_block)}
+
+    @property
+    def dm_name(self) -> str:
+        """The name that device-mapper has for a block volume, "" for another."""
+        return device_mapper.read_name(os.fstat(self.fd).st_rdev) if self.is_block else ""
+
+    @property
+    def fingerprint(self) -> str:
+        """32 hexadecimal digits over its identity."""
+        return _fingerprint(self)
+
+    def is_unchanged(self) -> bool:
+        """Whether it is what it was when it was opened, as far as its identity tells."""
+        try:
+            return read_identity(self.fd, _read(self.fd, _HEADER_BYTES), self.tables) == self.identity
+        except OSError:
+            return False
+
+
+@frozen
+class Source:
+    """The chain of one disk, leaf first."""
+
+    layers: tuple[Layer, ...]
+
+    @property
+    def virtual_size(self) -> int:
+        """Bytes of the disk that the guest sees."""
+        return self.layers[0].virtual_size
+
+    @property
+    def fds(self) -> tuple[int, ...]:
+        return tuple(layer.fd for layer in self.layers)
+
+    @property
+    def fingerprint(self) -> str:
+        """32 hexadecimal digits over the identity of every layer that a guest sees something of.
+
+        A snapshot puts an empty layer upon the others: it changes nothing of what the guest sees.
+        """
+        layers = self.layers
+        while len(layers) > 1 and layers[0].is_empty and layers[0].virtual_size == layers[1].virtual_size:
+            layers = layers[1:]
+        return _fingerprint(*layers)
+
+    @property
+    def base(self) -> Layer:
+        return self.layers[-1]
+
+    @property
+    def above(self) -> tuple[Layer, ...]:
+        """The layers above the base, leaf first."""
+        return self.layers[:-1]
+
+    @property
+    def base_alone(self) -> Source:
+        return Source(self.layers[-1:])
+
+    @property
+    def grows(self) -> bool:
+        """Whether no layer is smaller than what it stands on: a smaller one hides the end of it."""
+        sizes = [layer.virtual_size for layer in self.layers]
+        return sizes == sorted(sizes, reverse=True)
+
+    @property
+    def filename(self) -> str:
+        """The chain as a `json:` file name for qemu-img; valid in a process that has `fds`."""
+        return _filename(self.layers, None)
+
+    def filename_on(self, base_fd: int) -> str:
+        """The chain with a block device in the place of its base, which has the same content."""
+        size = self.base.virtual_size  # the device may be larger, and what is behind it is not the base's
+        return _filename(self.above, {"driver": "raw", "size": size, "file": _file_node(base_fd, True)})
+
+    @property
+    def allows_direct_io(self) -> bool:
+        return all(_opens_direct(layer.fd) for layer in self.layers)
+
+    def writes(self, leaves_out_zeros: bool) -> int:
+        """Bytes that a copy writes: all of them, or only data.  Reads the mapping, not the data.
+
+        Raises CommandFailed, CommandMissing.
+        """
+        if not leaves_out_zeros:
+            return self.virtual_size
+        # Measured for qcow2: raw_measure() of QEMU counts every byte, zeros too.
+        argv = [*_BOUNDED, "qemu-img", "measure", "--output", "json", "-O", "qcow2", self.filename]
+        measure = ("qemu-img", "measure", self.layers[0].path)
+        try:
+            out = run.run(argv, deadline=3600, pass_fds=self.fds)
+        except CommandFailed as error:
+            if error.returncode in (126, 127):  # what prlimit says where it cannot run it
+                raise CommandMissing(tool="qemu-img") from None
+            raise CommandFailed(measure, error.returncode, error.stderr) from None
+        try:
+            found = json.loads(out)
+            left_out = int(found["fully-allocated"]) - int(found["required"])
+            if not 0 <= left_out <= self.virtual_size + _MEASURED:
+                raise ValueError
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+            raise CommandFailed(measure, 0, f"it printed {out[:80]!r}") from None
+        # Both count the last cluster, of 64 KiB, as a whole.
+        return max(0, min(self.virtual_size, -(-self.virtual_size // _MEASURED) * _MEASURED - left_out))
+
+    def writes_above(self) -> int:
+        """Bytes that the layers above the base hold or hide; a copy writes them all.  Reads their mapping.
+
+        Raises CommandFailed, CommandMissing.
+        """
+        return sum(map(_held_by, self.above))
+
+
+def _held_by(layer: Layer) -> int:
+    """Bytes of data and of explicit zeros in one layer alone.  Raises CommandFailed, CommandMissing."""
+    with alone(layer) as (filename, fds):
+        argv = ["timeout", "3600", *_BOUNDED, "qemu-img", "map", "--output", "json", filename]
+        process = run.start_reporting(argv, fds)
+        try:
+            assert process.stdout  # noqa: S101 (started with a pipe)
+            held = sum(_held(line, layer.path) for line in process.stdout)
+            said = run.read_errors(process)
+        finally:
+            run.end(process)
+    if process.returncode in (126, 127):
+        raise CommandMissing(tool="qemu-img")
+    if process.returncode:
+        raise CommandFailed(("qemu-img", "map", layer.path), process.returncode, said)
+    return held
+
+
+def _held(line: bytes, path: str) -> int:
+    """Of one line of `qemu-img map`, an extent: its length where this layer says what is there.
+
+    Raises CommandFailed.
+    """
+    try:
+        extent = json.loads(line.strip().strip(b"[],") or b"{}")
+        is_held = bool(extent) and extent["depth"] == 0 and extent["present"]
+        return int(extent["length"]) if is_held else 0
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        raise CommandFailed(("qemu-img", "map", path), 0, f"it printed {line[:80]!r}") from None
+
+
+@contextmanager
+def alone(layer: Layer) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """One qcow2 layer as a `json:` file name, with the descriptors it needs; what it does not hold stays so.
+
+    Below it is a file without data.  Without anything below, qemu takes for zeros what a layer does not hold.
+    """
+    below = os.memfd_create("below")
+    try:
+        os.ftruncate(below, layer.virtual_size)
+        # tmpfs, where it lies, may know no O_DIRECT; nothing of it is read
+        node = {"driver": "raw", "file": {**_file_node(below, False), "cache": {"direct": False}}}
+        yield _filename((layer,), node), (layer.fd, below)
+    finally:
+        os.close(below)
+
+
+def _filename(layers: tuple[Layer, ...], node: dict[str, Any] | None) -> str:
+    """Layers, leaf first, upon a block node, as a `json:` file name for qemu-img."""
+    for layer in reversed(layers):
+        # A qcow2 layer without a parent says so: qemu would follow the name in its header.
+        backing = {"backing": node} if layer.format == "qcow2" else {}
+        node = {**layer.node, **backing}
+    return "json:" + json.dumps(node)
+
+
+def _file_node(fd: int, is_block: bool) -> dict[str, Any]:
+    return {"driver": "host_device" if is_block else "file", "filename": f"/proc/self/fd/{fd}"}
+
+
+def _fingerprint(*layers: Layer) -> str:
+    text = "\n".join(f"{layer.format} {layer.identity}" for layer in layers)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+@contextmanager
+def opened_alone(path: str, image_format: str) -> Iterator[Source]:
+    """Open one `raw` or `qcow2` volume that stands on no other.  Raises SourceRefused."""
+    volume_id = os.path.basename(path)
+    disk = Disk("", "disk", path, "", "file", "", volume_id, "none", ())
+    with ExitStack() as stack:
+        layer, header = _open_layer(disk, path, volume_id, image_format, stack)
+        if header and header.backing_name:
+            raise SourceRefused(path, "it stands on another volume")
+        yield Source((layer,))
+
+
+@contextmanager
+def opened(disk: Disk) -> Iterator[Source]:
+    """Open the chain of `disk`, which vdsm has prepared.  Raises SourceRefused; closes it at the end."""
+    with ExitStack() as stack:
+        yield Source(tuple(_chain(disk, stack)))
+
+
+def _chain(disk: Disk, stack: ExitStack) -> Iterator[Layer]:
+    """Leaf to base."""
+    parents = _Parents(disk)
+    path, image_format = disk.path, {"raw": "raw", "cow": "qcow2"}[disk.format]
+    volume_id = disk.volume_id
+    while True:
+        layer, header = _open_layer(disk, path, volume_id, image_format, stack)
+        yield layer
+        if header is None or not header.backing_name:
+            return
+        volume_id, path, image_format = parents.next(path, header)
+
+
+class _Parents:
+    """The volumes of the chain that may be a parent: those that vdsm named, each once."""
+
+    def __init__(self, disk: Disk) -> None:
+        self._image_id = disk.image_id
+        self._paths = {volume.volume_id: volume.path for volume in disk.volumes}
+        self._leaf_directory = os.path.dirname(disk.path)
+        # Without a chain from vdsm (before_vm_start of older versions): the image's own directory, where
+        # vdsm puts nothing else.  A storage domain's directory of devices holds other VMs' volumes too.
+        is_images_own = os.path.basename(self._leaf_directory) == disk.image_id
+        self._any_sibling = not self._paths and is_images_own
+        self._seen = {disk.volume_id}
+
+    def next(self, child: str, header: Header) -> tuple[str, str, str]:
+        """Volume id, path and format of the parent that `header`, read from `child`, names."""
+        volume_id = self._volume_id(header.backing_name)
+        if not is_uuid(volume_id):
+            raise SourceRefused(
+                child,
+                f"its backing file name is {header.backing_name!r}, not a volume of its image",
+                "if it is a genuine chain, correct it with qemu-img rebase -u -f qcow2 -b VOLUME -F FORMAT",
+            )
+        if volume_id not in self._paths and not self._any_sibling:
+            raise SourceRefused(child, f"vdsm did not name its backing volume {volume_id}")
+        if volume_id in self._seen or len(self._seen) >= MAX_LAYERS:
+            raise SourceRefused(
+                child,
+                f"its chain has a cycle or more than {MAX_LAYERS} layers",
+                "delete snapshots of the disk in the engine, or restore the volume",
+            )
+        if header.backing_format not in ("raw", "qcow2"):
+            raise SourceRefused(
+                child,
+                f"its header gives the backing format {header.backing_format!r}",
+                f"set it with qemu-img rebase -u -f qcow2 -b {header.backing_name} -F raw|qcow2, as it is",
+            )
+        self._seen.add(volume_id)
+        path = self._paths.get(volume_id) or os.path.join(self._leaf_directory, volume_id)
+        return volume_id, path, header.backing_format
+
+    def _volume_id(self, backing_name: str) -> str:
+        """`backing_name` without the way into the image's own directory, which vdsm wrote until 2016.
+
+        libvirt of that time wrote it once more at each live merge (bugzilla.redhat.com 1333627).
+        """
+        own, name = f"../{self._image_id}/", backing_name
+        while name.startswith(own):
+            name = name[len(own) :]
+        return name
+
+
+def _open_layer(
+    disk: Disk, path: str, volume_id: str, image_format: str, stack: ExitStack
+) -> tuple[Layer, Header | None]:
+    fd = _open(path)
+    stack.callback(os.close, fd)
+    status = os.fstat(fd)
+    is_block = stat.S_ISBLK(status.st_mode)
+    if not is_block and not stat.S_ISREG(status.st_mode):
+        raise SourceRefused(path, "it is no regular file and no block device", _REPLACED)
+    _require_is_volume(disk, path, volume_id, fd, status)
+    file_size = os.lseek(fd, 0, os.SEEK_END)
+    try:
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)  # no more than is asked for; qemu-img opens it anew
+        if is_block:
+            forget_pages(fd)
+        start = _read(fd, _HEADER_BYTES)
+        header = Header.parse(start) if image_format == "qcow2" else None
+        tables = header.tables if header else None
+        is_upon = header is not None and header.backing_name != ""
+        empty = is_upon and tables is not None and is_empty(fd, tables)
+        identity = read_identity(fd, start, tables)
+    except ValueError as error:
+        raise SourceRefused(path, *error.args) from None
+    except OSError as error:
+        raise SourceRefused(path, error.strerror or "read error", "check the storage") from None
+    virtual_size = header.virtual_size if header else -(-file_size // SECTOR) * SECTOR
+    if not 0 < virtual_size <= MAX_DISK:
+        raise SourceRefused(path, f"its size is {virtual_size} bytes")
+    return Layer(path, image_format, fd, is_block, virtual_size, identity, tables, empty), header
+
+
+def _require_is_volume(disk: Disk, path: str, volume_id: str, fd: int, status: os.stat_result) -> None:
+    """Whoever can write to shared storage can put a link in a volume's place, to what else vdsm can read."""
+    if stat.S_ISBLK(status.st_mode):
+        is_volume = _is_volume_name(device_mapper.read_name(status.st_rdev), disk.domain_id, volume_id)
+    else:
+        is_volume = _is_volume_file(os.readlink(f"/proc/self/fd/{fd}"), disk, path, volume_id)
+    if not is_volume:
+        raise SourceRefused(path, f"it leads to something else than volume {volume_id}", _REPLACED)
+
+
+def _is_volume_name(dm_name: str, domain_id: str, volume_id: str) -> bool:
+    """A block volume is a logical volume of its name, in the volume group of its storage domain's name.
+
+    device-mapper joins the two names with a dash and doubles those that they have.
+    """
+    vg, lv = (name.replace("-", "--") for name in (domain_id, volume_id))
+    return dm_name == f"{vg}-{lv}" if domain_id else dm_name.endswith(f"-{lv}")
+
+
+def _is_volume_file(real: str, disk: Disk, path: str, volume_id: str) -> bool:
+    """A file volume is a file of its name in the directory that vdsm names, which is its image's.
+
+    vdsm's own links lead to the directory of the image in its storage domain: from the domain's place in
+    /rhev/data-center/POOL/ and the image's in /run/vdsm/storage/DOMAIN/.
+    """
+    directory = os.path.realpath(os.path.dirname(path))
+    if real != os.path.join(directory, volume_id):
+        return False
+    # DOMAIN/images/IMAGE/VOLUME below the domain's mount or the pool's link; DOMAIN/IMAGE/VOLUME in /run.
+    named = [part for part in path.split("/") if part != "images"][-3:]
+    if disk.domain_id and len(named) == 3 and all(map(is_uuid, named)):
+        return real.endswith(f"/{disk.domain_id}/images/{disk.image_id}/{volume_id}")
+    named_directory = os.path.basename(os.path.dirname(path))
+    return not is_uuid(named_directory) or os.path.basename(directory) == named_directory
+
+
+def _open(path: str) -> int:
+    # Not even opened: a link in a file volume's place.  vdsm's links to volumes lead to devices.
+    if os.path.islink(path) and not os.path.realpath(path).startswith("/dev/"):
+        raise SourceRefused(path, "it is a link to another file", _REPLACED)
+    try:
+        # O_NONBLOCK: a FIFO in the place of a volume must not make us wait.
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except (OSError, ValueError) as error:
+        problem = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        fix = "check that the shared storage is there and that user vdsm can read it"
+        raise SourceRefused(path, problem, fix) from None
+    return fd
+
+
+def _read(fd: int, size: int) -> bytes:
+    data = b""
+    while len(data) < size:
+        part = os.pread(fd, size - len(data), len(data))
+        if not part:
+            break
+        data += part
+    return data
+
+
+def _opens_direct(fd: int) -> bool:
+    """Whether O_DIRECT works there: tmpfs and some network file systems refuse it."""
+    try:
+        os.close(os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC))
+    except OSError as error:
+        if error.errno == errno.EINVAL:
+            return False
+        raise
+    return True

@@ -1,0 +1,247 @@
+"""Judge a host's volume groups and thin pools: pure functions from what `facts.py` saw to findings."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+
+from localdisk.config import Config, Policy
+from localdisk.errors import VolumeGroupUnusable
+from localdisk.host import files
+from localdisk.host.finding import Finding, write_command
+from localdisk.host.storage_facts import Group, LvmSettings, Multipath, PoolWatch
+from localdisk.units import format_size
+from localdisk.volumes import template
+from localdisk.volumes.disk import State, local_disks
+from localdisk.volumes.lvm import LogicalVolume, VolumeGroup
+from localdisk.volumes.removal import pool_keeps_bytes
+
+
+def check_group(
+    group: Group, config: Config, settings: LvmSettings | None, program_time: float, now: float
+) -> Iterator[Finding]:
+    """Everything about one volume group; `program_time` and `now` in seconds since the epoch."""
+    yield from _devices(group)
+    if group.vg is None:
+        if not group.hidden and not group.multipaths:
+            yield _no_group(group)
+        return
+    unusable = _unusable(group, group.vg)
+    if unusable:
+        if not group.hidden:  # then it is only partial because of that
+            yield unusable
+        return
+    for pool in sorted(_pools_in_use(group, config)):
+        yield from _pool(group, group.vg, pool, settings)
+    yield from dict.fromkeys(_caches(group.vg, config))
+    yield from _discards(group, group.vg, config)
+    yield from _nodes(group)
+    yield from _dependents(group.vg)
+    if now >= program_time:  # else the clock is wrong, not they
+        yield from _marks(group, now)
+
+
+# -- the group and its devices
+
+
+def _no_group(group: Group) -> Finding:
+    return Finding(
+        f"no volume group {group.name} on this host",
+        "it holds the local disks",
+        f"vgcreate {group.name} DEVICE # or name another volume_group",
+    )
+
+
+def _devices(group: Group) -> Iterator[Finding]:
+    if group.hidden:
+        hidden = " ".join(map(shlex.quote, group.hidden))
+        fix = f"lvm vgimportdevices {group.name}"
+        if group.vg:
+            fix = f"for device in {hidden}; do lvm lvmdevices --adddev $device; done"
+        what = f"volume group {group.name} is not in LVM's devices file ({hidden})"
+        yield Finding(what, "so LVM does not see it", fix)
+    for multipath in group.multipaths:
+        yield _multipath(group.name, multipath)
+
+
+def _multipath(vg_name: str, multipath: Multipath) -> Finding:
+    """The names of mappings and WWIDs come from devices and are quoted."""
+    name, blacklist = shlex.quote(multipath.name), f"{files.MULTIPATH}/localdisk-{vg_name}.conf"
+    lines = ("blacklist {", f'  wwid "{multipath.wwid}"', "}")
+    again = (
+        f"multipathd reconfigure; udevadm trigger --settle --subsystem-match=block; vgchange -aay {vg_name}"
+    )
+    steps = (
+        write_command(blacklist, lines, "0644"),
+        f"vgchange -an {vg_name}",
+        f"{{ multipath -f {name} || dmsetup remove --retry {name}; }}",
+        f"{{ {again}; }}",
+    )
+    what = f"multipath device {multipath.name} is under volume group {vg_name}"
+    why = "a local disk has one path, without which multipath holds all writes back"
+    return Finding(what, why, " && ".join(steps))
+
+
+def _unusable(group: Group, vg: VolumeGroup) -> Finding | None:
+    name, devices = vg.vg_name, _devices_option(group)
+    try:
+        vg.require_usable()
+    except VolumeGroupUnusable as error:
+        if vg.vg_exported:
+            fix = f"vgimport{devices} {name}"
+        elif vg.vg_partial:
+            restore = f"vgextend{devices} --restoremissing {name} DEVICE where it is back"
+            fix = f"vgreduce{devices} --removemissing {name} # where the device is gone for good; {restore}"
+        else:
+            fix = unshare_command(name)
+        what = f"volume group {name} is {error.fields['problem']}"
+        return Finding(what, "so no local disk can be made or changed", fix)
+    return None
+
+
+def unshare_command(vg_name: str) -> str:
+    """What makes a shared volume group one of this host alone."""
+    return f"vgchange -y --lock-type none --lock-opt force {vg_name} # where no other host uses it"
+
+
+# -- thin pools
+
+
+def _pools_in_use(group: Group, config: Config) -> set[str]:
+    """The pools of this group that thin disks are or will be in, and the general one where it is there."""
+    assert group.vg  # noqa: S101 (asked by check_group)
+    overrides = (config.others, *config.vms.values())
+    policies = [override.policy for override in overrides if override.policy.volume_group == group.name]
+    wanted = {policy.thin_pool for policy in policies if policy.backend == "lvmthin"}
+    named = {policy.thin_pool for policy in policies if group.vg.find(policy.thin_pool)}
+    return wanted | named | {disk.lv.pool_lv for disk in group.disks if disk.lv.pool_lv}
+
+
+def _pool(group: Group, vg: VolumeGroup, name: str, settings: LvmSettings | None) -> Iterator[Finding]:
+    pool, full, devices = vg.find(name), f"{vg.vg_name}/{name}", _devices_option(group)
+    # lvcreate 2.03.16 refuses --errorwhenfull, whatever its manual page says
+    create = f"lvcreate --type thin-pool -l 90%FREE -n {name}{devices} {vg.vg_name}"
+    create += f" && lvchange --errorwhenfull y{devices} {full}"
+    if pool is None:
+        yield Finding(f"no thin pool {full}", "thin local disks are made in it", create)
+    elif not pool.is_thin_pool:
+        rename = f"lvrename{devices} {vg.vg_name} {name} {name}.old"
+        what = f"{full} is no thin pool"
+        yield Finding(what, "thin local disks are made in it", f"{rename} && {create}")
+    else:
+        yield from _thin_pool(group, full, pool, settings)
+
+
+def _thin_pool(
+    group: Group, full: str, pool: LogicalVolume, settings: LvmSettings | None
+) -> Iterator[Finding]:
+    change = f"lvchange{_devices_option(group)}"
+    if not pool.lv_active:
+        why = "so it does not tell how full it is, and no thin disk is made"
+        yield Finding(f"thin pool {full} is not active", why, f"{change} --activate y {full}")
+    elif pool.data_percent is None or pool.metadata_percent is None:
+        repair = f"lvconvert{_devices_option(group)} --repair {full}"
+        what = f"thin pool {full} is active and does not tell how full it is"
+        fix = f"{change} --activate n {full} && {repair} && {change} --activate y {full}"
+        yield Finding(what, "its metadata may be damaged", fix)
+    if not pool.zero:
+        why = "a disk would show other disks' old data"
+        yield Finding(f"thin pool {full} does not zero new blocks", why, f"{change} --zero y {full}")
+    watch = group.pools.get(pool.lv_name)
+    if watch and pool.lv_active and not _is_safe_when_full(watch, settings):
+        what = f"thin pool {full} neither grows by itself nor fails writes when it is full"
+        why = "then every VM on it would hang for a minute and more"
+        yield Finding(what, why, f"{change} --errorwhenfull y {full}")
+
+
+def _is_safe_when_full(watch: PoolWatch, settings: LvmSettings | None) -> bool:
+    grows = watch.is_monitored and settings is not None and settings.autoextend_threshold < 100
+    return watch.error_when_full or grows
+
+
+# -- the template cache
+
+
+def _caches(vg: VolumeGroup, config: Config) -> Iterator[Finding]:
+    """Where `cache.max_size` is more than the margins leave; the same finding once for each that says so."""
+    for policy in config.policies:
+        if not policy.cache.templates or policy.volume_group != vg.vg_name:
+            continue
+        pool = vg.find(policy.thin_pool)
+        if policy.backend == "lvm":
+            left = vg.vg_size - policy.margins.reserve.of(vg.vg_size)
+            place = f"volume group {vg.vg_name}"
+            yield from _cache(policy, place, vg.vg_size, "margins.reserve", left)
+        elif pool and pool.is_thin_pool:
+            left = int(pool.lv_size * policy.margins.thin_data / 100)
+            place = f"thin pool {vg.vg_name}/{pool.lv_name}"
+            yield from _cache(policy, place, pool.lv_size, "margins.thin_data", left)
+
+
+def _cache(policy: Policy, place: str, size: int, margin: str, left: int) -> Iterator[Finding]:
+    """`left` of the `size` bytes of `place` are what a margin lets be used."""
+    limit = policy.cache.max_size.of(size)
+    if limit > left + 1:  # of percentages, fractions of a byte count as one
+        what = f"cache.max_size is {format_size(limit)} of {place}, {margin} leaves {format_size(left)}"
+        why = f"so the cache never gets {format_size(limit - left)} of it"
+        fix = f"write cache.max_size: {100 * (left + 1) // size}% or less in {files.CONFIG}"
+        yield Finding(what, why, fix)
+
+
+# -- erasing
+
+
+def _discards(group: Group, vg: VolumeGroup, config: Config) -> Iterator[Finding]:
+    """Where `erase: discard` would leave the bytes on the device."""
+    mine = [policy for policy in config.policies if policy.volume_group == vg.vg_name]
+    fix = f"set retention.erase: zero in {files.CONFIG}"
+    erased = [policy for policy in mine if policy.retention.erase == "discard"]
+    if any(policy.backend == "lvm" for policy in erased) and group.no_discard:
+        what = f"{', '.join(group.no_discard)} under volume group {vg.vg_name} cannot discard"
+        yield Finding(what, "erase: discard would leave the bytes there", fix)
+    for pool in sorted(_pools_in_use(group, config)) if erased else ():
+        lv = vg.find(pool)
+        problem = pool_keeps_bytes(lv) if lv and lv.is_thin_pool and lv.lv_active else ""
+        if problem:
+            yield Finding(f"in volume group {vg.vg_name}, {problem}", "erase: discard leaves the bytes", fix)
+
+
+# -- local disks and templates
+
+
+def _dependents(vg: VolumeGroup) -> Iterator[Finding]:
+    """Others' volumes that LVM would remove along with a disk: the disk is kept for them."""
+    found = [("local disk", disk.lv, disk.state is State.DELETING) for disk in local_disks(vg)]
+    found += [("template LV", each.lv, False) for each in template.templates(vg)]
+    for kind, lv, is_due in found:
+        if lv.dependents:
+            what = f"{', '.join(lv.dependents)} depends on {kind} {vg.vg_name}/{lv.lv_name}"
+            fix = f"remove {lv.dependents[0]} when nobody needs it"
+            yield Finding(what, "so that one is not removed", fix, is_hint=not is_due)
+
+
+def _nodes(group: Group) -> Iterator[Finding]:
+    if group.misowned:
+        matches = " ".join(f"--name-match={path}" for path in group.misowned)
+        what = f"{len(group.misowned)} device node(s) of local disks are not vdsm:qemu, mode 0660"
+        fix = f"udevadm control --reload && udevadm trigger --settle --action=change {matches}"
+        yield Finding(f"{what} (first: {group.misowned[0]})", "their VMs cannot use them", fix)
+
+
+def _marks(group: Group, now: float) -> Iterator[Finding]:
+    """Disks and templates marked at a time that the clock has not reached: gc never removes them."""
+    marked = [("local disk", each.volume_id, "STOPPED", each.stopped) for each in group.disks]
+    marked += [("local disk", each.volume_id, "UNNEEDED", each.unneeded) for each in group.disks]
+    shelved = template.templates(group.vg) if group.vg else ()
+    marked += [("template LV", each.name, "USED", each.used) for each in shelved]
+    for kind, lv_name, tag, since in marked:
+        if since is None or since <= now:
+            continue
+        full = f"{group.name}/{lv_name}"
+        change = f"lvchange{_devices_option(group)} --deltag {tag}_{since} --addtag {tag}_$(date +%s) {full}"
+        what = f"{kind} {full} has the tag {tag}_{since}, a time to come"
+        yield Finding(what, "gc never removes it", f"{change} # where date tells the right time")
+
+
+def _devices_option(group: Group) -> str:
+    return f" --devices {shlex.quote(','.join(group.devices))}" if group.devices else ""

@@ -1,0 +1,273 @@
+"""The host as it is, for `check`: what is installed, who may do what.  Changes nothing.
+
+`look` gathers all of it into one frozen `Host`, with what `storage_facts.py` sees of volume groups; what
+cannot be asked is a failure in it.  Nothing is judged here, `check_system.py` and `check_storage.py` do that.
+"""
+
+from __future__ import annotations
+
+import grp
+import json
+import os
+import pwd
+import re
+import stat
+import time
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+
+from localdisk import libvirt, lock, run
+from localdisk.config import Config
+from localdisk.errors import CommandFailed, Error, Interrupted, Unseen
+from localdisk.frozen import frozen
+from localdisk.host import files, storage_facts, sudo_rule
+from localdisk.host.storage_facts import Group, LvmSettings
+from localdisk.volumes import lvm
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import TypeVar
+
+    T = TypeVar("T")
+
+# The packages that have the tools that we run, EL's and Debian's.
+PACKAGES = {
+    "lvm": ("lvm2", "lvm2"),
+    "qemu-img": ("qemu-img", "qemu-utils"),
+    "sudo": ("sudo", "sudo"),
+    "visudo": ("sudo", "sudo"),
+    "virsh": ("libvirt-client", "libvirt-clients"),
+    "setpriv": ("util-linux", "util-linux"),
+    "prlimit": ("util-linux", "util-linux"),
+    "blkdiscard": ("util-linux", "util-linux"),
+    "nice": ("coreutils", "coreutils"),
+}
+
+Version = tuple[int, ...]
+
+
+@frozen
+class Entry:
+    """A file or directory, no link followed; `text` is what a small file says."""
+
+    path: str
+    uid: int
+    gid: int
+    mode: int
+    mtime: float
+    text: str = ""
+
+    @property
+    def is_roots_alone(self) -> bool:
+        return self.uid == 0 and not self.mode & 0o022
+
+    @property
+    def is_directory(self) -> bool:
+        return stat.S_ISDIR(self.mode)
+
+
+@frozen
+class Hook:
+    """An executable file in a directory of vdsm's hook points; `target` is what it really is."""
+
+    point: str
+    path: str
+    target: str
+
+
+@frozen
+class Accounts:
+    """Those of the users vdsm and qemu and the groups kvm and qemu that exist, and the groups of vdsm."""
+
+    users: Mapping[str, int]
+    groups: Mapping[str, int]
+    of_vdsm: frozenset[str]
+
+
+@frozen
+class Rehearsal:
+    """What user vdsm meets where a VM would start: a whole message each, "" if there is none."""
+
+    sudo: str  # why the helper does not run
+    helper: str  # why it refuses
+    libvirt: str
+
+
+@frozen
+class Host:
+    """Everything; None where it could not be asked, which `failures` or an ordinary user explain."""
+
+    program: str
+    is_root: bool
+    now: float
+    missing_tools: tuple[str, ...]
+    has_dnf: bool
+    lvm_version: Version | None
+    qemu_img_version: Version | None
+    known_vms: frozenset[str] | None
+    accounts: Accounts
+    way: tuple[Entry, ...]  # the program, and the directories above it
+    hooks: tuple[Hook, ...]
+    udev_rules: tuple[Entry, ...]  # those of places.UDEV_RULES that are there
+    older_files: tuple[str, ...]  # those of places.OLDER_FILES that are there
+    cron: Entry | None
+    sudoers: Entry | None
+    sudo_options: tuple[str, ...] | None  # what the host's sudo knows of what our rule says
+    run_directory: Entry | None
+    lvm_settings: LvmSettings | None
+    groups: tuple[Group, ...]
+    rehearsal: Rehearsal | None
+    failures: tuple[Error, ...]
+
+
+def look(config: Config, program: str) -> Host:
+    """Look at everything that this user may see; `program` is the file that vdsm and cron are to run."""
+    is_root = os.geteuid() == 0
+    asked = _Asked()
+    missing = tuple(tool for tool in PACKAGES if not run.tool_exists(tool))
+    accounts = _accounts()
+    owner = (accounts.users.get("vdsm"), accounts.groups.get("qemu"))
+    settings: LvmSettings | None = None
+    groups: list[Group] = []
+    if is_root and "lvm" not in missing:
+        settings = asked(storage_facts.settings)
+        for name, devices in config.volume_groups.items():
+            hides = bool(settings and settings.use_devices_file and not devices)
+            group = asked(partial(storage_facts.look, name, devices, hides, owner))
+            groups += [group] if group else []
+    return Host(
+        program=program,
+        is_root=is_root,
+        now=time.time(),
+        missing_tools=missing,
+        has_dnf=run.tool_exists("dnf"),
+        lvm_version=None if "lvm" in missing else asked(_lvm_version),
+        qemu_img_version=None if "qemu-img" in missing else asked(_qemu_img_version),
+        known_vms=None if "virsh" in missing else asked(libvirt.known),
+        accounts=accounts,
+        way=tuple(filter(None, (asked(partial(entry, path)) for path in _way(program)))),
+        hooks=asked(lambda: tuple(_hooks())) or (),
+        udev_rules=tuple(filter(None, (asked(partial(entry, path, read=True)) for path in files.UDEV_RULES))),
+        older_files=tuple(files.older_files()),
+        cron=asked(partial(entry, files.CRON, read=True)),
+        sudoers=asked(partial(entry, files.SUDOERS, read=True)) if is_root else None,
+        sudo_options=asked(sudo_rule.known_options) if is_root and "visudo" not in missing else None,
+        run_directory=asked(partial(entry, lock.RUN)),
+        lvm_settings=settings,
+        groups=tuple(groups),
+        rehearsal=asked(partial(_rehearse, program))
+        if is_root and "vdsm" in accounts.users and not missing
+        else None,
+        failures=tuple(asked.failures),
+    )
+
+
+class _Asked:
+    """Asks one thing after the other; what cannot be asked is None, and a failure."""
+
+    def __init__(self) -> None:
+        self.failures: list[Error] = []
+
+    def __call__(self, question: Callable[[], T]) -> T | None:
+        try:
+            return question()
+        except Interrupted:
+            raise
+        except Error as error:
+            self.failures.append(error)
+        except OSError as error:
+            self.failures.append(Unseen(path=error.filename, problem=error.strerror))
+        return None
+
+
+# -- files and users
+
+
+def entry(path: str, read: bool = False) -> Entry | None:
+    """What is at `path`, with the text of a file if `read`; None where nothing is.  Raises OSError."""
+    try:
+        status = os.lstat(path)
+    except FileNotFoundError:
+        return None
+    text = ""
+    if read and stat.S_ISREG(status.st_mode):
+        with open(path, encoding="utf-8", errors="replace") as file:
+            text = file.read(64 << 10)
+    return Entry(path, status.st_uid, status.st_gid, status.st_mode, status.st_mtime, text)
+
+
+def _way(program: str) -> Iterator[str]:
+    path = program
+    yield path
+    while path != os.path.dirname(path):
+        path = os.path.dirname(path)
+        yield path
+
+
+def _hooks() -> Iterator[Hook]:
+    """Every file that vdsm runs as a hook, as it finds them (lib/vdsm/common/hooks.py)."""
+    if not os.path.isdir(files.HOOKS):
+        return
+    for point in sorted(os.listdir(files.HOOKS)):
+        directory = os.path.join(files.HOOKS, point)
+        for name in sorted(os.listdir(directory)) if os.path.isdir(directory) else ():
+            path = os.path.join(directory, name)
+            if os.path.isfile(path) and os.access(path, os.X_OK):
+                yield Hook(point, path, os.path.realpath(path))
+
+
+def _accounts() -> Accounts:
+    users = {user.pw_name: user for user in map(_user, ("vdsm", "qemu")) if user}
+    groups = {group.gr_name: group.gr_gid for group in map(_group_entry, ("kvm", "qemu")) if group}
+    vdsm = users.get("vdsm")
+    numbers = os.getgrouplist("vdsm", vdsm.pw_gid) if vdsm else []
+    return Accounts(
+        users={name: user.pw_uid for name, user in users.items()},
+        groups=groups,
+        of_vdsm=frozenset(name for name, number in groups.items() if number in numbers),
+    )
+
+
+def _user(name: str) -> pwd.struct_passwd | None:
+    try:
+        return pwd.getpwnam(name)
+    except KeyError:
+        return None
+
+
+def _group_entry(name: str) -> grp.struct_group | None:
+    try:
+        return grp.getgrnam(name)
+    except KeyError:
+        return None
+
+
+# -- tools
+
+
+def _lvm_version() -> Version:
+    argv = ["lvm", "version"]
+    return _version(argv, lvm.call(argv), r"LVM version:\s+(\d+)\.(\d+)\.(\d+)")
+
+
+def _qemu_img_version() -> Version:
+    argv = ["qemu-img", "--version"]
+    return _version(argv, run.run(argv), r"qemu-img version (\d+)\.(\d+)")
+
+
+def _version(argv: list[str], out: str, pattern: str) -> Version:
+    found = re.search(pattern, out)
+    if not found:
+        raise CommandFailed(tuple(argv), 0, f"it printed {out[:80]!r}")
+    return tuple(map(int, found.groups()))
+
+
+def _rehearse(program: str) -> Rehearsal:
+    """Have vdsm do what a start does; the program itself is run, so that vdsm's rights to it count, too."""
+    argv = [program, "rehearsal"]
+    out = run.run(argv, user="vdsm")
+    try:
+        found = json.loads(out)
+        return Rehearsal(str(found["sudo"]), str(found["helper"]), str(found["libvirt"]))
+    except (KeyError, TypeError, ValueError):
+        raise CommandFailed(tuple(argv), 0, f"it printed {out[:80]!r}") from None

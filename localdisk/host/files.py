@@ -1,0 +1,145 @@
+"""Where localdisk's parts are on a host, and what those of them say that are text.
+
+`examples/host/` shows these texts for the volume group ovirt-local; a test compares them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+
+PROGRAM = "/usr/local/libexec/localdisk"  # where install puts it; any place that is root's alone will do
+TREES = "/var/cache/localdisk"  # bootstrap.py's
+HOOKS = "/usr/libexec/vdsm/hooks"
+HOOKS_ASIDE = "/usr/libexec/vdsm/hooks.aside"  # for another program's hooks; vdsm does not look there
+LINK = "50_localdisk"
+CONFIG = "/etc/localdisk.yaml"
+SUDOERS = "/etc/sudoers.d/50_localdisk"
+CRON = "/etc/cron.d/localdisk"
+MULTIPATH = "/etc/multipath/conf.d"
+
+# The same text twice, between the rules that name a logical volume and those that probe what is in it: on EL
+# 11-dm-lvm.rules and 13-dm-disk.rules, on Debian 56-lvm.rules and 60-persistent-storage-dm.rules.
+UDEV_RULES = ("/etc/udev/rules.d/12-localdisk.rules", "/etc/udev/rules.d/58-localdisk.rules")
+# Where it was put by hand, before there was install.
+UDEV_RULE_BEFORE = "/etc/udev/rules.d/90-localdisk.rules"
+
+# node_exporter's textfile collector reads here, on Debian and on EL.
+COLLECTORS = ("/var/lib/prometheus/node-exporter", "/var/lib/node_exporter/textfile_collector")
+METRICS = "localdisk.prom"
+
+# The older hook's (vdsm_hooks/localdisk/Makefile.am): vdsm may run its helper, which takes any LV name, as
+# root, and every LV of the group is vdsm's.
+OLDER_SUDOERS = "/etc/sudoers.d/50_vdsm_hook_localdisk"
+OLDER_UDEV_RULE = "/usr/lib/udev/rules.d/12-vdsm-localdisk.rules"
+# What vdsm's package brings back when it is updated.  Its helper is not here: without the sudo rule it does
+# nothing.
+OLDER_FILES = (
+    f"{HOOKS}/after_disk_prepare/localdisk",
+    f"{HOOKS}/before_vm_migrate_source/localdisk",
+    OLDER_SUDOERS,
+    OLDER_UDEV_RULE,
+)
+ASIDE = ".aside"  # neither sudo nor udev reads a file whose name ends so
+
+_HEX = "[0-9a-f]"
+_UUID = "-".join(_HEX * length for length in (8, 4, 4, 4, 12))
+
+
+def hook_link(point: str) -> str:
+    """The link through which vdsm calls us at a hook point."""
+    return f"{HOOKS}/{point}/{LINK}"
+
+
+def older_files() -> list[str]:
+    """Those of OLDER_FILES that are there; without root, the sudo rule is not seen."""
+    return [path for path in OLDER_FILES if os.path.lexists(path)]
+
+
+# What sudo 1.8.29 (EL8) does not know yet; `sudo_rule.py` finds out which of them a host's sudo knows.
+NEWER_SUDO_OPTIONS = (
+    "!log_servers",  # 1.9.0
+    "!runas_check_shell",  # 1.8.30
+    "!runcwd",  # 1.9.3
+    "!intercept, !log_subcmds, !log_exit_status",  # 1.9.8
+    "!log_stdin, !log_stdout, !log_stderr, !log_ttyin, !log_ttyout",  # 1.9.15
+)
+
+
+def sudoers(program: str, options: Sequence[str] = NEWER_SUDO_OPTIONS) -> str:
+    """The text of SUDOERS; `options` are those of NEWER_SUDO_OPTIONS that the host's sudo knows."""
+    newer = "".join(f"Defaults!{program} {option}\n" for option in options)
+    return f"""\
+# Made by localdisk install: root:root, mode 0440.
+# vdsm may run exactly this one command as root: no wildcard, no other argument.
+#
+# Nothing of vdsm's environment reaches it.  Without a pty, a log of what it reads and writes, and a PAM
+# session in between, sudo becomes the helper instead of staying beside it: its standard input ends when the
+# hook does.  Each run is logged, although vdsm's own sudoers file has !syslog for everything that vdsm runs.
+#
+# sudo applies Defaults for one command after those that a host has for all commands or for vdsm, and the
+# tags of a rule after all Defaults.  The helper runs LVM (EXEC, !intercept), copies take hours
+# (!command_timeout), and the helper must know where its own file is (fdexec).  NOSETENV: vdsm sets no
+# variable.  The last Defaults are of newer versions of sudo; install leaves out what this host's sudo does
+# not know.
+
+Defaults!{program} env_reset, !env_keep, !env_check
+Defaults!{program} secure_path = /usr/sbin:/usr/bin:/sbin:/bin
+Defaults!{program} !requiretty, !use_pty, !pam_session, !pam_setcred
+Defaults!{program} syslog = authpriv
+Defaults!{program} !command_timeout, fdexec = never, !stay_setuid
+Defaults!{program} ignore_logfile_errors, ignore_audit_errors
+{newer}\
+vdsm ALL=(root) NOPASSWD: EXEC: NOSETENV: NOLOG_INPUT: NOLOG_OUTPUT: {program} helper
+"""
+
+
+def udev_rule(volume_groups: Iterable[str]) -> str:
+    """The text of UDEV_RULES for the local disks in these volume groups."""
+    return f"""\
+# Made by localdisk install: the nodes of local disks belong to vdsm:qemu, mode 0660, and this host looks at
+# nothing that is in them.  They are the LVs of these volume groups whose name is a canonical UUID; no other
+# LV of a group (the thin pool and its parts, somebody's own) matches.
+#
+# What a guest writes to its disk is the guest's: a file system's UUID or label there must not become a link
+# below /dev/disk that this host mounts, nor a PV there a volume group that this host activates, nor a RAID
+# member an array.
+#
+# This file is there twice, as 12-localdisk.rules for EL, where 11-dm-lvm.rules names the LV and
+# 13-dm-disk.rules probes it, and as 58-localdisk.rules for Debian, where these are 56-lvm.rules and
+# 60-persistent-storage-dm.rules.  On EL the second does nothing.  Both are before 95-dm-notify.rules, which
+# lets lvcreate return: what runs after it leaves the node to root:disk for a moment.
+
+ACTION=="remove", GOTO="localdisk_end"
+SUBSYSTEM!="block", GOTO="localdisk_end"
+ENV{{.LOCALDISK}}=="1", GOTO="localdisk_end"
+ENV{{DM_VG_NAME}}!="{"|".join(volume_groups)}", GOTO="localdisk_end"
+ENV{{DM_LV_LAYER}}=="?*", GOTO="localdisk_end"
+ENV{{DM_LV_NAME}}!="{_UUID}", GOTO="localdisk_end"
+ENV{{.LOCALDISK}}="1"
+
+# RUN, because OWNER=, GROUP= and MODE= would reset the node's SELinux label and pause its VM.
+RUN+="/usr/bin/chown vdsm:qemu $env{{DEVNAME}}", RUN+="/usr/bin/chmod 0660 $env{{DEVNAME}}"
+
+# Device-mapper's own rules for what is in a disk (blkid, /dev/disk/by-uuid and so on) leave it out, and
+# everyone else's (LVM's 69-dm-lvm.rules and 69-lvm.rules, btrfs, MD, multipath, kpartx) do, too.
+ENV{{DM_UDEV_DISABLE_DISK_RULES_FLAG}}="1", ENV{{DM_UDEV_DISABLE_OTHER_RULES_FLAG}}="1"
+# No event when it is closed after writing: nobody is to look at it then, or has it open when it is removed.
+OPTIONS:="nowatch"
+# systemd starts nothing that waits for it, udisks does not show it.
+ENV{{SYSTEMD_READY}}="0", ENV{{UDISKS_IGNORE}}="1"
+
+LABEL="localdisk_end"
+"""
+
+
+def cron(program: str, collectors: Iterable[str]) -> str:
+    """The text of CRON, with metrics for each of these directories of a textfile collector."""
+    lines = ["# Made by localdisk install.", cron_line(program)]
+    lines += [f"* * * * * root {program} status --prometheus {path}/{METRICS}" for path in collectors]
+    return "".join(f"{line}\n" for line in lines)
+
+
+def cron_line(program: str) -> str:
+    """The line of CRON that removes local disks; what gc prints is in the log, too, problems are mailed."""
+    return f"*/10 * * * * root {program} gc >/dev/null"

@@ -1,0 +1,287 @@
+"""What localdisk puts on a host: the program, its rules, and the links through which vdsm calls it.
+
+Install looks at what is there and decides which changes are missing; then it makes them, one after the
+other.  So it can be broken off anywhere, run again, and is done when nothing is missing.  Below another root
+directory, an image's, no command runs but the syntax check of the sudo rule.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import stat
+import time
+import zipfile
+from collections.abc import Iterator
+
+from localdisk import config, lock, log
+from localdisk.errors import (
+    CommandFailed,
+    CommandMissing,
+    CommandTimeout,
+    InstallRefused,
+    NoVolumeGroup,
+    VolumeGroupUnusable,
+)
+from localdisk.host import files, sudo_rule
+from localdisk.host.file_changes import (
+    Call,
+    Change,
+    Link,
+    MakeDirectory,
+    Move,
+    Prune,
+    Remove,
+    Write,
+    is_as_written,
+    made,
+    planned,
+    temporary_name,
+)
+from localdisk.units import format_size
+from localdisk.vdsm.hook_call import POINTS
+from localdisk.volumes import lvm
+from localdisk.volumes.disk import HOW_TO_DECIDE, is_left_alone, local_disks
+from localdisk.zipapp import extract
+
+LOCK = os.path.join(lock.RUN, "install.lock")
+RELOAD = Call(("udevadm", "control", "--reload"))
+# Local disks that are active already become what the rule says.
+TRIGGER = Call(("udevadm", "trigger", "--settle", "--action=change", "--sysname-match=dm-*"))
+
+# Last the one whose older hook is taken away: a VM that starts just then is made local by before_vm_start.
+_IN_ORDER = sorted(POINTS, key=lambda point: (point == "after_disk_prepare", point))
+
+
+def install(program: str, root: str = "", dry_run: bool = False) -> Iterator[str]:
+    """Put `program`, the built file, and all that belongs to it on this host, or below the directory `root`.
+
+    Yields a line for each change that was made.  Raises InstallRefused, ConfigRefused, ConfigUnreadable,
+    CommandFailed and OSError.
+    """
+    root = checked_root(root)
+    if not zipfile.is_zipfile(program):
+        fix = "run the one file that build.sh makes, dist/localdisk"
+        raise InstallRefused(problem=f"{program} cannot be copied to a host", fix=fix)
+    changes = decide(program, root)
+    if dry_run:
+        yield from map(planned, changes)
+    elif root:
+        yield from make(changes, root)
+        if changes:
+            yield f"left {root}{files.TREES} to the first run of the program, which extracts itself there"
+    elif changes:
+        with lock.holding(LOCK, time.sleep):
+            changes = decide(program, root)  # another one may have been faster
+            yield from make(changes, root)
+    if not root:
+        yield from _older_disks()
+    if not changes:
+        yield f"all of localdisk is in its place{f' below {root}' if root else ''}, nothing was changed"
+
+
+def _older_disks() -> Iterator[str]:
+    """A line for each disk of vdsm's older hook that is kept until the operator decides."""
+    settings = config.load()
+    with contextlib.suppress(
+        CommandFailed, CommandMissing, CommandTimeout, NoVolumeGroup, VolumeGroupUnusable
+    ):
+        groups, _ = lvm.read_all(settings.volume_groups)
+        for vg, found in ((group, disk) for group in groups for disk in local_disks(group)):
+            if is_left_alone(found, settings.policy(found.vm_id).retention):
+                what = f"{vg.vg_name}/{found.volume_id}  VM {found.vm_id}  {format_size(found.lv.lv_size)}"
+                yield f"{what}  is vdsm's older hook's, {HOW_TO_DECIDE}"
+
+
+def make(changes: tuple[Change, ...], root: str) -> Iterator[str]:
+    """Make the changes in turn, and tell and log each."""
+    for change in changes:
+        change.do()
+        line = made(change)
+        if not root:
+            log.event(line)
+        yield line
+
+
+def checked_root(root: str) -> str:
+    """The absolute path of another root directory; "" for the live system."""
+    if not root:
+        return root
+    path = os.path.realpath(root)
+    if not os.path.isdir(path):
+        raise InstallRefused(problem=f"{root} is no directory", fix="name the root directory of an image")
+    if os.path.samefile(path, "/"):
+        raise InstallRefused(problem=f"{root} is this system's own root directory", fix="leave out --root")
+    return path
+
+
+# -- deciding
+
+
+def decide(program: str, root: str) -> tuple[Change, ...]:
+    """The changes that are missing, in the order in which they must be made."""
+    return tuple(
+        _with_directories(root, [*_program(program, root), *_rules(root), *_hooks(root), *_trees(root)])
+    )
+
+
+def _program(program: str, root: str) -> Iterator[Change]:
+    place = f"{root}{files.PROGRAM}"
+    if os.path.islink(place) or not (os.path.exists(place) and os.path.samefile(place, program)):
+        with open(program, "rb") as file:
+            yield from _file(Write(place, file.read(), 0o755))
+
+
+def _rules(root: str) -> Iterator[Change]:
+    """What sudo, udev and cron read, and a first configuration."""
+    settings = f"{root}{files.CONFIG}"
+    example = config.example_text().encode()
+    if os.path.lexists(settings):
+        groups = config.load(settings).volume_groups
+    else:
+        groups = config.parse(example, settings).volume_groups
+        yield Write(settings, example, 0o644)
+    sudoers = files.sudoers(files.PROGRAM, sudo_rule.known_options()).encode()
+    yield from _file(Write(f"{root}{files.SUDOERS}", sudoers, 0o440, judge=("visudo", "-cf")))
+    rule = files.udev_rule(groups).encode()
+    udev = [change for path in files.UDEV_RULES for change in _file(Write(root + path, rule, 0o644))]
+    udev += [*_removed(f"{root}{files.UDEV_RULE_BEFORE}"), *_older(f"{root}{files.OLDER_UDEV_RULE}")]
+    yield from udev
+    # Broken off before, it is not needed either: udevd looks for changed rules itself every few seconds.
+    yield from (RELOAD, TRIGGER) if udev and not root else ()
+    collectors = [path for path in files.COLLECTORS if os.path.isdir(root + path)]
+    yield from _file(Write(f"{root}{files.CRON}", files.cron(files.PROGRAM, collectors).encode(), 0o644))
+    yield from _older(f"{root}{files.OLDER_SUDOERS}")
+
+
+def _older(path: str) -> Iterator[Change]:
+    if os.path.lexists(path):
+        yield Move(path, path + files.ASIDE, "it is the older localdisk hook's")
+
+
+def _hooks(root: str) -> Iterator[Change]:
+    """A link at each of our points, and nothing else for local disks at any."""
+    links = {f"{root}{files.hook_link(point)}": point for point in _IN_ORDER}
+    others = [path for path in hook_files(root) if path not in links]
+    for path, point in links.items():
+        yield from (_aside(root, other) for other in others if _is_at(other, point) and not is_ours(other))
+        if os.path.lexists(path) and not os.path.islink(path):
+            yield _aside(root, path)
+        if not is_ours(path):
+            yield Link(path, files.PROGRAM)
+    for path in others:
+        if is_ours(path):
+            yield Remove(path)
+        elif not any(_is_at(path, point) for point in POINTS):
+            yield _aside(root, path)
+
+
+def _trees(root: str) -> Iterator[Change]:
+    """What other builds have extracted; our own tree is there, for root runs nothing without."""
+    trees, keep = os.path.split(_up(__file__, 4))
+    if not root and trees == files.TREES:
+        found = [name for name in sorted(os.listdir(trees)) if name != keep and not name.startswith(".")]
+        unused = tuple(name for name in found if not _is_used(os.path.join(trees, name)))
+        if unused:
+            yield Prune(trees, keep, unused)
+
+
+def _up(path: str, levels: int) -> str:
+    for _ in range(levels):
+        path = os.path.dirname(path)
+    return path
+
+
+def _with_directories(root: str, changes: list[Change]) -> Iterator[Change]:
+    """The changes, each after those that make the directories which it needs."""
+    there: set[str] = set()
+    for change in changes:
+        path = change.to if isinstance(change, Move) else getattr(change, "path", "")
+        if isinstance(change, (Write, Link, Move)):
+            yield from map(MakeDirectory, _missing(root, os.path.dirname(path), there))
+        yield change
+
+
+def _missing(root: str, directory: str, there: set[str]) -> list[str]:
+    """The directories that are missing on the way to `directory`, highest first; then they are `there`."""
+    missing: list[str] = []
+    while directory not in there and directory not in ("", "/", root) and not os.path.lexists(directory):
+        missing.insert(0, directory)
+        directory = os.path.dirname(directory)
+    if not os.path.isdir(directory or "/") and directory not in there:
+        raise InstallRefused(problem=f"{directory} is no directory", fix="move it away")
+    require_inside(root, directory)
+    there.update(missing)
+    return missing
+
+
+def require_inside(root: str, directory: str) -> None:
+    """Raise InstallRefused where a link in an image leads to this system's own files."""
+    real = os.path.realpath(directory)
+    if root and os.path.commonpath([root, real]) != root:
+        fix = "make it a relative link, or chroot there and leave out --root"
+        raise InstallRefused(problem=f"{directory} leads out of {root}, to {real}", fix=fix)
+
+
+# -- what is there
+
+
+def hook_files(root: str) -> Iterator[str]:
+    """Everything at vdsm's hook points that is called localdisk or leads to us, and that vdsm may run."""
+    hooks = f"{root}{files.HOOKS}"
+    for point in sorted(os.listdir(hooks)) if os.path.isdir(hooks) else ():
+        directory = os.path.join(hooks, point)
+        for name in sorted(os.listdir(directory)) if os.path.isdir(directory) else ():
+            path = os.path.join(directory, name)
+            if is_ours(path) or ("localdisk" in name.lower() and _may_run(path)):
+                yield path
+
+
+def is_ours(path: str) -> bool:
+    """Whether it is a link to our program, on the host that it is for."""
+    if not os.path.islink(path):
+        return False
+    return os.readlink(path) == files.PROGRAM or os.path.realpath(path) == files.PROGRAM
+
+
+def _may_run(path: str) -> bool:
+    mode = os.lstat(path).st_mode
+    return stat.S_ISLNK(mode) or (stat.S_ISREG(mode) and bool(mode & 0o111))
+
+
+def _is_at(path: str, point: str) -> bool:
+    return os.path.basename(os.path.dirname(path)) == point
+
+
+def _aside(root: str, path: str) -> Change:
+    point = os.path.basename(os.path.dirname(path))
+    to = f"{root}{files.HOOKS_ASIDE}/{point}/{os.path.basename(path)}"
+    return Move(path, to, "two hooks for local disks would copy twice")
+
+
+def _file(write: Write) -> Iterator[Change]:
+    """Write the file unless it is so already."""
+    if os.path.isdir(write.path) and not os.path.islink(write.path):
+        raise InstallRefused(problem=f"{write.path} is a directory", fix="move it away")
+    if not is_as_written(write):
+        yield write
+    else:
+        yield from _removed(temporary_name(write.path))
+
+
+def _removed(path: str) -> list[Change]:
+    return [Remove(path)] if os.path.lexists(path) else []
+
+
+def _is_used(tree: str) -> bool:
+    """Whether a process runs from the tree: see bootstrap.py."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        fd = os.open(os.path.join(tree, extract.FILES), os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(fd)
+    return False

@@ -1,0 +1,162 @@
+"""The volume groups of a host as LVM, device-mapper and udev have them, for `check`.  Changes nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+from collections.abc import Iterator, Mapping
+
+from localdisk import device_mapper
+from localdisk.errors import CommandFailed, NoVolumeGroup
+from localdisk.frozen import field, frozen
+from localdisk.volumes import lvm
+from localdisk.volumes.disk import LocalDisk, local_disks
+from localdisk.volumes.lvm import VolumeGroup
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Optional
+
+    Owner = tuple[Optional[int], Optional[int]]  # user and group, by number; None: there is no such
+
+
+@frozen
+class LvmSettings:
+    """What the host's LVM configuration says."""
+
+    use_devices_file: bool
+    autoextend_threshold: int  # percent; 100: thin pools do not grow by themselves
+    scan_lvs: bool = False  # whether LVM looks for volume groups inside of logical volumes
+
+
+@frozen
+class Multipath:
+    """A multipath device under a volume group."""
+
+    name: str  # of its mapping
+    wwid: str
+
+
+@frozen
+class PoolWatch:
+    """What LVM does for a thin pool that fills up."""
+
+    error_when_full: bool
+    is_monitored: bool
+
+
+@frozen
+class Group:
+    """A volume group of the configuration; `vg` None: LVM does not see it."""
+
+    name: str
+    devices: tuple[str, ...]
+    vg: VolumeGroup | None
+    hidden: tuple[str, ...] = ()  # its physical volumes that are not in LVM's devices file
+    multipaths: tuple[Multipath, ...] = ()
+    pools: Mapping[str, PoolWatch] = field(default_factory=dict)
+    no_discard: tuple[str, ...] = ()  # its physical volumes that cannot discard
+    misowned: tuple[str, ...] = ()  # nodes of active local disks that are not vdsm:qemu, mode 0660
+
+    @property
+    def disks(self) -> tuple[LocalDisk, ...]:
+        return local_disks(self.vg) if self.vg else ()
+
+
+def settings() -> LvmSettings:
+    """Raises CommandFailed, CommandTimeout."""
+    # --mergedconfig: not only what the command itself is given.
+    out = lvm.call(["lvm", "lvmconfig", "--typeconfig", "full", "--mergedconfig", "devices", "activation"])
+    values = dict(re.findall(r"^\s*(\w+)=(\d+)\s*$", out, re.M))
+    return LvmSettings(
+        use_devices_file=values.get("use_devicesfile", "0") == "1",  # absent before LVM 2.03.12
+        autoextend_threshold=int(values.get("thin_pool_autoextend_threshold", "100")),
+        scan_lvs=values.get("scan_lvs", "1") == "1",  # absent before LVM 2.03, which does
+    )
+
+
+def look(name: str, devices: tuple[str, ...], uses_devices_file: bool, owner: Owner) -> Group:
+    """One volume group; `owner` is who its local disks should belong to.
+
+    Raises VolumeGroupUnusable for a shared group, CommandFailed, CommandTimeout.
+    """
+    options = ["--devices", ",".join(devices)] if devices else []
+    try:
+        vg = VolumeGroup.read(name, devices)
+    except NoVolumeGroup:
+        vg = None
+    seen = _physical_volumes(name, options)
+    there = _physical_volumes(name, ["--devicesfile", ""]) if uses_devices_file else seen
+    candidates = [*seen, *(device for device in devices if device not in seen)]
+    multipaths = {found for device in candidates for found in _multipaths(device)}
+    has_pools = vg is not None and any(lv.is_thin_pool for lv in vg.lvs)
+    return Group(
+        name=name,
+        devices=devices,
+        vg=vg,
+        hidden=tuple(device for device in there if device not in seen),
+        multipaths=tuple(sorted(multipaths, key=lambda found: found.name)),
+        pools=_pools(name, options) if has_pools else {},
+        no_discard=tuple(device for device in seen if not device_mapper.can_discard(device)),
+        misowned=tuple(_misowned(vg, owner)) if vg else (),
+    )
+
+
+def _physical_volumes(vg_name: str, options: list[str]) -> tuple[str, ...]:
+    """The devices of a group's physical volumes that LVM finds, with `options`."""
+    rows = _report(["lvm", "pvs", "--reportformat", "json", "-o", "pv_name,vg_name", *options], "pv")
+    names = (row["pv_name"] for row in rows if row["vg_name"] == vg_name)
+    return tuple(name for name in names if name.startswith("/"))  # a missing one is "[unknown]"
+
+
+def _pools(vg_name: str, options: list[str]) -> dict[str, PoolWatch]:
+    columns = "lv_name,lv_when_full,seg_monitor"
+    rows = _report(["lvm", "lvs", "--reportformat", "json", "-o", columns, *options, vg_name], "lv")
+    return {
+        row["lv_name"]: PoolWatch(row["lv_when_full"] == "error", row["seg_monitor"] == "monitored")
+        for row in rows
+    }
+
+
+def _report(argv: list[str], kind: str) -> list[dict[str, str]]:
+    out = lvm.call(argv)
+    try:
+        rows: list[dict[str, str]] = json.loads(out)["report"][0][kind]
+    except (ValueError, KeyError, IndexError, TypeError):
+        raise CommandFailed(tuple(argv), 0, f"it printed {out[:80]!r}") from None
+    return rows
+
+
+def _multipaths(device: str) -> Iterator[Multipath]:
+    """The multipath devices that `device` is, lies on, or is a path of."""
+    name = os.path.basename(os.path.realpath(device))
+    for mapping in (name, *device_mapper.holders(name), *_below(name)):
+        dm_name, uuid = device_mapper.name_and_uuid(mapping)
+        if uuid.startswith("mpath-"):
+            yield Multipath(dm_name, uuid[len("mpath-") :])
+
+
+def _below(name: str) -> Iterator[str]:
+    for lower in device_mapper.slaves(name):
+        yield lower
+        yield from _below(lower)
+
+
+def _misowned(vg: VolumeGroup, owner: Owner) -> Iterator[str]:
+    if None in owner:  # that is another problem
+        return
+    for disk in local_disks(vg):
+        path = vg.path(disk.volume_id)
+        if disk.lv.lv_active and _mode(path) != (*owner, 0o660):
+            yield path
+
+
+def _mode(path: str) -> tuple[int, int, int] | None:
+    """User, group and permissions of a device node; None where it is missing."""
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return status.st_uid, status.st_gid, stat.S_IMODE(status.st_mode)

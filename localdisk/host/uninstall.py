@@ -1,0 +1,172 @@
+"""Take from a host what install put there, and put back what install moved away.
+
+Configuration and local disks stay.  Unfinished work would never be finished: it is looked for first.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+
+from localdisk import config, lock
+from localdisk.errors import Error, NoVolumeGroup, WorkUnfinished
+from localdisk.host import files
+from localdisk.host.file_changes import Change, Move, Remove, planned, temporary_link, temporary_name
+from localdisk.host.install import LOCK, RELOAD, checked_root, hook_files, is_ours, make, require_inside
+from localdisk.vdsm.hook_call import POINTS
+from localdisk.volumes.disk import LocalDisk, State, local_disks
+from localdisk.volumes.lvm import VolumeGroup
+from localdisk.volumes.template import Template, templates
+
+
+def uninstall(root: str = "", dry_run: bool = False, force: bool = False) -> Iterator[str]:
+    """Undo install on this host, or below the directory `root`; yields a line for each change and what stays.
+
+    Raises WorkUnfinished, unless `force`, and whatever speaks against looking; CommandFailed and OSError.
+    """
+    root = checked_root(root)
+    if not root and not force:
+        _require_rest()
+    left = tuple(_left(root))  # while everything that looking needs can still be imported
+    if dry_run:
+        yield from map(planned, [*decide(root), *_state(root)])
+    elif root:
+        yield from make((*decide(root), *_state(root)), root)
+    else:
+        with lock.holding(LOCK, time.sleep):
+            yield from make(decide(root), root)
+        yield from make(tuple(_state(root)), root)
+    yield from left
+
+
+# -- what speaks against it
+
+
+def _require_rest() -> None:
+    """Raise WorkUnfinished where a start or stop is under way, or a disk in use or not removed yet."""
+    busy = [f"{path} is held" for path in sorted(lock.held() - {LOCK})]
+    busy += [f"local disk {vg.vg_name}/{disk.volume_id} is {why}" for vg, disk, why in _busy_disks()]
+    busy += [f"template LV {vg.vg_name}/{found.name} is {why}" for vg, found, why in _busy_templates()]
+    if busy:
+        more = f" (and {len(busy) - 1} more)" if len(busy) > 1 else ""
+        raise WorkUnfinished(what=busy[0] + more)
+
+
+def _busy_disks() -> Iterator[tuple[VolumeGroup, LocalDisk, str]]:
+    for vg in _groups():
+        for disk in local_disks(vg):
+            if disk.is_open:
+                yield vg, disk, f"in use by VM {disk.vm_id}"
+            elif disk.state is State.UNFINISHED:
+                yield vg, disk, "unfinished"
+            elif disk.state is State.DELETING:
+                yield vg, disk, "not erased and removed yet"
+
+
+def _busy_templates() -> Iterator[tuple[VolumeGroup, Template, str]]:
+    for vg in _groups():
+        for found in templates(vg):
+            if found.is_open:
+                yield vg, found, "in use"
+            elif not found.is_ready:
+                yield vg, found, "unfinished"
+
+
+def _groups() -> Iterator[VolumeGroup]:
+    for name, devices in config.load().volume_groups.items():
+        try:
+            yield VolumeGroup.read(name, devices)
+        except NoVolumeGroup:
+            continue
+
+
+# -- deciding
+
+
+def decide(root: str) -> tuple[Change, ...]:
+    """What is there of install, the way in first: vdsm's links, then what they lead to."""
+    changes = (*_hooks(root), *_rules(root), *_removed(f"{root}{files.PROGRAM}"))
+    for change in changes:
+        if isinstance(change, (Remove, Move)):
+            require_inside(root, os.path.dirname(change.path))
+    return changes
+
+
+def _hooks(root: str) -> Iterator[Change]:
+    for path in hook_files(root):
+        if is_ours(path):
+            yield Remove(path)
+    for point in sorted(POINTS):
+        yield from _removed(temporary_link(f"{root}{files.hook_link(point)}"))
+    yield from _hooks_back(f"{root}{files.HOOKS_ASIDE}", f"{root}{files.HOOKS}")
+
+
+def _hooks_back(aside: str, hooks: str) -> Iterator[Change]:
+    """What lies in one goes to the other, where its place is free."""
+    found = [os.path.relpath(path, aside) for path in _files_below(aside)]
+    back = [change for path in found for change in _back(f"{aside}/{path}", f"{hooks}/{path}")]
+    yield from back
+    if len(back) == len(found):
+        yield from _removed(aside)
+
+
+def _files_below(top: str) -> Iterator[str]:
+    for directory, _, names in sorted(os.walk(top)):
+        yield from (os.path.join(directory, name) for name in sorted(names))
+
+
+def _rules(root: str) -> Iterator[Change]:
+    for path in (files.CRON, files.SUDOERS):
+        yield from _removed(root + path)
+    yield from _older_back(f"{root}{files.OLDER_SUDOERS}")
+    udev = [change for path in files.UDEV_RULES for change in _removed(root + path)]
+    udev += _older_back(f"{root}{files.OLDER_UDEV_RULE}")
+    yield from udev
+    yield from (RELOAD,) if udev and not root else ()
+    for path in files.COLLECTORS:
+        yield from _removed(f"{root}{path}/{files.METRICS}")
+    for path in (files.PROGRAM, files.CRON, files.SUDOERS, files.CONFIG, *files.UDEV_RULES):
+        yield from _removed(temporary_name(root + path))
+
+
+def _older_back(path: str) -> Iterator[Change]:
+    return _back(path + files.ASIDE, path)
+
+
+def _state(root: str) -> Iterator[Change]:
+    """What localdisk makes while it runs; last, for our own lock is in it."""
+    for path in (files.TREES, lock.RUN):
+        yield from _removed(root + path)
+
+
+def _back(path: str, to: str) -> Iterator[Change]:
+    is_free = os.path.isdir(os.path.dirname(to)) and (is_ours(to) or not os.path.lexists(to))
+    if os.path.lexists(path) and is_free:
+        yield Move(path, to, "where install found it")
+
+
+def _removed(path: str) -> list[Change]:
+    return [Remove(path)] if os.path.lexists(path) else []
+
+
+# -- what stays
+
+
+def _left(root: str) -> Iterator[str]:
+    path = f"{root}{files.CONFIG}"
+    if os.path.lexists(path):
+        yield f"left {path}"
+    if root:
+        return
+    try:
+        for vg in _groups():
+            disks = local_disks(vg)
+            if disks:
+                yield f"left {len(disks)} local disk(s) in volume group {vg.vg_name}: see lvs {vg.vg_name}"
+            names = " ".join(f"{vg.vg_name}/{found.name}" for found in templates(vg))
+            if names:
+                how = "removed by the file that you installed"
+                yield f"left the template cache, which no VM needs; {how}: remove {names}"
+    except Error as error:
+        yield f"left the local disks, if there are any: {str(error).splitlines()[-1]}"

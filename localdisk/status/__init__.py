@@ -1,0 +1,1 @@
+"""Looks and shows: changes nothing but the file of metrics."""

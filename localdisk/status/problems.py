@@ -1,0 +1,282 @@
+"""Where this host is not as it should be: pure functions of what was seen, but for who has a disk open.
+
+A `Problem` has a kind, one of the words below, by which the metrics count it; what it is; and what to do.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+
+from localdisk.clock import Moment
+from localdisk.config import Config
+from localdisk.errors import DependentVolumes, Error, plain
+from localdisk.frozen import frozen
+from localdisk.status.libvirt_vms import Vms
+from localdisk.units import format_duration, format_size
+from localdisk.vdsm.definition import Disk, Running
+from localdisk.volumes import gc
+from localdisk.volumes.disk import LocalDisk, State, is_fingerprint, is_left_alone
+from localdisk.volumes.gc import Action
+from localdisk.volumes.lvm import VolumeGroup
+from localdisk.volumes.progress import Progress
+from localdisk.volumes.template import Template
+
+NEAR = 0.9  # of a limit
+
+NOT_USABLE = "not_usable"  # a volume group or thin pool
+NEAR_LIMIT = "near_limit"
+NOT_LOCAL = "not_local"
+OPEN_ELSEWHERE = "open_elsewhere"
+UNKNOWN_VM = "unknown_vm"
+NO_COPIER = "no_copier"
+DRIFTED = "drifted"
+NOT_AS_MADE = "not_as_made"  # a template LV
+CLOCK = "clock"
+DEPENDENTS = "dependents"  # LVM would remove others' volumes along with a disk
+UNREAD = "unread"
+KINDS = (
+    NOT_USABLE,
+    NEAR_LIMIT,
+    NOT_LOCAL,
+    OPEN_ELSEWHERE,
+    UNKNOWN_VM,
+    NO_COPIER,
+    DRIFTED,
+    NOT_AS_MADE,
+    CLOCK,
+    DEPENDENTS,
+    UNREAD,
+)
+
+_SET_CLOCK = "set the clock of this host (chronyc makestep)"
+
+Disks = Iterable[tuple[VolumeGroup, LocalDisk]]
+Templates = Iterable[tuple[VolumeGroup, Template]]
+Held = Mapping[str, "Progress | None"]
+
+
+@frozen
+class Problem:
+    kind: str
+    what: str
+    fix: str
+
+    def __str__(self) -> str:
+        return f"{self.what} : {self.fix}"
+
+
+def told(error: Error) -> Problem:
+    """A volume group or pool that cannot be looked at or used, as its error tells it."""
+    what, _, fix = str(error).partition(" : ")
+    return Problem(NOT_USABLE, what, fix)
+
+
+# -- room
+
+
+def of_groups(groups: Iterable[VolumeGroup], config: Config) -> Iterator[Problem]:
+    """Volume groups and thin pools that are near the point where no new disk is made."""
+    for vg in groups:
+        yield from _reserve(vg, config)
+        yield from _limits(vg, config)
+
+
+def _reserve(vg: VolumeGroup, config: Config) -> Iterator[Problem]:
+    reserve = config.margins.reserve.of(vg.vg_size)
+    if vg.vg_free < reserve:
+        what = f"volume group {vg.vg_name} has {format_size(vg.vg_free)} free, less than its reserve"
+        yield Problem(NEAR_LIMIT, f"{what} of {format_size(reserve)}", f"vgextend {vg.vg_name} DEVICE")
+
+
+def _limits(vg: VolumeGroup, config: Config) -> Iterator[Problem]:
+    pool, margins = vg.find(config.thin_pool), config.margins
+    if pool is None or not pool.is_thin_pool:
+        return
+    name = f"{vg.vg_name}/{pool.lv_name}"
+    for what, used, limit, fix in (
+        ("data", pool.data_percent, margins.thin_data, f"lvextend --size +SIZE {name}"),
+        (
+            "metadata",
+            pool.metadata_percent,
+            margins.thin_metadata,
+            f"lvextend --poolmetadatasize +SIZE {name}",
+        ),
+    ):
+        if used is not None and used >= NEAR * limit:
+            yield Problem(NEAR_LIMIT, f"thin pool {name}: {what} {used:.1f} % of {limit:g} % allowed", fix)
+
+
+# -- disks
+
+
+def of_disks(disks: Disks, held: Held, vms: Vms | None, config: Config, now: Moment) -> Iterator[Problem]:
+    """Local disks that nobody looks after, or somebody that should not, and VMs that do not use theirs."""
+    found = tuple(disks)
+    for vg, disk in found:
+        name = f"local disk {vg.vg_name}/{disk.volume_id}"
+        if disk.volume_id in held:
+            continue
+        if disk.is_open:
+            yield from _who_has_it(vg, disk, name, vms)
+        elif disk.lv.dependents and disk.state in (State.UNFINISHED, State.DELETING):
+            yield depended_on(vg, disk)
+        elif disk.state is State.UNFINISHED:
+            yield Problem(NO_COPIER, f"{name} is an unfinished copy that nobody works on", "localdisk gc")
+        elif disk.state is State.DRIFTED:
+            yield _drifted(vg, disk, name)
+        else:
+            yield from _uncertain(vg, disk, held, vms, config, now)
+    if vms:
+        for vm in vms.running:
+            yield from _of_vm(vm, found, config)
+        for vm_id in vms.unread:
+            what = f"the domain XML of VM {vm_id} is not understood, nor what it runs from"
+            yield Problem(UNREAD, what, f"virsh --readonly dumpxml {vm_id}")
+
+
+def _who_has_it(vg: VolumeGroup, disk: LocalDisk, name: str, vms: Vms | None) -> Iterator[Problem]:
+    if vms is None or vms.unread or vms.user_of(disk.volume_id):
+        return
+    yield _open_elsewhere(vg.path(disk.volume_id), f"{name} is open, but by no VM")
+
+
+def _drifted(vg: VolumeGroup, disk: LocalDisk, name: str) -> Problem:
+    """Its VM has stopped; docs/drifted.md has the same at length, and a test does what is said here."""
+    what = f"{name} has data that shared storage lacks: VM {disk.vm_id} stopped on another volume"
+    lv = f"{vg.vg_name}/{disk.volume_id}"
+    steps = (
+        f"do not start the VM; lvchange -ay -K {lv}",
+        f"as user vdsm, in the directory of image {disk.image_id}, with NEW for the volume that the VM ran"
+        f" from and FORMAT for that of {disk.volume_id} there:"
+        f" qemu-img rebase -u -f qcow2 -F raw -b {vg.path(disk.volume_id)} NEW"
+        f" && qemu-img rebase -f qcow2 -F FORMAT -b {disk.volume_id} NEW",
+        f"localdisk remove {lv}",
+    )
+    return Problem(DRIFTED, what, "; ".join(steps))
+
+
+def _open_elsewhere(path: str, what: str) -> Problem:
+    users = ", ".join(who_has_open(path)) or "something in the kernel"
+    return Problem(OPEN_ELSEWHERE, f"{what}: {users}", f"end it; fuser -v {path}")
+
+
+def depended_on(vg: VolumeGroup, disk: LocalDisk) -> Problem:
+    error = DependentVolumes(vg=vg.vg_name, lv=disk.volume_id, others=", ".join(disk.lv.dependents))
+    what, _, fix = str(error).partition(" : ")
+    return Problem(DEPENDENTS, what, fix)
+
+
+def _uncertain(
+    vg: VolumeGroup, disk: LocalDisk, held: Held, vms: Vms | None, config: Config, now: Moment
+) -> Iterator[Problem]:
+    if vms is None:
+        return
+    name = f"local disk {vg.vg_name}/{disk.volume_id}"
+    witnesses = gc.witnesses_for(disk, False, vms.domains, held)
+    verdict = gc.decide(disk, witnesses, config.policy(disk.vm_id), now)
+    if not verdict.is_certain and disk.lv.dependents:
+        yield depended_on(vg, disk)
+    elif not verdict.is_certain:
+        is_mended = verdict.action is not Action.KEEP
+        yield Problem(CLOCK, f"{name}: {verdict.reason}", "localdisk gc" if is_mended else _SET_CLOCK)
+    elif is_left_alone(disk, config.policy(disk.vm_id).retention):
+        return
+    elif disk.state is State.READY and disk.vm_id not in vms.names:
+        due = f"removes it in {format_duration(max(0, int((verdict.due or now.epoch) - now.epoch)))}"
+        kept = verdict.action is Action.STOP
+        what = f"{name} is of VM {disk.vm_id}, which libvirt does not know"
+        yield Problem(UNKNOWN_VM, what, "localdisk gc keeps it as stopped" if kept else f"localdisk gc {due}")
+
+
+def of_templates(templates: Templates, held: Held, now: float) -> Iterator[Problem]:
+    """Template LVs that nobody looks after, or that no start will use.  `now` in seconds since the epoch."""
+    a_copy_may_read = any(record is None or not record.template for record in held.values())
+    for vg, found in templates:
+        full = f"{vg.vg_name}/{found.name}"
+        name = f"template LV {full}"
+        if found.name in held or (found.is_open and a_copy_may_read):
+            continue
+        if found.is_open:
+            yield _open_elsewhere(vg.path(found.name), f"{name} is open, but no copy reads it")
+        elif not found.is_ready:
+            yield Problem(NO_COPIER, f"{name} is an unfinished copy that nobody works on", "localdisk gc")
+        elif _change(found):
+            what = f"{name} is not as it was made, {_change(found)}: no VM starts from it"
+            yield Problem(NOT_AS_MADE, what, "localdisk gc")
+        elif found.used > now:
+            yield Problem(CLOCK, f"{name}: used in the future, the clock went backwards", _SET_CLOCK)
+
+
+def _change(found: Template) -> str:
+    """What a start would not accept of a template LV, as far as that can be told without its source."""
+    if found.lv.lv_permissions != "read-only":
+        return "it can be written to"
+    if not is_fingerprint(found.fingerprint):
+        return "its tag SOURCE_ is missing or not alone"
+    return "" if found.sample else "its tag SAMPLE_ is missing or not alone"
+
+
+def _of_vm(
+    vm: Running, disks: tuple[tuple[VolumeGroup, LocalDisk], ...], config: Config
+) -> Iterator[Problem]:
+    """Disks of a VM that should run from local disks and does not."""
+    own = {disk.image_id: (group, disk) for group, disk in disks if disk.vm_id == vm.vm_id}
+    asked = vm.property_value if vm.property_value in ("on", "lvm", "lvmthin") else ""
+    policy = config.policy(vm.vm_id, asked or "on")
+    for disk in vm.disks:
+        expected = f"/dev/{policy.volume_group}/{disk.volume_id}"
+        wanted = asked and policy.hotplug == "refuse" and policy.is_local(disk.image_id)
+        if not _can_be_local(disk) or not (wanted or disk.image_id in own) or _is_at(disk, expected):
+            continue
+        name = plain(vm.name or vm.vm_id)
+        what = f"VM {name} ({vm.vm_id}): {disk.name} runs from {plain(disk.path)}, not from {expected}"
+        yield Problem(NOT_LOCAL, what, _back(vm, disk, own.get(disk.image_id)))
+
+
+def _back(vm: Running, disk: Disk, local: tuple[VolumeGroup, LocalDisk] | None) -> str:
+    """How a disk of a running VM comes back to its local disk, if it has one."""
+    if local is None or local[1].state is not State.READY:
+        return "what it wrote since is there; shut it down, and start it anew"
+    path = local[0].path(local[1].volume_id)
+    if (disk.name, path) in vm.backing:
+        command = f"virsh blockcommit {vm.vm_id} {disk.name} --active --pivot --wait"
+        return f"do not stop it; {command} brings it back"
+    kept = "the local disk is kept, and localdisk status then says how the data come together"
+    return f"what it wrote before is in {path} alone; shut it down: {kept}"
+
+
+def _can_be_local(disk: Disk) -> bool:
+    return disk.is_vdsm_image and disk.device == "disk"
+
+
+def _is_at(disk: Disk, expected: str) -> bool:
+    return disk.path == expected or os.path.realpath(disk.path) == os.path.realpath(expected)
+
+
+def who_has_open(path: str) -> Iterator[str]:
+    """`NAME (PID)` of each process that has the device open, as far as this user can see."""
+    try:
+        device = os.stat(path).st_rdev
+    except OSError:
+        return
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        if device in _open_devices(pid):
+            yield f"{_command(pid)} ({pid})"
+
+
+def _open_devices(pid: str) -> Iterator[int]:
+    directory = f"/proc/{pid}/fd"
+    try:
+        for fd in os.listdir(directory):
+            yield os.stat(os.path.join(directory, fd)).st_rdev
+    except OSError:
+        return
+
+
+def _command(pid: str) -> str:
+    try:
+        with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as file:
+            return plain(file.read().strip())
+    except OSError:
+        return "?"

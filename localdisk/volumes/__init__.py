@@ -1,0 +1,1 @@
+"""What is in the volume group, and its life: runs as root."""

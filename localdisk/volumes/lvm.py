@@ -1,0 +1,419 @@
+"""LVM: one volume group as an immutable snapshot, and the few commands that change it.
+
+A snapshot is one `lvm fullreport` (LVM 2.02.158 and later): the group, its logical volumes and its pools'
+segments in one command and under one lock.  Fields have the names of LVM's report columns.
+Nothing here knows what a local disk is; `disk.py` does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from localdisk import device_mapper, run
+from localdisk.errors import (
+    CommandFailed,
+    CommandMissing,
+    CommandTimeout,
+    DeviceNotReady,
+    Error,
+    NoVolumeGroup,
+    ThinPoolAtThreshold,
+    ThinPoolUnusable,
+    VolumeGroupUnusable,
+)
+from localdisk.frozen import frozen
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+REPORT = {
+    "vg": "vg_name,vg_uuid,vg_size,vg_free,vg_extent_size,vg_partial,vg_exported,vg_lock_type",
+    "lv": "lv_name,lv_uuid,lv_size,lv_time,lv_tags,lv_device_open,lv_active,lv_permissions,lv_layout,lv_role,"
+    "pool_lv,origin,data_percent,metadata_percent,kernel_discards",
+    "seg": "lv_name,zero",
+    # These two reports cannot be switched off; SELECT leaves nothing of them.
+    "pv": "pv_name",
+    "pvseg": "pvseg_start",
+}
+_ORIGINS = {"thickorigin", "multithickorigin", "extthinorigin", "multiextthinorigin"}
+_NO_QUESTIONS = ("--wipesignatures", "n")  # of old signatures; lvcreate refuses it for snapshots
+# What shapes the messages and reports that are read here (lvm.conf(5), "log" and "report").
+# `--config` takes the place of each of these keys and of nothing else: what an administrator sets of
+# devices, filters, locking and activation stays as it is.
+SETTINGS = (
+    'log{command_names=0 prefix="  " indent=0 silent=0 verbose=0 activation=0 report_command_log=0} '
+    'report{output_format="basic" compact_output=0 compact_output_cols="" aligned=1 buffered=1 headings=1 '
+    'separator=" " list_item_separator="," prefixes=0 quoted=1 columns_as_rows=0 binary_values_as_numeric=0 '
+    'time_format="%s" mark_hidden_devices=1 two_word_unknown_device=0 '  # times in seconds since the epoch
+    'lvs_sort="vg_name,lv_name" pvs_sort="pv_name" vgs_sort_full="vg_name" lvs_sort_full="vg_name,lv_name" '
+    'pvs_sort_full="pv_name" segs_sort_full="lv_uuid,seg_start" pvsegs_sort_full="pv_uuid,pvseg_start"}'
+)
+SELECT = {"seg": "segtype=thin-pool", "pv": "pv_name=none", "pvseg": "pv_name=none"}
+
+
+@frozen
+class LogicalVolume:
+    """One row of `lvs`; sizes in bytes, percentages 0 to 100 or None where LVM shows none."""
+
+    lv_name: str
+    lv_uuid: str
+    lv_size: int
+    lv_time: int  # when it was made by the clock of then, in seconds since the epoch; 0: LVM does not know
+    lv_tags: frozenset[str]
+    lv_device_open: bool
+    lv_active: bool
+    lv_permissions: str  # "writeable", "read-only", …
+    lv_layout: frozenset[str]
+    pool_lv: str  # of a thin volume, "" of others
+    data_percent: float | None
+    metadata_percent: float | None
+    kernel_discards: str  # active thin pool: "passdown", "nopassdown" or "ignore"; "" otherwise
+    zero: bool  # thin pool: new blocks read as zeros
+    dependents: tuple[str, ...] = ()  # what LVM would remove or change along with it
+
+    @classmethod
+    def from_report(
+        cls, row: dict[str, str], zeroing: frozenset[str], dependents: tuple[str, ...] = ()
+    ) -> LogicalVolume:
+        """From a row of the `lv` report and the names of the pools that zero new blocks."""
+        return cls(
+            lv_name=row["lv_name"],
+            lv_uuid=row["lv_uuid"],
+            lv_size=_bytes(row["lv_size"]),
+            lv_time=_bytes(row["lv_time"] or "0"),
+            lv_tags=_words(row["lv_tags"]),
+            # "unknown" for an inactive volume, which cannot be open; for an active one it counts as open.
+            lv_device_open=row["lv_active"] != "" and row["lv_device_open"] != "",
+            lv_active=row["lv_active"] != "",
+            lv_permissions=row["lv_permissions"],
+            lv_layout=_words(row["lv_layout"]),
+            pool_lv=row["pool_lv"] if "thin" in row["lv_layout"] else "",  # not the pool of a cache
+            data_percent=_percent(row["data_percent"]),
+            metadata_percent=_percent(row["metadata_percent"]),
+            kernel_discards=row["kernel_discards"],
+            zero=row["lv_name"] in zeroing,
+            dependents=dependents,
+        )
+
+    @property
+    def is_thin_pool(self) -> bool:
+        return {"thin", "pool"} <= self.lv_layout
+
+
+@frozen
+class VolumeGroup:
+    """One volume group as it was when it was read; sizes in bytes.  Its methods change the real one."""
+
+    vg_name: str
+    vg_uuid: str
+    vg_size: int
+    vg_free: int
+    vg_extent_size: int
+    vg_partial: bool
+    vg_exported: bool
+    vg_lock_type: str
+    lvs: tuple[LogicalVolume, ...]
+    devices: tuple[str, ...] = ()
+
+    @classmethod
+    def read(cls, vg_name: str, devices: tuple[str, ...] = ()) -> VolumeGroup:
+        """Ask LVM.  Raises NoVolumeGroup, VolumeGroupUnusable, CommandFailed, CommandTimeout."""
+        argv = ["lvm", "fullreport", "--reportformat", "json", "--units", "b", "--nosuffix"]
+        for report, columns in REPORT.items():
+            argv += ["--configreport", report, "-o", columns]
+            if report in SELECT:
+                argv += ["-S", SELECT[report]]
+        try:
+            text = call([*argv, *_devices(devices), vg_name])
+        except CommandFailed as error:
+            if f'Volume group "{vg_name}" not found' in error.stderr:
+                raise NoVolumeGroup(vg=vg_name) from None
+            shared = re.search(r"with lock type (\w+) that requires lvmlockd", error.stderr)
+            if shared:
+                raise _shared(vg_name, shared[1]) from None
+            raise
+        return cls.from_report(text, devices)
+
+    @classmethod
+    def from_report(cls, text: str, devices: tuple[str, ...] = ()) -> VolumeGroup:
+        """From the JSON of `lvm fullreport` of one group.  Raises CommandFailed if it is no such report."""
+        try:
+            report = json.loads(text)["report"][0]
+            (vg,) = report["vg"]
+            zeroing = frozenset(row["lv_name"] for row in report["seg"] if row["zero"] == "zero")
+            return cls(
+                vg_name=vg["vg_name"],
+                vg_uuid=vg["vg_uuid"],
+                vg_size=_bytes(vg["vg_size"]),
+                vg_free=_bytes(vg["vg_free"]),
+                vg_extent_size=_bytes(vg["vg_extent_size"]),
+                vg_partial=vg["vg_partial"] != "",
+                vg_exported=vg["vg_exported"] != "",
+                vg_lock_type=vg["vg_lock_type"],
+                lvs=tuple(
+                    LogicalVolume.from_report(row, zeroing, tuple(_dependents(row, report["lv"])))
+                    for row in report["lv"]
+                ),
+                devices=devices,
+            )
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
+            problem = f"its report is not understood ({type(error).__name__}: {error})"
+            raise CommandFailed(("lvm", "fullreport"), 0, problem) from None
+
+    def find(self, lv_name: str) -> LogicalVolume | None:
+        return next((lv for lv in self.lvs if lv.lv_name == lv_name), None)
+
+    def path(self, lv_name: str) -> str:
+        """The device node of a logical volume, there while it is active."""
+        return f"/dev/{self.vg_name}/{lv_name}"
+
+    def round_up(self, size: int) -> int:
+        """`size` bytes as whole extents, as `lvcreate` rounds."""
+        return -(-size // self.vg_extent_size) * self.vg_extent_size
+
+    def require_usable(self) -> None:
+        """Raise VolumeGroupUnusable where no disk may be made or changed."""
+        if self.vg_exported:
+            raise VolumeGroupUnusable(vg=self.vg_name, problem="exported", fix=f"vgimport {self.vg_name}")
+        if self.vg_partial:
+            raise VolumeGroupUnusable(
+                vg=self.vg_name,
+                problem="missing a physical volume",
+                # LVM may still miss a device that is back, where the group was changed meanwhile.
+                fix=f"bring the device back (and vgextend --restoremissing {self.vg_name} DEVICE), "
+                f"or vgreduce --removemissing {self.vg_name}",
+            )
+        if self.vg_lock_type not in ("", "none"):
+            raise _shared(self.vg_name, self.vg_lock_type)
+
+    # -- commands
+
+    def create_thick(self, lv_name: str, size: int, tags: Iterable[str]) -> None:
+        """Create and activate a preallocated volume of `size` bytes, tags included, in one commit.
+
+        Only its first 4 KiB are zeroed; the rest holds what was there before.
+        """
+        self._create(
+            lv_name, tags, *_NO_QUESTIONS, "--zero", "y", "--size", f"{_sectors(size)}b", self.vg_name
+        )
+
+    def create_thin(self, lv_name: str, size: int, pool: str, tags: Iterable[str]) -> None:
+        """Create and activate a thin volume of `size` bytes in `pool`, tags included, in one commit.
+
+        Raises ThinPoolAtThreshold where the pool is too full for LVM, whose limits may lie below our margins;
+        ThinPoolUnusable.
+        """
+        size_and_place = ("--virtualsize", f"{_sectors(size)}b", "--thinpool", f"{self.vg_name}/{pool}")
+        try:
+            self._create(lv_name, tags, *_NO_QUESTIONS, *size_and_place)
+        except CommandFailed as error:
+            raise _at_threshold(error, self.vg_name, pool) from None
+
+    def create_snapshot(self, lv_name: str, origin: str, tags: Iterable[str]) -> None:
+        """Create and activate a writable thin snapshot of `origin`, tags included, in one commit.
+
+        Raises ThinPoolAtThreshold, ThinPoolUnusable.
+        """
+        try:
+            self._create(lv_name, tags, "--permission", "rw", "--snapshot", self._full_name(origin))
+        except CommandFailed as error:
+            raise _at_threshold(error, self.vg_name, self._pool_of(origin)) from None
+
+    def _pool_of(self, lv_name: str) -> str:
+        lv = self.find(lv_name)
+        return lv.pool_lv if lv else ""
+
+    def extend(self, lv_name: str, size: int) -> None:
+        """Make an active volume at least `size` bytes large."""
+        option = ["--size", f"{_sectors(size)}b"]
+        call(["lvextend", "--quiet", *option, *_devices(self.devices), self._full_name(lv_name)])
+
+    def _create(self, lv_name: str, tags: Iterable[str], *rest: str) -> None:
+        # --setactivationskip: it stays inactive at boot (--setautoactivation is refused for thin volumes
+        # by LVM 2.03.16); --ignoreactivationskip: but activate it now.
+        argv = ["lvcreate", "--quiet", "--yes", "--name", lv_name]
+        argv += ["--setactivationskip", "y", "--ignoreactivationskip"]
+        call([*argv, *_repeat("--addtag", tags), *_devices(self.devices), *rest])
+
+    def change_tags(self, *lv_names: str, add: Iterable[str] = (), remove: Iterable[str] = ()) -> None:
+        """Add and remove tags, one commit a volume; removing an absent tag is no error."""
+        tags = [*_repeat("--deltag", remove), *_repeat("--addtag", add)]
+        call(["lvchange", "--quiet", *tags, *_devices(self.devices), *map(self._full_name, lv_names)])
+
+    def activate(self, lv_name: str) -> None:
+        argv = ["lvchange", "--quiet", "--activate", "y", "--ignoreactivationskip"]
+        call([*argv, *_devices(self.devices), self._full_name(lv_name)])
+
+    def set_read_only(self, lv_name: str) -> None:
+        """Let nobody write to a volume any more, whoever activates it."""
+        self._permit(lv_name, "r")
+
+    def set_writable(self, lv_name: str) -> None:
+        """Take back `set_read_only`."""
+        self._permit(lv_name, "rw")
+
+    def _permit(self, lv_name: str, permission: str) -> None:
+        argv = ["lvchange", "--quiet", "--permission", permission]
+        call([*argv, *_devices(self.devices), self._full_name(lv_name)])
+
+    def deactivate(self, *lv_names: str) -> None:
+        names = map(self._full_name, lv_names)
+        call(["lvchange", "--quiet", "--activate", "n", *_devices(self.devices), *names])
+
+    def remove(self, *lv_names: str) -> None:
+        """Remove volumes; LVM refuses one that is open ("in use") or that is not there."""
+        names = map(self._full_name, lv_names)
+        call(["lvremove", "--quiet", "--yes", *_devices(self.devices), *names])
+
+    def rename(self, lv_name: str, new_name: str) -> None:
+        call(["lvrename", "--quiet", *_devices(self.devices), self.vg_name, lv_name, new_name])
+
+    def discard(self, lv_name: str) -> None:
+        run.run(["blkdiscard", self.path(lv_name)], deadline=3600)
+
+    def zero(self, lv_name: str) -> None:
+        run.run(["blkdiscard", "--zeroout", self.path(lv_name)], deadline=24 * 3600)
+
+    def dm_uuid(self, lv_name: str) -> str:
+        """The device-mapper UUID of an active volume's node, checked to be of this very group.
+
+        `LVM-` and the UUIDs of group and volume without dashes (lvm2, lib/activate/dev_manager.c).
+        Raises DeviceNotReady.
+        """
+        path = self.path(lv_name)
+        try:
+            uuid = device_mapper.read_uuid(os.stat(path).st_rdev)
+        except OSError as error:
+            raise DeviceNotReady(path=path, problem=error.strerror) from None
+        if not uuid.startswith("LVM-" + self.vg_uuid.replace("-", "")):
+            raise DeviceNotReady(path=path, problem=f"it is another device ({uuid})")
+        return uuid
+
+    def _full_name(self, lv_name: str) -> str:
+        return f"{self.vg_name}/{lv_name}"
+
+
+def call(argv: Sequence[str]) -> str:
+    """Run a command of LVM's with SETTINGS and return its standard output.
+
+    `argv` begins with two words, the second without a value: `lvm fullreport`, `lvs --readonly`.
+    Raises CommandFailed, with `argv` as it could be typed; CommandTimeout, CommandMissing.
+    """
+    try:
+        return run.run([*argv[:2], "--config", SETTINGS, *argv[2:]])
+    except CommandFailed as error:
+        raise CommandFailed(tuple(argv), error.returncode, error.stderr, _reason(error.stderr)) from None
+
+
+def _reason(stderr: str) -> str:
+    """What LVM says of why it failed: often the last line but one, which a general one follows.
+
+    WARNING lines tell of something else, unless there are no others; a hint on LVM's options is none for us.
+    """
+    every = list(dict.fromkeys(filter(None, map(str.strip, stderr.splitlines()))))
+    lines = [line for line in every if not line.startswith(("WARNING:", "Use --select", "Run `"))]
+    return "; ".join(line.rstrip(".") for line in (lines or every)[-3:])
+
+
+def read_all(
+    groups: Mapping[str, tuple[str, ...]],
+) -> tuple[tuple[VolumeGroup, ...], tuple[Error, ...]]:
+    """Those of `groups`, names with their devices, that can be looked at, and why the others cannot.
+
+    Raises the first of these reasons where there is no other group.
+    """
+    found: list[VolumeGroup] = []
+    failures: list[Error] = []
+    for name, devices in groups.items():
+        try:
+            found.append(VolumeGroup.read(name, devices))
+        except (CommandFailed, CommandMissing, CommandTimeout, NoVolumeGroup, VolumeGroupUnusable) as error:
+            failures.append(error)
+    if not found:
+        raise failures[0]
+    return tuple(found), tuple(failures)
+
+
+def read_tags(vg_name: str, lv_name: str, devices: Iterable[str]) -> frozenset[str]:
+    """The tags of a volume of any group, that of a storage domain, on these devices.
+
+    Locks nothing and repairs nothing (`--readonly`): other hosts use the group.  Raises CommandFailed.
+    """
+    argv = ["lvs", "--readonly", "--reportformat", "json", "-o", "lv_tags", "--devices", ",".join(devices)]
+    text = call([*argv, f"{vg_name}/{lv_name}"])
+    try:
+        (row,) = json.loads(text)["report"][0]["lv"]
+        return _words(row["lv_tags"])
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
+        raise CommandFailed(("lvs", lv_name), 0, f"its report is not understood ({error})") from None
+
+
+def _dependents(row: dict[str, str], rows: Iterable[dict[str, str]]) -> Iterator[str]:
+    """The volumes that `lvremove --yes` removes along with the one of `row`, without a question.
+
+    Tried with LVM 2.03.16: copy-on-write snapshots, of thin volumes too; thin snapshots of an external
+    origin, which is not in their pool; the cache.  A thin snapshot in the same pool is independent.
+    """
+    names = [each["lv_name"] for each in rows if each["origin"] == row["lv_name"] and _depends(each, row)]
+    yield from names
+    if _words(row["lv_layout"]) & {"cache", "writecache"}:
+        yield row["pool_lv"].strip("[]")
+    if not names and _words(row["lv_role"]) & _ORIGINS:  # lvconvert --merge hides the snapshot
+        yield "a snapshot that is being merged"
+
+
+def _depends(snapshot: dict[str, str], origin: dict[str, str]) -> bool:
+    is_thin = "thinsnapshot" in _words(snapshot["lv_role"])
+    return not is_thin or snapshot["pool_lv"] != origin["pool_lv"]
+
+
+def _at_threshold(error: CommandFailed, vg_name: str, pool: str) -> Error:
+    """What LVM says of a pool that is too full for it and of nothing else, or what it said.
+
+    LVM calls a pool that it cannot ask at its threshold, too: the line before it tells why.
+    """
+    lines = [line for line in map(str.strip, error.stderr.splitlines()) if line]
+    others = [line for line in lines if not re.search("(reached|above) threshold", line)]
+    if len(others) == len(lines):
+        return error
+    why = [line for line in others if not line.startswith("WARNING:") or f"{vg_name}/{pool} has" in line]
+    if why:
+        return ThinPoolUnusable(vg=vg_name, pool=pool, said=why[0])
+    return ThinPoolAtThreshold(vg=vg_name, pool=pool)
+
+
+def _shared(vg_name: str, lock_type: str) -> VolumeGroupUnusable:
+    fix = "use a volume group of this host alone"
+    return VolumeGroupUnusable(vg=vg_name, problem=f"shared ({lock_type})", fix=fix)
+
+
+def _sectors(size: int) -> int:
+    """LVM takes sizes in bytes as multiples of 512 only."""
+    return -(-size // 512) * 512
+
+
+def _devices(devices: tuple[str, ...]) -> list[str]:
+    return ["--devices", ",".join(devices)] if devices else []
+
+
+def _repeat(option: str, values: Iterable[str]) -> list[str]:
+    return [word for value in sorted(values) for word in (option, value)]
+
+
+def _words(column: Any) -> frozenset[str]:
+    return frozenset(word for word in column.split(",") if word)
+
+
+def _bytes(column: str) -> int:
+    """A size of LVM's, which counts in 64 bits."""
+    if not re.fullmatch("[0-9]{1,19}", column):
+        raise ValueError(f"{column[:40]!r} is no size")
+    return int(column)
+
+
+def _percent(column: str) -> float | None:
+    return float(column) if column else None

@@ -1,0 +1,61 @@
+"""Marks kept disks as stale: their VM is started on this host from shared storage, which will change there.
+
+Whoever is killed in between leaves the record of `kept.py`, and the disks are marked at the next start or gc.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+
+from localdisk import kept, libvirt, lock, log
+from localdisk.config import Config
+from localdisk.errors import LibvirtSilent
+from localdisk.lock import Pause
+from localdisk.volumes import lvm
+from localdisk.volumes.disk import STALE, LocalDisk, local_disks
+from localdisk.volumes.lvm import VolumeGroup
+
+
+def mark(config: Config, vm_id: str, images: Sequence[str], pause: Pause) -> None:
+    """Mark the kept disks of these images, or of `kept.EVERY`.  Raises what LVM raises."""
+    kept.doubt(vm_id, images)
+    groups, failures = lvm.read_all(config.volume_groups)
+    for vg in groups:
+        _mark(vg, vm_id, images, pause)
+    if failures:
+        raise failures[0]
+    kept.settle(vm_id)
+
+
+def is_usable(disk: LocalDisk) -> bool:
+    """Whether a start may go on with it, as far as it says itself."""
+    return disk.is_complete and not disk.is_stale
+
+
+def _mark(vg: VolumeGroup, vm_id: str, images: Sequence[str], pause: Pause) -> None:
+    with ExitStack() as locks:
+        found = [disk.volume_id for disk in _meant(vg, vm_id, images)]
+        for name in found:
+            locks.enter_context(lock.holding(lock.disk_lock(name), pause))
+        again = VolumeGroup.read(vg.vg_name, vg.devices) if found else vg
+        names = [d.volume_id for d in _meant(again, vm_id, images) if d.volume_id in found]
+        if names:
+            again.require_usable()
+            again.change_tags(*names, add={STALE})
+            log.event("kept disks are stale, the VM starts without them", vm=vm_id, disks=" ".join(names))
+
+
+def _meant(vg: VolumeGroup, vm_id: str, images: Sequence[str]) -> Iterator[LocalDisk]:
+    own = [disk for disk in local_disks(vg) if disk.vm_id == vm_id and is_usable(disk)]
+    own = [disk for disk in own if kept.EVERY in images or disk.image_id in images]
+    runs = any(disk.is_open for disk in own) and _runs(vm_id)
+    return (disk for disk in own if not (disk.is_open and runs))
+
+
+def _runs(vm_id: str) -> bool:
+    """Whether the VM may run from a disk that is open; nobody touches that."""
+    try:
+        return vm_id in libvirt.active()
+    except LibvirtSilent:
+        return True

@@ -1,0 +1,205 @@
+"""From the zipapp to the program: which extracted packages it runs from, and that nobody bends that.
+
+Lies beside `__main__.py` (main.py) in the zipapp; standard library only.  shiv's own bootstrap is not
+there: it obeys the environment, trusts what it finds, and does not wait until what it extracts is on the
+disk.  A *tree* is what one build extracts for one Python:
+
+    /var/cache/localdisk/<build id>-cpython-311/files             SIZE PATH of each of its files
+                                               /site-packages/…   what is imported
+"""
+
+from __future__ import annotations
+
+import _signal  # type: ignore[import-not-found]  # what `signal` makes enumerations of, which are slow to import
+import fcntl
+import os
+import sys
+import time
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import NoReturn
+
+TREES = "/var/cache/localdisk"
+BUILD_ID = "@BUILD_ID@"  # build.sh puts a hash of everything that is in the zipapp here
+FILES, PACKAGES = "files", "site-packages"
+
+_refused = 2
+_in_use: list[int] = []  # descriptors whose shared locks say that a tree is in use
+
+
+def main(called_by_vdsm: bool, refused: int = 2) -> None:
+    """Run the program from its extracted packages; extract them where that was not done.
+
+    `refused` is the exit code where it cannot run (main.py).
+    """
+    global _refused
+    _refused = refused
+    clean(os.environ)
+    os.umask(0o022)
+    # Inherited as ignored, it makes every command that fails look as if it had succeeded.
+    _signal.signal(_signal.SIGCHLD, _signal.SIG_DFL)
+    user = os.geteuid()
+    if user == 0:
+        require_trusted(program())
+    packages = ready(TREES, 0)
+    if not packages and user != 0 and called_by_vdsm:
+        have_root_unpack()
+        packages = ready(TREES, 0)
+    if not packages:
+        packages = unpacked(TREES if user == 0 else own_trees(), user)
+    sys.path.insert(0, packages)
+    from localdisk.cli import main as run
+
+    sys.exit(run())
+
+
+def clean(environ: os._Environ[str]) -> None:
+    """Take away what would make shiv or Python run something else, here or in what we start.
+
+    vdsm puts a custom property of any name into our environment.
+    """
+    for name in list(environ):
+        if name.startswith(("SHIV_", "PYTHON")):
+            del environ[name]
+
+
+def ready(trees: str, user: int) -> str:
+    """The packages of this build's tree under `trees`, "" where it is not there, whole, and `user`'s alone.
+
+    A tree that is returned is in use until this process ends.
+    """
+    tree = os.path.join(trees, tree_name())
+    if not (is_alone(trees, user) and is_alone(tree, user)):
+        return ""
+    try:
+        fd = os.open(os.path.join(tree, FILES), os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return ""
+    if not (_holds(fd) and _is_whole(tree, fd)):
+        os.close(fd)
+        return ""
+    _in_use.append(fd)
+    return os.path.join(tree, PACKAGES)
+
+
+def tree_name() -> str:
+    return f"{BUILD_ID[:32]}-{sys.implementation.cache_tag}"
+
+
+def _holds(fd: int) -> bool:
+    """Take the lock that keeps the tree; whoever removes it holds that for a moment, and removes the file.
+
+    Everybody can read the file, and so lock it: nobody who holds on to it shall keep us from running.
+    """
+    for _ in range(20):
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            break
+        except OSError:
+            time.sleep(0.02)
+    return os.fstat(fd).st_nlink > 0
+
+
+def _is_whole(tree: str, fd: int) -> bool:
+    """Whether each file has its size; one that a failing disk has cut, or that somebody removed, has not."""
+    lines = os.pread(fd, os.fstat(fd).st_size, 0).decode(errors="replace").splitlines()
+    try:
+        for line in lines:
+            size, _, path = line.partition(" ")
+            if os.stat(os.path.join(tree, path)).st_size != int(size):
+                return False
+    except (OSError, ValueError):
+        return False
+    return bool(lines)
+
+
+def have_root_unpack() -> None:
+    """Start the helper with nothing to do: vdsm may run it, and root extracts what it runs from."""
+    null = os.open(os.devnull, os.O_RDWR)
+    streams = [(os.POSIX_SPAWN_DUP2, null, number) for number in (0, 1, 2)]
+    environ = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}
+    try:
+        child = os.posix_spawn(
+            "/usr/bin/sudo", ["sudo", "-n", program(), "helper"], environ, file_actions=streams
+        )
+        os.waitpid(child, 0)
+    except OSError:
+        pass  # what it was for is looked at next
+    os.close(null)
+
+
+def unpacked(trees: str, user: int) -> str:
+    """The packages of this build's tree under `trees`, which is made where it is missing or damaged."""
+    try:
+        import extract  # type: ignore[import-not-found]
+    except Exception:  # noqa: BLE001 (an update came, whatever that looks like)
+        replaced()
+
+    try:
+        os.makedirs(trees, mode=0o755, exist_ok=True)
+        require_alone(trees, user)
+        with extract.alone(trees):  # of many that start at once, one extracts
+            if not ready(trees, user):
+                extract.unpack(program(), trees, tree_name(), BUILD_ID)
+        packages = ready(trees, user)
+    except extract.Replaced:
+        replaced()
+    except OSError as error:
+        refuse(f"cannot extract to {trees}, {error.strerror}", f"make room, or run {program()} once as root")
+    if not packages:
+        refuse(f"what was extracted to {trees} is damaged", f"look for a failing disk, rm -r {trees}")
+    return packages
+
+
+def replaced() -> NoReturn:
+    """A newer file took this one's place while it started."""
+    refuse(f"{program()} was replaced while it started", "try again")
+
+
+def own_trees() -> str:
+    """An ordinary user's own cache."""
+    import pwd
+
+    return os.path.join(pwd.getpwuid(os.geteuid()).pw_dir, ".cache", "localdisk")
+
+
+def require_trusted(path: str) -> None:
+    """Root runs nothing that anyone else could have written: the file, and each directory that it is in."""
+    parent = path
+    while True:
+        status = os.lstat(parent)
+        # In a sticky directory nobody removes what is root's.
+        sticky = parent != path and status.st_mode & 0o1000
+        if status.st_uid != 0 or (status.st_mode & 0o022 and not sticky):
+            fix = f"install -m 0755 {path} /usr/local/libexec/localdisk, and run that"
+            refuse(f"{parent} could be written by others than root, who will not run {path}", fix)
+        if parent == "/":
+            return
+        parent = os.path.dirname(parent)
+
+
+def require_alone(path: str, user: int) -> None:
+    if not is_alone(path, user):
+        refuse(f"{path} could be written by others", f"rm -r {path}")
+
+
+def is_alone(path: str, user: int) -> bool:
+    """Whether `path` is a directory that nobody but `user` (and root) can write."""
+    try:
+        status = os.lstat(path)
+    except OSError:
+        return False
+    is_directory = status.st_mode & 0o170000 == 0o040000
+    return is_directory and status.st_uid == user and not status.st_mode & 0o022
+
+
+def refuse(what: str, fix: str) -> NoReturn:
+    """End with one line and the exit code of a refusal, as cli.py would."""
+    print(f"localdisk: {what} : {fix}", file=sys.stderr)
+    sys.exit(_refused)
+
+
+def program() -> str:
+    """The zipapp itself, whatever link it was called through."""
+    return os.path.realpath(sys.argv[0])

@@ -1,0 +1,48 @@
+"""Pack dist/localdisk from what shiv has made: our own start in the place of shiv's.  build.sh runs it.
+
+    python3 pack.py SHIV_FILE TARGET
+
+It is not part of the zipapp.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import zipfile
+from pathlib import Path
+
+STARTS = (("__main__.py", "main.py"), ("bootstrap.py", "bootstrap.py"), ("extract.py", "extract.py"))
+SHIVS = ("__main__.py", "_bootstrap/", "environment.json")
+
+
+def pack(made: Path, target: Path) -> None:
+    """Write the zipapp `target`, executable, with what is in shiv's zipapp `made`, times included.
+
+    What starts is stored: to read it, Python imports nothing.  Compiled modules, five sixths of the file, are
+    compressed with LZMA, everything else as shiv has it.
+    """
+    with zipfile.ZipFile(made) as old, open(target, "wb") as file:
+        file.write(_first_line(made))
+        build_id = json.loads(old.read("environment.json"))["build_id"]
+        with zipfile.ZipFile(file, "w") as new:
+            for name, source in STARTS:
+                info = zipfile.ZipInfo(name, old.infolist()[0].date_time)
+                info.external_attr = 0o644 << 16
+                text = (Path(__file__).parent / source).read_text()
+                new.writestr(info, text.replace("@BUILD_ID@", build_id))
+            for info in old.infolist():
+                if not info.is_dir() and not info.filename.startswith(SHIVS):
+                    how = zipfile.ZIP_LZMA if info.filename.endswith(".so") else info.compress_type
+                    new.writestr(info, old.read(info), how)
+    os.chmod(target, 0o755)  # noqa: S103 (everybody may run it)
+
+
+def _first_line(made: Path) -> bytes:
+    with open(made, "rb") as file:
+        return file.readline()
+
+
+if __name__ == "__main__":
+    pack(*map(Path, sys.argv[1:]))

@@ -1,0 +1,581 @@
+"""`check` on a real host: each problem is made, check names it and nothing else, and the command that it
+prints, run as it stands, makes the host good again.
+
+Where the fix is no command that can be run here, the test that does something in its place says so.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.bed import host, libvirt
+from tests.bed.failing import FailingDevice, failing_device
+from tests.bed.shell import attempt, run
+from tests.bed.storage import FileStorage, new_id
+from tests.kernel.steps import CONFIG, LOCKS, MIB, configure, localdisk, refused_disk
+
+NAME = "bed-check"  # a volume group of these tests' own
+POINT = host.HOOKS / "after_disk_prepare"
+LVM_LOCAL = Path("/etc/lvm/lvmlocal.conf")
+DEVICES_FILE = Path("/etc/lvm/devices/system.devices")
+GOOD = f"{CONFIG}: good\nthis host: good\n"
+
+pytestmark = pytest.mark.usefixtures("volume_group", "libvirt")
+
+Problem = dict[str, Any]
+
+
+def problems() -> list[Problem]:
+    """What check counts as problems; there are some."""
+    found = json.loads(localdisk("check", "--json", code=1))["problems"]
+    return [row for row in found if not row["hint"]]
+
+
+def named(*whats: str) -> list[str]:
+    """Check names exactly these problems; returns their fixes, in check's order."""
+    found = problems()
+    for what in whats:
+        assert sum(what in row["what"] for row in found) == 1, (what, found)
+    assert len(found) == len(whats), found
+    return [row["fix"] for row in found]
+
+
+def paste(fix: str) -> None:
+    run("sh", "-c", fix)
+
+
+def fixed(*whats: str, **replaced: str) -> None:
+    """Check names exactly these problems; their fixes, pasted, leave none.
+
+    `replaced`: words in capital letters, which stand for what only the administrator knows.
+    """
+    for fix in named(*whats):
+        for word, value in replaced.items():
+            fix = fix.replace(word, value)
+        paste(fix)
+    good()
+
+
+def good() -> None:
+    assert localdisk("check") == GOOD
+
+
+@pytest.fixture(autouse=True)
+def configuration() -> Iterator[None]:
+    configure()
+    yield
+    CONFIG.unlink(missing_ok=True)
+
+
+# -- a good host
+
+
+def test_a_well_made_host() -> None:
+    good()
+    found = json.loads(localdisk("check", "--json"))
+    assert found == {"configuration": str(CONFIG), "problems": []}
+    CONFIG.unlink()
+    good_here = f"{CONFIG}: not there, the built-in defaults hold\nthis host: good\n"
+    assert localdisk("check") == good_here
+    as_vdsm = attempt(str(host.PROGRAM), "check", user="vdsm")
+    hint = "hint: volume groups, thin pools, local disks and the sudo rule were not looked at, only root sees"
+    assert (as_vdsm.returncode, as_vdsm.stderr) == (0, "")
+    assert as_vdsm.stdout.replace("this host: good\n", "").splitlines()[1].startswith(hint)
+
+
+def test_what_is_printed_is_the_same_as_text() -> None:
+    host.CRON.unlink()
+    (row,) = problems()
+    assert localdisk("check", code=1) == f"{CONFIG}: good\n{row['what']}, {row['why']} : {row['fix']}\n"
+    paste(row["fix"])
+    good()
+
+
+# -- the configuration: its fixes are edits
+
+
+def test_parts_that_do_nothing() -> None:
+    same, off, strange = new_id(), new_id(), new_id()
+    libvirt.define_placeholder(same)
+    libvirt.define_placeholder(off)
+    configure(
+        "retention: {keep_for: 1d}\n"
+        "vms:\n"
+        f"  {same}: {{retention: {{keep_for: 24h}}}}\n"
+        f"  {off}: {{enabled: off, disks: [{new_id()}]}}\n"
+        f"  {strange}: {{enabled: off}}\n"
+    )
+    fixes = named(
+        f"{CONFIG}:3:3: vms.{same} changes nothing",
+        f"{CONFIG}:4:56: vms.{off}.disks changes nothing",
+    )
+    assert fixes == ["take the section out", "take disks or enabled out there"]
+    configure(f"vms:\n  {off}: {{enabled: off}}\n  {strange}: {{enabled: off}}\n")
+    hint, *rest = localdisk("check").splitlines()
+    assert hint.startswith(f"hint: {CONFIG}:3:3: neither libvirt nor a local disk knows VM {strange}, ")
+    assert "\n".join([*rest, ""]) == GOOD
+    libvirt.undefine(same)
+    libvirt.undefine(off)
+
+
+def test_a_refused_configuration() -> None:
+    configure("copy: {paralel: 2}\n")
+    done = attempt(str(host.PROGRAM), "check")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"{CONFIG}:1:8: copy.paralel: unknown key")
+
+
+# -- what is installed
+
+
+def test_nothing_installed() -> None:
+    for path in (*host.RULES, host.CRON, host.SUDOERS, *host.hook_links()):
+        path.unlink()
+    run("udevadm", "control", "--reload")
+    fixed(
+        "vdsm cannot run",
+        "no hook at",
+        f"there is no {host.CRON}",
+        *(f"there is no {rule}" for rule in host.RULES),
+    )
+    assert all(link.resolve() == host.PROGRAM for link in host.hook_links())
+    volume = local_disk()  # its node is vdsm's again
+    good()
+    host.remove(volume)
+
+
+def test_installed_wrongly() -> None:
+    host.CRON.chmod(0o666)
+    host.SUDOERS.write_text("vdsm ALL=(root) NOPASSWD: /usr/libexec/other helper\n")
+    host.RULE.write_text(host.RULE.read_text().replace(host.VOLUME_GROUP, "other"))
+    (POINT / "50_localdisk").unlink()
+    (POINT / "50_localdisk").symlink_to("/usr/libexec/nothing")
+    shutil.copy(host.PROGRAM, POINT / "localdisk")
+    (POINT / "60_localdisk").symlink_to(host.PROGRAM)
+    (host.HOOKS / "before_vm_migrate_source/localdisk").write_text("#!/bin/sh\n")
+    (host.HOOKS / "before_vm_migrate_source/localdisk").chmod(0o755)
+    (host.HOOKS / "after_vm_start/50_localdisk").symlink_to(host.PROGRAM)
+    (host.HOOKS / "before_vdsm_start/90_again").symlink_to(host.PROGRAM)
+    LOCKS.mkdir(exist_ok=True)
+    LOCKS.chmod(0o777)
+    fixes = named(
+        "vdsm cannot run",
+        f"{POINT}/localdisk is another hook",
+        "before_vm_migrate_source/localdisk is another hook",
+        "after_vm_start/50_localdisk leads to",
+        "before_vdsm_start/90_again does the work of",
+        "cron ignores",
+        f"{host.RULE} does not name volume group {host.VOLUME_GROUP}",
+        f"{LOCKS} (user 0, mode 0777) is not root's alone",
+    )
+    for fix in fixes:
+        paste(fix)
+    good()
+    (POINT / "50_localdisk").rename(POINT / "60_localdisk")
+    good()  # it serves as well
+    localdisk("install")
+    assert [path.name for path in POINT.iterdir()] == ["50_localdisk"]
+    shutil.rmtree("/usr/libexec/vdsm/hooks.aside")
+
+
+def test_rules_that_say_something_else() -> None:
+    host.SUDOERS.write_text(f"vdsm ALL=(root) NOPASSWD: {host.PROGRAM}\n")
+    host.CRON.write_text("*/10 * * * * root /usr/libexec/other gc\n# */10 * * * * root localdisk gc\n")
+    shutil.rmtree(LOCKS, ignore_errors=True)
+    LOCKS.touch()
+    fixed(
+        f"{host.SUDOERS} is not the rule that localdisk needs",
+        f"{host.CRON} does not run",
+        f"{LOCKS} is not a directory",
+    )
+
+
+def test_a_program_that_others_can_write() -> None:
+    """Root does not run it at all; check tells others."""
+    shutil.chown(host.PROGRAM, "vdsm")
+    host.PROGRAM.parent.chmod(0o777)
+    try:
+        by_root = attempt(str(host.PROGRAM), "check")
+        assert (by_root.returncode, by_root.stderr.count("\n")) == (2, 1)
+        rows = json.loads(attempt(str(host.PROGRAM), "check", "--json", user="vdsm").stdout)["problems"]
+        found = {row["what"]: row["fix"] for row in rows if "can be written by others" in row["what"]}
+        assert [what.partition(" (user ")[0] for what in found] == [
+            str(host.PROGRAM),
+            str(host.PROGRAM.parent),
+        ]
+        for fix in found.values():
+            paste(fix)
+        good()
+    finally:
+        host.PROGRAM.parent.chmod(0o755)
+        shutil.chown(host.PROGRAM, "root")
+    host.PROGRAM.chmod(0o700)
+    fixed(f"{host.PROGRAM} (user 0, mode 0700) is not for others")
+
+
+def test_a_program_outside_of_the_system() -> None:
+    elsewhere = Path("/tmp/localdisk")
+    shutil.copy(host.PROGRAM, elsewhere)
+    done = attempt(str(elsewhere), "check", "--json")
+    assert done.returncode == 1
+    fix = next(
+        row["fix"]
+        for row in json.loads(done.stdout)["problems"]
+        if "others than root can write" in row["what"]
+    )
+    elsewhere_fixed = attempt("sh", "-c", fix)
+    assert elsewhere_fixed.returncode == 0
+    assert elsewhere_fixed.stdout.endswith(GOOD)
+    elsewhere.unlink()
+
+
+# -- users, tools, libvirt, the clock
+
+
+@pytest.mark.usefixtures("throwaway")
+def test_users() -> None:
+    run("gpasswd", "-d", "vdsm", "qemu")
+    fixed("user vdsm is not in group qemu")
+    run("userdel", "vdsm")
+    run("userdel", "qemu")
+    fixed("there is no user vdsm", "there is no user qemu")
+
+
+@pytest.mark.usefixtures("throwaway")
+def test_tools() -> None:
+    """The fix installs a package, which cannot be had here: the tool is put back."""
+    virsh, aside = Path("/usr/bin/virsh"), Path("/usr/bin/virsh.aside")
+    virsh.rename(aside)
+    try:
+        assert named("virsh is not installed") == ["apt-get install -y libvirt-clients"]
+    finally:
+        aside.rename(virsh)
+    good()
+
+
+def test_libvirt_is_silent() -> None:
+    """The fix asks systemd, which does not run here: libvirt is started as the bed does."""
+    libvirt.stop()
+    try:
+        (fix,) = named("libvirt does not say which VMs run")
+        assert fix.startswith("systemctl restart ")
+    finally:
+        libvirt.start()
+    good()
+
+
+@pytest.mark.usefixtures("throwaway")
+def test_clock() -> None:
+    """The fix asks a time server, which there is none of here: the clock is set by hand."""
+    before, since = time.time(), time.monotonic()
+    run("date", "-s", "@1000000000")
+    try:
+        (fix,) = named("the clock of this host is before")
+        assert fix.endswith(" # or date -s TIME")
+    finally:
+        run("date", "-s", f"@{before + time.monotonic() - since:.0f}")
+    good()
+
+
+def test_a_disk_marked_in_the_future() -> None:
+    volume = local_disk()
+    future = int(time.time()) + 10**6
+    run("lvchange", "--addtag", f"STOPPED_{future}", f"{host.VOLUME_GROUP}/{volume}")
+    fixed(f"has the tag STOPPED_{future}, a time to come")
+    (tag,) = (tag for tag in host.logical_volumes()[volume] if tag.startswith("STOPPED_"))
+    assert abs(int(tag.rpartition("_")[2]) - time.time()) < 60
+    host.remove(volume)
+
+
+def local_disk() -> str:
+    """A local disk, active; returns its name."""
+    name = new_id()
+    tags = ("--addtag", "localdisk", "--addtag", f"VM_{new_id()}", "--addtag", f"IU_{new_id()}")
+    run("lvcreate", "-y", "-Wn", "-L", "4m", "-n", name, *tags, host.VOLUME_GROUP)
+    return name
+
+
+def test_nodes_of_local_disks() -> None:
+    volume = local_disk()
+    node = f"/dev/{host.VOLUME_GROUP}/{volume}"
+    run("chown", "root:disk", node)
+    fixed(f"1 device node(s) of local disks are not vdsm:qemu, mode 0660 (first: {node})")
+    host.remove(volume)
+
+
+# -- volume groups
+
+
+@contextmanager
+def group_on(*devices: object) -> Iterator[None]:
+    """The volume group of these tests is the configured one; goes with all that is in it."""
+    configure(f"volume_group: {NAME}\n")
+    localdisk("install")
+    if devices:
+        run("vgcreate", "-y", "-s", "1m", NAME, *map(str, devices))
+    try:
+        yield
+    finally:
+        attempt("vgremove", "-ff", "-y", NAME)
+        configure()
+        localdisk("install")
+
+
+def test_no_volume_group() -> None:
+    """Only the administrator knows the DEVICE of the fix."""
+    with failing_device("bed-a", 64 * MIB) as device, group_on():
+        fixed(f"no volume group {NAME} on this host", DEVICE=str(device.path))
+
+
+def test_exported_and_shared() -> None:
+    with failing_device("bed-a", 64 * MIB) as device, group_on(device.path):
+        run("vgexport", NAME)
+        fixed(f"volume group {NAME} is exported")
+        text = Path("/run/bed-check.vg")
+        run("vgcfgbackup", "-f", str(text), NAME)
+        lock = 'format = "lvm2"\nlock_type = "sanlock"\nlock_args = "1.0.0:lvmlock"\n'
+        text.write_text(text.read_text().replace('format = "lvm2"', lock, 1))
+        run("vgcfgrestore", "-f", str(text), NAME)
+        fixed(f"volume group {NAME} is shared (sanlock)")
+
+
+def test_a_device_is_missing() -> None:
+    with (
+        failing_device("bed-a", 64 * MIB) as one,
+        failing_device("bed-b", 64 * MIB) as two,
+        group_on(one.path, two.path),
+    ):
+        two.vanish()
+        fixed(f"volume group {NAME} is missing a physical volume")
+        two.mend()
+
+
+@pytest.mark.usefixtures("throwaway")
+def test_devices_file() -> None:
+    with (
+        failing_device("bed-a", 64 * MIB) as one,
+        failing_device("bed-b", 64 * MIB) as two,
+        group_on(one.path, two.path),
+        devices_file(),
+    ):
+        assert not attempt("vgs", host.VOLUME_GROUP).returncode
+        assert attempt("vgs", NAME).returncode
+        fixed(f"volume group {NAME} is not in LVM's devices file ({one.path} {two.path})")
+        run("lvm", "lvmdevices", "--deldev", str(two.path))
+        fixed(f"volume group {NAME} is not in LVM's devices file ({two.path})")
+
+
+@pytest.mark.usefixtures("throwaway")
+def test_lvm_that_looks_into_local_disks() -> None:
+    before = LVM_LOCAL.read_text() if LVM_LOCAL.exists() else ""
+    LVM_LOCAL.write_text("devices {\n\tscan_lvs = 1\n}\n")
+    try:
+        fixed("LVM looks for volume groups in logical volumes")
+    finally:
+        LVM_LOCAL.write_text(before)
+
+
+@contextmanager
+def devices_file() -> Iterator[None]:
+    """LVM uses a devices file, as on EL9, with the bed's own volume group in it."""
+    before = LVM_LOCAL.read_text() if LVM_LOCAL.exists() else ""
+    LVM_LOCAL.write_text("devices { use_devicesfile=1 }\n")
+    DEVICES_FILE.parent.mkdir(exist_ok=True)
+    try:
+        run("lvm", "vgimportdevices", host.VOLUME_GROUP)
+        yield
+    finally:
+        LVM_LOCAL.write_text(before)
+        shutil.rmtree(DEVICES_FILE.parent)
+
+
+@contextmanager
+def multipath() -> Iterator[tuple[str, str]]:
+    """A mapping with the UUID of a multipath device, and the device below it.
+
+    There is no multipath here that makes or removes such a mapping: dmsetup does both.
+    """
+    backing = host.SCRATCH / "bed-multipath.img"
+    with open(backing, "wb") as file:
+        file.truncate(64 * MIB)
+    loop = run("losetup", "--find", "--show", str(backing)).strip()
+    table = f"0 {64 * MIB // 512} linear {loop} 0"
+    run("dmsetup", "create", "--uuid", "mpath-3600bed", "mpathbed", "--table", table)
+    try:
+        yield "/dev/mapper/mpathbed", loop
+    finally:
+        attempt("dmsetup", "remove", "--retry", "mpathbed")
+        run("losetup", "--detach", loop)
+        backing.unlink()
+
+
+def test_multipath() -> None:
+    with multipath() as (mapped, path), group_on(mapped):
+        fixed(f"multipath device mpathbed is under volume group {NAME}")
+        assert run("pvs", "--noheadings", "-o", "pv_name", "-S", f"vg_name={NAME}").strip() == path
+        written = Path(f"/etc/multipath/conf.d/localdisk-{NAME}.conf")
+        assert written.read_text() == 'blacklist {\n  wwid "3600bed"\n}\n'
+        written.unlink()
+
+
+def test_multipath_has_grabbed_a_configured_device() -> None:
+    with multipath() as (mapped, path), group_on(mapped):
+        configure(f"volume_group: {NAME}\ndevices: [{path}]\n")
+        fixed(f"multipath device mpathbed is under volume group {NAME}")
+
+
+# -- thin pools
+
+
+def test_thin_pool() -> None:
+    """The fixes work with `devices` in the configuration, too."""
+    configure("backend: lvmthin\n")
+    full = f"{host.VOLUME_GROUP}/{host.THIN_POOL}"
+    run("lvcreate", "-y", "-L", "4m", "-n", host.THIN_POOL, host.VOLUME_GROUP)
+    fixed(f"{full} is no thin pool")
+    host.remove(f"{host.THIN_POOL}.old", host.THIN_POOL)
+    devices = f"devices: [{os.environ['LOCALDISK_BED_LOCAL']}]\n"
+    configure(f"backend: lvmthin\n{devices}")
+    fixed(f"no thin pool {full}")
+
+    configure(devices)  # it is there, so it is looked at
+    run("lvchange", "--zero", "n", full)
+    run("lvchange", "--errorwhenfull", "n", full)
+    fixed(f"thin pool {full} does not zero", f"thin pool {full} neither grows by itself nor fails writes")
+    run("lvchange", "--activate", "n", full)
+    fixed(f"thin pool {full} is not active")
+    host.remove(host.THIN_POOL)
+
+
+def test_a_broken_thin_pool() -> None:
+    full = f"{NAME}/{host.THIN_POOL}"
+    with failing_device("bed-a", 256 * MIB) as device, group_on(device.path):
+        run("lvcreate", "-y", "-qq", "--type", "thin-pool", "-L", "64m", "-n", host.THIN_POOL, NAME)
+        run("lvchange", "--errorwhenfull", "y", full)
+        mapped = f"{NAME.replace('-', '--')}-{host.THIN_POOL}"
+        metadata = FailingDevice.of(f"{mapped}_tmeta")
+        metadata.fail()
+        attempt("dmsetup", "message", mapped, "0", "create_thin 1")
+        metadata.mend()
+        fixed(f"thin pool {full} is active and does not tell how full it is")
+
+
+@pytest.mark.usefixtures("throwaway")
+def test_a_thin_pool_that_grows() -> None:
+    before = LVM_LOCAL.read_text() if LVM_LOCAL.exists() else ""
+    full = f"{host.VOLUME_GROUP}/{host.THIN_POOL}"
+    host.thin_pool("64m")
+    LVM_LOCAL.write_text("activation { thin_pool_autoextend_threshold=80 }\n")
+    try:
+        run("lvchange", "--monitor", "y", full)
+        good()
+        run("lvchange", "--monitor", "n", full)
+        named(f"thin pool {full} neither grows by itself nor fails writes")
+    finally:
+        LVM_LOCAL.write_text(before)
+        host.remove(host.THIN_POOL)
+        stop("dmeventd")
+
+
+def stop(daemon: str) -> None:
+    """End the daemon, by the process id that it wrote down."""
+    file = Path(f"/run/{daemon}.pid")
+    if file.exists():
+        run("kill", file.read_text().strip())
+
+
+# -- what vdsm meets, and root does not
+
+
+@contextmanager
+def later_rule(text: str) -> Iterator[None]:
+    path = Path("/etc/sudoers.d/99_later")
+    path.write_text(f"{text}\n")
+    path.chmod(0o440)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def start_meets(*words: str) -> None:
+    """A start is refused with one line that has these words."""
+    storage = FileStorage()
+    try:
+        line = refused_disk(storage.template(8 * MIB, seed=1))
+        for word in words:
+            assert word in line
+    finally:
+        storage.remove()
+
+
+@pytest.mark.usefixtures("throwaway")
+def test_sudo_is_for_a_group_that_vdsm_is_not_in() -> None:
+    sudo = Path("/usr/bin/sudo")
+    sudo.chmod(0o4750)
+    try:
+        start_meets("sudo cannot be run by this user: it is user 0's", "chmod o+rx /usr/bin/sudo")
+        fixed("sudo cannot be run by this user")
+    finally:
+        sudo.chmod(0o4755)
+
+
+@pytest.mark.usefixtures("throwaway")
+def test_sudo_without_its_setuid_bit() -> None:
+    sudo = Path("/usr/bin/sudo")
+    sudo.chmod(0o755)
+    try:
+        start_meets("have the setuid bit set", "chmod 4755 /usr/bin/sudo")
+        fixed("have the setuid bit set")
+    finally:
+        sudo.chmod(0o4755)
+
+
+@pytest.mark.usefixtures("throwaway")
+def test_vdsms_account_has_expired() -> None:
+    run("chage", "--expiredate", "2001-01-01", "vdsm")
+    try:
+        start_meets("xpired", "chage --expiredate -1 vdsm")
+        (fix,) = named("vdsm cannot run")
+        paste(fix.partition(", or ")[0])
+        good()
+    finally:
+        run("chage", "--expiredate", "-1", "vdsm")
+
+
+def test_a_later_rule_forbids_the_helper_to_run_lvm() -> None:
+    """The fix shows the rule; somebody must remove it."""
+    with later_rule(f"vdsm ALL=(root) NOPASSWD: NOEXEC: {host.PROGRAM} helper"):
+        start_meets("lvm cannot be run, although the mode of /usr/sbin/lvm allows it", "sudo -l -U vdsm")
+        named("user vdsm, through its helper: lvm cannot be run")
+    good()
+
+
+def test_a_later_rule_wants_a_password() -> None:
+    with later_rule("vdsm ALL=(ALL) ALL"):
+        start_meets("a password is required")
+        (fix,) = named("vdsm cannot run")
+        assert fix.startswith("sudo -l -U vdsm # ")
+        assert "ALL" in run("sh", "-c", fix)
+    good()
+
+
+@pytest.mark.usefixtures("throwaway")
+def test_libvirt_is_not_for_vdsm() -> None:
+    virsh = Path("/usr/bin/virsh")
+    virsh.chmod(0o750)
+    try:
+        (fix,) = named("user vdsm, through libvirt: libvirt does not say which VMs run: virsh cannot be run")
+        assert fix == "check that libvirt runs (virsh -r list)"
+    finally:
+        virsh.chmod(0o755)
+    good()

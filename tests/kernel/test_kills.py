@@ -1,0 +1,159 @@
+"""Killed while copying or waiting: the next start succeeds, and nothing is left behind.
+
+What is killed at a command of its own is in the crash matrix (tests/crash).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+import pytest
+
+from tests.bed import host, libvirt
+from tests.bed.player import Call, Result, run_point, start_point
+from tests.bed.shell import run
+from tests.bed.storage import FileStorage, Image, fill, new_id
+from tests.bed.vm import Disk, disk_json
+from tests.kernel.steps import (
+    LOCKS,
+    MIB,
+    THICK,
+    configure,
+    copied,
+    copiers,
+    equals_source,
+    helpers,
+    localdisk,
+    processes,
+    start,
+    starting,
+    stop,
+    wait_for,
+)
+
+SLOW = "copy: {parallel: 1, bandwidth: 1MiB}\n"
+
+
+@pytest.fixture(autouse=True)
+def defaults(libvirt: None) -> Iterator[None]:
+    configure()
+    yield
+    configure()
+
+
+@pytest.fixture
+def image(file_storage: FileStorage) -> Image:
+    """Enough data that a slow copy of it takes most of a minute: zeros are not limited."""
+    template = file_storage.template(48 * MIB, seed=1)
+    fill(template.leaf, 48 * MIB)
+    return file_storage.clone(template, seed=2)
+
+
+def begin(image: Image, vm_id: str, backend: str = "lvm") -> Call:
+    starting(vm_id)
+    return start_point("after_disk_prepare", vm_id, disk_json(Disk("vda", image)), {"localdisk": backend})
+
+
+@contextmanager
+def waited_for(call: Call) -> Iterator[list[Result]]:
+    """The call's end, which is waited for in the background."""
+    results: list[Result] = []
+    waiter = threading.Thread(target=lambda: results.append(call.wait()))
+    waiter.start()
+    yield results
+    waiter.join(300)
+    assert results, "the hook did not end"
+
+
+def kill(call: Call, how: str) -> None:
+    assert call.process
+    group = call.process.pid
+    number = signal.SIGTERM if how == "group TERM" else signal.SIGKILL
+    victims = {
+        "group TERM": [-group, *helpers()],  # systemd sends it to all of the control group
+        "hook KILL": [group],
+        "helper KILL": helpers(),
+        "all KILL": [*helpers(), -group],
+        "copier KILL": copiers(),
+    }
+    for pid in victims[how]:
+        with suppress(ProcessLookupError):  # it has noticed another's end already
+            os.kill(pid, number)
+
+
+def nobody_is_left() -> bool:
+    words = [words for _, words in processes()]
+    ours = any("/50_localdisk" in " ".join(w[:3]) or w[-1:] == ["helper"] for w in words)
+    return not (ours or copiers())
+
+
+def comes_back(image: Image, vm_id: str, custom: dict[str, str]) -> None:
+    """The next start succeeds with the right bytes; after the stop nothing is there, also for gc."""
+    configure()
+    start(image, custom, vm_id)
+    assert equals_source(image)
+    stop(vm_id, image, custom=custom)
+    localdisk("gc")
+    assert set(host.logical_volumes()) <= {host.THIN_POOL}
+    assert not list(LOCKS.glob("*.*"))
+    assert "Suspended" not in run("dmsetup", "info", "-c", "--noheadings", "-o", "name,suspended")
+
+
+@pytest.mark.parametrize("how", ["group TERM", "hook KILL", "helper KILL", "all KILL", "copier KILL"])
+def test_killed_while_copying(volume_group: str, image: Image, how: str) -> None:
+    configure(SLOW)
+    vm_id = new_id()
+    call = begin(image, vm_id)
+    with waited_for(call) as results:
+        wait_for(lambda: copied(image), "the copy")
+        kill(call, how)
+    assert results[0].refused
+    wait_for(nobody_is_left, "all processes to end")
+    libvirt.undefine(vm_id)
+    if "helper" not in how and "all" not in how:
+        assert host.logical_volumes() == {}, "what is unfinished goes at once"
+    comes_back(image, vm_id, THICK)
+
+
+def test_killed_while_waiting_for_a_turn(volume_group: str, image: Image, file_storage: FileStorage) -> None:
+    """The one that waits is killed, the one that copies goes on; then the one that copies is killed."""
+    configure(SLOW)
+    other = file_storage.template(16 * MIB, seed=3)
+    first, second = new_id(), new_id()
+    copying = begin(image, first)
+    with waited_for(copying) as results:
+        wait_for(lambda: copied(image), "the copy")
+        waiting = begin(other, second)
+        with waited_for(waiting) as ended:
+            wait_for(lambda: len(list(LOCKS.glob("*.turn"))) == 2, "the second ticket")
+            kill_hook = waiting.process
+            assert kill_hook
+            os.kill(kill_hook.pid, signal.SIGKILL)
+        assert ended[0].refused
+    assert results[0].rc == 0, results[0].stderr
+    for vm_id in (first, second):
+        libvirt.undefine(vm_id)
+    assert set(host.logical_volumes()) == {image.leaf.id}
+    stop(first, image)
+    comes_back(other, second, THICK)
+
+
+def test_leftover_of_a_killed_start_is_gcs(volume_group: str, image: Image) -> None:
+    """Nobody starts the VM again: gc removes the unfinished copy, and not while somebody works on it."""
+    configure(SLOW)
+    vm_id = new_id()
+    call = begin(image, vm_id)
+    with waited_for(call):
+        wait_for(lambda: copied(image), "the copy")
+        assert "kept:" in localdisk("gc")
+        kill(call, "all KILL")
+    wait_for(nobody_is_left, "all processes to end")
+    libvirt.undefine(vm_id)
+    assert "unfinished copy that nobody works on" in localdisk("gc")
+    assert host.logical_volumes() == {}
+    assert not list(LOCKS.glob("*.*"))
+    assert run_point("before_vdsm_start").rc == 0
