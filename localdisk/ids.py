@@ -1,4 +1,4 @@
-"""UUIDs as oVirt writes them: 36 characters, lower case, with dashes; the only names of local disks."""
+"""UUIDs as oVirt writes them, the only names of local disks, and fingerprints of volumes."""
 
 from __future__ import annotations
 
@@ -21,8 +21,13 @@ def uuid_of(name: str, namespace: str) -> str:
 
 
 def is_uuid(text: object) -> bool:
-    """Whether `text` is a string that is a canonical lower-case UUID and nothing else."""
+    """Whether `text` is a canonical UUID and nothing else: 36 characters, lower case, with dashes."""
     if not isinstance(text, str) or len(text) != 36 or any(text[place] != "-" for place in _DASHES):
         return False
     digits = text.replace("-", "")
     return len(digits) == 32 and _DIGITS.issuperset(digits)
+
+
+def is_fingerprint(text: object) -> bool:
+    """Whether `text` is what `hook/fingerprint.py` makes: 32 hexadecimal digits, lower case."""
+    return isinstance(text, str) and len(text) == 32 and _DIGITS.issuperset(text)

@@ -30,6 +30,7 @@ from localdisk.errors import (
 from localdisk.frozen import frozen, replace
 from localdisk.helper.new_volume import Making
 from localdisk.lock import Pause
+from localdisk.protocol import Base, Device, Target
 from localdisk.units import format_size
 from localdisk.volumes import disk as life
 from localdisk.volumes import removal, template
@@ -37,10 +38,6 @@ from localdisk.volumes.disk import UPDATING, LocalDisk
 from localdisk.volumes.lvm import VolumeGroup, read_tags
 from localdisk.volumes.removal import take_away
 from localdisk.volumes.template import Template
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from typing import Any
 
 _SAMPLES, _SAMPLE = 256, 4096  # blocks, and bytes of each
 
@@ -55,16 +52,6 @@ class Spare:
 
     takes: int
     remove: Callable[[], None]
-
-
-@frozen
-class Base:
-    """A template's volume as the hook has found it; `size` in bytes of its guest's view."""
-
-    volume_id: str
-    domain_id: str  # of block storage, "" for a file
-    fingerprint: str
-    size: int
 
 
 class Shelf:
@@ -111,8 +98,8 @@ class Shelf:
             self._take_away(vg, "it is incomplete, or not as it was made")
         return False
 
-    def fill(self, writes: int, beside: Room) -> dict[str, Any]:
-        """Make the template LV; returns the fields of the `copy.Target` to copy the base to.
+    def fill(self, writes: int, beside: Room) -> Target:
+        """Make the template LV; returns what to copy the base to.
 
         `writes` are the bytes of data in the base; `beside` asks whether there is room for the disk, too.
         Raises CacheFull, NoSpace, ThinPoolFull, ThinPoolAtThreshold and the other errors of `require_room`.
@@ -182,11 +169,11 @@ class Shelf:
 
     def clone(
         self, disk: Making, size: int, larger: int, tags: frozenset[str], room: FindRoom
-    ) -> dict[str, Any] | None:
+    ) -> Target | None:
         """Make a VM's disk as a thin snapshot of it, `larger` bytes large, `size` of them the guest's view.
 
         `room` finds room for it.
-        Returns the fields of the `copy.Target` for the layers above; None where the template LV was spoiled.
+        Returns what to copy the layers above to; None if the template LV was spoiled.
         """
         found = self._found
         assert found  # noqa: S101 (look has said so)
@@ -197,14 +184,14 @@ class Shelf:
                 vg.extend(disk.lv_name, larger)
 
         target = disk.create(size, self._pause, partial(room, self.name), self._insisting(make))
-        if not self._is_as_it_was(target["path"]):
+        if not self._is_as_it_was(target.path):
             return None
         self.touch()
         counters.template_hit()
         return target
 
-    def open(self, resources: ExitStack) -> dict[str, str] | None:
-        """Activate it, to be read; the fields of a `copy.Device`, None where it was spoiled.
+    def open(self, resources: ExitStack) -> Device | None:
+        """Activate it, to be read; None if it was spoiled.
 
         It is open, and so not evicted, for as long as `resources`, at whose end it is inactive again.
         """
@@ -219,7 +206,7 @@ class Shelf:
             self.touch()
             counters.template_hit()
             resources.callback(stack.pop_all().close)
-        return {"path": path, "dm_uuid": dm_uuid}
+        return Device(path, dm_uuid)
 
     def spoiled(self) -> None:
         """Take away a template LV whose content is not what was copied."""

@@ -16,15 +16,12 @@ from localdisk.config import Policy
 from localdisk.errors import Error
 from localdisk.frozen import replace
 from localdisk.lock import Pause
+from localdisk.protocol import Target
 from localdisk.units import format_size
 from localdisk.volumes.disk import LocalDisk, State
 from localdisk.volumes.lvm import LogicalVolume, VolumeGroup
 from localdisk.volumes.progress import COPYING, PREPARING, WAITING, Progress
 from localdisk.volumes.removal import take_away
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from typing import Any
 
 
 class Making:
@@ -79,8 +76,8 @@ class Making:
 
     def create(
         self, size: int, pause: Pause, room: Callable[[], VolumeGroup], make: Callable[[VolumeGroup], None]
-    ) -> dict[str, Any]:
-        """Make the volume; returns where it is and how it is to be filled, the fields of `copy.Target`.
+    ) -> Target:
+        """Make the volume; returns where it is and how it is to be filled.
 
         `room` looks at the volume group and raises where there is none; `make` creates the volume.
         """
@@ -94,14 +91,14 @@ class Making:
         self.tell(COPYING, size)
         log.event("copy starts", **self.who, bytes=size, backend=self.policy.backend)
         bandwidth = self.policy.copy.bandwidth
-        return {
-            "path": vg.path(self.lv_name),
-            "dm_uuid": self._dm_uuid,
-            "zeroed": self.policy.backend == "lvmthin",
+        return Target(
+            path=vg.path(self.lv_name),
+            dm_uuid=self._dm_uuid,
+            zeroed=self.policy.backend == "lvmthin",
             # The limit is the host's: each of the copies that may run at once gets its share.
-            "bandwidth": max(1, bandwidth // self.policy.copy.parallel) if bandwidth else None,
-            "nice": self.policy.copy.nice,
-        }
+            bandwidth=max(1, bandwidth // self.policy.copy.parallel) if bandwidth else None,
+            nice=self.policy.copy.nice,
+        )
 
     def go_on(self, done: int, written: int) -> None:
         """The copy has come so far, in bytes of the guest's view and of the volume."""

@@ -1,8 +1,8 @@
 """The privileged half as a process: what root runs for the hook, through sudo.
 
 The hook (user vdsm) starts one `localdisk helper` and sends JSON lines on its standard input; each is
-answered by one JSON line on standard output.  `session.py` has the verbs.  When standard input ends, or a
-signal comes, before the copy was committed, the unfinished disk is removed.
+answered by one JSON line on standard output.  `protocol.py` has the lines, `session.py` what is done.  When
+standard input ends, or a signal comes, before the copy was committed, the unfinished disk is removed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterator
 
 from localdisk import lock
 from localdisk.errors import BadRequest, Error
-from localdisk.helper.session import MAX_REQUEST, Session
+from localdisk.helper.session import Session
+from localdisk.protocol import MAX_REQUEST
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

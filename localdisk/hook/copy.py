@@ -24,6 +24,7 @@ from localdisk.errors import CommandMissing, CopyFailed, DeviceNotReady, Error, 
 from localdisk.frozen import frozen
 from localdisk.hook import image
 from localdisk.hook.image import Layer, Source
+from localdisk.protocol import Device, Target
 
 NODE_DEADLINE = 10.0  # seconds until udev has made the node and given it to us
 MEMORY = 4 << 30  # bytes of address space; the tables of 64 layers take at most 32 MiB each (qemu, L2 cache)
@@ -35,23 +36,6 @@ _PROGRESS = re.compile(rb"\((\d+(?:\.\d+)?)/100%\)")
 
 # The fraction done, 0 to 1, and the bytes written so far; raises to end the copy.
 OnProgress = Callable[[float, int], None]
-
-
-@frozen
-class Device:
-    """An active logical volume of ours, as the helper knows it."""
-
-    path: str
-    dm_uuid: str
-
-
-@frozen
-class Target(Device):
-    """The logical volume to fill, as the helper made it."""
-
-    zeroed: bool  # reads as zeros where nothing is written
-    bandwidth: int | None  # bytes per second
-    nice: int  # absolute
 
 
 @frozen

@@ -25,10 +25,11 @@ from localdisk.errors import (
     UnplugRefused,
 )
 from localdisk.hook import copy, image, template_source
-from localdisk.hook.client import Base, Helper, Looked, Prepared
+from localdisk.hook.client import Helper
 from localdisk.hook.copy import OnProgress
 from localdisk.hook.image import Source
 from localdisk.libvirt import DomainState
+from localdisk.protocol import Base, How, Looked, Prepared
 from localdisk.vdsm import definition, hook_call
 from localdisk.vdsm.definition import Disk
 from localdisk.vdsm.hook_call import BEGINNINGS, Call
@@ -284,9 +285,9 @@ def _prepare(helper: Helper, source: Source, is_thin: bool, base: Base | None) -
     if base:
         writes = source.writes_above() if is_thin else source.virtual_size
         prepared = helper.prepare(*disk, writes, base)
-        if prepared.how == "missing" and fill(helper, source.base_alone, is_thin):
+        if prepared.how is How.MISSING and fill(helper, source.base_alone, is_thin):
             prepared = helper.prepare(*disk, writes, base)
-        if prepared.how not in ("missing", "uncached"):
+        if prepared.how not in (How.MISSING, How.UNCACHED):
             return prepared
     return helper.prepare(*disk, source.writes(is_thin))
 
@@ -326,10 +327,10 @@ def _require_copyable(disk: Disk) -> None:
 def _copy(helper: Helper, source: Source, prepared: Prepared) -> None:
     target, tell = prepared.target, _tell(helper, source)
     assert target  # noqa: S101 (nothing is copied otherwise)
-    if prepared.how == "layers":
+    if prepared.how is How.LAYERS:
         copy.apply(source, target, tell)
-    elif prepared.base:
-        copy.copy_on(source, prepared.base, target, tell)
+    elif prepared.base_device:
+        copy.copy_on(source, prepared.base_device, target, tell)
     else:
         copy.copy(source, target, tell)
     helper.commit()

@@ -11,10 +11,11 @@ import pwd
 
 from localdisk.errors import NoTemplate, UsageError
 from localdisk.hook import image, template_source
-from localdisk.hook.client import Base, Helper
+from localdisk.hook.client import Helper
 from localdisk.hook.copy import OnProgress
 from localdisk.hook.points import fill
 from localdisk.ids import is_uuid
+from localdisk.protocol import Base
 from localdisk.units import format_size
 
 # Where vdsm mounts storage domains of files: MOUNT/DOMAIN/images, on Gluster glusterSD/MOUNT/DOMAIN/images.

@@ -12,11 +12,12 @@ from localdisk.clock import Moment
 from localdisk.config import Config
 from localdisk.errors import DependentVolumes, Error, plain
 from localdisk.frozen import frozen
+from localdisk.ids import is_fingerprint
 from localdisk.status.libvirt_vms import Vms
 from localdisk.units import format_duration, format_size
 from localdisk.vdsm.definition import Disk, Running
 from localdisk.volumes import gc
-from localdisk.volumes.disk import LocalDisk, State, is_fingerprint, is_left_alone
+from localdisk.volumes.disk import LocalDisk, State, is_left_alone
 from localdisk.volumes.gc import Action
 from localdisk.volumes.lvm import VolumeGroup
 from localdisk.volumes.progress import Progress

@@ -62,7 +62,6 @@ ERASES = ("discard", "zero")  # but for none, what `retention.erase` can say
 FIRST = 1735689600  # 2025-01-01: no mark of ours is older, whatever a clock without a battery said
 HOW_TO_DECIDE = "kept until you decide: retention.older_disks: as_ours, or localdisk remove"
 SLACK = 60  # seconds by which a clock may be corrected without a mark being made anew
-_FINGERPRINT = re.compile(r"[0-9a-f]{32}")
 _NUMBER = re.compile(r"[0-9]{1,18}")
 _BOOT = re.compile(r"([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})_([0-9]{1,12})")
 
@@ -488,8 +487,3 @@ def only_uuid(values: list[str]) -> str:
 def numbers_of(values: list[str]) -> list[int]:
     """Those of the values that are numbers, as tags have them."""
     return [int(value) for value in values if _NUMBER.fullmatch(value)]
-
-
-def is_fingerprint(text: object) -> bool:
-    """Whether `text` is what `image.fingerprint` makes: 32 hexadecimal digits."""
-    return isinstance(text, str) and _FINGERPRINT.fullmatch(text) is not None

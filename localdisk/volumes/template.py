@@ -23,14 +23,13 @@ from collections.abc import Iterable, Iterator
 
 from localdisk.config import Cache
 from localdisk.frozen import frozen
-from localdisk.ids import is_uuid, uuid_of
+from localdisk.ids import is_fingerprint, is_uuid, uuid_of
 from localdisk.volumes.disk import (
     DELETING,
     OURS,
     UPDATING,
     LocalDisk,
     State,
-    is_fingerprint,
     numbers_of,
     only_uuid,
     values_of,

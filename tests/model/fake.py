@@ -26,7 +26,8 @@ from localdisk.errors import CommandFailed, Error
 from localdisk.helper.process import Ended as HelperEnded
 from localdisk.helper.session import Session
 from localdisk.hook import copy, image, points, prefetch, template_source
-from localdisk.hook.copy import Device, OnProgress, Target
+from localdisk.hook.copy import OnProgress
+from localdisk.protocol import Device, Target
 from localdisk.vdsm import hook_call
 from localdisk.volumes import gc, removal, remove
 from tests.bed import vdsm as bed_vdsm

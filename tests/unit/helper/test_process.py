@@ -24,7 +24,8 @@ TO_PREPARE = {"stays": False, "path": "", "thin": False, "cached": False}
 CHILD = """
 import sys
 from pathlib import Path
-from localdisk import config, helper, lock
+from localdisk import config, lock
+from localdisk.helper import process
 from tests.fakes import VM, FakeHost
 
 class Patch:
@@ -35,7 +36,7 @@ host.defined.add(VM)
 config.DEFAULT_PATH = sys.argv[2]
 lock.POLL = 0.01
 try:
-    code = helper.main(config.load)
+    code = process.main(config.load)
 finally:
     Path(sys.argv[1], "commands").write_text("\\n".join(host.tools))
 sys.exit(code)

@@ -9,8 +9,8 @@ import pytest
 
 from localdisk import run
 from localdisk.errors import CommandMissing, HelperRefused, HelperUnavailable
-from localdisk.hook.client import Base, Claimed, Fetched, Helper, Looked, Prepared
-from localdisk.hook.copy import Device, Target
+from localdisk.hook.client import Helper
+from localdisk.protocol import Base, Claimed, Device, Fetched, How, Looked, Prepared, Target
 from localdisk.vdsm.definition import Disk
 from tests.fakes import FINGERPRINT, IMAGE, OTHER_IMAGE, OTHER_VOLUME, VM, VOLUME
 
@@ -77,11 +77,11 @@ def test_a_whole_conversation(sudo: Sudo) -> None:
             Looked(False, True, False, "absent", "/dev/v/m"),
         )
         assert helper.claim(disk()) == Claimed(stays=False, path="", is_thin=True, is_cached=False)
-        expected = Prepared("copy", "/dev/v/l", Target("/dev/v/l", "LVM-x", True, None, 10), None)
+        expected = Prepared(How.COPY, "/dev/v/l", Target("/dev/v/l", "LVM-x", True, None, 10), None)
         assert helper.prepare(MIB, FINGERPRINT, 5) == expected
         helper.progress(1, 2)
         helper.commit()
-        assert helper.prepare(MIB, FINGERPRINT, 5) == Prepared("kept", "/dev/v/l", None, None)
+        assert helper.prepare(MIB, FINGERPRINT, 5) == Prepared(How.KEPT, "/dev/v/l", None, None)
         helper.release()
     others = {"image": OTHER_IMAGE, "volume": OTHER_VOLUME}
     prepare = {"verb": "prepare", "size": MIB, "fingerprint": FINGERPRINT, "writes": 5, "base": None}
@@ -122,12 +122,12 @@ def test_a_conversation_about_a_template(sudo: Sudo) -> None:
     filled = Target("/dev/v/l", "LVM-x", False, 5, 10)
     with Helper(VM, "lvm") as helper:
         assert helper.claim(disk()).is_cached
-        assert helper.prepare(2 * MIB, FINGERPRINT, 5, BASE) == Prepared("missing", "", None, None)
+        assert helper.prepare(2 * MIB, FINGERPRINT, 5, BASE) == Prepared(How.MISSING, "", None, None)
         assert helper.fill(7) == filled
         helper.commit()
-        on_base = Prepared("on base", "/dev/v/l", filled, Device("/dev/v/t", "LVM-t"))
+        on_base = Prepared(How.ON_BASE, "/dev/v/l", filled, Device("/dev/v/t", "LVM-t"))
         assert helper.prepare(2 * MIB, FINGERPRINT, 5, BASE) == on_base
-        assert helper.prepare(2 * MIB, FINGERPRINT, 5, BASE) == Prepared("uncached", "", None, None)
+        assert helper.prepare(2 * MIB, FINGERPRINT, 5, BASE) == Prepared(How.UNCACHED, "", None, None)
         assert helper.fill(7) is None
         assert helper.prefetch("lvmthin", BASE) == Fetched(is_ready=True, is_thin=True)
     prepare = {"verb": "prepare", "size": 2 * MIB, "fingerprint": FINGERPRINT, "writes": 5, "base": AS_ASKED}

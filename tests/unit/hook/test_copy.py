@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 
-from localdisk import device_mapper, run
+from localdisk import device_mapper, protocol, run
 from localdisk.errors import CopyFailed, DeviceNotReady
 from localdisk.hook import copy, image
-from localdisk.hook.copy import Target
 from localdisk.hook.image import Layer, Source
+from localdisk.protocol import Target
 from localdisk.vdsm.definition import Disk, Volume
 
 MIB = 1 << 20
@@ -450,11 +450,11 @@ class Chain:
         qemu_img("compare", "-f", kind, "-F", "raw", self.path, device)
 
 
-def base_device(device: Device, content: bytes, tail: bytes = b"\0") -> copy.Device:
+def base_device(device: Device, content: bytes, tail: bytes = b"\0") -> protocol.Device:
     """The template LV: whole extents, of which the base takes the first."""
     path = device.path.with_name("template")
     path.write_bytes(content + tail * (-len(content) % (1 << 20)))
-    return copy.Device(str(path), DM_UUID)
+    return protocol.Device(str(path), DM_UUID)
 
 
 def apply_and_compare(device: Device, chain: Chain, base: bytes) -> None:
@@ -601,7 +601,7 @@ def test_a_base_that_is_another_device(
     chain = chain_of(tmp_path, EVERYTHING, [((), {})])
     with chain.opened() as source:
         base = base_device(device, EVERYTHING)
-        other = copy.Device(base.path, "LVM-other")
+        other = protocol.Device(base.path, "LVM-other")
         with pytest.raises(DeviceNotReady, match="another device than the helper made"):
             copy.copy_on(source, other, device.target(), silent)
         os.unlink(base.path)

@@ -29,10 +29,10 @@ from localdisk.errors import (
 from localdisk.helper.process import Ended
 from localdisk.helper.session import Session
 from localdisk.hook import copy, points, template_source
-from localdisk.hook.client import Base
-from localdisk.hook.copy import OnProgress, Target
+from localdisk.hook.copy import OnProgress
 from localdisk.hook.image import Layer, Source
 from localdisk.libvirt import DomainState
+from localdisk.protocol import Base, Device, Target
 from localdisk.vdsm import hook_call
 from tests.fakes import (
     EXTENT,
@@ -752,7 +752,7 @@ class Templated(Vdsm):
 
         return copied
 
-    def _copy_on(self, source: Source, base: copy.Device, target: Target, on_progress: OnProgress) -> None:
+    def _copy_on(self, source: Source, base: Device, target: Target, on_progress: OnProgress) -> None:
         assert base.path != target.path
         self._any_copy("on base")(source, target, on_progress)
 

@@ -14,8 +14,9 @@ from localdisk.errors import Error, HelperRefused, NoTemplate, SourceRefused, Us
 from localdisk.helper.process import Ended
 from localdisk.helper.session import Session
 from localdisk.hook import copy, prefetch, template_source
-from localdisk.hook.copy import OnProgress, Target
+from localdisk.hook.copy import OnProgress
 from localdisk.hook.image import Source
+from localdisk.protocol import Target
 from tests.fakes import EXTENT, Conversation, FakeHost
 
 VOLUME = "aaaaaaaa-0000-4000-8000-000000000000"

@@ -26,6 +26,7 @@ from localdisk.errors import (
     ThinPoolNotZeroing,
     VolumeGroupUnusable,
 )
+from localdisk.ids import is_fingerprint
 from localdisk.units import Amount
 from localdisk.volumes import disk as life
 from localdisk.volumes.disk import LocalDisk, Start, State, Stop, Wanted, plan_start, plan_stop, require_room
@@ -333,7 +334,7 @@ def test_require_owner(vm: str, image: str, refused: bool) -> None:
     ],
 )
 def test_is_fingerprint(text: object, good: bool) -> None:
-    assert life.is_fingerprint(text) is good
+    assert is_fingerprint(text) is good
 
 
 # -- starting

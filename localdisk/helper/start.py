@@ -1,0 +1,132 @@
+"""What a start does with the claimed disk: take a kept disk back, or make a new one, then make it ready.
+
+Each function takes a frozen claim and returns what it has become.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+from localdisk import counters, kept, libvirt, log
+from localdisk.errors import BadRequest, Error, LibvirtSilent, VmForgotten
+from localdisk.frozen import replace
+from localdisk.helper import cache
+from localdisk.helper import claim as claims
+from localdisk.helper.cache import Spare
+from localdisk.helper.claim import Claim
+from localdisk.helper.replaced import Replaced
+from localdisk.lock import Pause
+from localdisk.protocol import How, Prepare, Prepared, Target
+from localdisk.volumes import disk as life
+from localdisk.volumes.disk import LocalDisk, State, Wanted
+from localdisk.volumes.lvm import VolumeGroup
+
+
+def plan(claim: Claim, request: Prepare, pause: Pause) -> tuple[Claim, LocalDisk | None]:
+    """The claim once what nobody keeps was removed, and the kept disk that the start uses, if there is one.
+
+    Raises SourceChanged and whatever else `disk.plan_start` refuses.
+    """
+    claim = claims.with_others(claim, pause)
+    claim.vg.require_usable()
+    wanted = Wanted(claim.volume_id, request.fingerprint, request.size)
+    planned = life.plan_start(claim.disks, wanted, claim.policy.retention, claim.vg.vg_name)
+    claim = claims.without(claim, planned.remove, pause)
+    with_margin = request.size + claim.policy.margins.disk.of(request.size)
+    replaced = claim.replacing(planned.replace, pause)
+    return replace(claim, wanted=(with_margin, request.writes), replaced=replaced), planned.reuse
+
+
+def reuse(claim: Claim, found: LocalDisk, fingerprint: str, pause: Pause) -> Prepared:
+    """Take a kept disk back: give it the claimed name, activate it, remove what it replaces."""
+    vg, name = claim.vg, claim.volume_id
+    if found.volume_id != name:
+        claim.replacing(claim.disks, pause).free_name(vg, name)
+        vg.rename(found.volume_id, name)
+        log.event("kept disk renamed", vm=claim.vm_id, disk=found.volume_id, to=name)
+    kept.note(claim.vm_id)
+    missing = {life.OURS, f"SOURCE_{fingerprint}"} - found.lv.lv_tags
+    if life.is_left_alone(found, claim.policy.retention):
+        missing = set()
+    if missing or found.idle_tags:
+        vg.change_tags(name, add=missing, remove=found.idle_tags)
+    try:
+        vg.activate(name)
+        vg.dm_uuid(name)  # raises if the node is not there, or not the volume's
+    except Error:
+        _keep_as_it_was(vg, name, found)
+        raise
+    log.event("kept disk taken back", **claim.making.who)
+    _remove_replaced(claim.replaced)
+    return Prepared(How.KEPT, vg.path(name))
+
+
+def create(claim: Claim, request: Prepare, spares: Sequence[Spare], pause: Pause) -> Target:
+    """Make the claimed disk, and wait for a turn to copy before; `spares` are removed if there is no room."""
+    policy, (with_margin, writes) = claim.policy, claim.wanted
+    tags = life.new_tags(claim.vm_id, claim.image_id, request.fingerprint, writes)
+
+    def make(vg: VolumeGroup) -> None:
+        if policy.backend == "lvm":
+            vg.create_thick(claim.volume_id, with_margin, tags)
+        else:
+            vg.create_thin(claim.volume_id, with_margin, policy.thin_pool, tags)
+
+    claim.making.wait(request.size, pause)
+    room = partial(claim.find_room, spares, pause)
+    return claim.making.create(request.size, pause, room, cache.insisting(policy, make, "", pause))
+
+
+def make_ready(claim: Claim) -> None:
+    """The copy is complete and on the device: one LVM command makes the disk ready.
+
+    Raises BadRequest if the volume is not the one that was made, VmForgotten.
+    """
+    asked = libvirt.ask_domains()
+    vg = claims.read(claim.policy)
+    found = claim.find(vg)
+    if found is None or found.state is not State.UNFINISHED or not claim.making.is_ours(vg, found.lv):
+        raise BadRequest(problem="the unfinished disk is not the one that was made")
+    vg.require_usable()
+    _require_known(asked, claim)
+    kept.note(claim.vm_id)
+    vg.change_tags(claim.volume_id, remove={life.UPDATING, *found.writes_tags})
+
+
+def finish(claim: Claim) -> None:
+    """The disk is ready: remove the kept disks that it replaces, and let go of all locks."""
+    making = claim.making
+    making.finished()
+    log.event("disk ready", **making.who, **making.speed())
+    counters.copied(making.written, making.took)
+    try:
+        _remove_replaced(claim.replaced)
+    finally:
+        making.release()
+
+
+def _remove_replaced(replaced: Replaced | None) -> None:
+    if replaced:
+        replaced.remove()
+
+
+def _keep_as_it_was(vg: VolumeGroup, name: str, found: LocalDisk) -> None:
+    try:
+        if found.idle_tags:
+            vg.change_tags(name, add=found.idle_tags)
+        if not found.lv.dependents:  # LVM deactivates snapshots along with what they are of
+            vg.deactivate(name)
+    except Error as error:
+        log.problem("kept disk is left to gc", disk=name, why=error)
+
+
+def _require_known(asked: libvirt.Question, claim: Claim) -> None:
+    """Raise VmForgotten if libvirt knows the VM of a claim no longer: it was powered off, and none starts."""
+    try:
+        known = libvirt.read_domains(asked.text()).known
+    except LibvirtSilent as error:
+        log.problem("libvirt is not asked whether the VM still starts", **claim.making.who, why=error)
+        return
+    if claim.vm_id not in known:
+        raise VmForgotten(vm=claim.vm_id, volume=claim.volume_id)

@@ -1,0 +1,126 @@
+"""Making the claimed disk from the local copy of its template, and making that copy.
+
+On any doubt the cache is bypassed and the whole chain is copied: the answer is `uncached`.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from functools import partial
+
+from localdisk import log
+from localdisk.config import Policy
+from localdisk.errors import BadRequest, Error, Interrupted, NoSpace
+from localdisk.helper import cache, start
+from localdisk.helper.cache import Shelf
+from localdisk.helper.claim import Claim
+from localdisk.lock import Pause
+from localdisk.protocol import Base, Device, How, Prepare, Prepared, Target
+from localdisk.volumes import disk as life
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    pass
+
+
+class TemplateInUse:
+    """The template whose lock this helper holds: the one that a start uses, or that is prefetched; if any."""
+
+    def __init__(self) -> None:
+        self.shelf: Shelf | None = None
+
+    def take(self, base: Base, policy: Policy, pause: Pause) -> Shelf:
+        """Hold the lock of this template."""
+        self.shelf = Shelf(base, policy, pause)
+        return self.shelf
+
+    def leave(self) -> None:
+        """Remove an unfinished template LV and let go of the lock."""
+        shelf, self.shelf = self.shelf, None
+        if shelf:
+            shelf.close()
+
+
+def prepare(used: TemplateInUse, base: Base, claim: Claim, request: Prepare, pause: Pause) -> Prepared:
+    """Make the claimed disk from a template LV; on any doubt it is not made, and will be copied in full."""
+    try:
+        shelf = _shelf(used, base, claim, pause)
+        if not shelf.look():
+            return Prepared(How.MISSING)
+        reading = ExitStack()
+        device = shelf.open(reading) if claim.policy.backend == "lvm" else None
+    except (BadRequest, Interrupted):
+        raise
+    except Error as error:
+        return _uncached(used, claim, error)
+    if device:
+        return _make_beside(used, device, reading, claim, request, pause)
+    if claim.policy.backend == "lvmthin":
+        target = _clone(shelf, claim, request, pause)
+        if target:
+            used.leave()
+            return Prepared(How.LAYERS, claim.vg.path(claim.volume_id), target)
+        claim.making.undo(claim.find)
+    try:
+        shelf.spoiled()
+    except Interrupted:
+        raise
+    except Error as error:
+        return _uncached(used, claim, error)
+    return Prepared(How.MISSING)
+
+
+def fill(used: TemplateInUse, shelf: Shelf, claim: Claim | None, writes: int) -> Prepared:
+    """Make the template LV that is missing; `writes` bytes of data are written to it.
+
+    For a prefetch there is no claim, and the errors of `Shelf.fill` are raised.
+    """
+    try:
+        target = shelf.fill(writes, claim.require_room if claim else lambda _vg: None)
+    except Interrupted:
+        raise
+    except Error as error:
+        if claim is None:
+            raise
+        return _uncached(used, claim, error)
+    return Prepared(How.COPY, target.path, target)
+
+
+def _shelf(used: TemplateInUse, base: Base, claim: Claim, pause: Pause) -> Shelf:
+    if used.shelf is None:
+        if base.domain_id:
+            cache.require_template(base, claim.image_id)
+        return used.take(base, claim.policy, pause)
+    if used.shelf.base != base:
+        raise BadRequest(problem="it names another base")
+    return used.shelf
+
+
+def _make_beside(
+    used: TemplateInUse, device: Device, reading: ExitStack, claim: Claim, request: Prepare, pause: Pause
+) -> Prepared:
+    """Make the claimed disk while the template LV, as long as `reading`, is open and so not evicted."""
+    used.leave()
+    claim.resources.callback(reading.close)
+    try:
+        target = start.create(claim, request, (), pause)
+    except NoSpace as error:  # there may be room if the template LV is evicted, too
+        claim.making.finished()
+        reading.close()
+        return _uncached(used, claim, error)
+    return Prepared(How.ON_BASE, claim.vg.path(claim.volume_id), target, device)
+
+
+def _clone(shelf: Shelf, claim: Claim, request: Prepare, pause: Pause) -> Target | None:
+    with_margin, writes = claim.wanted
+    tags = life.new_tags(claim.vm_id, claim.image_id, request.fingerprint, shelf.holds + writes)
+    claim.making.wait(request.size, pause)
+    spares = claim.replaced.spares if claim.replaced else ()
+    room = partial(claim.find_room, spares, pause)
+    return shelf.clone(claim.making, request.size, with_margin, tags, room)
+
+
+def _uncached(used: TemplateInUse, claim: Claim, why: Error) -> Prepared:
+    log.problem("template not cached", **claim.making.who, why=why)
+    used.leave()
+    return Prepared(How.UNCACHED)

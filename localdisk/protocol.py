@@ -1,0 +1,427 @@
+"""What the two halves write to each other: requests of the hook, answers of the helper, lines of JSON.
+
+The hook (`hook/client.py`, user vdsm) asks, the helper (`helper/session.py`, root) answers.  A request is the
+`verb` of its class and its fields.  An answer is the fields of its class, none for most, or
+`{"error": "why"}` if the request is refused.  The fields' names on the line are those of WIRE.
+
+    Look      how the local copies of these disks are; locks and changes nothing      -> Looks
+    Claim     take the disk's lock, see whether the disk is in use                     -> Claimed
+    Prepare   make the claimed disk, or take a kept one back                           -> Prepared
+    Prefetch  take a template's lock, see whether the template is cached               -> Fetched
+    Fill      make the template LV that was missing                                    -> Prepared
+    Progress  bytes of the guest's view, and bytes written to the volume, so far
+    Commit    the copy is complete: what was made is ready
+    Cancel    the VM is powered off while it starts: end its start
+    Drifted   which images the disks of the VM ran from when the VM stopped
+    Release   the VM has stopped: remove or keep its disks
+    Stale     the VM begins to run with these images on shared storage
+
+A line is judged well-formed here and nowhere else: each field has one rule in _RULES, whoever writes it.  The
+helper trusts nothing of what the hook writes: UUIDs are canonical, integers and lists are bounded.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from enum import Enum
+
+from localdisk import kept
+from localdisk.errors import BadRequest
+from localdisk.frozen import frozen, names
+from localdisk.ids import is_fingerprint, is_uuid
+from localdisk.units import MAX_DISK
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, TypeVar
+
+    T = TypeVar("T")
+
+MAX_REQUEST = 64 * 1024  # bytes of one line
+MAX_DISKS = 256
+PROPERTY_VALUES = ("lvm", "lvmthin", "on")
+BACKENDS = ("lvm", "lvmthin")
+
+# Names on the line, if they are not the attributes' own.
+WIRE = {
+    "vm_id": "vm",
+    "image_id": "image",
+    "volume_id": "volume",
+    "domain_id": "domain",
+    "property_value": "property",
+    "ran_from": "disks",
+    "looked": "disks",
+    "template": "base",
+    "base_device": "base",
+    "is_local": "local",
+    "is_kept": "kept",
+    "is_ready": "ready",
+    "is_thin": "thin",
+    "is_cached": "cached",
+}
+
+
+class How(Enum):
+    """What the hook does with a disk that the helper has prepared."""
+
+    KEPT = "kept"  # nothing: a kept disk was taken back
+    COPY = "copy"  # copy all of it
+    MISSING = "missing"  # fill the template LV, commit that, then ask again
+    LAYERS = "layers"  # copy the layers above the base: the disk is a clone of the template LV
+    ON_BASE = "on base"  # copy all, and read the base from the template LV
+    UNCACHED = "uncached"  # ask again without base
+
+
+# -- what both use
+
+
+@frozen
+class Device:
+    """An active logical volume, as the helper knows it."""
+
+    path: str
+    dm_uuid: str
+
+
+@frozen
+class Target(Device):
+    """The logical volume to fill, as the helper made it."""
+
+    zeroed: bool  # reads as zeros where nothing is written
+    bandwidth: int | None  # bytes per second
+    nice: int  # absolute
+
+
+@frozen
+class Base:
+    """A template's volume that a disk may start from; `size` in bytes of its guest's view."""
+
+    volume_id: str
+    domain_id: str  # of block storage, "" for a file
+    fingerprint: str
+    size: int
+
+
+@frozen
+class DiskIds:
+    """One disk of a VM."""
+
+    image_id: str
+    volume_id: str
+
+
+@frozen
+class RanFrom:
+    """Where a disk of a VM was when the VM stopped; the path is compared and logged, nothing else."""
+
+    image_id: str
+    path: str
+
+
+# -- requests
+
+
+@frozen
+class Look:
+    vm_id: str
+    property_value: str
+    disks: tuple[DiskIds, ...]
+
+
+@frozen
+class Claim:
+    vm_id: str
+    property_value: str
+    image_id: str
+    volume_id: str
+
+
+@frozen
+class Prepare:
+    """`size` bytes of the guest's view; `writes` bytes of data are written; it may start from `base`."""
+
+    size: int
+    fingerprint: str
+    writes: int
+    base: Base | None
+
+
+@frozen
+class Prefetch:
+    backend: str
+    template: Base
+
+
+@frozen
+class Fill:
+    writes: int
+
+
+@frozen
+class Progress:
+    done: int
+    written: int
+
+
+@frozen
+class Commit:
+    pass
+
+
+@frozen
+class Cancel:
+    vm_id: str
+    property_value: str
+
+
+@frozen
+class Drifted:
+    vm_id: str
+    property_value: str
+    ran_from: tuple[RanFrom, ...]
+
+
+@frozen
+class Release:
+    vm_id: str
+    property_value: str
+
+
+@frozen
+class Stale:
+    """`images` are ids, or kept.EVERY alone."""
+
+    vm_id: str
+    images: tuple[str, ...]
+
+
+REQUESTS = (Look, Claim, Prepare, Prefetch, Fill, Progress, Commit, Cancel, Drifted, Release, Stale)
+VERBS: Mapping[str, type] = {kind.__name__.lower(): kind for kind in REQUESTS}
+
+
+# -- answers
+
+
+@frozen
+class Done:
+    """There is nothing to answer."""
+
+
+@frozen
+class Looked:
+    """What the helper sees of one disk; `path` is where it is or would be."""
+
+    is_local: bool  # by the policy of this host, it must run from a local disk
+    is_kept: bool  # the VM has a complete local disk of its image
+    is_ready: bool
+    state: str
+    path: str
+
+
+@frozen
+class Looks:
+    """One for each disk that was asked about, in their order."""
+
+    looked: tuple[Looked, ...]
+
+
+@frozen
+class Claimed:
+    """If the disk neither stays nor has a path, it is to be prepared."""
+
+    stays: bool  # leave the disk where it is
+    path: str  # the running VM's local disk, "" if there is none
+    is_thin: bool  # a new local disk would be thin
+    is_cached: bool  # it would start from a local copy of its template
+
+
+@frozen
+class Prepared:
+    """The local disk's path, "" if it is not made yet, and what must be copied to where."""
+
+    how: How
+    path: str = ""
+    target: Target | None = None
+    base_device: Device | None = None
+
+
+@frozen
+class Fetched:
+    """Whether a template is in the cache, and whether a new copy of it would be thin."""
+
+    is_ready: bool
+    is_thin: bool
+
+
+# -- lines
+
+
+def write_request(request: object) -> bytes:
+    """A request as one line, without its line end."""
+    return json.dumps({"verb": type(request).__name__.lower(), **_plain(request)}).encode()
+
+
+def read_request(line: bytes) -> Any:
+    """The request in a line: an object of one of REQUESTS.  Raises BadRequest."""
+    try:
+        data = json.loads(line)
+    except (ValueError, RecursionError):
+        raise BadRequest(problem="it is no JSON") from None
+    if not isinstance(data, dict) or not isinstance(data.get("verb"), str):
+        raise BadRequest(problem="it has no verb")
+    kind = VERBS.get(data.pop("verb"))
+    if kind is None or data.keys() != set(map(_wire, names(kind))):
+        raise BadRequest(problem="its verb or its fields are not known")
+    try:
+        return _read(kind, data)
+    except ValueError as problem:
+        raise BadRequest(problem=str(problem)) from None
+
+
+def write_answer(answer: object) -> dict[str, Any]:
+    """An answer as it is written to a line."""
+    found: dict[str, Any] = _plain(answer)
+    return found
+
+
+def read_answer(kind: type[T], data: object) -> T:
+    """The answer of this class.  Raises ValueError if it is none."""
+    return _read(kind, data)
+
+
+def _wire(name: str) -> str:
+    return WIRE.get(name, name)
+
+
+def _plain(found: Any) -> Any:
+    if isinstance(found, Enum):
+        return found.value
+    if hasattr(type(found), "_names"):
+        return {_wire(name): _plain(getattr(found, name)) for name in names(type(found))}
+    return [_plain(each) for each in found] if isinstance(found, (list, tuple)) else found
+
+
+def _read(kind: type[T], data: object) -> T:
+    if not isinstance(data, dict) or data.keys() != set(map(_wire, names(kind))):
+        fields = ", ".join(map(_wire, names(kind)))
+        raise ValueError(f"{_SHOWN.get(kind, kind.__name__)} is not {{{fields}}}")
+    of = " of the base" if kind is Base else ""
+    return kind(**{name: _RULES[name](_wire(name) + of, data[_wire(name)]) for name in names(kind)})
+
+
+# -- one rule for each field
+
+
+def _one_of(*words: str) -> Callable[[str, object], str]:
+    def rule(name: str, value: object) -> str:
+        if value not in words:
+            raise ValueError(f"the {name} is not known")
+        return str(value)
+
+    return rule
+
+
+def _integer(low: int, high: int) -> Callable[[str, object], int]:
+    def rule(name: str, value: object) -> int:
+        if type(value) is not int or not low <= value <= high:
+            raise ValueError(f"{name} is no integer from {low} to {high}")
+        return value
+
+    return rule
+
+
+def _list_of(read: Callable[[object], T], least: int = 0) -> Callable[[str, object], tuple[T, ...]]:
+    def rule(name: str, value: object) -> tuple[T, ...]:
+        if not isinstance(value, list) or not least <= len(value) <= MAX_DISKS:
+            raise ValueError(f"{name} is no list of at most {MAX_DISKS}")
+        return tuple(map(read, value))
+
+    return rule
+
+
+def _maybe(kind: type[T]) -> Callable[[str, object], T | None]:
+    return lambda _name, value: None if value is None else _read(kind, value)
+
+
+def _uuid(name: str, value: object) -> str:
+    if not is_uuid(value):
+        raise ValueError(f"{name} is no canonical UUID")
+    return str(value)
+
+
+def _uuid_or_nothing(name: str, value: object) -> str:
+    return "" if value == "" else _uuid(name, value)
+
+
+def _size(name: str, value: object) -> int:
+    size = _integer(512, MAX_DISK)(name, value)
+    if size % 512:
+        raise ValueError(f"{name} is malformed")
+    return size
+
+
+def _fingerprint(name: str, value: object) -> str:
+    if not is_fingerprint(value):
+        raise ValueError(f"{name} is malformed")
+    return str(value)
+
+
+def _text(name: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{name} is no text")
+    return value
+
+
+def _flag(name: str, value: object) -> bool:
+    if type(value) is not bool:
+        raise ValueError(f"the {name} is not known")
+    return value
+
+
+def _bandwidth(name: str, value: object) -> int | None:
+    return None if value is None else _integer(1, MAX_DISK)(name, value)
+
+
+def _images(name: str, value: object) -> tuple[str, ...]:
+    found = _list_of(str, least=1)(name, value)
+    if found != (kept.EVERY,) and not all(map(is_uuid, found)):
+        raise ValueError("an image is no canonical UUID")
+    return found
+
+
+_SHOWN: dict[type, str] = {Base: "base", DiskIds: "a disk", RanFrom: "a disk"}
+_RULES: dict[str, Callable[[str, Any], Any]] = {
+    "vm_id": _uuid,
+    "image_id": _uuid,
+    "volume_id": _uuid,
+    "domain_id": _uuid_or_nothing,
+    "property_value": _one_of(*PROPERTY_VALUES),
+    "backend": _one_of(*BACKENDS),
+    "size": _size,
+    "writes": _integer(0, MAX_DISK),
+    "done": _integer(0, MAX_DISK),
+    "written": _integer(0, MAX_DISK),
+    "fingerprint": _fingerprint,
+    "base": _maybe(Base),
+    "template": lambda _name, value: _read(Base, value),
+    "disks": _list_of(lambda row: _read(DiskIds, row)),
+    "ran_from": _list_of(lambda row: _read(RanFrom, row)),
+    "images": _images,
+    "path": _text,
+    "dm_uuid": _text,
+    "state": _text,
+    "zeroed": _flag,
+    "bandwidth": _bandwidth,
+    "nice": _integer(-20, 19),
+    "looked": _list_of(lambda row: _read(Looked, row)),
+    "is_local": _flag,
+    "is_kept": _flag,
+    "is_ready": _flag,
+    "is_thin": _flag,
+    "is_cached": _flag,
+    "stays": _flag,
+    "how": lambda _name, value: How(value),
+    "target": _maybe(Target),
+    "base_device": _maybe(Device),
+}
