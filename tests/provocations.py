@@ -27,15 +27,17 @@ from localdisk import cli, config, counters, frozen, kept, libvirt, lock, run
 from localdisk.config import Config
 from localdisk.errors import CommandFailed, Error
 from localdisk.helper import cache, process
-from localdisk.hook import copy, image, prefetch
+from localdisk.hook import copy, prefetch, sources
 from localdisk.hook.client import Helper
-from localdisk.hook.image import Layer, Source
+from localdisk.hook.sources import Layer, Source
 from localdisk.host import facts, files, install, storage_facts, uninstall
 from localdisk.host.file_changes import Write
 from localdisk.libvirt import DomainState
 from localdisk.status import libvirt_vms, metrics
 from localdisk.vdsm import hook_call
-from localdisk.vdsm.definition import Disk, localize_disk, localize_domain, read_disk, read_domain
+from localdisk.vdsm.disk_json import localize_disk, read_disk
+from localdisk.vdsm.disks import Disk
+from localdisk.vdsm.domain_xml import localize_domain, read_domain
 from localdisk.vdsm.hook_call import DATA_LIMIT, DOMXML, JSON, Call
 from localdisk.volumes import gc, lvm, removal, remove
 from localdisk.volumes.disk import LocalDisk
@@ -56,8 +58,8 @@ from tests.fakes import (
 from tests.unit.helper import test_cache, test_session
 from tests.unit.helper.test_cache import BASE, DOMAIN, FILL, ON, OWN_VOLUME, PREFETCH, THICK_LV, WITH_BASE
 from tests.unit.hook import test_client, test_copy, test_points, test_prefetch
-from tests.unit.hook.test_image import FORMAT, LEAF, extension, made
-from tests.unit.hook.test_image import disk as source_disk
+from tests.unit.hook.test_sources import FORMAT, LEAF, extension, made
+from tests.unit.hook.test_sources import disk as source_disk
 
 if TYPE_CHECKING:
     import pytest
@@ -125,7 +127,7 @@ class World:
         self.open(source_disk(self.directory / LEAF, image_format), **changes)
 
     def open(self, disk: Disk, **changes: object) -> None:
-        with image.opened(Disk(**{**vars(disk), **changes})):
+        with sources.opened(Disk(**{**vars(disk), **changes})):
             pass
 
     def raises(self, place: object, name: str, error: BaseException) -> None:
@@ -1279,7 +1281,7 @@ def missing(world: World) -> None:
 
 def unreadable(error: OSError) -> Provoke:
     def provoke(world: World) -> None:
-        world.raises(image, "_read", error)
+        world.raises(sources, "_read", error)
         world.source(b"x" * 512, "raw")
 
     return provoke
@@ -1288,7 +1290,7 @@ def unreadable(error: OSError) -> Provoke:
 def measured(error: Callable[[World], Exception | str]) -> Provoke:
     def provoke(world: World) -> None:
         (world.directory / LEAF).write_bytes(b"x" * 512)
-        with image.opened(source_disk(world.directory / LEAF, "raw")) as source:
+        with sources.opened(source_disk(world.directory / LEAF, "raw")) as source:
             found = error(world)
             if isinstance(found, str):
                 world.prints(found)
@@ -1300,7 +1302,7 @@ def measured(error: Callable[[World], Exception | str]) -> Provoke:
 
 
 def too_large(world: World) -> None:
-    world.patch.setattr(image, "MAX_DISK", 512)
+    world.patch.setattr(sources, "MAX_DISK", 512)
     world.source(b"x" * 513, "raw")
 
 
@@ -1324,7 +1326,7 @@ def mapped(script: Callable[[World], str]) -> Provoke:
 def stands_on_another(world: World) -> None:
     path = world.directory / LEAF
     path.write_bytes(made(backing=world.evil().encode()[:1000]))
-    with image.opened_alone(str(path), "qcow2"):
+    with sources.opened_alone(str(path), "qcow2"):
         pass
 
 

@@ -15,7 +15,7 @@ from types import TracebackType
 from localdisk import protocol, run
 from localdisk.errors import HelperRefused, HelperUnavailable, how_it_ended, sudo_fix
 from localdisk.protocol import Base, Claimed, DiskIds, Done, Fetched, Looked, Looks, Prepared, RanFrom, Target
-from localdisk.vdsm.definition import Disk
+from localdisk.vdsm.disks import Disk
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -22,8 +22,8 @@ from functools import partial
 from localdisk import device_mapper, run
 from localdisk.errors import CommandMissing, CopyFailed, DeviceNotReady, Error, PoolFilledUp, how_it_ended
 from localdisk.frozen import frozen
-from localdisk.hook import image
-from localdisk.hook.image import Layer, Source
+from localdisk.hook import sources
+from localdisk.hook.sources import Layer, Source
 from localdisk.protocol import Device, Target
 
 NODE_DEADLINE = 10.0  # seconds until udev has made the node and given it to us
@@ -79,7 +79,7 @@ def _layer(layer: Layer) -> Iterator[_Pass]:
     # A file is read through the page cache: its tables are there since its mapping was looked at, and so are
     # not read again.  A block device may have old pages there: other hosts write to it.
     is_direct = layer.is_block and _is_direct((layer,))
-    with image.alone(layer) as (filename, fds):
+    with sources.alone(layer) as (filename, fds):
         # The target stands for the layer's backing file: what the layer does not hold is left as it is there.
         yield _Pass(filename, fds, is_direct, ("-B", "below", "-F", "raw"))
     if not layer.is_block:

@@ -24,14 +24,14 @@ from localdisk.errors import (
     SourceRefused,
     UnplugRefused,
 )
-from localdisk.hook import copy, image, template_source
+from localdisk.hook import copy, sources, template_source
 from localdisk.hook.client import Helper
 from localdisk.hook.copy import OnProgress
-from localdisk.hook.image import Source
+from localdisk.hook.sources import Source
 from localdisk.libvirt import DomainState
 from localdisk.protocol import Base, How, Looked, Prepared
-from localdisk.vdsm import definition, hook_call
-from localdisk.vdsm.definition import Disk
+from localdisk.vdsm import disk_json, domain_xml, hook_call
+from localdisk.vdsm.disks import Disk, is_local_path
 from localdisk.vdsm.hook_call import BEGINNINGS, Call
 
 TYPE_CHECKING = False
@@ -84,7 +84,7 @@ def _is_start(vm_id: str) -> bool:
 def after_disk_prepare(call: Call) -> str | None:
     """Make one disk of a VM that vdsm starts local, and point vdsm to it."""
     text = hook_call.read_data(call)
-    disk = definition.read_disk(text)
+    disk = disk_json.read_disk(text)
     if disk.device in ("cdrom", "floppy"):
         return None
     if disk.was_local:
@@ -94,13 +94,13 @@ def after_disk_prepare(call: Call) -> str | None:
         return None
     with Helper(call.vm_id, call.property_value) as helper:
         path = _make_local(helper, disk)
-    return definition.localize_disk(text, path) if path else None
+    return disk_json.localize_disk(text, path) if path else None
 
 
 def before_vm_start(call: Call) -> str | None:
     """Make sure that every disk that must be local is, just before the domain is created."""
     xml = hook_call.read_data(call)
-    domain_id, every_disk = definition.read_domain(xml)
+    domain_id, every_disk = domain_xml.read_domain(xml)
     if domain_id != call.vm_id:
         raise BadDomain(problem=f"it is of VM {domain_id}, called for VM {call.vm_id}")
     disks = [disk for disk in every_disk if disk.is_vdsm_image]
@@ -117,7 +117,7 @@ def before_vm_start(call: Call) -> str | None:
             helper.mark_stale(shared)
         paths = {disk.name: _be_local(helper, call.vm_id, disk, looked) for disk, looked in zip(disks, looks)}
     # Also what after_disk_prepare has made local: vdsm can leave `file=` beside `dev=` there.
-    return definition.localize_domain(xml, {name: path for name, path in paths.items() if path})
+    return domain_xml.localize_domain(xml, {name: path for name, path in paths.items() if path})
 
 
 def before_vm_destroy(call: Call) -> None:
@@ -135,7 +135,7 @@ def before_vm_destroy(call: Call) -> None:
 
 def after_vm_destroy(call: Call) -> None:
     """Release the local disks of a VM that has stopped; those that it ran beside in the end are kept."""
-    drifted = [(image_id, path) for image_id, path in _ran_from(call) if not definition.is_local_path(path)]
+    drifted = [(image_id, path) for image_id, path in _ran_from(call) if not is_local_path(path)]
     with Helper(call.vm_id, call.property_value) as helper:
         if drifted:
             helper.drifted(drifted)
@@ -148,9 +148,9 @@ def _ran_from(call: Call) -> Iterator[tuple[str, str]]:
     vdsm's own XML may be of before a snapshot; libvirt's definition is undefined after this hook point.
     """
     try:
-        yield from definition.read_ran_from(hook_call.read_data(call), is_live=True)
+        yield from domain_xml.read_ran_from(hook_call.read_data(call), is_live=True)
         for xml in libvirt.xmls([call.vm_id]):
-            yield from definition.read_ran_from(xml, is_live=False)
+            yield from domain_xml.read_ran_from(xml, is_live=False)
     except (BadDomain, LibvirtSilent) as error:
         log.problem("what the VM ran from is not known", vm=call.vm_id, why=error)
 
@@ -173,7 +173,7 @@ def before_vm_dehibernate(call: Call) -> None:
 
 def before_disk_hotplug(call: Call) -> None:
     """Refuse a disk that is plugged into a running local VM, or let it stay on shared storage."""
-    disk = definition.read_disk_element(hook_call.read_data(call))
+    disk = domain_xml.read_disk_element(hook_call.read_data(call))
     policy = _policy(call)
     if policy.is_local(disk.image_id) and policy.hotplug == "refuse" and disk.device == "disk":
         raise HotplugRefused(vm=call.vm_id, disk=disk.name or disk.path)
@@ -181,7 +181,7 @@ def before_disk_hotplug(call: Call) -> None:
 
 def before_disk_hotunplug(call: Call) -> None:
     """Refuse to unplug a local disk: plugged in again, it would be the shared one, with older data."""
-    disk = definition.read_disk_element(hook_call.read_data(call))
+    disk = domain_xml.read_disk_element(hook_call.read_data(call))
     if disk.is_local:
         raise UnplugRefused(vm=call.vm_id, disk=disk.name, path=disk.path)
 
@@ -261,7 +261,7 @@ def _make_local(helper: Helper, disk: Disk) -> str:
     if claimed.stays or claimed.path:
         return claimed.path
     _require_copyable(disk)
-    with image.opened(disk) as source:
+    with sources.opened(disk) as source:
         base = _base(source) if claimed.is_cached else None
         prepared = _prepare(helper, source, claimed.is_thin, base)
         if prepared.target:

@@ -10,7 +10,7 @@ import os
 import pwd
 
 from localdisk.errors import NoTemplate, UsageError
-from localdisk.hook import image, template_source
+from localdisk.hook import sources, template_source
 from localdisk.hook.client import Helper
 from localdisk.hook.copy import OnProgress
 from localdisk.hook.points import fill
@@ -54,7 +54,7 @@ def prefetch(name: str, backend: str, show: OnProgress | None = None) -> str:
         raise NoTemplate(volume=path, problem="there is no metadata of vdsm's beside it")
     if metadata.get("VOLTYPE") != "SHARED":
         raise NoTemplate(volume=path, problem="its metadata does not call it a template's")
-    with image.opened_alone(path, _FORMATS[metadata["FORMAT"]]) as source, Helper() as helper:
+    with sources.opened_alone(path, _FORMATS[metadata["FORMAT"]]) as source, Helper() as helper:
         layer = source.base
         if not template_source.is_template(layer):
             raise NoTemplate(volume=path, problem="its metadata is not that of a template in use")

@@ -13,7 +13,7 @@ import os
 import re
 import stat
 
-from localdisk.hook.image import Layer
+from localdisk.hook.sources import Layer
 from localdisk.ids import is_uuid
 
 _LIMIT = 64 << 10  # bytes; vdsm's is 512, or 8 KiB from version 5 of storage domains on

@@ -9,8 +9,8 @@ from localdisk import libvirt, log
 from localdisk.errors import BadDomain
 from localdisk.frozen import frozen
 from localdisk.libvirt import Domains
-from localdisk.vdsm import definition
-from localdisk.vdsm.definition import Running
+from localdisk.vdsm import domain_xml
+from localdisk.vdsm.domain_xml import Running
 
 
 @frozen
@@ -54,7 +54,7 @@ def answer(asked: libvirt.Question) -> Vms:
     running, unread = [], set(active)
     for xml in libvirt.xmls(active):
         try:
-            vm = definition.read_running(xml)
+            vm = domain_xml.read_running(xml)
         except BadDomain as error:
             vm_id = next((vm_id for vm_id in active if f"<uuid>{vm_id}</uuid>" in xml), "")
             log.problem("a VM's XML is not understood", vm=vm_id, why=error)

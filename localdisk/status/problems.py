@@ -15,7 +15,8 @@ from localdisk.frozen import frozen
 from localdisk.ids import is_fingerprint
 from localdisk.status.libvirt_vms import Vms
 from localdisk.units import format_duration, format_size
-from localdisk.vdsm.definition import Disk, Running
+from localdisk.vdsm.disks import Disk
+from localdisk.vdsm.domain_xml import Running
 from localdisk.volumes import gc
 from localdisk.volumes.disk import LocalDisk, State, is_left_alone
 from localdisk.volumes.gc import Action

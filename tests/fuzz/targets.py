@@ -19,11 +19,11 @@ from localdisk import config, counters, libvirt, lock, run
 from localdisk.clock import Moment
 from localdisk.errors import Error
 from localdisk.helper.session import Session
-from localdisk.hook import image, template_source
-from localdisk.hook.image import Header
+from localdisk.hook import sources, template_source
+from localdisk.hook.qcow2 import Header
 from localdisk.status import output, snapshot
-from localdisk.vdsm import definition
-from localdisk.vdsm.definition import Disk
+from localdisk.vdsm import disk_json, disks, domain_xml
+from localdisk.vdsm.disks import Disk
 from localdisk.volumes import gc, progress, template
 from localdisk.volumes.disk import LocalDisk, local_disks
 from localdisk.volumes.lvm import VolumeGroup
@@ -79,14 +79,14 @@ def _text(data: bytes) -> str:
 
 
 def _disk_json(data: bytes) -> None:
-    definition.read_disk(_text(data))
-    definition.localize_disk(_text(data), f"/dev/ovirt-local/{VOLUME}")
+    disk_json.read_disk(_text(data))
+    disk_json.localize_disk(_text(data), f"/dev/ovirt-local/{VOLUME}")
 
 
 def _domain(data: bytes) -> None:
-    _, disks = definition.read_domain(_text(data))
+    _, disks = domain_xml.read_domain(_text(data))
     for disk in disks:
-        definition.localize_domain(_text(data), {disk.name: f"/dev/ovirt-local/{VOLUME}"})
+        domain_xml.localize_domain(_text(data), {disk.name: f"/dev/ovirt-local/{VOLUME}"})
 
 
 def _file(data: bytes) -> int:
@@ -103,18 +103,18 @@ def _qcow2(data: bytes) -> None:
         leaf, parent = Path(directory) / VOLUME, Path(directory) / OTHER_VOLUME
         leaf.write_bytes(data)
         parent.write_bytes(data)
-        volumes = tuple(definition.Volume(path.name, str(path)) for path in (leaf, parent))
-        with image.opened(_disk(str(leaf), volumes)) as source:
+        volumes = tuple(disks.Volume(path.name, str(path)) for path in (leaf, parent))
+        with sources.opened(_disk(str(leaf), volumes)) as source:
             assert json.loads(source.filename.partition(":")[2])
             assert 0 < source.virtual_size <= 64 << 40
 
 
-def _disk(path: str, volumes: tuple[definition.Volume, ...]) -> Disk:
+def _disk(path: str, volumes: tuple[disks.Volume, ...]) -> Disk:
     return Disk("vda", "disk", path, "cow", "file", IMAGE, VOLUME, "none", volumes)
 
 
 def _measure(data: bytes) -> None:
-    source = image.Source((image.Layer(PATH, "raw", 0, False, 1 << 30, ""),))
+    source = sources.Source((sources.Layer(PATH, "raw", 0, False, 1 << 30, ""),))
     with mock.patch.object(run, "run", return_value=_text(data)):
         assert 0 <= source.writes(leaves_out_zeros=True) <= 1 << 30
 
@@ -127,7 +127,7 @@ def _metadata(data: bytes) -> bool:
         path.write_bytes(b"x" * 512)
         path.with_suffix(".meta").write_bytes(data)
         told = template_source.read_metadata(str(path))
-        with image.opened_alone(str(path), "raw") as source:
+        with sources.opened_alone(str(path), "raw") as source:
             is_template = template_source.is_template(source.base)
     assert all(isinstance(value, str) and "\n" not in value for value in told.values())
     if is_template:  # it has but one image, which it must name
@@ -137,7 +137,7 @@ def _metadata(data: bytes) -> bool:
 
 def _map(data: bytes) -> None:
     for line in data.splitlines(keepends=True):
-        assert isinstance(image._held(line, PATH), int)
+        assert isinstance(sources._held(line, PATH), int)
 
 
 # -- what the hook asks of the helper
@@ -235,7 +235,7 @@ def _xmls(data: bytes) -> None:
     question.text = lambda: _text(data)
     with mock.patch.object(libvirt, "_ask", return_value=question):
         for xml in libvirt.xmls([VM]):
-            definition.read_running(xml)
+            domain_xml.read_running(xml)
 
 
 def _record(data: bytes) -> None:
@@ -328,7 +328,7 @@ TARGETS = (
     ),
     Target("disk JSON", _disk_json, _files("*.in.json"), (b'"volumeChain"', b"1e999", b"NaN", b"\\ud800")),
     Target("domain XML", _domain, _files("*.in.xml"), (b"<!DOCTYPE x>", b"&x;", b"<!--", b"<![CDATA[")),
-    Target("disk element", lambda data: definition.read_disk_element(_text(data)), _elements()),
+    Target("disk element", lambda data: domain_xml.read_disk_element(_text(data)), _elements()),
     Target("qcow2 header", _qcow2, (_header(), _header()[:104], b"QFI\xfb"), (b"\xff" * 8, bytes(8))),
     Target("qemu-img measure", _measure, (json.dumps(MEASURED).encode(),), (b"-1", b"1e9", b"null")),
     Target("qemu-img map", _map, (MAPPED,), (b"-1", b"1e9", b"null", b"true", b"[[", b"},\n{")),

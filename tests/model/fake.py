@@ -25,7 +25,7 @@ from localdisk import cli, config, lock, run
 from localdisk.errors import CommandFailed, Error
 from localdisk.helper.process import Ended as HelperEnded
 from localdisk.helper.session import Session
-from localdisk.hook import copy, image, points, prefetch, template_source
+from localdisk.hook import copy, points, prefetch, sources, template_source
 from localdisk.hook.copy import OnProgress
 from localdisk.protocol import Device, Target
 from localdisk.vdsm import hook_call
@@ -298,7 +298,7 @@ class Host(FakeHost):
 
 @dataclass(frozen=True)
 class FakeSource:
-    """What `image.opened` gives, of a source that exists in the model only."""
+    """What `sources.opened` gives, of a source that exists in the model only."""
 
     source: Source
     template: Source | None  # that it stands on
@@ -401,8 +401,8 @@ class FakeWorld:
             (uuid, "uuid4", lambda: uuid.UUID(int=self.rng.getrandbits(128), version=4)),
             (config, "load", lambda _path=None: self.config),
             (hook_call, "is_running", lambda: False),
-            (image, "opened", self._opened),
-            (image, "opened_alone", self._opened_alone),
+            (sources, "opened", self._opened),
+            (sources, "opened_alone", self._opened_alone),
             (template_source, "read_metadata", lambda _path: {"FORMAT": "RAW", "VOLTYPE": "SHARED"}),
             (template_source, "is_template", lambda layer: layer.is_template),
             (copy, "copy", self._copy),

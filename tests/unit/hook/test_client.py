@@ -11,7 +11,7 @@ from localdisk import run
 from localdisk.errors import CommandMissing, HelperRefused, HelperUnavailable
 from localdisk.hook.client import Helper
 from localdisk.protocol import Base, Claimed, Device, Fetched, How, Looked, Prepared, Target
-from localdisk.vdsm.definition import Disk
+from localdisk.vdsm.disks import Disk
 from tests.fakes import FINGERPRINT, IMAGE, OTHER_IMAGE, OTHER_VOLUME, VM, VOLUME
 
 

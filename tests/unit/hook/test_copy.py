@@ -17,10 +17,10 @@ import pytest
 
 from localdisk import device_mapper, protocol, run
 from localdisk.errors import CopyFailed, DeviceNotReady
-from localdisk.hook import copy, image
-from localdisk.hook.image import Layer, Source
+from localdisk.hook import copy, sources
+from localdisk.hook.sources import Layer, Source
 from localdisk.protocol import Target
-from localdisk.vdsm.definition import Disk, Volume
+from localdisk.vdsm.disks import Disk, Volume
 
 MIB = 1 << 20
 DM_UUID = "LVM-" + "x" * 64
@@ -111,7 +111,7 @@ def disk(directory: Path, image_format: str) -> Disk:
 @contextlib.contextmanager
 def raw_source(directory: Path, content: bytes) -> Iterator[Source]:
     (directory / LEAF).write_bytes(content)
-    with image.opened(disk(directory, "raw")) as source:
+    with sources.opened(disk(directory, "raw")) as source:
         yield source
 
 
@@ -122,7 +122,7 @@ def fixture_chain(tmp_path: Path) -> Iterator[Source]:
     os.truncate(tmp_path / BASE, MIB)
     argv = ["qemu-img", "create", "-q", "-f", "qcow2", "-b", BASE, "-F", "raw", str(tmp_path / LEAF)]
     subprocess.run(argv, check=True)
-    with image.opened(disk(tmp_path, "cow")) as source:
+    with sources.opened(disk(tmp_path, "cow")) as source:
         yield source
 
 
@@ -435,7 +435,7 @@ class Chain:
     def opened(self) -> Iterator[Source]:
         volumes = tuple(Volume(name, str(self.directory / name)) for name in reversed(self.names))
         kind = "cow" if len(self.names) > 1 else "raw"
-        with image.opened(
+        with sources.opened(
             Disk("vda", "disk", str(self.path), kind, "file", BASE, self.names[0], "none", volumes)
         ) as source:
             yield source

@@ -15,7 +15,7 @@ import pytest
 from localdisk import device_mapper
 from localdisk.hook import fingerprint
 from localdisk.hook.fingerprint import SAMPLE, SAMPLES, Tables, is_empty, read_identity, read_sample
-from localdisk.hook.image import Header
+from localdisk.hook.qcow2 import Header
 
 MIB = 1 << 20
 

@@ -30,7 +30,7 @@ from localdisk.helper.process import Ended
 from localdisk.helper.session import Session
 from localdisk.hook import copy, points, template_source
 from localdisk.hook.copy import OnProgress
-from localdisk.hook.image import Layer, Source
+from localdisk.hook.sources import Layer, Source
 from localdisk.libvirt import DomainState
 from localdisk.protocol import Base, Device, Target
 from localdisk.vdsm import hook_call

@@ -15,7 +15,7 @@ from localdisk.helper.process import Ended
 from localdisk.helper.session import Session
 from localdisk.hook import copy, prefetch, template_source
 from localdisk.hook.copy import OnProgress
-from localdisk.hook.image import Source
+from localdisk.hook.sources import Source
 from localdisk.protocol import Target
 from tests.fakes import EXTENT, Conversation, FakeHost
 

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from localdisk.hook import image, template_source
-from localdisk.hook.image import Layer
+from localdisk.hook import sources, template_source
+from localdisk.hook.sources import Layer
 
 VOLUME = "aaaaaaaa-0000-4000-8000-000000000000"
 TEMPLATE_IMAGE = "bbbbbbbb-0000-4000-8000-000000000000"
@@ -75,7 +75,7 @@ def fixture_domain(tmp_path: Path) -> Domain:
 
 @contextmanager
 def opened(path: Path) -> Iterator[Layer]:
-    with image.opened_alone(str(path), "raw") as source:
+    with sources.opened_alone(str(path), "raw") as source:
         yield source.base
 
 

@@ -1,11 +1,9 @@
 """The source of a local disk: its layers, opened once, and what a guest would see of them.
 
 Nothing is probed.  The format of the leaf is what vdsm says; the format and name of each parent is what
-the qcow2 header of its child says, read by our own code, and the parent must be a volume that vdsm
+the qcow2 header of its child says (`qcow2.py`), and the parent must be a volume that vdsm
 named.  Each layer is opened once; header, fingerprint and copy all go through that descriptor, so a file
 that is swapped in between changes nothing.  qemu-img gets the layers as an explicit node tree.
-
-qcow2 header: docs/interop/qcow2.txt of QEMU.
 """
 
 from __future__ import annotations
@@ -15,126 +13,28 @@ import hashlib
 import json
 import os
 import stat
-import struct
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 from localdisk import device_mapper, run
 from localdisk.errors import CommandFailed, CommandMissing, SourceRefused
-from localdisk.frozen import field, frozen
+from localdisk.frozen import frozen
 from localdisk.hook.fingerprint import Tables, forget_pages, is_empty, read_identity
+from localdisk.hook.qcow2 import HEADER_BYTES, SECTOR, Header
 from localdisk.ids import is_uuid
 from localdisk.units import MAX_DISK
-from localdisk.vdsm.definition import Disk
+from localdisk.vdsm.disks import Disk
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
 MAX_LAYERS = 64
-SECTOR = 512
 
-_MAGIC = b"QFI\xfb"
-_FIXED = struct.Struct(">4sIQIIQIIQQIIQ")  # magic … snapshots_offset: 72 bytes, all of version 2
-_FEATURES = struct.Struct(">QQQII")  # version 3: features, refcount_order, header_length
-_EXTENSION = struct.Struct(">II")
-_BACKING_FORMAT = 0xE2792ACA
-_COMPRESSION_TYPE, _EXTENDED_L2 = 1 << 3, 1 << 4
-_CONVERT = "convert it with qemu-img convert -f qcow2 -O qcow2 and put the result in its place"
-_REFUSED_FEATURES = {
-    1 << 0: ("it was not closed properly", "repair it with qemu-img check -f qcow2 -r all"),
-    1 << 1: ("it is marked corrupt", "repair it with qemu-img check -f qcow2 -r all, or restore it"),
-    1 << 2: ("it has an external data file", _CONVERT),
-}
-# What this program does not know, the host's qemu-img often does not open, either, and then converts nothing.
-_UNKNOWN = f"restore it; if qemu-img info opens it, or a newer one elsewhere does, {_CONVERT}"
 _REPLACED = "find out who put it there (ls -l, readlink -f), then restore the volume"
-_HEADER_BYTES = 64 * 1024  # header, extensions and backing name lie in the first cluster
 _MEASURED = 64 * 1024  # the cluster size that qemu-img measure assumes
 # A forged image can make a tool eat memory or spin.
 _BOUNDED = ("prlimit", "--as=2147483648", "--cpu=600", "--core=0", "--")
-
-
-@frozen
-class Header:
-    """What a qcow2 header says; `virtual_size` in bytes, names "" where there are none."""
-
-    virtual_size: int
-    backing_name: str
-    backing_format: str
-    tables: Tables = field(default=Tables(), compare=False)
-
-    @classmethod
-    def parse(cls, data: bytes) -> Header:
-        """From the first 64 KiB of an image.  Raises ValueError with (problem, fix)."""
-        if len(data) < _FIXED.size or not data.startswith(_MAGIC):
-            raise ValueError("it is no qcow2 image, but vdsm or its child says so", "restore the volume")
-        fields = _FIXED.unpack_from(data)
-        version, backing_offset, backing_size, cluster_bits, size = fields[1:6]
-        crypt_method, l1_size, l1_at, refcounts_at, refcount_clusters, snapshots = fields[6:12]
-        if version not in (2, 3):
-            raise ValueError(f"qcow2 version {version} is not known", _UNKNOWN)
-        if crypt_method:
-            fix = "decrypt it with qemu-img convert --object secret,id=NAME,file=KEY --image-opts"
-            raise ValueError("it is encrypted", fix)
-        if snapshots:
-            raise ValueError("it has internal snapshots", "remove each with qemu-img snapshot -d NAME")
-        if not 9 <= cluster_bits <= 21:
-            raise ValueError(f"its cluster size is 2^{cluster_bits}", "restore the volume")
-        if size % SECTOR or not 0 < size <= MAX_DISK:
-            fix = "set it to whole 512 bytes, at most 64 TiB, with qemu-img resize -f qcow2 --shrink"
-            raise ValueError(f"its virtual size is {size} bytes", fix)
-        header_length = _header_length(version, data)
-        return cls(
-            virtual_size=size,
-            backing_name=_backing_name(data, backing_offset, backing_size, 1 << cluster_bits),
-            backing_format=_backing_format(data, header_length, backing_offset or 1 << cluster_bits),
-            tables=Tables(
-                cluster=1 << cluster_bits,
-                l1=(l1_at, 8 * l1_size),
-                refcounts=(refcounts_at, refcount_clusters << cluster_bits),
-            ),
-        )
-
-
-def _header_length(version: int, data: bytes) -> int:
-    if version == 2:
-        return _FIXED.size
-    if len(data) < _FIXED.size + _FEATURES.size:
-        raise ValueError("its header is cut off", "restore the volume")
-    incompatible, _, _, _, length = _FEATURES.unpack_from(data, _FIXED.size)
-    for bit, refusal in _REFUSED_FEATURES.items():
-        if incompatible & bit:
-            raise ValueError(*refusal)
-    unknown = incompatible & ~(_COMPRESSION_TYPE | _EXTENDED_L2)
-    if unknown:
-        raise ValueError(f"it needs unknown features {unknown:#x}", _UNKNOWN)
-    if not _FIXED.size + _FEATURES.size <= length <= len(data) or length % 8:
-        raise ValueError(f"its header length is {length}", "restore the volume")
-    return int(length)
-
-
-def _backing_name(data: bytes, offset: int, size: int, cluster: int) -> str:
-    if not offset:
-        return ""
-    if not 0 < size <= 1023 or offset + size > min(cluster, len(data)):
-        raise ValueError("its backing file name lies outside the header", "restore the volume")
-    return data[offset : offset + size].decode("utf-8", "backslashreplace")
-
-
-def _backing_format(data: bytes, offset: int, end: int) -> str:
-    """The backing format header extension between `offset` and `end`, "" where there is none."""
-    while offset + _EXTENSION.size <= min(end, len(data)):
-        kind, length = _EXTENSION.unpack_from(data, offset)
-        offset += _EXTENSION.size
-        if kind == 0:
-            break
-        if offset + length > min(end, len(data)):
-            raise ValueError("a header extension is longer than the header", "restore the volume")
-        if kind == _BACKING_FORMAT:
-            return data[offset : offset + length].decode("ascii", "backslashreplace")
-        offset += -(-length // 8) * 8
-    return ""
 
 
 @frozen
@@ -168,7 +68,7 @@ class Layer:
     def is_unchanged(self) -> bool:
         """Whether it is what it was when it was opened, as far as its identity tells."""
         try:
-            return read_identity(self.fd, _read(self.fd, _HEADER_BYTES), self.tables) == self.identity
+            return read_identity(self.fd, _read(self.fd, HEADER_BYTES), self.tables) == self.identity
         except OSError:
             return False
 
@@ -429,7 +329,7 @@ def _open_layer(
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)  # no more than is asked for; qemu-img opens it anew
         if is_block:
             forget_pages(fd)
-        start = _read(fd, _HEADER_BYTES)
+        start = _read(fd, HEADER_BYTES)
         header = Header.parse(start) if image_format == "qcow2" else None
         tables = header.tables if header else None
         is_upon = header is not None and header.backing_name != ""

@@ -21,9 +21,10 @@ from hypothesis import strategies as st
 from localdisk import device_mapper, run
 from localdisk.errors import CommandFailed, CommandMissing, SourceRefused
 from localdisk.frozen import replace
-from localdisk.hook import image
-from localdisk.hook.image import Header, Layer, Source
-from localdisk.vdsm.definition import Disk, Volume
+from localdisk.hook import sources
+from localdisk.hook.qcow2 import Header
+from localdisk.hook.sources import Layer, Source
+from localdisk.vdsm.disks import Disk, Volume
 
 MIB = 1 << 20
 SECRET = b"the host's own secret\n" * 100
@@ -312,7 +313,7 @@ def no_descriptor_is_left() -> Iterator[None]:
 
 
 def refusal(given_disk: Disk) -> str:
-    with no_descriptor_is_left(), pytest.raises(SourceRefused) as caught, image.opened(given_disk):
+    with no_descriptor_is_left(), pytest.raises(SourceRefused) as caught, sources.opened(given_disk):
         pass
     message = str(caught.value)
     assert message.isprintable()
@@ -322,7 +323,7 @@ def refusal(given_disk: Disk) -> str:
 
 
 def test_a_chain_is_read_as_the_guest_sees_it(chain: Path, tmp_path: Path) -> None:
-    with no_descriptor_is_left(), image.opened(disk(chain / LEAF, volumes=[MIDDLE, BASE])) as source:
+    with no_descriptor_is_left(), sources.opened(disk(chain / LEAF, volumes=[MIDDLE, BASE])) as source:
         leaf, middle, base = source.fds
         assert source.virtual_size == MIB
         assert [layer.path for layer in source.layers] == [str(chain / n) for n in (LEAF, MIDDLE, BASE)]
@@ -349,7 +350,7 @@ def unnamed(leaf: Path) -> Disk:
 
 
 def test_a_chain_that_vdsm_does_not_name_is_in_the_images_directory(chain: Path) -> None:
-    with image.opened(unnamed(chain / LEAF)) as source:
+    with sources.opened(unnamed(chain / LEAF)) as source:
         assert [layer.path for layer in source.layers] == [str(chain / n) for n in (LEAF, MIDDLE, BASE)]
 
 
@@ -364,7 +365,7 @@ def test_paths_are_those_of_vdsm_not_of_the_header(own_chain: Path, tmp_path: Pa
     (own_chain / BASE).rename(elsewhere / BASE)
     volumes = tuple(Volume(n, str((elsewhere if n == BASE else own_chain) / n)) for n in (LEAF, MIDDLE, BASE))
     given_disk = disk(own_chain / LEAF)
-    with image.opened(Disk(**{**vars(given_disk), "volumes": volumes})) as source:
+    with sources.opened(Disk(**{**vars(given_disk), "volumes": volumes})) as source:
         assert view(source, tmp_path / "out").startswith(CHAIN_VIEW)
 
 
@@ -378,7 +379,7 @@ def test_names_that_vdsm_wrote_until_2016(tmp_path: Path, merges: int) -> None:
     for name, backing, kind in ((MIDDLE, BASE, "raw"), (LEAF, MIDDLE, "qcow2")):
         qemu_img("rebase", "-u", "-f", "qcow2", "-b", way + backing, "-F", kind, directory / name)
     for named in ([MIDDLE, BASE], None):
-        with image.opened(disk(directory / LEAF, volumes=named)) as source:
+        with sources.opened(disk(directory / LEAF, volumes=named)) as source:
             assert [layer.path for layer in source.layers] == [
                 str(directory / name) for name in (LEAF, MIDDLE, BASE)
             ]
@@ -391,7 +392,7 @@ def test_a_leaf_without_parent_says_so(tmp_path: Path) -> None:
     (tmp_path / "secret").write_bytes(SECRET.ljust(MIB, b"\0"))
     path = tmp_path / LEAF
     qemu_img("create", "-f", "qcow2", path, MIB)
-    with image.opened(disk(path)) as source:
+    with sources.opened(disk(path)) as source:
         assert json.loads(source.filename[5:])["backing"] is None
         qemu_img("rebase", "-u", "-f", "qcow2", "-b", tmp_path / "secret", "-F", "raw", path)
         assert view(source, tmp_path / "out") == bytes(MIB)
@@ -403,7 +404,7 @@ def test_a_link_to_the_images_directory_is_followed(tmp_path: Path) -> None:
     (tmp_path / "images" / IMAGE / LEAF).write_bytes(bytes(MIB))
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / IMAGE).symlink_to(tmp_path / "images" / IMAGE)
-    with image.opened(disk(tmp_path / "run" / IMAGE / LEAF, "raw")) as source:
+    with sources.opened(disk(tmp_path / "run" / IMAGE / LEAF, "raw")) as source:
         assert source.virtual_size == MIB
 
 
@@ -465,7 +466,7 @@ def test_vdsms_own_links_lead_to_the_domain(tmp_path: Path, link: str, target: s
     if link:
         (tmp_path / link).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / link).symlink_to(tmp_path / target)
-    with image.opened(in_a_domain(tmp_path / path)) as source:
+    with sources.opened(in_a_domain(tmp_path / path)) as source:
         assert os.pread(source.fds[0], len(DOMAIN), 0) == DOMAIN.encode()
 
 
@@ -524,7 +525,7 @@ def dm(*names: str) -> str:
 )
 def test_the_name_of_a_block_volume(name: str, domain_id: str, is_volume: bool) -> None:
     """dmsetup(8), lvm2 lib/activate/dev_manager.c."""
-    assert image._is_volume_name(name, domain_id, LEAF) is is_volume
+    assert sources._is_volume_name(name, domain_id, LEAF) is is_volume
 
 
 @pytest.mark.parametrize(("domain_id", "is_refused"), [(DOMAIN, False), (OTHER_DOMAIN, True)])
@@ -540,7 +541,7 @@ def test_a_block_volume_in_another_storage_domain(
     if is_refused:
         assert f"it leads to something else than volume {LEAF}" in refusal(given_disk)
     else:
-        with image.opened(given_disk) as source:
+        with sources.opened(given_disk) as source:
             assert source.layers[0].is_block
 
 
@@ -548,7 +549,7 @@ def test_a_hard_link_is_a_volume(tmp_path: Path) -> None:
     """A template's base is one in the directory of each image that is made from it."""
     (tmp_path / "template").write_bytes(bytes(MIB))
     os.link(tmp_path / "template", tmp_path / LEAF)
-    with image.opened(disk(tmp_path / LEAF, "raw")) as source:
+    with sources.opened(disk(tmp_path / LEAF, "raw")) as source:
         assert source.virtual_size == MIB
 
 
@@ -559,7 +560,7 @@ def test_a_hard_link_is_a_volume(tmp_path: Path) -> None:
 def test_raw_volumes_are_whole_sectors(tmp_path: Path, size: int, virtual_size: int) -> None:
     content = os.urandom(size)
     (tmp_path / LEAF).write_bytes(content)
-    with image.opened(disk(tmp_path / LEAF, "raw")) as source:
+    with sources.opened(disk(tmp_path / LEAF, "raw")) as source:
         assert source.virtual_size == virtual_size
         assert json.loads(source.filename[5:]) == {
             "driver": "raw",
@@ -574,7 +575,7 @@ def test_a_guest_cannot_make_its_raw_disk_a_qcow2_image(tmp_path: Path) -> None:
     qemu_img("create", "-u", "-f", "qcow2", "-b", tmp_path / "secret", "-F", "raw", path, MIB)
     content = path.read_bytes().ljust(MIB, b"\0")
     path.write_bytes(content)
-    with image.opened(disk(path, "raw")) as source:
+    with sources.opened(disk(path, "raw")) as source:
         assert len(source.layers) == 1
         assert view(source, tmp_path / "out") == content
 
@@ -586,13 +587,13 @@ def test_a_base_that_is_raw_by_its_childs_header_is_not_probed(tmp_path: Path) -
     content = base.read_bytes().ljust(MIB, b"\0")
     base.write_bytes(content)
     qemu_img("create", "-u", "-f", "qcow2", "-b", BASE, "-F", "raw", tmp_path / LEAF, MIB)
-    with image.opened(disk(tmp_path / LEAF, volumes=[BASE])) as source:
+    with sources.opened(disk(tmp_path / LEAF, volumes=[BASE])) as source:
         assert view(source, tmp_path / "out") == content
 
 
 def test_a_volume_that_is_swapped_after_opening_changes_nothing(own_chain: Path, tmp_path: Path) -> None:
     (own_chain / "other").write_bytes(SECRET)
-    with image.opened(disk(own_chain / LEAF, volumes=[MIDDLE, BASE])) as source:
+    with sources.opened(disk(own_chain / LEAF, volumes=[MIDDLE, BASE])) as source:
         before = source.fingerprint
         for name in (LEAF, MIDDLE, BASE):
             os.replace(shutil.copy(own_chain / "other", own_chain / "new"), own_chain / name)
@@ -616,7 +617,7 @@ def long_chain(directory: Path, layers: int) -> Disk:
 
 
 def test_the_longest_chain(tmp_path: Path) -> None:
-    with no_descriptor_is_left(), image.opened(long_chain(tmp_path, 64)) as source:
+    with no_descriptor_is_left(), sources.opened(long_chain(tmp_path, 64)) as source:
         assert len(source.layers) == 64
         assert view(source, tmp_path / "out") == b"\x44" * MIB
 
@@ -749,7 +750,7 @@ def test_advice_that_is_followed_makes_the_volume_good(tmp_path: Path, name: str
     for command in advice.commands:
         words = [re.sub(r"\b(IT|NEW|KEY)\b", lambda found: places[str(found[0])], word) for word in command]
         subprocess.run(words, check=True, capture_output=True)
-    with image.opened(disk(path)) as source:
+    with sources.opened(disk(path)) as source:
         assert source.virtual_size == MIB
         content = view(source, tmp_path / "out")
     assert content == bytes(64 << 10) + b"\x55" * (128 << 10) + bytes(MIB - (192 << 10))
@@ -784,7 +785,7 @@ def test_a_backing_format_is_set_as_advised(
     leaf = disk(own_chain / LEAF, volumes=[MIDDLE, BASE])
     assert f"set it with qemu-img rebase -u -f qcow2 -b {MIDDLE} -F raw|qcow2" in refusal(leaf)
     qemu_img("rebase", "-u", "-f", "qcow2", "-b", MIDDLE, "-F", "qcow2", own_chain / LEAF)
-    with image.opened(leaf) as source:
+    with sources.opened(leaf) as source:
         assert view(source, tmp_path / "out").startswith(CHAIN_VIEW)
 
 
@@ -793,7 +794,7 @@ def test_a_genuine_chain_is_corrected_as_advised(own_chain: Path, tmp_path: Path
     leaf = disk(own_chain / LEAF, volumes=[MIDDLE, BASE])
     assert "correct it with qemu-img rebase -u -f qcow2 -b VOLUME -F FORMAT" in refusal(leaf)
     qemu_img("rebase", "-u", "-f", "qcow2", "-b", MIDDLE, "-F", "qcow2", own_chain / LEAF)
-    with image.opened(leaf) as source:
+    with sources.opened(leaf) as source:
         assert view(source, tmp_path / "out").startswith(CHAIN_VIEW)
 
 
@@ -886,7 +887,7 @@ def as_ordinary_user() -> Iterator[None]:
 
 
 def test_a_volume_that_is_too_large(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(image, "MAX_DISK", 1024)  # no file system has room for the real limit
+    monkeypatch.setattr(sources, "MAX_DISK", 1024)  # no file system has room for the real limit
     path = tmp_path / LEAF
     path.write_bytes(bytes(1025))
     assert "its size is 1536 bytes : check the volume" in refusal(disk(path, "raw"))
@@ -903,7 +904,7 @@ def test_a_leaf_that_is_cut_off(tmp_path: Path, cut: int) -> None:
 
 
 def test_writes_of_a_copy(chain: Path) -> None:
-    with image.opened(disk(chain / LEAF, volumes=[MIDDLE, BASE])) as source:
+    with sources.opened(disk(chain / LEAF, volumes=[MIDDLE, BASE])) as source:
         assert source.writes(leaves_out_zeros=False) == MIB
         assert source.writes(leaves_out_zeros=True) == 192 << 10
 
@@ -913,17 +914,17 @@ def test_writes_of_clusters_that_are_not_whole(tmp_path: Path) -> None:
         file.write(b"x" * 4096)
         file.seek(900_000)
         file.write(b"x" * 100_000)
-    with image.opened(disk(tmp_path / LEAF, "raw")) as source:
+    with sources.opened(disk(tmp_path / LEAF, "raw")) as source:
         assert source.virtual_size == 1_000_448
         assert source.writes(leaves_out_zeros=True) == 4 * 65536  # 0, 13, 14, and the last, cut off, as whole
     (tmp_path / LEAF).write_bytes(b"x" * 1_000_000)
-    with image.opened(disk(tmp_path / LEAF, "raw")) as source:
+    with sources.opened(disk(tmp_path / LEAF, "raw")) as source:
         assert source.writes(leaves_out_zeros=True) == 1_000_448
 
 
 def test_writes_of_an_empty_image(tmp_path: Path) -> None:
     qemu_img("create", "-f", "qcow2", tmp_path / LEAF, "1T")
-    with image.opened(disk(tmp_path / LEAF)) as source:
+    with sources.opened(disk(tmp_path / LEAF)) as source:
         assert source.writes(leaves_out_zeros=True) == 0
         assert source.writes(leaves_out_zeros=False) == 1 << 40
 
@@ -931,7 +932,7 @@ def test_writes_of_an_empty_image(tmp_path: Path) -> None:
 def test_writes_of_an_image_whose_tables_are_forged(tmp_path: Path) -> None:
     path = tmp_path / LEAF
     path.write_bytes(made(size=MIB))  # its L1 table lies behind the end
-    with image.opened(disk(path)) as source, contextlib.suppress(CommandFailed):
+    with sources.opened(disk(path)) as source, contextlib.suppress(CommandFailed):
         assert 0 <= source.writes(leaves_out_zeros=True) <= MIB
 
 
@@ -949,7 +950,7 @@ def test_a_measure_that_is_not_understood(monkeypatch: pytest.MonkeyPatch, tmp_p
         return out
 
     monkeypatch.setattr(run, "run", measure)
-    with image.opened(disk(tmp_path / LEAF, "raw")) as source:
+    with sources.opened(disk(tmp_path / LEAF, "raw")) as source:
         with pytest.raises(CommandFailed, match=f"measure failed for {tmp_path / LEAF} .*: it printed"):
             source.writes(leaves_out_zeros=True)
         limited = ["prlimit", "--as=2147483648", "--cpu=600", "--core=0", "--"]
@@ -962,7 +963,7 @@ def test_a_measure_that_is_not_understood(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 
 def fingerprint(directory: Path) -> str:
-    with image.opened(disk(directory / LEAF, volumes=[MIDDLE, BASE])) as source:
+    with sources.opened(disk(directory / LEAF, volumes=[MIDDLE, BASE])) as source:
         return source.fingerprint
 
 
@@ -1013,27 +1014,27 @@ def test_what_does_not_change_the_fingerprint(own_chain: Path, tmp_path: Path) -
 
 def test_fingerprint_of_an_image_is_not_that_of_its_raw_bytes(tmp_path: Path) -> None:
     qemu_img("create", "-f", "qcow2", tmp_path / LEAF, MIB)
-    with image.opened(disk(tmp_path / LEAF)) as cow, image.opened(disk(tmp_path / LEAF, "raw")) as raw:
+    with sources.opened(disk(tmp_path / LEAF)) as cow, sources.opened(disk(tmp_path / LEAF, "raw")) as raw:
         assert cow.fingerprint != raw.fingerprint
 
 
 @pytest.mark.parametrize("name", [MIDDLE, BASE])
 def test_an_empty_layer_on_top_changes_nothing(own_chain: Path, name: str) -> None:
     """A snapshot puts it there; what a guest sees is what lies below."""
-    with image.opened(disk(own_chain / LEAF, volumes=[MIDDLE, BASE])) as source:
+    with sources.opened(disk(own_chain / LEAF, volumes=[MIDDLE, BASE])) as source:
         before, size = source.fingerprint, source.virtual_size
     tops, under = VOLUMES[10:12], [*VOLUMES[10:12], LEAF, MIDDLE, BASE]
     for top, below in zip(tops, (LEAF, tops[0])):
         qemu_img("create", "-f", "qcow2", "-b", below, "-F", "qcow2", own_chain / top, size)
-        with image.opened(disk(own_chain / top, volumes=under, leaf=top)) as source:
+        with sources.opened(disk(own_chain / top, volumes=under, leaf=top)) as source:
             assert source.fingerprint == before
             assert source.layers[0].is_empty
     qemu_io(own_chain / tops[0], "write -z 0 64k")  # zeros hide what is below
-    with image.opened(disk(own_chain / tops[1], volumes=under, leaf=tops[1])) as source:
+    with sources.opened(disk(own_chain / tops[1], volumes=under, leaf=tops[1])) as source:
         assert [layer.is_empty for layer in source.layers[:2]] == [True, False]
         assert source.fingerprint != before
     set_mtime(own_chain / name, 7)
-    with image.opened(disk(own_chain / tops[1], volumes=under, leaf=tops[1])) as source:
+    with sources.opened(disk(own_chain / tops[1], volumes=under, leaf=tops[1])) as source:
         assert source.fingerprint != before
 
 
@@ -1042,16 +1043,16 @@ def test_an_empty_layer_of_another_size_is_another_disk(tmp_path: Path, size: in
     qemu_img("create", "-f", "qcow2", tmp_path / BASE, MIB)
     qemu_img("create", "-f", "qcow2", "-b", BASE, "-F", "qcow2", tmp_path / LEAF, size)
     below, above = disk(tmp_path / BASE, leaf=BASE), disk(tmp_path / LEAF, volumes=[BASE])
-    with image.opened(below) as base, image.opened(above) as leaf:
+    with sources.opened(below) as base, sources.opened(above) as leaf:
         assert leaf.layers[0].is_empty
         assert leaf.fingerprint != base.fingerprint
 
 
 def test_an_image_without_anything_below_is_what_it_is(tmp_path: Path) -> None:
     qemu_img("create", "-f", "qcow2", tmp_path / LEAF, MIB)
-    with image.opened(disk(tmp_path / LEAF)) as source:
+    with sources.opened(disk(tmp_path / LEAF)) as source:
         assert not source.layers[0].is_empty
-        assert source.fingerprint == image._fingerprint(source.base)
+        assert source.fingerprint == sources._fingerprint(source.base)
 
 
 # -- layers
@@ -1069,14 +1070,14 @@ def test_direct_io_is_as_the_file_system_allows(tmp_path: Path) -> None:
         expected = True
     except OSError:
         expected = False
-    with image.opened(disk(tmp_path / LEAF, "raw")) as source:
+    with sources.opened(disk(tmp_path / LEAF, "raw")) as source:
         assert source.allows_direct_io is expected
 
 
 def test_direct_io_must_work_on_every_layer(monkeypatch: pytest.MonkeyPatch, chain: Path) -> None:
-    with image.opened(disk(chain / LEAF, volumes=[MIDDLE, BASE])) as source:
+    with sources.opened(disk(chain / LEAF, volumes=[MIDDLE, BASE])) as source:
         for refusing in (None, *source.fds):
-            monkeypatch.setattr(image, "_opens_direct", lambda fd, refusing=refusing: fd != refusing)
+            monkeypatch.setattr(sources, "_opens_direct", lambda fd, refusing=refusing: fd != refusing)
             assert source.allows_direct_io is (refusing is None)
 
 
@@ -1084,7 +1085,7 @@ def test_direct_io_must_work_on_every_layer(monkeypatch: pytest.MonkeyPatch, cha
 
 
 def test_base_and_above(chain: Path, tmp_path: Path) -> None:
-    with image.opened(disk(chain / LEAF, volumes=[MIDDLE, BASE])) as source:
+    with sources.opened(disk(chain / LEAF, volumes=[MIDDLE, BASE])) as source:
         leaf, middle, base = source.layers
         assert source.base is base
         assert source.above == (leaf, middle)
@@ -1093,7 +1094,7 @@ def test_base_and_above(chain: Path, tmp_path: Path) -> None:
         assert (alone.above, alone.fds, alone.virtual_size) == ((), (base.fd,), MIB)
         assert alone.fingerprint == base.fingerprint != source.fingerprint
         assert view(alone, tmp_path / "out") == (chain / BASE).read_bytes()
-        with image.opened_alone(str(chain / BASE), "raw") as opened_alone:
+        with sources.opened_alone(str(chain / BASE), "raw") as opened_alone:
             assert opened_alone.fingerprint == base.fingerprint
 
 
@@ -1115,7 +1116,7 @@ def test_a_layer_that_is_smaller_than_its_base_hides_its_end(sizes: tuple[int, .
 
 def test_a_chain_on_another_base(chain: Path) -> None:
     """The device may be larger than the base was: what is behind is not part of it."""
-    with image.opened(disk(chain / LEAF, volumes=[MIDDLE, BASE])) as source:
+    with sources.opened(disk(chain / LEAF, volumes=[MIDDLE, BASE])) as source:
         leaf, middle, _ = source.fds
         assert json.loads(source.filename_on(77)[5:]) == {
             "driver": "qcow2",
@@ -1137,14 +1138,14 @@ def test_a_chain_on_another_base(chain: Path) -> None:
 
 def mapped(layer: Layer) -> list[tuple[int, int]]:
     """Start and length of what a layer alone holds, as `qemu-img map` says."""
-    with image.alone(layer) as (filename, fds):
+    with sources.alone(layer) as (filename, fds):
         out = run.run(["qemu-img", "map", "--output", "json", filename], pass_fds=fds)
     return [(e["start"], e["length"]) for e in json.loads(out) if e["depth"] == 0 and e["present"]]
 
 
 def test_a_layer_alone_holds_what_it_holds(chain: Path) -> None:
     """Data, and zeros that hide what is below; not what lies below."""
-    with no_descriptor_is_left(), image.opened(disk(chain / LEAF, volumes=[MIDDLE, BASE])) as source:
+    with no_descriptor_is_left(), sources.opened(disk(chain / LEAF, volumes=[MIDDLE, BASE])) as source:
         assert mapped(source.layers[0]) == [(0, 64 << 10), (128 << 10, 64 << 10)]
         assert mapped(source.layers[1]) == [(64 << 10, 64 << 10)]
         assert source.writes_above() == 192 << 10
@@ -1172,7 +1173,7 @@ def test_what_layers_hold(tmp_path: Path, options: str, commands: list[str], hel
     qemu_img("create", "-q", "-f", "qcow2", *words, "-b", BASE, "-F", "raw", tmp_path / LEAF, MIB)
     if commands:
         qemu_io(tmp_path / LEAF, *commands)
-    with image.opened(disk(tmp_path / LEAF, volumes=[BASE])) as source:
+    with sources.opened(disk(tmp_path / LEAF, volumes=[BASE])) as source:
         assert source.writes_above() == held
 
 
@@ -1189,7 +1190,7 @@ def test_what_layers_hold(tmp_path: Path, options: str, commands: list[str], hel
 )
 def test_lines_of_a_map(line: bytes, held: int) -> None:
     """qemu-img 7.2 prints an extent a line, and the list's brackets around them."""
-    assert image._held(line, "/v") == held
+    assert sources._held(line, "/v") == held
 
 
 @pytest.mark.parametrize(
@@ -1202,7 +1203,7 @@ def test_lines_of_a_map(line: bytes, held: int) -> None:
 )
 def test_lines_of_no_map(line: bytes) -> None:
     with pytest.raises(CommandFailed, match=r"qemu-img map failed for /v .*: it printed"):
-        image._held(line, "/v")
+        sources._held(line, "/v")
 
 
 def test_a_map_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1225,7 +1226,7 @@ def test_a_layer_that_changes_is_another(tmp_path: Path) -> None:
     path = tmp_path / LEAF
     path.write_bytes(b"x" * MIB)
     set_mtime(path, 5)
-    with image.opened_alone(str(path), "raw") as source:
+    with sources.opened_alone(str(path), "raw") as source:
         assert source.base.is_unchanged()
         set_mtime(path, 6)
         assert not source.base.is_unchanged()
@@ -1235,7 +1236,7 @@ def test_a_layer_that_changes_is_another(tmp_path: Path) -> None:
             file.write(b"y")
         set_mtime(path, 5)
         assert not source.base.is_unchanged()
-    with image.opened_alone(str(path), "raw") as source:
+    with sources.opened_alone(str(path), "raw") as source:
         os.truncate(path, MIB + 512)
         set_mtime(path, 5)
         assert not source.base.is_unchanged()
@@ -1248,7 +1249,7 @@ def test_a_volume_alone(tmp_path: Path) -> None:
     qemu_img("create", "-q", "-f", "qcow2", "-b", BASE, "-F", "raw", tmp_path / LEAF)
     with no_descriptor_is_left():
         for name, image_format in ((BASE, "raw"), (MIDDLE, "qcow2"), (LEAF, "raw")):
-            with image.opened_alone(str(tmp_path / name), image_format) as source:
+            with sources.opened_alone(str(tmp_path / name), image_format) as source:
                 assert [layer.path for layer in source.layers] == [str(tmp_path / name)]
         for name, image_format, problem in (
             (LEAF, "qcow2", "it stands on another volume"),
@@ -1256,13 +1257,13 @@ def test_a_volume_alone(tmp_path: Path) -> None:
             (VOLUMES[9], "raw", "No such file"),
         ):
             with pytest.raises(SourceRefused, match=problem):
-                image.opened_alone(str(tmp_path / name), image_format).__enter__()
+                sources.opened_alone(str(tmp_path / name), image_format).__enter__()
 
 
 def test_only_block_volumes_have_a_name_of_device_mapper(
     monkeypatch: pytest.MonkeyPatch, chain: Path
 ) -> None:
     monkeypatch.setattr(device_mapper, "read_name", lambda _device: "vg-lv")
-    with image.opened(disk(chain / LEAF, volumes=[MIDDLE, BASE])) as source:
+    with sources.opened(disk(chain / LEAF, volumes=[MIDDLE, BASE])) as source:
         assert source.base.dm_name == ""
         assert replace(source.base, is_block=True).dm_name == "vg-lv"

@@ -29,16 +29,9 @@ from lxml import etree
 
 from localdisk.errors import BadDiskData, BadDomain, Error
 from localdisk.frozen import replace
-from localdisk.vdsm.definition import (
-    Disk,
-    Volume,
-    localize_disk,
-    localize_domain,
-    read_disk,
-    read_disk_element,
-    read_domain,
-    read_running,
-)
+from localdisk.vdsm.disk_json import localize_disk, read_disk
+from localdisk.vdsm.disks import Disk, Volume
+from localdisk.vdsm.domain_xml import localize_domain, read_disk_element, read_domain, read_running
 from localdisk.vdsm.hook_call import DATA_LIMIT
 
 DATA = Path(__file__).parents[2] / "data" / "definition"
@@ -1141,7 +1134,7 @@ def test_any_spelling_of_a_disk_is_rewritten_exactly(seed: int) -> None:
 
 def test_reading_json_does_not_import_lxml() -> None:
     code = (
-        "import sys; from localdisk.vdsm.definition import read_disk; read_disk(sys.argv[1]);"
+        "import sys; from localdisk.vdsm.disk_json import read_disk; read_disk(sys.argv[1]);"
         "print('lxml' in sys.modules)"
     )
     text = text_of(DATA / "file-qcow2.in.json")

@@ -1,0 +1,385 @@
+"""libvirt's XML of a domain or of one disk: which disks there are, and the same text with local paths.
+
+The text is a `str`, as `hook_call.read_data` returns it, and input that nobody has checked.
+
+XML is read with lxml but never written by it: a document that went through a tree has other quotes, other
+line ends, other empty elements.  Only the start tags that must change are edited, where they stand in the
+text, so that everything else is the same to the byte.
+
+Metadata that names no disk of the domain is a leftover of an unplugged one, and is passed over.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+
+from localdisk.errors import BadDomain
+from localdisk.frozen import frozen, replace
+from localdisk.ids import is_uuid
+from localdisk.vdsm.disks import (
+    IMAGE_PATH,
+    Disk,
+    RefusedError,
+    Volume,
+    check_can_be_local,
+    check_disk,
+    check_size,
+    fit_path,
+    image_and_volume,
+    known_device,
+    known_shared,
+    refuse_twice,
+    refused_as,
+    uuid_or_nothing,
+    volumes_of,
+)
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # lxml is slow to import: only who reads XML does
+    from typing import Optional
+
+    from lxml.etree import _Element
+
+    _Attributes = Mapping[str, Optional[str]]  # new values of a start tag's attributes; None removes one
+    _Change = Optional[_Attributes]  # of an element; None removes it
+
+_VM = "{http://ovirt.org/vm/1.0}"  # vdsm's metadata; the prefix in the text does not matter
+_PATH_ATTRIBUTE = {"file": "file", "block": "dev", "network": "name"}  # of <source>, by the disk's type
+_FORMAT = {"qcow2": "cow"}  # libvirt's word -> vdsm's, where they differ
+_UNCACHED = ("none", "directsync")
+# What libvirt accepts for qcow2 alone: attributes of <driver>, and what is inside of <driver> and <source>
+# (qemuDomainValidateStorageSource and virDomainDiskDefValidate of libvirt: metadata_cache since 7.0,
+# discard_no_unref since 9.5, dataStore, the external data file, since 10.10).
+_QCOW2_ATTRIBUTES = ("discard_no_unref",)
+_QCOW2_CHILDREN = ("driver/metadata_cache", "source/dataStore")
+
+_ENCODING = re.compile(r"""\ufeff?<\?xml\s[^>]*?\bencoding\s*=\s*["']([^"']*)["']""", re.ASCII)
+
+# Markup of a document that is known to be well-formed and without DTD: start tags (with a name) and end tags;
+# the others stand before them so that a "<" inside of those is not mistaken for a tag.
+_MARKUP = re.compile(
+    r"""<!--.*?--> | <!\[CDATA\[.*?\]\]> | <\?.*?\?> | (?P<end></[^>]*>)
+      | <(?P<name>[^\s/>!?][^\s/>]*) [^>"']* (?: (?:"[^"]*"|'[^']*') [^>"']* )* >""",
+    re.ASCII | re.DOTALL | re.VERBOSE,
+)
+_ATTRIBUTE = re.compile(r"""(?P<name>[^\s=]+)\s*=\s*(?P<value>"[^"]*"|'[^']*')""", re.ASCII)
+
+
+@refused_as(BadDomain)
+def read_domain(xml: str) -> tuple[str, tuple[Disk, ...]]:
+    """The UUID of the domain in `xml` and its disks in their order, with their identity from vdsm's metadata.
+
+    Raises BadDomain for text that is not a well-formed `<domain>` with a UUID, has a DTD, declares another
+    encoding than UTF-8, goes past the parser's limits (depth 256, text of 10 MB, DATA_LIMIT as a whole), and
+    for the ambiguities that the module's docstring lists.
+    """
+    root = _parse(xml, "domain")
+    uuid = uuid_or_nothing("the domain's uuid", _child_text(root, "uuid"))
+    if not uuid:
+        raise RefusedError("the domain has no uuid")
+    return uuid, tuple(disk for _, disk in _disks(root))
+
+
+@refused_as(BadDomain)
+def localize_domain(xml: str, paths: Mapping[str, str]) -> str:
+    """`xml` with each disk that `paths` names (target name -> local path) being a raw block device there.
+
+    What changes of such a disk: `type` is "block"; `<source>` has `dev`, no `file`, and keeps its children;
+    `<driver>` has `type="raw"`, and `io="native"` where its cache is "none" or "directsync"; what libvirt
+    accepts for qcow2 alone (_QCOW2_ATTRIBUTES, _QCOW2_CHILDREN) is removed.  With another
+    cache, or none named, io stays as it is: qemu does native I/O only past the host's page cache and refuses
+    to start otherwise ("aio=native was specified, but it requires cache.direct=on"); without a name qemu
+    uses the page cache.  The engine names the cache: "none", or a VM's property viodiskcache.  A disk
+    without `<driver>` is raw to libvirt and gets none.
+
+    Everything else is the same to the byte.  Doing it twice is doing it once.  Raises BadDomain as
+    `read_domain`, and for a name that the domain does not have or a disk that cannot be made local: no disk,
+    neither file nor block, without source, or with the backing chain or mirror of a running VM.
+    """
+    root = _parse(xml, "domain")
+    disks = {disk.name: (element, disk) for element, disk in _disks(root)}
+    changes: dict[_Element, _Change] = {}
+    for name, path in paths.items():
+        if name not in disks:
+            raise RefusedError(f"it has no disk {name}")
+        element, disk = disks[name]
+        check_can_be_local(disk, path)
+        changes.update(_local_attributes(element, path))
+        changes.update({child: None for tag in _QCOW2_CHILDREN for child in element.findall(tag)})
+    return _edited(xml, root, changes)
+
+
+@frozen
+class Running:
+    """A VM that runs, from the domain XML that libvirt has of it."""
+
+    vm_id: str
+    name: str
+    property_value: str  # of the custom property localdisk, "" where it has none
+    disks: tuple[Disk, ...]
+    backing: tuple[tuple[str, str], ...]  # disk name and path of what is below its top layer, as qemu has it
+
+
+@refused_as(BadDomain)
+def read_running(xml: str) -> Running:
+    """The VM of libvirt's live domain XML.  Raises BadDomain as `read_domain`.
+
+    vdsm writes custom properties to `<ovirt-vm:vm><ovirt-vm:custom>` (vdsm, tests/virt/metadata_test.py).
+    """
+    root = _parse(xml, "domain")
+    (custom,) = root.findall(f"metadata/{_VM}vm/{_VM}custom")[:1] or (None,)
+    return Running(
+        vm_id=uuid_or_nothing("the domain's uuid", _child_text(root, "uuid")),
+        name=_child_text(root, "name"),
+        property_value="" if custom is None else _child_text(custom, f"{_VM}localdisk"),
+        disks=tuple(disk for _, disk in _disks(root)),
+        backing=tuple(_backing(root)),
+    )
+
+
+@refused_as(BadDomain)
+def read_ran_from(xml: str, is_live: bool) -> tuple[tuple[str, str], ...]:
+    """Image id and path of each vdsm image that a VM has run from, by the domain XML that is left of it.
+
+    `is_live`: only what the XML shows to be of a VM that ran; vdsm hands over the engine's if a start was
+    refused.  An image that has no id that can be read is left out.  Raises BadDomain as `read_domain`.
+    """
+    root = _parse(xml, "domain")
+    return tuple(
+        (image_id, path)
+        for element in root.findall("devices/disk")
+        if element.get("device", "disk") == "disk"
+        for image_id, path in [(_image_of(root, element), _source_path(element, element.get("type", "")))]
+        if image_id and path and (not is_live or _has_run(element))
+    )
+
+
+def _has_run(element: _Element) -> bool:
+    """libvirt numbers the sources of a domain that is active, and shows what is below them."""
+    return element.find("source[@index]") is not None or element.find("backingStore") is not None
+
+
+def _image_of(root: _Element, element: _Element) -> str:
+    """The image id of a disk from vdsm's metadata or, as vdsm makes it, its serial; "" if there is none."""
+    name = _target(element)
+    found = root.findall(f"metadata/{_VM}vm/{_VM}device[@devtype='disk']")
+    texts = [device.findtext(f"{_VM}imageID") for device in found if device.get("name") == name]
+    ids = [(text or "").strip().lower() for text in (*texts, element.findtext("serial"))]
+    return next(filter(is_uuid, ids), "")
+
+
+def _backing(root: _Element) -> Iterator[tuple[str, str]]:
+    for element in root.findall("devices/disk"):
+        for source in element.iterfind(".//backingStore/source"):
+            yield _target(element), source.get("dev") or source.get("file") or ""
+
+
+@refused_as(BadDomain)
+def read_disk_element(xml: str) -> Disk:
+    """The disk in the XML of `before_disk_hotplug` and `before_disk_hotunplug`, one `<disk>` element.
+
+    It comes without metadata.  A disk whose path ends in `/<image or storage domain>/<volume>` is a vdsm
+    image: its volume is the last part, its image is its serial, or where that is no UUID the part before.
+    """
+    element = _parse(xml, "disk")
+    disk, serial = _disk_from_xml(element, _NO_IDENTITY), _child_text(element, "serial")
+    place = IMAGE_PATH.search(disk.path)
+    if place:
+        image_id = serial if is_uuid(serial.lower()) else place[1]
+        disk = replace(disk, image_id=image_id.lower(), volume_id=place[2].lower())
+    check_disk(disk, serial)
+    return disk
+
+
+def _parse(xml: str, root_tag: str) -> _Element:
+    from lxml import etree
+
+    check_size(xml)
+    declared = _ENCODING.match(xml)
+    if declared and declared[1].lower() not in ("utf-8", "us-ascii", "ascii"):
+        raise RefusedError(f"it says that its encoding is {declared[1]}, vdsm's is UTF-8")
+    parser = etree.XMLParser(
+        encoding="utf-8", resolve_entities=False, no_network=True, load_dtd=False, huge_tree=False
+    )
+    try:
+        root = etree.fromstring(xml.encode("utf-8"), parser)
+    except etree.XMLSyntaxError as error:
+        raise RefusedError(f"not XML, {' '.join(str(error.msg).split())}") from None
+    except UnicodeEncodeError:
+        raise RefusedError("not XML, it holds half a character") from None
+    if root.getroottree().docinfo.internalDTD is not None:
+        raise RefusedError("it has a document type declaration")
+    if root.tag != root_tag:
+        raise RefusedError(f"it is a <{root.tag}>, not a <{root_tag}>")
+    return root
+
+
+def _disks(root: _Element) -> list[tuple[_Element, Disk]]:
+    """Every disk of the domain `root` with its element, checked."""
+    metadata = _metadata(root)
+    images = {identity.image_id for identity in metadata.values() if identity.image_id}
+    disks = []
+    for element in root.findall("devices/disk"):
+        disk = _disk_from_xml(element, metadata.get(_target(element), _NO_IDENTITY))
+        check_disk(disk, _child_text(element, "serial"), images)
+        disks.append((element, disk))
+    refuse_twice("disk", (disk.name for _, disk in disks))
+    refuse_twice("volume", (disk.volume_id for _, disk in disks if disk.is_vdsm_image))
+    return disks
+
+
+@frozen
+class _Identity:
+    """What vdsm's metadata says about one disk; the fields are those of Disk."""
+
+    image_id: str
+    volume_id: str
+    shared: str
+    volumes: tuple[Volume, ...]
+    domain_id: str
+
+
+_NO_IDENTITY = _Identity("", "", "none", (), "")
+
+
+def _metadata(root: _Element) -> dict[str, _Identity]:
+    devices = root.findall(f"metadata/{_VM}vm/{_VM}device[@devtype='disk'][@name]")
+    refuse_twice("metadata of disk", (device.get("name") for device in devices))
+    return {device.get("name", ""): _identity(device) for device in devices}
+
+
+def _identity(device: _Element) -> _Identity:
+    nodes = device.findall(f"{_VM}volumeChain/{_VM}volumeChainNode")
+    image_id, volume_id = image_and_volume(
+        *(_child_text(device, f"{_VM}{key}") for key in ("imageID", "volumeID", "GUID"))
+    )
+    return _Identity(
+        image_id=image_id,
+        volume_id=volume_id,
+        shared=known_shared(_child_text(device, f"{_VM}shared") or "none"),
+        volumes=volumes_of((_child_text(n, f"{_VM}volumeID"), _child_text(n, f"{_VM}path")) for n in nodes),
+        domain_id=uuid_or_nothing("domainID", _child_text(device, f"{_VM}domainID")),
+    )
+
+
+def _disk_from_xml(element: _Element, identity: _Identity) -> Disk:
+    disk_type = element.get("type", "file")
+    driver = _only(element, "driver")
+    format_ = "raw" if driver is None else driver.get("type", "raw")
+    return Disk(
+        name=_target(element),
+        device=known_device(element.get("device", "disk")),
+        path=fit_path(_source_path(element, disk_type)),
+        format=_FORMAT.get(format_, format_),
+        disk_type=disk_type,
+        image_id=identity.image_id,
+        volume_id=identity.volume_id,
+        shared=_shared_in_xml(element, identity),
+        volumes=identity.volumes,
+        domain_id=identity.domain_id,
+    )
+
+
+def _source_path(element: _Element, disk_type: str) -> str:
+    source = _only(element, "source")
+    if source is None or disk_type not in _PATH_ATTRIBUTE:
+        return ""
+    return source.get(_PATH_ATTRIBUTE[disk_type], "")
+
+
+def _target(element: _Element) -> str:
+    target = _only(element, "target")
+    name = "" if target is None else target.get("dev", "")
+    if not name:
+        raise RefusedError("a disk has no target name")
+    return name
+
+
+def _shared_in_xml(element: _Element, identity: _Identity) -> str:
+    """libvirt's word for sharing where the disk has one, else vdsm's (a transient disk has only vdsm's)."""
+    if element.find("shareable") is not None:
+        return "shared"
+    return "transient" if element.find("transient") is not None else identity.shared
+
+
+def _only(parent: _Element, tag: str) -> _Element | None:
+    found = parent.findall(tag)
+    if len(found) > 1:
+        raise RefusedError(f"<{_local_name(parent.tag)}> has {len(found)} <{_local_name(tag)}>")
+    return found[0] if found else None
+
+
+def _child_text(parent: _Element, tag: str) -> str:
+    """The text of the one child `tag`, "" where there is none; it holds no markup, not even comments."""
+    child = _only(parent, tag)
+    if child is None:
+        return ""
+    if len(child):
+        raise RefusedError(f"<{_local_name(tag)}> holds more than text")
+    return (child.text or "").strip()
+
+
+def _local_name(tag: str) -> str:
+    return tag.rpartition("}")[2]
+
+
+def _local_attributes(element: _Element, path: str) -> dict[_Element, _Attributes]:
+    """What changes of the disk `element`, so that it is the raw block device `path`."""
+    source, driver = _only(element, "source"), _only(element, "driver")
+    if source is None:
+        raise RefusedError(f"disk {_target(element)} has no source")
+    if element.find("mirror") is not None or element.find("backingStore/source") is not None:
+        raise RefusedError(f"disk {_target(element)} has the backing chain or mirror of a running VM")
+    changes: dict[_Element, _Attributes] = {
+        element: {"type": "block"},
+        source: {"file": None, "dev": path},
+    }
+    if driver is not None:
+        native = {"io": "native"} if driver.get("cache") in _UNCACHED else {}
+        changes[driver] = {"type": "raw", **native, **dict.fromkeys(_QCOW2_ATTRIBUTES)}
+    return changes
+
+
+def _edited(xml: str, root: _Element, changes: Mapping[_Element, _Change]) -> str:
+    """`xml`, which was parsed to `root`, with some elements removed and the start tags of others changed."""
+    pieces, end = [], 0
+    start_tags = (markup for markup in _MARKUP.finditer(xml) if markup["name"])
+    for element, tag in zip(root.iter("*"), start_tags):
+        if element in changes:
+            pieces.append(xml[end : tag.start()])
+            attributes = changes[element]
+            if attributes is None:
+                end = _end_of_element(tag)
+            else:
+                pieces.append(_with_attributes(tag, attributes))
+                end = tag.end()
+    return "".join([*pieces, xml[end:]])
+
+
+def _end_of_element(tag: re.Match[str]) -> int:
+    """Where the element that begins with the start tag `tag` ends in the text."""
+    depth = 0
+    for markup in _MARKUP.finditer(tag.string, tag.start()):
+        if markup["end"]:
+            depth -= 1
+        elif markup["name"] and not markup[0].endswith("/>"):
+            depth += 1
+        if depth == 0:
+            return markup.end()
+    raise AssertionError(tag[0])  # the document is well-formed
+
+
+def _with_attributes(tag: re.Match[str], changes: _Attributes) -> str:
+    """The start tag `tag` with attributes set in their places, or after the last one, or removed."""
+    text, end, new = tag.string, tag.end("name"), dict(changes)
+    pieces = [text[tag.start() : end]]
+    for attribute in _ATTRIBUTE.finditer(text, end, tag.end()):
+        name, value = attribute["name"], attribute["value"]
+        if name not in changes:
+            pieces.append(text[end : attribute.end()])
+        elif (changed := new.pop(name)) is not None:
+            pieces += [text[end : attribute.start("value")], value[0], changed, value[0]]
+        end = attribute.end()
+    pieces += [f' {name}="{value}"' for name, value in new.items() if value is not None]
+    return "".join([*pieces, text[end : tag.end()]])
