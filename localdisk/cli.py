@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         finally:
             if sys.stdout:  # None where it was closed
                 sys.stdout.flush()  # here, where a failure is told and counts
-    except Error as error:
+    except (Error, Interrupted) as error:
         return _report(str(error), error.exit_code, point)
     except BrokenPipeError:
         _drop_output()
@@ -124,7 +124,7 @@ def _hook(point: str) -> int:
         _serve(point)
     except (HelperRefused, StartCancelled):  # the helper has logged why
         raise
-    except Error as error:
+    except (Error, Interrupted) as error:
         vm_id = os.environ.get("vmId", "")  # noqa: SIM112 (vdsm's name)
         log.problem("refused", point=point, vm=vm_id, why=error)
         raise
@@ -297,8 +297,6 @@ def _prefetch_mode(arguments: argparse.Namespace) -> int:
     for name in arguments.volumes:
         try:
             print(prefetch.prefetch(name, backend, _bar if sys.stdout.isatty() else None))
-        except Interrupted:
-            raise
         except Error as error:
             if sys.stdout.isatty():
                 print(prefetch.NO_BAR, end="", flush=True)

@@ -35,8 +35,8 @@ def target(argv: Sequence[str]) -> str:
     return "".join(f" for {word}" for word in words)
 
 
-class Error(Exception):
-    """The base of every error that localdisk raises on purpose; fields are keyword arguments."""
+class _Message(Exception):
+    """One line, `what` and what to do about it; fields are keyword arguments."""
 
     what: ClassVar[str] = "{problem}"
     fix: ClassVar[str] = "{fix}"
@@ -49,6 +49,10 @@ class Error(Exception):
     def __str__(self) -> str:
         shown = {name: plain(value) for name, value in self.fields.items()}
         return f"{self.what} : {self.fix}".format(**shown)
+
+
+class Error(_Message):
+    """The base of every error that localdisk raises on purpose."""
 
 
 # -- the command line and the configuration
@@ -467,7 +471,9 @@ class VmForgotten(Error):
     fix = "start the VM again; nothing is left behind"
 
 
-class Interrupted(Error):
+class Interrupted(_Message):
+    """Somebody ends this run.  It is no Error: whoever carries on after an error ends here all the same."""
+
     what = "ended by signal {signal} before it was done"
     fix = "start the VM again; nothing is left behind"
 

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from localdisk import cli, config, counters, frozen, kept, libvirt, lock, run
 from localdisk.config import Config
-from localdisk.errors import CommandFailed, Error
+from localdisk.errors import CommandFailed, Error, Interrupted
 from localdisk.helper import cache, process
 from localdisk.hook import copy, prefetch, sources
 from localdisk.hook.client import Helper
@@ -1449,7 +1449,7 @@ def message_of(provoke: Provoke, world: World) -> str:
     """The message of the error that it raises, or answers with, or returns; "" for none."""
     try:
         returned = provoke(world)
-    except Error as error:
+    except (Error, Interrupted) as error:
         return str(error)
     if isinstance(returned, dict):
         return str(returned.get("error", ""))

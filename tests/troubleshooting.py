@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from string import Formatter
 
 from localdisk import errors
-from localdisk.errors import Error
+from localdisk.errors import Error, Interrupted
 
 # HelperRefused prints what the helper refused with, which is one of the others.
 CARRIERS = {"HelperRefused"}
@@ -122,9 +122,10 @@ BEHIND = {
 }
 
 
-def classes() -> dict[str, type[Error]]:
+def classes() -> dict[str, type[Error] | type[Interrupted]]:
     """Every error that an operator can see by its name, in the order of errors.py."""
-    found = [kind for kind in vars(errors).values() if inspect.isclass(kind) and issubclass(kind, Error)]
+    kinds = (Error, Interrupted)
+    found = [kind for kind in vars(errors).values() if inspect.isclass(kind) and issubclass(kind, kinds)]
     return {kind.__name__: kind for kind in found if kind is not Error and kind.__name__ not in CARRIERS}
 
 

@@ -10,7 +10,7 @@ from functools import partial
 
 from localdisk import log
 from localdisk.config import Policy
-from localdisk.errors import BadRequest, Error, Interrupted, NoSpace
+from localdisk.errors import BadRequest, Error, NoSpace
 from localdisk.helper import cache, start
 from localdisk.helper.cache import Shelf
 from localdisk.helper.claim import Claim
@@ -49,7 +49,7 @@ def prepare(used: TemplateInUse, base: Base, claim: Claim, request: Prepare, pau
             return Prepared(How.MISSING)
         reading = ExitStack()
         device = shelf.open(reading) if claim.policy.backend == "lvm" else None
-    except (BadRequest, Interrupted):
+    except BadRequest:
         raise
     except Error as error:
         return _uncached(used, claim, error)
@@ -63,8 +63,6 @@ def prepare(used: TemplateInUse, base: Base, claim: Claim, request: Prepare, pau
         claim.making.undo(claim.find)
     try:
         shelf.spoiled()
-    except Interrupted:
-        raise
     except Error as error:
         return _uncached(used, claim, error)
     return Prepared(How.MISSING)
@@ -77,8 +75,6 @@ def fill(used: TemplateInUse, shelf: Shelf, claim: Claim | None, writes: int) ->
     """
     try:
         target = shelf.fill(writes, claim.require_room if claim else lambda _vg: None)
-    except Interrupted:
-        raise
     except Error as error:
         if claim is None:
             raise

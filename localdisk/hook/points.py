@@ -17,7 +17,6 @@ from localdisk.errors import (
     DiskRefused,
     Error,
     HotplugRefused,
-    Interrupted,
     LibvirtSilent,
     NotLocal,
     OperationRefused,
@@ -209,8 +208,6 @@ def _begins_without(call: Call) -> None:
     try:
         with Helper(call.vm_id) as helper:
             helper.mark_stale([kept.EVERY])
-    except Interrupted:
-        raise
     except Error as error:
         log.problem("kept disks are not marked as stale yet", vm=call.vm_id, why=error)
 

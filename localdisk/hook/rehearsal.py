@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 
 from localdisk import libvirt
-from localdisk.errors import CommandMissing, Error, HelperUnavailable, Interrupted
+from localdisk.errors import CommandMissing, Error, HelperUnavailable
 from localdisk.hook.client import Helper
 
 NOBODY = "00000000-0000-0000-0000-000000000000"  # no VM, image or volume has it
@@ -20,8 +20,6 @@ def rehearse() -> str:
     found = {"sudo": "", "helper": "", "libvirt": ""}
     try:
         libvirt.state(NOBODY)
-    except Interrupted:
-        raise
     except Error as error:
         found["libvirt"] = str(error)
     try:
@@ -29,8 +27,6 @@ def rehearse() -> str:
             helper.look([])
     except (HelperUnavailable, CommandMissing) as error:
         found["sudo"] = str(error)
-    except Interrupted:
-        raise
     except Error as error:
         found["helper"] = str(error)
     return json.dumps(found)

@@ -18,7 +18,7 @@ from functools import partial
 
 from localdisk import libvirt, lock, run
 from localdisk.config import Config
-from localdisk.errors import CommandFailed, Error, Interrupted, Unseen
+from localdisk.errors import CommandFailed, Error, Unseen
 from localdisk.frozen import frozen
 from localdisk.host import files, storage_facts, sudo_rule
 from localdisk.host.storage_facts import Group, LvmSettings
@@ -171,8 +171,6 @@ class _Asked:
     def __call__(self, question: Callable[[], T]) -> T | None:
         try:
             return question()
-        except Interrupted:
-            raise
         except Error as error:
             self.failures.append(error)
         except OSError as error:

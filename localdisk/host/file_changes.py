@@ -10,10 +10,10 @@ import contextlib
 import os
 import shutil
 import stat
-from collections.abc import Iterator
 from typing import ClassVar, Union
 
-from localdisk import run
+from localdisk import atomic_file, run
+from localdisk.atomic_file import removed_on_failure, sync, unlink
 from localdisk.frozen import field, frozen
 from localdisk.zipapp import extract
 
@@ -33,7 +33,7 @@ class MakeDirectory:
             os.mkdir(self.path)
             os.chmod(self.path, 0o755)  # noqa: S103 (vdsm must get to its hooks)
             os.chown(self.path, *owner())
-        _sync(os.path.dirname(self.path))
+        sync(os.path.dirname(self.path))
 
 
 @frozen
@@ -52,18 +52,11 @@ class Write:
         return f"{self.path} (mode {self.mode:04o})"
 
     def do(self) -> None:
-        temporary = temporary_name(self.path)
-        with removed_on_failure(temporary):
-            with open(new_file(temporary), "wb") as file:
-                file.write(self.data)
-                file.flush()
-                os.fchown(file.fileno(), *owner())
-                os.fchmod(file.fileno(), self.mode)
-                os.fsync(file.fileno())
-            if self.judge:
-                run.run([*self.judge, temporary])
-            os.replace(temporary, self.path)
-        _sync(os.path.dirname(self.path))
+        judge = self._judged if self.judge else None
+        atomic_file.replace(self.path, self.data, self.mode, owner(), judge)
+
+    def _judged(self, temporary: str) -> None:
+        run.run([*self.judge, temporary])
 
 
 @frozen
@@ -82,10 +75,10 @@ class Link:
     def do(self) -> None:
         temporary = temporary_link(self.path)
         with removed_on_failure(temporary):
-            _unlink(temporary)
+            unlink(temporary)
             os.symlink(self.target, temporary)
             os.replace(temporary, self.path)
-        _sync(os.path.dirname(self.path))
+        sync(os.path.dirname(self.path))
 
 
 @frozen
@@ -104,8 +97,8 @@ class Move:
 
     def do(self) -> None:
         os.replace(self.path, self.to)
-        _sync(os.path.dirname(self.to))
-        _sync(os.path.dirname(self.path))
+        sync(os.path.dirname(self.to))
+        sync(os.path.dirname(self.path))
 
 
 @frozen
@@ -124,8 +117,8 @@ class Remove:
         if os.path.isdir(self.path) and not os.path.islink(self.path):
             shutil.rmtree(self.path)
         else:
-            _unlink(self.path)
-        _sync(os.path.dirname(self.path))
+            unlink(self.path)
+        sync(os.path.dirname(self.path))
 
 
 @frozen
@@ -191,12 +184,6 @@ def is_as_written(write: Write) -> bool:
         return file.read() == write.data
 
 
-def temporary_name(path: str) -> str:
-    """Beside `path`; neither sudo, cron nor udev reads such a name."""
-    directory, name = os.path.split(path)
-    return f"{directory}/.{name}.new"
-
-
 def temporary_link(path: str) -> str:
     """Beside the directory of `path`: everything inside of a hook point's directory may be run."""
     directory, name = os.path.split(path)
@@ -210,31 +197,3 @@ def temporary_link(path: str) -> str:
 def owner() -> tuple[int, int]:
     """Whose the files are: root's, or of whoever tries this out."""
     return (0, 0) if os.geteuid() == 0 else (os.geteuid(), os.getegid())
-
-
-def new_file(path: str) -> int:
-    """A descriptor of a file that nobody else has open, in the place of what a killed run left."""
-    _unlink(path)
-    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-
-
-@contextlib.contextmanager
-def removed_on_failure(path: str) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        _unlink(path)
-        raise
-
-
-def _unlink(path: str) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)
-
-
-def _sync(directory: str) -> None:
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -16,6 +16,7 @@ import zipfile
 from collections.abc import Iterator
 
 from localdisk import config, lock, log
+from localdisk.atomic_file import temporary_name
 from localdisk.errors import (
     CommandFailed,
     CommandMissing,
@@ -37,7 +38,6 @@ from localdisk.host.file_changes import (
     is_as_written,
     made,
     planned,
-    temporary_name,
 )
 from localdisk.units import format_size
 from localdisk.vdsm.hook_call import POINTS

@@ -10,9 +10,10 @@ import time
 from collections.abc import Iterator
 
 from localdisk import config, lock
+from localdisk.atomic_file import temporary_name
 from localdisk.errors import Error, NoVolumeGroup, WorkUnfinished
 from localdisk.host import files
-from localdisk.host.file_changes import Change, Move, Remove, planned, temporary_link, temporary_name
+from localdisk.host.file_changes import Change, Move, Remove, planned, temporary_link
 from localdisk.host.install import LOCK, RELOAD, checked_root, hook_files, is_ours, make, require_inside
 from localdisk.vdsm.hook_call import POINTS
 from localdisk.volumes.disk import LocalDisk, State, local_disks
@@ -125,7 +126,9 @@ def _rules(root: str) -> Iterator[Change]:
     yield from udev
     yield from (RELOAD,) if udev and not root else ()
     for path in files.COLLECTORS:
-        yield from _removed(f"{root}{path}/{files.METRICS}")
+        metrics = f"{root}{path}/{files.METRICS}"
+        for each in (metrics, temporary_name(metrics), f"{metrics}.new"):  # .new: an earlier build's
+            yield from _removed(each)
     for path in (files.PROGRAM, files.CRON, files.SUDOERS, files.CONFIG, *files.UDEV_RULES):
         yield from _removed(temporary_name(root + path))
 

@@ -13,11 +13,11 @@ import contextlib
 import os
 import stat
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from localdisk import __version__, lock
+from localdisk import __version__, atomic_file, lock
 from localdisk.counters import Counters
 from localdisk.errors import MetricsUnwritable
 from localdisk.status import problems
@@ -417,7 +417,7 @@ def write(path: str, text: str) -> None:
     try:
         with lock.holding(os.path.join(lock.RUN, "metrics.lock"), time.sleep):
             _require_replaceable(path)
-            _replace(path, text.encode())
+            atomic_file.replace(path, text.encode(), 0o644, (os.geteuid(), os.getegid()))
     except OSError as error:
         raise MetricsUnwritable(path=path, problem=error.strerror or error) from error
 
@@ -427,31 +427,3 @@ def _require_replaceable(path: str) -> None:
     with contextlib.suppress(FileNotFoundError):
         if not stat.S_ISREG(os.lstat(path).st_mode):
             raise MetricsUnwritable(path=path, problem="it is not a regular file")
-
-
-def _replace(path: str, data: bytes) -> None:
-    temporary = f"{path}.new"  # the textfile collector reads *.prom
-    _remove(temporary)
-    with _removed_on_failure(temporary):
-        # The directory may be another user's, who must not choose what root writes to.
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        with open(os.open(temporary, flags, 0o600), "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fchmod(file.fileno(), 0o644)
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-
-
-@contextlib.contextmanager
-def _removed_on_failure(path: str) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        _remove(path)
-        raise
-
-
-def _remove(path: str) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)

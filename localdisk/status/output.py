@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 
 from localdisk.config import Config
-from localdisk.errors import Error, Interrupted
+from localdisk.errors import Error
 from localdisk.frozen import plain_values
 from localdisk.status import snapshot, table
 from localdisk.status.snapshot import Snapshot
@@ -56,7 +56,5 @@ def _lines(config: Config, look: Look) -> list[str]:
     """What cannot be looked at now may come back."""
     try:
         return table.render(snapshot.take(config), look).splitlines()
-    except Interrupted:
-        raise
     except Error as error:
         return str(error).splitlines()

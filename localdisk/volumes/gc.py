@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from localdisk import cancel, clock, counters, kept, libvirt, lock, log
 from localdisk.clock import Moment
 from localdisk.config import Config, Policy
-from localdisk.errors import Error, Interrupted, LibvirtSilent
+from localdisk.errors import Error, LibvirtSilent
 from localdisk.frozen import frozen, replace
 from localdisk.libvirt import Domains
 from localdisk.units import format_duration, format_size
@@ -333,8 +333,6 @@ def _look_after_kept(config: Config, groups: tuple[VolumeGroup, ...], is_all: bo
         try:
             if images:
                 stale.mark(config, vm_id, images, _give_up)
-        except Interrupted:
-            raise
         except _GaveUp:  # a process works on one of them; the next gc marks them
             pass
         except Error as error:
@@ -411,8 +409,6 @@ class _Group:
                 log.event(f"gc: {verdict.action.value}", template=found.volume_id, why=verdict.reason)
             if aside and self.may_start:
                 self._finish(aside)
-        except Interrupted:
-            raise
         except Error as error:
             log.problem("gc could not finish", template=found.volume_id, why=error)
             return self._template(found, verdict, str(error))
@@ -440,8 +436,6 @@ class _Group:
                 aside = self._carry_out(vg, disk, verdict)
             if aside and self.may_start:
                 self._finish(aside)
-        except Interrupted:
-            raise
         except Error as error:
             log.problem("gc could not finish", disk=disk.volume_id, action=verdict.action.value, why=error)
             return Finding(name, disk, verdict, failure=str(error))

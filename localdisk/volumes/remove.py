@@ -18,7 +18,6 @@ from localdisk.errors import (
     DiskNeeded,
     Error,
     ForeignVolume,
-    Interrupted,
     NoSuchDisk,
     SeveralDisks,
 )
@@ -150,8 +149,6 @@ def _removed(named: Named, text: str, config: Config) -> Outcome:
                 take_away(again.vg, again.disk, erase, time.sleep)
             log.event("removed by the operator", vm=again.disk.vm_id, disk=again.disk.volume_id, how=how)
             return Outcome(f"{text}: {how}")
-    except Interrupted:
-        raise
     except Error as error:
         log.problem("the operator could not remove it", disk=named.disk.volume_id, why=error)
         return Outcome(f"{text}: kept", error)

@@ -24,13 +24,13 @@ PACKAGE = Path(errors.__file__).parent
 CLASSES = {
     name: kind
     for name, kind in vars(errors).items()
-    if inspect.isclass(kind) and issubclass(kind, Error) and kind is not Error
+    if inspect.isclass(kind) and issubclass(kind, (Error, errors.Interrupted)) and kind is not Error
 }
 OWN_ARGUMENTS = {"ConfigRefused", "SourceRefused", "CommandFailed", "HelperRefused"}
 HOSTILE = "a\nb\r\x1b[31m\u202e\ud800{x}%s\0" + "y" * 5000
 
 
-def fields(kind: type[Error]) -> set[str]:
+def fields(kind: type[Error] | type[errors.Interrupted]) -> set[str]:
     """The fields that the templates of a class name."""
     parsed = string.Formatter().parse(kind.what + kind.fix)
     return {name for _, name, _, _ in parsed if name}

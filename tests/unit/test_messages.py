@@ -25,7 +25,9 @@ from tests.provocations import CASES, FILLERS, World, message_of
 
 PACKAGE = Path(errors.__file__).parent
 CLASSES = {
-    name for name, kind in vars(errors).items() if inspect.isclass(kind) and issubclass(kind, errors.Error)
+    name
+    for name, kind in vars(errors).items()
+    if inspect.isclass(kind) and issubclass(kind, (errors.Error, errors.Interrupted))
 }
 # What else a text is given to on its way into an error, and where else one is written down.
 CARRIERS = {"_RefusedError", "ValueError", "_unreadable", "_refuse", "_report", "at"}

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from localdisk import config, lock, log, run
+from localdisk import atomic_file, config, lock, log, run
 from localdisk.errors import CommandFailed, ConfigRefused, InstallRefused, NoVolumeGroup, WorkUnfinished
-from localdisk.host import file_changes, files, install, uninstall
+from localdisk.host import files, install, uninstall
 from localdisk.vdsm.hook_call import POINTS
 from localdisk.volumes.disk import DELETING, UPDATING
 from localdisk.volumes.lvm import VolumeGroup
@@ -171,8 +171,8 @@ def test_what_differs_is_made_right(image: Image) -> None:
     image(f"{files.HOOKS}/after_vm_start").mkdir()
     image(f"{files.HOOKS}/after_vm_start/50_localdisk").symlink_to(files.PROGRAM)
     image(f"{files.HOOKS}/before_vm_start/90_again").symlink_to(files.PROGRAM)
-    image.write(file_changes.temporary_name(files.CRON), "left by a killed run")
-    image.write(file_changes.temporary_name(files.CONFIG), "left by a killed run")
+    image.write(atomic_file.temporary_name(files.CRON), "left by a killed run")
+    image.write(atomic_file.temporary_name(files.CONFIG), "left by a killed run")
     image.install()
     image.uninstall()
     image.install()
@@ -388,12 +388,12 @@ def test_killed_then_uninstalled(
     del visudo
     image = Image(tmp_path / "image", program)
     with monkeypatch.context() as patch:
-        patch.setattr(file_changes, "removed_on_failure", lambda _path: contextlib.nullcontext())
+        patch.setattr(atomic_file, "removed_on_failure", lambda _path: contextlib.nullcontext())
         patch.setattr(os, "replace", raising)
         for _ in range(2):
             with pytest.raises(Killed):
                 image.install()
-    assert image.files().keys() == {file_changes.temporary_name(files.PROGRAM)}
+    assert image.files().keys() == {atomic_file.temporary_name(files.PROGRAM)}
     image.uninstall()
     assert image.files() == {}
 
@@ -440,7 +440,7 @@ def test_a_refused_sudo_rule_leaves_the_old_one(image: Image, monkeypatch: pytes
     with pytest.raises(CommandFailed):
         image.install()
     assert image(files.SUDOERS).read_text() == "old"
-    assert not image(file_changes.temporary_name(files.SUDOERS)).exists()
+    assert not image(atomic_file.temporary_name(files.SUDOERS)).exists()
 
 
 # -- nonsense
@@ -557,7 +557,7 @@ def test_live(live: tuple[Image, FakeHost]) -> None:
     image, fake = live
     lines = list(install.install(image.program))
     asked = [command for command in commands if command.startswith("visudo -cf ")]
-    assert asked[-1] == f"visudo -cf {file_changes.temporary_name(files.SUDOERS)}"
+    assert asked[-1] == f"visudo -cf {atomic_file.temporary_name(files.SUDOERS)}"
     assert commands[len(asked) :] == [
         "udevadm control --reload",
         "udevadm trigger --settle --action=change --sysname-match=dm-*",

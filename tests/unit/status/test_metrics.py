@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from localdisk import cli, config, counters, errors, lock
+from localdisk import atomic_file, cli, config, counters, errors, lock
 from localdisk.counters import Counters
 from localdisk.errors import Error, NoVolumeGroup
 from localdisk.frozen import replace
@@ -379,7 +379,7 @@ def test_the_file_is_replaced(file: Path, umask: int) -> None:
 
 @pytest.mark.parametrize("kind", ["file", "symlink", "dangling"])
 def test_what_a_killed_run_left_is_replaced(file: Path, tmp_path: Path, kind: str) -> None:
-    other, temporary = tmp_path / "other", Path(f"{file}.new")
+    other, temporary = tmp_path / "other", Path(atomic_file.temporary_name(str(file)))
     if kind == "file":
         temporary.write_text("half")
     else:
@@ -551,7 +551,7 @@ def scraped(address: str) -> Values:
 
 def test_node_exporter_serves_what_was_written(file: Path) -> None:
     with node_exporter(file.parent) as address:
-        Path(f"{file}.new").write_text("what a killed run left, half of a li")
+        Path(atomic_file.temporary_name(str(file))).write_text("what a killed run left, half of a li")
         assert not names(scraped(address)) & {metric.name for metric in metrics.METRICS}
         for found in (seen(row()), None, hostile()):
             text = metrics.render(found, SUMS, True)

@@ -384,8 +384,8 @@ def test_a_vm_that_runs_from_elsewhere(
     runs(host, (IMAGE, OTHER_VOLUME, MOVED), prop=prop)
     if has_disk:
         host.add(VOLUME, tags(), SIZE, lv_device_open="open", lv_active="active")
-    problems = [problem for problem in take(text).problems if problem.kind == problems.NOT_LOCAL]
-    assert [problem.what for problem in problems] == is_problem * [
+    found = [problem for problem in take(text).problems if problem.kind == problems.NOT_LOCAL]
+    assert [problem.what for problem in found] == is_problem * [
         f"VM web ({VM}): vda runs from {MOVED}, not from /dev/ovirt-local/{OTHER_VOLUME}"
     ]
 

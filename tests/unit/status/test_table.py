@@ -289,7 +289,8 @@ def test_when_there_are_colours(
 
 WATCHED = """
 import sys
-from localdisk import cli, snapshot
+from localdisk import cli
+from localdisk.status import snapshot
 from tests.unit.status.test_table import SNAPSHOT
 snapshot.take = lambda config: SNAPSHOT
 sys.exit(cli.main(["status", "--watch"]))
