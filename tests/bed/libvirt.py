@@ -23,16 +23,16 @@ DAEMONS = ("libvirtd", "virtlogd")
 OURS = Path("/run/localdisk-bed-libvirt")  # there if `start` started the daemons
 AUTOSTARTED_NETWORK = Path("/etc/libvirt/qemu/networks/autostart/default.xml")
 
-# What libvirt has found out about qemu: where it reads and writes it, where the bed keeps it from one guest to
-# the next, and where a guest of User Mode Linux hands it over (usermode.py).  libvirt itself finds out whether it
-# is of this qemu.
+# What libvirt has found out about qemu: where it reads and writes it, where the bed keeps it from one guest
+# to the next, and where a guest of User Mode Linux hands it over (usermode.py).  libvirt itself finds out
+# whether it is of this qemu.
 CAPABILITIES = Path("/var/cache/libvirt/qemu/capabilities")
 KEPT_CAPABILITIES = ROOT / ".bed/qemu-capabilities"
 HANDED_OVER = Path("/run/bed-host/qemu-capabilities")
 
-# With this capability libvirt asks a new VM for each of 400 properties of its CPU by a command of its own, of
-# which qemu reads each byte by a system call of its own: 4 of 5 s of CPU in User Mode Linux.  Without it libvirt
-# reads the CPU as it did from older qemus, by two commands.
+# With this capability libvirt asks a new VM for each of 400 properties of its CPU by a command of its own,
+# of which qemu reads each byte by a system call of its own: 4 of 5 s of CPU in User Mode Linux.  Without it
+# libvirt reads the CPU as it did from older qemus, by two commands.
 ASKS_EACH_PROPERTY = "<flag name='cpu-unavailable-features'/>"
 
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.bed.host import HOOKS
-from tests.bed.shell import how_it_ended
+from tests.bed.shell import as_user, how_it_ended
 
 VDSM_NICE = -20
 VDSM_ENVIRONMENT = {
@@ -199,23 +199,18 @@ def write_data(data: str) -> Path:
 
 def start_script(script: Path, point: str, environment: Mapping[str, str]) -> subprocess.Popen[str]:
     """Starts one script as vdsm starts it."""
-    who = pwd.getpwnam("root" if point == "before_vdsm_start" else "vdsm")
-    groups = os.getgrouplist(who.pw_name, who.pw_gid)
-
-    def become_vdsm() -> None:
-        os.setpgid(0, 0)
-        os.setpriority(os.PRIO_PROCESS, 0, VDSM_NICE)
-        os.setgroups(groups)
-        os.setgid(who.pw_gid)
-        os.setuid(who.pw_uid)
-
+    user = "root" if point == "before_vdsm_start" else "vdsm"
+    variables = (f"{name}={value}" for name, value in environment.items())
     return subprocess.Popen(
-        [str(script)],
-        env=environment,
+        [
+            *("/usr/bin/nice", "-n", str(VDSM_NICE), *as_user(user)),
+            *("/usr/bin/env", "-i", "--", *variables, str(script)),  # which are not for those before it
+        ],
+        env={},
         cwd="/",
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=become_vdsm,
+        start_new_session=True,
     )

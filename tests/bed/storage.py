@@ -284,7 +284,7 @@ def is_zero(path: str | Path, start: int) -> bool:
     """True if a file or device holds only zeros from byte `start` to its end."""
     with open(path, "rb") as file:
         file.seek(start)
-        return not any(any(chunk) for chunk in iter(lambda: file.read(1 << 20), b""))
+        return all(chunk == bytes(len(chunk)) for chunk in iter(lambda: file.read(1 << 20), b""))
 
 
 # -- places
