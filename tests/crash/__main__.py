@@ -1,7 +1,8 @@
 """python -m tests.crash [--all | --match TEXT]: runs the crash matrix in guests, prints the table.
 
-Without either a selection is run.  `--share K/N` runs the K-th of N shares, in one guest; without it there
-are as many as CPUs, side by side.  Exit status: 0 where no case found a violation, else 1.
+Without either a selection is run.  A first guest makes the scene and runs each flow once; its disks are
+copied for as many guests as there are CPUs (`--guests`), which share the cases.  Exit status: 0 where no case
+found a violation, else 1.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import threading
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 from tests.bed.boot import GUEST_DIED
@@ -32,17 +34,36 @@ def main() -> int:
     options = parser().parse_args()
     every = options.every or (1 if options.all or options.match else SELECTION)
     place = choose(options.where).name
-    chosen, parts = options.share
-    shares = [Share(place, part, parts, every, options.match) for part in chosen]
-    for share in shares:
-        share.start()
-    for share in shares:
-        share.join()
+    prepared = Guest(place, f"crash-{os.getpid()}-scene", "prepare", options.match)
+    parts = range(options.guests)
+    shares = [
+        Share(
+            place, f"crash-{os.getpid()}-{part}", "run", options.match, str(part), str(len(parts)), str(every)
+        )
+        for part in parts
+    ]
+    try:
+        prepared.boot()
+        if not prepared.problem:
+            for share in shares:
+                share.take_disks(prepared)
+            side_by_side(shares)
+    finally:
+        for guest in (prepared, *shares):
+            guest.remove_disks()
     rows = [row for share in shares for row in share.rows]
     print(table(rows))
-    problems = [share.problem for share in shares if share.problem]
+    problems = [guest.problem for guest in (prepared, *shares) if guest.problem]
     print("\n".join(problems), end="\n" if problems else "")
     return 1 if problems or any(row["violations"] for row in rows) else 0
+
+
+def side_by_side(shares: list[Share]) -> None:
+    threads = [threading.Thread(target=share.run) for share in shares]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
 
 
 def parser() -> argparse.ArgumentParser:
@@ -50,47 +71,26 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--all", action="store_true", help="all cases")
     parser.add_argument("--every", type=int, metavar="N", help="one of N cases")
     parser.add_argument("--match", default="", metavar="TEXT", help="of those with TEXT in their name")
-    parser.add_argument(
-        "--share", type=share, default=all_shares(), metavar="K/N", help="only one of N shares"
-    )
+    cpus = len(os.sched_getaffinity(0))
+    parser.add_argument("--guests", type=int, default=cpus, metavar="N", help="as many run side by side")
     parser.add_argument("--where", choices=["guest", *GUESTS], default="guest", help="which kind of guest")
     return parser
 
 
-def share(text: str) -> tuple[list[int], int]:
-    """The parts that are run, from 0 on, and how many there are."""
-    number, _, parts = text.partition("/")
-    return [int(number) - 1], int(parts)
+class Guest:
+    """A guest on disks that outlive it, in which tests/crash/cases.py runs with these words."""
 
-
-def all_shares() -> tuple[list[int], int]:
-    parts = len(os.sched_getaffinity(0))
-    return list(range(parts)), parts
-
-
-class Share(threading.Thread):
-    """The cases of one guest, which is booted again whenever a case has stopped its kernel."""
-
-    def __init__(self, place: str, part: int, parts: int, every: int, match: str) -> None:
-        super().__init__()
+    def __init__(self, place: str, disks: str, *words: str) -> None:
         self.rows: list[Row] = []
         self.problem = ""
-        self._disks = f"crash-{os.getpid()}-{part}"
+        self._disks = disks
         python = sys.executable
-        boot = [python, "-m", "tests.bed.boot", "--where", place, "--disk-file", self._disks, "--keep"]
+        boot = [python, "-m", "tests.bed.boot", "--where", place, "--disk-file", disks, "--keep"]
         boot += ["--disk-size", str(DISK_MIB), "--deadline", "7200"]
-        self._argv = [*boot, "--", python, "-m", "tests.crash.cases", *map(str, (part, parts, every)), match]
+        self._argv = [*boot, "--", python, "-m", "tests.crash.cases", *words]
 
-    def run(self) -> None:
-        try:
-            while self._boot():
-                pass
-        finally:
-            for image in STATE.glob(f"{self._disks}-*.img"):
-                image.unlink()
-
-    def _boot(self) -> bool:
-        """One guest's life; True where a case has ended it as it should and there is more to do."""
+    def boot(self) -> bool:
+        """One life of the guest; True if a case has ended it as it should and there is more to do."""
         said: list[str] = []
         dies = False
         pipe, out = subprocess.PIPE, subprocess.STDOUT
@@ -109,10 +109,31 @@ class Share(threading.Thread):
             self.problem = f"a guest ended ({how_it_ended(guest.returncode)}):\n" + "".join(said)
         return False
 
+    def disks(self) -> list[Path]:
+        return sorted(STATE.glob(f"{self._disks}-*.img"))
+
+    def remove_disks(self) -> None:
+        for image in self.disks():
+            image.unlink()
+
     def _tell(self, row: Row) -> None:
         self.rows.append(row)
         verdict = "; ".join(row["violations"]) or ("good" if row["reached"] else "good (ended before)")
         print(f"{row['name']}: {verdict}", flush=True)
+
+
+class Share(Guest):
+    """A guest for a share of the cases, which is booted again whenever a case has stopped its kernel."""
+
+    def take_disks(self, prepared: Guest) -> None:
+        """Copies of the disks of another guest."""
+        for image in prepared.disks():
+            name = image.name.rpartition("-")[2]
+            subprocess.run(["cp", "--sparse=always", image, STATE / f"{self._disks}-{name}"], check=True)
+
+    def run(self) -> None:
+        while self.boot():
+            pass
 
 
 def table(rows: list[Row]) -> str:

@@ -1,4 +1,7 @@
-"""Runs its share of the cases, in a guest:  python -m tests.crash.cases PART PARTS EVERY MATCH
+"""Runs in a guest:
+
+    python -m tests.crash.cases prepare MATCH                  the scene, and which tools each flow runs
+    python -m tests.crash.cases run MATCH PART PARTS EVERY     its share of the cases
 
 Of the cases with MATCH in their name one of EVERY is chosen, and of these every PARTS-th from PART on is
 run.  What was found is on the shared disk, so that the next boot goes on where a case has stopped the kernel.
@@ -52,18 +55,23 @@ class Case:
         return f"{self.flow}: {self.how} {self.moment} {self.number} {self.call}"
 
 
-def main(part: int, parts: int, every: int, match: str) -> int:
+def main(do: str, match: str, *share: str) -> int:
     host.setup()
     libvirt.start()
     host.thin_pool()
     STATE.mkdir(exist_ok=True)
     with halt.installed():
-        if not SCENE.exists():
-            prepare()
-        scene = Scene.load(SCENE)
-        for case in chosen(every, match)[part::parts][done() :]:
-            run_case(scene, case)
+        if do == "prepare":
+            prepare(match)
+        else:
+            run_share(match, *map(int, share))
     return 0
+
+
+def run_share(match: str, part: int, parts: int, every: int) -> None:
+    scene = Scene.load(SCENE)
+    for case in chosen(every, match)[part::parts][done() :]:
+        run_case(scene, case)
 
 
 def chosen(every: int, match: str) -> list[Case]:
@@ -85,11 +93,12 @@ def done() -> int:
 
 
 def cases() -> list[Case]:
-    """All of them, flow by flow."""
+    """All of those flows that `prepare` has run, flow by flow."""
     points = json.loads(POINTS.read_text())
     return [
         Case(flow.name, call, number, moment, how)
         for flow in FLOWS
+        if flow.name in points
         for number, call in enumerate(points[flow.name], 1)
         for how in (*(HOOK_KILLS if flow.has_hook else GC_KILLS), POWER)
         for moment in moments(number, call)
@@ -103,12 +112,12 @@ def moments(number: int, call: str) -> tuple[str, ...]:
     return MOMENTS[: MOMENTS.index("during") + 1] if number == 1 else ("during",)
 
 
-def prepare() -> None:
-    """The scene, and which tools each flow runs."""
+def prepare(match: str) -> None:
+    """The scene, and which tools each flow runs of which a case may match."""
     configure()
     scene = new_scene()
     points = {}
-    for flow in FLOWS:
+    for flow in (flow for flow in FLOWS if may_match(flow, match)):
         configure(flow.config)
         set_up(flow, scene)
         with halt.armed(None):
@@ -119,6 +128,12 @@ def prepare() -> None:
     save(POINTS, json.dumps(points))
     scene.save(SCENE)
     os.sync()
+
+
+def may_match(flow: Flow, match: str) -> bool:
+    """False if no case of the flow can have this text in its name: what is before the colon is the flow's."""
+    name, colon, _ = match.partition(":")
+    return not colon or flow.name.endswith(name)
 
 
 def set_up(flow: Flow, scene: Scene) -> None:
@@ -284,9 +299,10 @@ def wrong_templates(scene: Scene) -> Iterator[str]:
 
 def ours() -> Iterator[list[str]]:
     """The command lines of localdisk's processes and its tools that still run."""
+    tools = halt.tools_that_run()
     for pid, words in processes():
         is_ours = "/50_localdisk" in " ".join(words[:3]) or str(host.PROGRAM) in words[:3]
-        if is_ours or pid in halt.tools_that_run():
+        if is_ours or pid in tools:
             yield words
 
 
@@ -322,4 +338,4 @@ def clear(scene: Scene) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]))
+    sys.exit(main(*sys.argv[1:]))

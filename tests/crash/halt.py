@@ -20,20 +20,21 @@ MOMENTS = ("before", "during", "after")
 PLACE = Path("/run/bed-halt")
 REAL, PLAN, CALLS, HERE = (PLACE / name for name in ("real", "plan", "calls", "here"))
 
-# Calls are counted under a lock: gc asks libvirt while LVM works.  That in a shell of its own: qemu-img gets
-# descriptors, of any number.
+# A call's number is that of its line in CALLS, whoever is called at the same time: gc asks libvirt while LVM
+# works.  No process is started for that, since a flow calls many tools.
 # During: an LVM command waits for the volume group's lock, which the script has; a copy is stopped when it
 # has run for a while, any other tool as soon as it runs.  A tool that must die with its parent does.
 SCRIPT = f"""\
 #!/bin/bash
 real={REAL}/${{0##*/}}
 [ -e {PLAN} ] || exec "$real" "$@"
-count=$(
-    exec 9>>{CALLS}
-    flock 9
-    echo "${{0##*/}} $*" >&9
-    wc -l <{CALLS}
-)
+echo "$$ ${{0##*/}} ${{1-}}" >>{CALLS}
+mapfile -t calls <{CALLS}
+count=0
+for call in "${{calls[@]}}"; do
+    count=$((count + 1))
+    [ "${{call%% *}}" != $$ ] || break
+done
 read -r number moment <{PLAN} && [ "$count" = "$number" ] || exec "$real" "$@"
 here() {{
     touch {HERE}
@@ -123,7 +124,7 @@ def armed(point: Point | None) -> Iterator[None]:
 
 def calls() -> list[str]:
     """The tools that were run since `armed`, each with its first argument if that is a word."""
-    lines = (line.split() for line in CALLS.read_text().splitlines())
+    lines = (line.split()[1:] for line in CALLS.read_text().splitlines())
     return [" ".join(words[:1] + [w for w in words[1:2] if w.isalpha()]) for words in lines]
 
 
