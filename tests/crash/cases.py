@@ -255,9 +255,8 @@ def look(flow: Flow, scene: Scene, case: Case, before: set[Path]) -> Iterator[st
     if result.rc:
         yield f"the next start fails: {result.stderr.strip()}"
     else:
-        yield from wrong_bytes(
-            scene, ({"source": scene.source, "kept": scene.kept}[content],), "the next start"
-        )
+        allowed = {"source": (scene.source,), "kept": (scene.kept,), "either": (scene.source, scene.kept)}
+        yield from wrong_bytes(scene, allowed[content], "the next start")
     collected = attempt(str(host.PROGRAM), "gc")
     if collected.returncode:
         yield f"gc fails: {collected.stdout}{collected.stderr}"

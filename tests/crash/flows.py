@@ -225,6 +225,11 @@ def collect(scene: Scene) -> Call:
     return by_root("gc")
 
 
+def give_up(scene: Scene) -> Call:
+    """The operator gives up the kept disk."""
+    return by_root("remove", f"{host.VOLUME_GROUP}/{scene.image.leaf.id}")
+
+
 def prefetch(scene: Scene) -> Call:
     return by_root("prefetch", str(scene.image.volumes[0].path))
 
@@ -249,13 +254,13 @@ class Flow:
     before: Callable[[Scene], None]
     do: Callable[[Scene], Call]
     config: str = ""
-    content: str = "source"  # or kept
+    content: str = "source"  # or kept, or either
     start_again: Callable[[Scene], Call] = start_thick
 
     @property
     def has_hook(self) -> bool:
-        """gc is one process; a hook, and prefetch, have a helper."""
-        return self.do is not collect
+        """gc and remove are one process; a hook, and prefetch, have a helper."""
+        return self.do not in (collect, give_up)
 
     @property
     def vm_runs(self) -> bool:
@@ -277,6 +282,8 @@ FLOWS = (
     Flow("stop, keep", ready, stop, KEEP, "kept"),
     Flow("gc", garbage, collect, DUE),
     Flow("erase", to_erase, collect, ERASE),
+    Flow("remove", kept, give_up, KEEP, "either"),
+    Flow("remove and erase", kept, give_up, "retention: {on_stop: keep, erase: zero}\n", "either"),
     Flow("recovery", running, recover, "", "kept", recover),
     Flow("first of a template thick", nothing, start_thick, CACHE),
     Flow("first of a template thin", nothing, start_thin, CACHE, start_again=start_thin),
