@@ -287,40 +287,45 @@ def with_room(
     """The volume group, in which `require` finds room; idle template LVs but `keep` are evicted for it.
 
     If they do not make enough room, `spares` are removed.  Nothing is removed if that would not help, as far
-    as LVM reports what each takes.  Raises what `require` raises.
+    as LVM reports what each takes: it does not report what a template LV shares with the disks that started
+    from it, so what seemed enough may not be.  Raises what `require` raises.
     """
     vg = _read(policy)
-    try:
-        require(vg)
+    if _is_room(vg, require):
         return vg
-    except (NoSpace, ThinPoolFull) as error:
-        refusal: Error = error
     pool = policy.thin_pool if policy.backend == "lvmthin" else ""
-    idle = tuple(_evictable(policy, each, pause) for each in _idle(template.in_place(vg, pool), keep))
-    for each in _enough(vg, pool, require, idle, spares):
+    idle = [_evictable(policy, each, pause) for each in _idle(template.in_place(vg, pool), keep)]
+    others, planned = [*spares], list[Spare]()
+    while not _is_room(vg, require):
+        planned = planned or [*_enough(vg, pool, require, idle, others)]
+        each = planned.pop(0)
+        idle, others = ([spare for spare in found if spare is not each] for found in (idle, others))
         each.remove()
         vg = _read(policy)
-        try:
-            require(vg)
-            return vg
-        except (NoSpace, ThinPoolFull) as error:
-            refusal = error
-    raise refusal
+    return vg
+
+
+def _is_room(vg: VolumeGroup, require: Room) -> bool:
+    try:
+        require(vg)
+    except (NoSpace, ThinPoolFull):
+        return False
+    return True
 
 
 def _enough(
     vg: VolumeGroup, pool: str, require: Room, idle: Sequence[Spare], spares: Sequence[Spare]
 ) -> Sequence[Spare]:
-    """What makes enough room if it is removed in this order.  Raises what `require` raises."""
+    """What to remove next for room, in this order: all of that, and what is left then, would be enough.
+
+    Template LVs go before kept disks where both must: no kept disk goes before it is seen that it is enough.
+    Raises what `require` raises.
+    """
     for found in (idle, spares):
-        try:
-            require(_without(vg, pool, sum(each.takes for each in found)))
+        if _is_room(_without(vg, pool, sum(each.takes for each in found)), require):
             return found
-        except (NoSpace, ThinPoolFull):
-            pass
-    both = (*spares, *idle)
-    require(_without(vg, pool, sum(each.takes for each in both)))
-    return both
+    require(_without(vg, pool, sum(each.takes for each in (*idle, *spares))))
+    return idle
 
 
 def _evictable(policy: Policy, found: Template, pause: Pause) -> Spare:

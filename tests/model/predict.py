@@ -534,9 +534,9 @@ def _find_room(
     spares = [k for k in replaced if k in p.state.disks and p.state.disks[k].is_thin == shelf.is_thin(policy)]
     spares = [k for k in spares if not p.state.is_open(k)]
     takes = sum(map(_takes, (p.state.disks[k] for k in spares)))
-    idle = shelf.idle(p.state, shelf.is_thin(policy), but)
-    both = takes + sum(p.state.cached[k].takes for k in idle)
-    if is_good or not (is_room(p.state, takes) or is_room(p.state, both)):
+    if not (is_good or is_room(p.state, takes)):  # template LVs first, as they are only copies
+        p.state, is_good = shelf.with_room(p.state, policy, is_room, but, beside=takes)
+    if is_good or not is_room(p.state, takes):
         return is_good
     for key in spares:
         _erase_and_remove(p, key, policy, does_erase=True)

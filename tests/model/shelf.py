@@ -54,12 +54,17 @@ def _in_place(state: State, thin: bool) -> list[tuple[str, Cached]]:
     return sorted(found, key=lambda pair: (pair[1].used, pair[1].name))
 
 
-def with_room(state: State, policy: Policy, is_room: IsRoom, but: str = "") -> tuple[State, bool]:
-    """Whether there is room once idle template LVs have been evicted; none is where that cannot help."""
+def with_room(
+    state: State, policy: Policy, is_room: IsRoom, but: str = "", beside: int = 0
+) -> tuple[State, bool]:
+    """Whether there is room once idle template LVs have been evicted.
+
+    None is where that, and `beside` bytes that can be had then, cannot help.
+    """
     if is_room(state, 0):
         return state, True
     keys = idle(state, is_thin(policy), but)
-    if not is_room(state, sum(state.cached[key].takes for key in keys)):
+    if not is_room(state, beside + sum(state.cached[key].takes for key in keys)):
         return state, False
     for key in keys:
         state = state.with_cached(key, None)

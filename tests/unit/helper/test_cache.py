@@ -963,6 +963,22 @@ def test_where_all_are_taken_into_use_meanwhile_there_is_no_room(host: FakeHost)
     assert host.removed == []
 
 
+def test_what_is_replaced_makes_the_room_that_template_lvs_did_not_make(host: FakeHost) -> None:
+    """As where one shares its blocks with a disk, which LVM does not report, or is in use by now."""
+    add_template(host, "lvm", 1, other(1))
+    old = host.add(OTHER_VOLUME, tags("STOPPED_5", fingerprint=OTHER_FINGERPRINT), SIZE, lv_active="")
+    room_for(host, "lvm", SIZE - BASE_SIZE)
+
+    def use() -> None:
+        host.volumes[other(1)].lv_device_open = host.volumes[other(1)].lv_active = "open"
+
+    hook = Hook(host, "{cache: {templates: on}, retention: {on_source_change: recopy}}")
+    hook.ask(CLAIM)
+    host.before_command(2, use)
+    assert hook.ask(PREPARE)["how"] == "copy"
+    assert host.removed == [old]
+
+
 # -- cache.max_size
 
 
