@@ -17,7 +17,8 @@ What vdsm still calls for such a start, and when (vdsm `lib/vdsm/virt/vm.py`: `_
 A new start calls after_disk_prepare first, after after_vm_destroy of the old one: this removes the file.
 Processes that are killed in between, or a second power-off, leave a file that ends at most one start:
 `destroying` counts for SETTLED seconds at after_disk_prepare, before_vm_start removes what it has met, gc
-removes old files, and before_vdsm_start all of them.
+removes old files, and before_vdsm_start all of them.  A VM of which nothing is local is never ended: a resume
+comes to before_vm_start without a start before it.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ def destroying(vm_id: str) -> None:
     if _age(_path(vm_id, _DESTROYED)) < SETTLED:  # powered off twice: no further after_vm_destroy comes
         return
     fd = os.open(_path(vm_id, _DESTROYING), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    os.utime(fd)
+    now = time.time()
+    os.utime(fd, (now, now))
     os.close(fd)
 
 
@@ -60,13 +62,13 @@ def require_start(vm_id: str) -> None:
     """At after_disk_prepare: raise StartCancelled if it is of a start that was ended; else a start begins."""
     if _age(_path(vm_id, _DESTROYING)) < SETTLED:
         raise StartCancelled(vm=vm_id)
-    _settle(vm_id)
+    settle(vm_id)
 
 
 def require_started(vm_id: str) -> None:
     """At before_vm_start: raise StartCancelled, once, if the start was ended."""
     if is_cancelled(vm_id):
-        _settle(vm_id)
+        settle(vm_id)
         raise StartCancelled(vm=vm_id)
 
 
@@ -78,8 +80,8 @@ def sweep(may_start: bool) -> None:
             _remove(path)
 
 
-def _settle(vm_id: str) -> None:
-    """What was powered off does not count any more; a power-off that comes just now does."""
+def settle(vm_id: str) -> None:
+    """A start begins.  What was powered off does not count any more; a power-off that comes just now does."""
     _remove(_path(vm_id, _DESTROYED))
     if SETTLED <= _age(_path(vm_id, _DESTROYING)) < float("inf"):
         _remove(_path(vm_id, _DESTROYING))

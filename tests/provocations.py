@@ -766,6 +766,7 @@ def another_base(world: World) -> object:
 
 
 LOOK = {"verb": "look", "vm": VM, "property": "lvm"}
+LOOK_AT_IT = {**LOOK, "disks": [{"image": IMAGE, "volume": VOLUME}]}
 REQUEST = "request to the helper"
 SESSION = {
     "foreign": case(foreign, LV),
@@ -792,7 +793,7 @@ SESSION = {
     "verb": case(session(lambda w: {"verb": w.evil()}), REQUEST, "verb"),
     "broken off": case(silent_end, VM, VOLUME),
     "powered off before it claims": case(lambda w: powered_off(w, CLAIM), VM, "powered off"),
-    "powered off before it starts": case(lambda w: powered_off(w, {**LOOK, "disks": []}), VM, "powered off"),
+    "powered off before it starts": case(lambda w: powered_off(w, LOOK_AT_IT), VM, "powered off"),
     "powered off then": case(lambda w: powered_off(w, CLAIM, PREPARE), VM, "powered off"),
     "forgotten": case(forgotten, VM, VOLUME),
     "drifted": case(starts_beside("DRIFTED_5"), LV),

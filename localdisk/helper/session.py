@@ -134,16 +134,18 @@ class Session:
 
     def _look(self, request: protocol.Look) -> Looks:
         policy = self._policy(request)
-        cancel.require_started(request.vm_id)
+        if any(policy.is_local(disk.image_id) for disk in request.disks):
+            cancel.require_started(request.vm_id)
         vg = claims.read(policy)
         return Looks(tuple(claims.look_at(vg, policy, request.vm_id, disk) for disk in request.disks))
 
     def _claim_disk(self, request: protocol.Claim) -> Claimed:
         self.close()
         policy, vm_id, volume_id = self._policy(request), request.vm_id, request.volume_id
-        cancel.require_start(vm_id)
         if not policy.is_local(request.image_id):
+            cancel.settle(vm_id)
             return Claimed(stays=True, path="", is_thin=False, is_cached=False)
+        cancel.require_start(vm_id)
         self._starting = vm_id
         doubted = kept.doubted(vm_id)
         if doubted:

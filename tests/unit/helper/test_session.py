@@ -1199,11 +1199,16 @@ def test_a_new_start_forgets_that_the_vm_was_powered_off(host: FakeHost) -> None
     assert marks() == [f"{VM}.destroying"]
 
 
-def test_a_start_with_shared_disks_forgets_it_too(host: FakeHost) -> None:
+@pytest.mark.parametrize("text", [f"disks: [{OTHER_IMAGE}]", "enabled: false"])
+def test_a_start_with_shared_disks_is_not_ended_and_forgets_it(host: FakeHost, text: str) -> None:
+    """Nothing is prepared for it; vdsm itself ends it."""
     power_off(host)
-    hook = Hook(host, f"vms: {{{VM}: {{disks: [{OTHER_IMAGE}]}}}}")
-    assert POWERED_OFF in hook.refused(CLAIM)
+    hook = Hook(host, f"vms: {{{VM}: {{{text}}}}}")
+    assert hook.ask(CLAIM)["stays"]
+    assert not hook.ask(LOOK_AT_IT)["disks"][0]["local"]
+    assert marks() == [f"{VM}.destroying"]
     hook.ask(RELEASE)
+    assert not hook.ask(LOOK_AT_IT)["disks"][0]["local"]
     assert hook.ask(CLAIM)["stays"]
     assert marks() == []
 
