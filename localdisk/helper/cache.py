@@ -361,14 +361,24 @@ def evict(policy: Policy, name: str, why: str, pause: Pause) -> None:
         if not held or found is None or found.is_open:
             return
         vg.require_usable()
-        aside = take_away(vg, found.disk, policy.retention.erase, pause)
-        if aside:  # its room is wanted now
-            finish(policy, aside, pause)
+        remove_now(policy, vg, found.disk, pause)
         log.event("template LV evicted", template=found.volume_id, lv=name, why=why)
         counters.template_evicted()
 
 
-def finish(policy: Policy, aside: str, pause: Pause) -> None:
+def remove_now(policy: Policy, vg: VolumeGroup, disk: LocalDisk, pause: Pause) -> None:
+    """Erase and remove a disk whose room is wanted now, not when gc comes, and whose lock is held.
+
+    Raises CannotDiscard before anything is changed; the other errors of `take_away` and `removal.finish`.
+    """
+    erase = policy.retention.erase
+    removal.require_erasable(vg, disk, erase)
+    aside = take_away(vg, disk, erase, pause)
+    if aside:
+        _finish(policy, aside, pause)
+
+
+def _finish(policy: Policy, aside: str, pause: Pause) -> None:
     """Erase and remove what was set aside, unless somebody is at it by now."""
     with lock.trying(lock.disk_lock(aside)) as held:
         vg = _read(policy)

@@ -65,9 +65,7 @@ class Replaced:
 
     def _remove_for_room(self, disk: LocalDisk) -> None:
         for vg, found in self._found(disk):
-            aside = take_away(vg, found, self._policy.retention.erase, self._pause)
-            if aside:  # its room is wanted now
-                cache.finish(self._policy, aside, self._pause)
+            cache.remove_now(self._policy, vg, found, self._pause)
             log.event("kept disk removed before the copy, for room", vm=found.vm_id, disk=found.volume_id)
 
     def _found(self, disk: LocalDisk) -> Iterator[tuple[VolumeGroup, LocalDisk]]:

@@ -72,6 +72,20 @@ def finish(vg: VolumeGroup, disk: LocalDisk, configured: str, pause: Pause) -> N
         erase_and_remove(vg, disk, "zero", pause)
 
 
+def require_erasable(vg: VolumeGroup, disk: LocalDisk, erase: str) -> None:
+    """Raise CannotDiscard, the disk as it was, if erasing it would leave its bytes on the device."""
+    pool = vg.find(disk.lv.pool_lv) if disk.lv.pool_lv else None
+    if (disk.erase or erase) != "discard" or (pool and not pool_keeps_bytes(pool)):
+        return
+    vg.activate(disk.volume_id)
+    try:
+        _require_discard(vg, disk)
+    except CannotDiscard:
+        if not (disk.lv.lv_active or disk.lv.dependents):  # LVM deactivates snapshots along with it
+            vg.deactivate(disk.volume_id)
+        raise
+
+
 def _set_aside(vg: VolumeGroup, disk: LocalDisk, erase: str) -> str:
     """Killed between the two commits, it is nobody's under its old name; whoever comes next renames it."""
     name = disk.aside_name or new_uuid()

@@ -349,6 +349,23 @@ def test_a_kept_disk_makes_room_for_the_one_that_replaces_it(host: FakeHost, nam
     assert host.erased == ({old.lv_uuid} if erase == "zero" else set())
 
 
+@pytest.mark.parametrize("is_thin", [False, True])
+def test_a_kept_disk_that_cannot_be_erased_makes_no_room(host: FakeHost, is_thin: bool) -> None:
+    """`erase: discard` would leave its bytes: the start is refused, and the disk is as it was."""
+    thin = {"pool_lv": "pool0", "lv_layout": "thin,sparse", "data_percent": "50.00"} if is_thin else {}
+    old = host.add(OTHER_VOLUME, tags("STOPPED_5", fingerprint=OTHER_FINGERPRINT), SIZE, lv_active="", **thin)
+    before = old.row
+    host.cannot_discard.add(f"/dev/ovirt-local/{OTHER_VOLUME}")
+    host.volumes["pool0"].kernel_discards = "nopassdown"
+    host.volumes["pool0"].data_percent = "90.00"
+    host.vg["vg_free"] = str(SIZE - EXTENT)
+    hook = Hook(host, "retention: {on_stop: keep, on_source_change: recopy, erase: discard}")
+    hook.ask(CLAIM, property="lvmthin" if is_thin else "lvm")
+    assert "discard would leave the bytes" in hook.refused(PREPARE)
+    assert old.row == before
+    assert locks() == []
+
+
 @pytest.mark.parametrize("name", [VOLUME, OTHER_VOLUME])
 @pytest.mark.parametrize("text", [RECOPY, ""])
 def test_a_start_that_is_refused_for_room_removes_no_kept_disk(host: FakeHost, name: str, text: str) -> None:
