@@ -428,7 +428,14 @@ class FakeWorld:
     def look(self) -> Look:
         volumes = tuple(self.host.seen(name) for name in self.host.volumes if name != "pool0")
         locks = frozenset(lock.names())
-        return Look(self.clock, volumes, locks, self.host.gone)
+        marks = Path(lock.RUN).glob("*.destroy*")
+        return Look(
+            self.clock,
+            volumes,
+            locks,
+            {path.name: int(path.stat().st_mtime) for path in marks},
+            self.host.gone,
+        )
 
     def room(self) -> Room:
         return Room(int(self.host.vg["vg_free"]), POOL)
@@ -551,7 +558,8 @@ class FakeWorld:
         for volume in self.host.volumes.values():
             if volume.lv_name != "pool0":
                 volume.lv_device_open, volume.lv_active = "", ""
-        for name in self.look().locks:
+        look = self.look()
+        for name in {*look.locks, *look.marks}:
             os.unlink(os.path.join(lock.RUN, name))
 
     def end(self) -> None:
@@ -622,6 +630,7 @@ class FakeWorld:
     def _paths(self, process: Process) -> Mapping[str, str] | None:
         state, call = process.state, process.call
         if call.what.startswith(("gc", "prefetch", "remove")) or call.what in (
+            "before_vm_destroy",
             "after_vm_destroy",
             *FORBIDDEN,
         ):
@@ -691,6 +700,9 @@ class FakeWorld:
                 for disk in disks
             )
             text, variable = domain_xml(BedVm(vm_id, tuple(local))), "_hook_domxml"
+            for image_id in vm.drifted if point == "after_vm_destroy" else ():
+                layer = f'dev="/dev/{vm_id}/{image_id}" index="1"'
+                text = text.replace(f'dev="/dev/{VG}/{vm.paths[image_id]}"', layer)
         path = self.directory / f"data-{self.rng.getrandbits(32)}"
         path.write_text(text)
         environ = {"vmId": vm_id, "localdisk": vm.using, variable: str(path)}

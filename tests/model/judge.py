@@ -8,7 +8,18 @@ from dataclasses import dataclass, field, replace
 from tests.model.librarian import Librarian
 from tests.model.predict import Call, Prediction, Stages
 from tests.model.seen import Seen, as_seen, unlike
-from tests.model.state import COMPLETE, DELETING, READY, UNFINISHED, LocalDisk, State, is_newborn
+from tests.model.rules import Policy
+from tests.model.state import (
+    DELETING,
+    DRIFTED,
+    GUESTS,
+    READY,
+    STOPPED,
+    UNFINISHED,
+    LocalDisk,
+    State,
+    is_newborn,
+)
 from tests.model.world import LEFT, STARTS, Ended, Look, World
 
 
@@ -47,23 +58,32 @@ class Judge:
             erases=_erases(state, call),
         )
         self._check_kept(state, after, call, ended)
+        after = self.check_marks([state, p.state, *(way.state for way in p.ways)], after, is_exact)
         if "before" in call.what and ended.result not in LEFT and state.flight is None:
             after = replace(after, flight=None)
         return self.check(after, call, ended)
 
     def _check_kept(self, before: State, after: State, call: Call, ended: Ended) -> None:
-        """No start loses what a guest has written, if the operator has not said that it may."""
-        vm = before.vms.get(call.vm_id)
-        if call.what not in (*STARTS, "before copy", "before fill") or vm is None or vm.using == "off":
-            return
-        policy = before.rules.of(call.vm_id, vm.using)
-        if (policy.on_stop, policy.on_source_change) != ("keep", "refuse") or ended.other:
-            return
+        """Whatever happens, what a guest has written is only lost by what the operator has said."""
         for key, disk in before.disks.items():
-            if disk.vm == call.vm_id and disk.state in COMPLETE:
-                now = after.disks.get(key)
-                is_there = now is not None and now.state in COMPLETE and now.holds == disk.holds
-                assert is_there, f"{call} has lost the kept disk {key}, {disk}, which is now {now}"
+            if is_newborn(key):  # nobody has looked since it was made
+                continue
+            now = after.disks.get(key)
+            is_there = now is not None and now.state in GUESTS and now.holds == disk.holds
+            is_good = disk.state not in GUESTS or is_there or _may_go(before, after, disk, call, ended)
+            assert is_good, f"{call} has lost the disk {key}, {disk}, which is now {now}"
+
+    def check_marks(self, states: list[State], after: State, is_exact: bool) -> State:
+        """The files that say what was powered off are as before or as they should be; `states`: before first."""
+        look = self.world.look()
+        during = range(states[0].now, look.now + 1)
+        possible = states[1:] if is_exact else states
+        for name in {*look.marks, *(name for state in states for name in state.marks)}:
+            wanted = {state.marks.get(name) for state in possible}
+            now = look.marks.get(name)
+            is_new = now is not None and now in during and any(w in during for w in wanted if w is not None)
+            assert now in wanted or is_new, f"{name} is of {now}, and not of {wanted}"
+        return replace(after, marks=look.marks)
 
     def _require_end(self, call: Call, ended: Ended, p: Prediction) -> None:
         """It ended as it should."""
@@ -206,6 +226,41 @@ class Judge:
                 {*vm.paths.values()} & {*its.paths.values()} if its.is_active and other != vm_id else set()
             )
             assert not shared, f"VMs {vm_id} and {other} both run from {shared}"
+
+
+def _may_go(before: State, after: State, disk: LocalDisk, call: Call, ended: Ended) -> bool:
+    """Whether this call may remove a disk that holds data of a guest."""
+    rules, flight = before.rules, before.flight
+    if call.what == "remove" and call.vm_id == disk.vm:
+        return True
+    if disk.state == DRIFTED:
+        return False
+    if call.what.startswith("gc"):
+        return _is_due(rules.of(disk.vm), disk, after.now)
+    if flight and flight.vm == disk.vm and (call.what == "finish" or ended.other):
+        return _does_replace(flight.policy)
+    if call.vm_id != disk.vm or before.vms[disk.vm].using == "off":
+        return False
+    policy = rules.of(disk.vm, before.vms[disk.vm].using)
+    if policy.older_disks == "keep" and disk.is_older:
+        return False
+    if call.what == "after_vm_destroy":
+        return policy.on_stop == "delete"
+    return call.what in (*STARTS, "before copy", "before fill") and _does_replace(policy)
+
+
+def _does_replace(policy: Policy) -> bool:
+    """Whether a start may make a new disk in the place of one that it finds."""
+    return policy.on_stop == "delete" or policy.on_source_change == "recopy"
+
+
+def _is_due(policy: Policy, disk: LocalDisk, now: int) -> bool:
+    """Whether gc may remove it by now, as far as the times go."""
+    if policy.older_disks == "keep" and disk.is_older:
+        return False
+    if disk.state == STOPPED:
+        return disk.stopped is not None and now - disk.stopped >= policy.keep_for
+    return policy.on_stop == "delete"
 
 
 def _erases(state: State, call: Call) -> frozenset[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
-from tests.model.predict import Call, Prediction, predict
+from tests.model.predict import Call, Prediction, predict, swept
 from tests.model.rules import MIB
 from tests.model.state import UNFINISHED, Cached, State
 from tests.model.world import Ended
@@ -38,14 +38,15 @@ class Branch:
             (vm.is_defined, vm.has_started, vm.is_active, frozenset(vm.paths.items()))
             for vm in self.state.vms.values()
         )
-        return frozenset(self.state.disks.items()), vms, len(self.left), self.is_refused
+        disks, marks = frozenset(self.state.disks.items()), frozenset(self.state.marks.items())
+        return disks, marks, vms, len(self.left), self.is_refused
 
     def next(self, vm_id: str) -> Iterator[Branch]:
         """The same when the paused call has gone on, as far as that can matter to this VM."""
         for part in _parts_of_gc(self.state, vm_id) if self.paused.what == "gc" else self.left[:1]:
-            p = predict(self.state, part)
-            left = () if p.is_refused or p.is_over else self.left[1:]
-            yield replace(self.after(p), left=left, is_refused=p.is_refused)
+            for p in (predict(self.state, part), *_powered_off_within(self.state, part)):
+                left = () if p.is_refused or p.is_over else self.left[1:]
+                yield replace(self.after(p), left=left, is_refused=p.is_refused)
 
     def after(self, p: Prediction) -> Branch:
         return replace(self, state=p.state, erased={**self.erased, **p.erased})
@@ -78,7 +79,8 @@ def _made(branches: list[Branch], call: Call, is_refused: bool) -> list[Branch]:
 
 def end(branches: list[Branch], ended: Ended) -> list[Branch]:
     """The paused call has gone on, and ended so."""
-    return [b for b in _continued(branches, "") if not b.left and b.is_refused == ended.is_refused]
+    finals = [b for b in _continued(branches, "") if not b.left and b.is_refused == ended.is_refused]
+    return [replace(b, state=swept(b.state)) if b.paused.what == "gc" else b for b in finals]
 
 
 def _continued(branches: list[Branch], vm_id: str) -> list[Branch]:
@@ -107,14 +109,25 @@ def _parts(state: State, call: Call) -> Iterator[Call]:
     for image_id in images:
         yield Call("make way", (call.vm_id, image_id))
         yield Call("prepare", (call.vm_id, image_id))
-    if call.what in ("before_vm_start", "after_vm_destroy", "prefetch"):
+    if call.what in ("before_vm_start", "before_vm_destroy", "after_vm_destroy", "prefetch"):
         yield call
+
+
+def _powered_off_within(state: State, part: Call) -> Iterator[Prediction]:
+    """What a part of a start does if its VM is powered off when it has begun: it looks for that now and then."""
+    if part.what in ("look", "make way", "prepare", "before_vm_start") and state.is_cancelled(part.vm_id):
+        p = predict(replace(state, marks={}), part)
+        p.state = replace(p.state, marks=state.marks)
+        yield p
+        if part.what == "prepare":
+            yield predict(state, Call("prepare in vain", part.arguments))
 
 
 def _parts_of_gc(state: State, vm_id: str) -> Iterator[Call]:
     """The disks that this VM may meet, each set aside first; of the others only the room matters."""
     volumes = {state.sources[image_id].volume for image_id in state.vms[vm_id].images} if vm_id else set()
-    met = [key for key, disk in state.disks.items() if disk.vm == vm_id or disk.name in volumes]
+    own = {key for key, disk in state.disks.items() if disk.vm == vm_id and disk.name}
+    met = [key for key, disk in state.disks.items() if key in own or disk.name in volumes]
     for key in met:
         yield Call("gc of some", ((key,), False))
         yield Call("gc of some", ((key,),))

@@ -17,6 +17,9 @@ from tests.model.state import (
     ASIDE,
     COMPLETE,
     DELETING,
+    DESTROYED,
+    DESTROYING,
+    DRIFTED,
     READY,
     STOPPED,
     UNFINISHED,
@@ -26,6 +29,9 @@ from tests.model.state import (
     State,
     newborn,
 )
+
+SETTLED = 60  # seconds for which a power-off ends what vdsm still asks for its start
+KEEP_MARKS = 24 * 3600  # seconds
 
 Stages = list["LocalDisk | None"]  # None: it is not there
 
@@ -108,8 +114,9 @@ def predict(state: State, call: Call) -> Prediction:
 
 def _define(p: Prediction, vm_id: str) -> None:
     """A placeholder, there as long as vdsm deals with the VM."""
+    fresh: dict[str, Any] = {"paths": {}, "drifted": frozenset()}
     p.state = p.state.with_vm(
-        vm_id, is_defined=True, has_started=False, using=p.state.vms[vm_id].value, paths={}
+        vm_id, is_defined=True, has_started=False, using=p.state.vms[vm_id].value, **fresh
     )
 
 
@@ -155,6 +162,18 @@ def _prepare(p: Prediction, vm_id: str, image_id: str) -> None:
         _remove_replaced(p, making.replaced, making.policy)
 
 
+def _prepare_in_vain(p: Prediction, vm_id: str, image_id: str) -> None:
+    """Its VM is powered off while it copies."""
+    marks = p.state.marks
+    p.state = replace(p.state, marks={})
+    making = _make_way(p, vm_id, image_id)
+    p.state = replace(p.state, marks=marks)
+    if making:
+        base = _bring_in(p, vm_id, image_id, making)
+        key = _begin_copy(p, vm_id, image_id, making, base)[0]
+        _copied(p, vm_id, image_id, key, making.policy)
+
+
 def _before_copy(p: Prediction, vm_id: str, image_id: str) -> None:
     """after_disk_prepare, left alone while it copies, if it does."""
     if not _is_start(p.state, vm_id):
@@ -187,6 +206,8 @@ def _before_fill(p: Prediction, vm_id: str, image_id: str) -> None:
 
 def _finish(p: Prediction) -> None:
     """The copy that was left alone ends well."""
+    if p.state.is_cancelled(p.state.flight.vm if p.state.flight else ""):
+        _give_up(p)
     flight = _landed(p)
     _rest(p, flight)
     key = flight.key
@@ -277,7 +298,10 @@ def _become_stale(p: Prediction, vm_id: str, images: set[str]) -> None:
 
 
 def _look(p: Prediction, vm_id: str) -> None:
-    """before_vm_start to begin with: whose disks they are."""
+    """before_vm_start to begin with: whether the VM was powered off, and whose disks they are."""
+    if _local_images(p.state, vm_id) and p.state.is_cancelled(vm_id):
+        _settle(p, vm_id)
+        raise Refused
     for image_id in _local_images(p.state, vm_id):
         _owned(p.state, vm_id, image_id)
 
@@ -306,7 +330,13 @@ def _make_way(p: Prediction, vm_id: str, image_id: str) -> Making | None:
     """DESIGN.md, "Preparing one disk", up to the copy; returns what is made, None if nothing is."""
     state, source = p.state, p.state.sources[image_id]
     if image_id not in _local_images(state, vm_id):
+        if state.vms[vm_id].using != "off":
+            _settle(p, vm_id)
         return None
+    if state.age_of(vm_id, DESTROYING) < SETTLED:
+        raise Refused
+    _settle(p, vm_id)
+    state = p.state
     policy = state.rules.of(vm_id, state.vms[vm_id].using)
     key = _owned(state, vm_id, image_id)
     if _runs(state, vm_id, key):
@@ -329,6 +359,13 @@ def _make_way(p: Prediction, vm_id: str, image_id: str) -> Making | None:
     _local(p, vm_id, image_id)
     _remove_replaced(p, plan.replaced, policy)
     return None
+
+
+def _settle(p: Prediction, vm_id: str) -> None:
+    """What was powered off before does not count any more."""
+    p.state = p.state.with_mark(vm_id, DESTROYED, None)
+    if p.state.age_of(vm_id, DESTROYING) >= SETTLED:
+        p.state = p.state.with_mark(vm_id, DESTROYING, None)
 
 
 @dataclass(frozen=True)
@@ -359,7 +396,7 @@ def _plan(state: State, policy: Policy, vm_id: str, image_id: str, key: str) -> 
         *([key] if key else []),
         *sorted((k for k in own if k != key), key=lambda k: state.disks[k].name),
     ]
-    if key and state.is_open(key):
+    if any(state.disks[k].state == DRIFTED for k in found) or (key and state.is_open(key)):
         raise Refused
     kept = [k for k in found if _is_kept(policy, state.disks[k])]
     older = [k for k in kept if _is_left_alone(policy, state.disks[k])]
@@ -567,9 +604,9 @@ def _given_up(made: LocalDisk, policy: Policy) -> Iterator[LocalDisk]:
 
 
 def _copied(p: Prediction, vm_id: str, image_id: str, key: str, policy: Policy) -> None:
-    """The copy is complete; it is given up if libvirt knows the VM no longer."""
+    """The copy is complete; it is given up if the VM was powered off, or libvirt knows it no longer."""
     is_asked = not (p.state.is_silent or p.state.is_flaky)
-    if is_asked and not p.state.vms[vm_id].is_defined:
+    if p.state.is_cancelled(vm_id) or (is_asked and not p.state.vms[vm_id].is_defined):
         p.goes(key, policy.erase)
         raise Refused
     content = p.state.sources[image_id].content
@@ -585,6 +622,24 @@ def _local(p: Prediction, vm_id: str, image_id: str) -> None:
 # -- stopping
 
 
+def _before_vm_destroy(p: Prediction, vm_id: str) -> None:
+    """A start is to end, if libvirt does not say that the VM has started."""
+    state, vm = p.state, p.state.vms[vm_id]
+    is_asked = not (state.is_silent or state.is_mute)
+    if vm.using == "off" or (is_asked and (vm.is_active or vm.has_started)):
+        return
+    if state.age_of(vm_id, DESTROYED) >= SETTLED:
+        p.state = state.with_mark(vm_id, DESTROYING, state.now)
+
+
+def _drifts(p: Prediction, vm_id: str, own: Iterable[str]) -> None:
+    """What the VM did not run from in the end is kept."""
+    for key in own:
+        disk = p.state.disks[key]
+        if disk.image in p.state.vms[vm_id].drifted and disk.state == READY and not disk.is_stale:
+            p.becomes(key, replace(disk, state=DRIFTED, stopped=None, unneeded=None))
+
+
 def _after_vm_destroy(p: Prediction, vm_id: str) -> None:
     """Every disk of the VM is removed or kept; what cannot be removed at once is left to gc."""
     state, vm = p.state, p.state.vms[vm_id]
@@ -593,10 +648,18 @@ def _after_vm_destroy(p: Prediction, vm_id: str) -> None:
     policy = state.rules.of(vm_id, vm.using)
     own = {key: disk for key, disk in state.disks.items() if disk.vm == vm_id and not disk.is_aside}
     own = {key: disk for key, disk in own.items() if not state.is_locked(key)}
-    if any(map(state.is_open, own)) and (state.is_silent or vm.is_active):
+    is_refused = any(map(state.is_open, own)) and (state.is_silent or vm.is_active)
+    if is_refused and vm.drifted:
         raise Refused
-    for key, disk in own.items():
-        if _is_left_alone(policy, disk):
+    _drifts(p, vm_id, own)
+    if vm_id + DESTROYING in state.marks:
+        p.state = p.state.with_mark(vm_id, DESTROYED, state.marks[vm_id + DESTROYING])
+        p.state = p.state.with_mark(vm_id, DESTROYING, None)
+    if is_refused:
+        raise Refused
+    for key in own:
+        disk = p.state.disks[key]
+        if disk.state == DRIFTED or _is_left_alone(policy, disk):
             is_rest = not (state.is_open(key) or key in state.backups)
             p.becomes(key, replace(disk, is_active=disk.is_active and not is_rest))
             continue
@@ -661,6 +724,13 @@ def _gc(p: Prediction, may_start: bool = True) -> None:
         _collect(p, key, may_start, may_start)
     p.state, has_doubts = shelf.collected(p.state, may_start)
     p.has_doubts = p.has_doubts or has_doubts
+    p.state = swept(p.state, may_start)
+
+
+def swept(state: State, may_start: bool = True) -> State:
+    """Without the files of power-offs that end no start any more."""
+    left = {name: then for name, then in state.marks.items() if abs(state.now - then) <= KEEP_MARKS}
+    return replace(state, marks=left if may_start else {})
 
 
 def _gc_of_some(p: Prediction, keys: Iterable[str], does_erase: bool = True) -> None:
@@ -688,6 +758,8 @@ def _collect(p: Prediction, key: str, may_start: bool, does_erase: bool) -> None
     if is_needed:
         if disk.state in COMPLETE and disk.unneeded is not None:
             p.becomes(key, replace(disk, unneeded=None))
+        return
+    if disk.state == DRIFTED:
         return
     if not disk.is_aside and p.state.is_silent:
         p.has_doubts = True
@@ -773,6 +845,7 @@ CALLS: Mapping[str, Callable[..., object]] = {
     "undefine": _undefine,
     "after_disk_prepare": _after_disk_prepare,
     "before_vm_start": _before_vm_start,
+    "before_vm_destroy": _before_vm_destroy,
     "after_vm_destroy": _after_vm_destroy,
     "before_vm_migrate_source": _forbidden,
     "before_vm_migrate_destination": _arrives,
@@ -787,6 +860,7 @@ CALLS: Mapping[str, Callable[..., object]] = {
     "is start": _check_start,
     "is resumed": _check_resumed,
     "prepare": _prepare,
+    "prepare in vain": _prepare_in_vain,
     "make way": _make_way,
     "gc of some": _gc_of_some,
     "before copy": _before_copy,

@@ -9,7 +9,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tests.model.state import ANOTHER, ASIDE, COMPLETE, DELETING, READY, STOPPED, UNFINISHED, LocalDisk, Piece
+from tests.model.state import (
+    ANOTHER,
+    ASIDE,
+    COMPLETE,
+    DELETING,
+    DRIFTED,
+    GUESTS,
+    READY,
+    STOPPED,
+    UNFINISHED,
+    LocalDisk,
+    Piece,
+)
 
 
 @dataclass(frozen=True)
@@ -42,7 +54,7 @@ def unlike(disk: LocalDisk, seen: Seen, during: range) -> Iterator[str]:
     """
     if (disk.size, disk.is_thin) != (seen.size, seen.is_thin):
         yield f"it is {'thin' if seen.is_thin else 'thick'}, {seen.size} bytes"
-    if disk.state in COMPLETE and seen.holds not in (None, disk.holds):
+    if disk.state in GUESTS and seen.holds not in (None, disk.holds):
         yield f"it holds {seen.holds}"
     if disk.shared[1] != seen.shared[1]:
         yield f"it has {seen.shared[1]} bytes of a template's"
@@ -62,6 +74,8 @@ def _unlike_tags(disk: LocalDisk, seen: Seen, during: range) -> Iterator[str]:
         marks = seen.values(name)
         if len(marks) != bool(times) or not marks <= {str(time) for time in times}:
             yield f"its {name} is {sorted(marks)}, not {mark}"
+    if (len(seen.values("DRIFTED")) == 1) != (disk.state == DRIFTED):
+        yield f"its DRIFTED is {sorted(seen.values('DRIFTED'))}"
     if disk.is_aside and (seen.values("ASIDE") == {seen.name}) == bool(disk.name):
         yield f"its name is {seen.name}, it is to get another"
     if _writes(disk) < 0 and disk.state == UNFINISHED and len(seen.values("WRITES")) != 1:
@@ -91,6 +105,7 @@ def _wanted(disk: LocalDisk) -> set[str]:
         UNFINISHED: owner | {"UPDATING"} | writes,
         READY: owner,
         STOPPED: owner,
+        DRIFTED: owner,
         DELETING: owner | {"DELETING"},
         ASIDE: {"localdisk", "DELETING", f"ERASE_{disk.erase}"},
     }[disk.state]
@@ -101,6 +116,7 @@ _ELSEWHERE = {
     UNFINISHED: ("SOURCE_", "PU_"),
     READY: ("SOURCE_", "PU_", "STOPPED_", "UNNEEDED_", "BOOT_"),
     STOPPED: ("SOURCE_", "PU_", "STOPPED_", "UNNEEDED_", "BOOT_"),
+    DRIFTED: ("SOURCE_", "PU_", "DRIFTED_"),
     ASIDE: ("ASIDE_",),
 }
 
@@ -114,6 +130,8 @@ def as_seen(disk: LocalDisk, seen: Seen) -> LocalDisk:
         changes["is_active"] = seen.is_active
         for name, field in (("STOPPED", "stopped"), ("UNNEEDED", "unneeded")):
             changes[field] = next((int(value) for value in seen.values(name)), None)
-    elif disk.state != UNFINISHED and seen.written is not None:  # a copy that was given up stays short
+    elif (
+        disk.state not in (UNFINISHED, DRIFTED) and seen.written is not None
+    ):  # a copy that was given up stays short
         changes["writes"] = seen.written
     return replace(disk, **changes)

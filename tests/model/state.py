@@ -10,7 +10,10 @@ from tests.model.rules import Policy, Rules
 
 # What a local disk can be.
 UNFINISHED, READY, STOPPED, DELETING, ASIDE = "unfinished", "ready", "stopped", "deleting", "aside"
+DRIFTED = "drifted"  # its VM ran from another volume in the end
 COMPLETE = (READY, STOPPED)
+GUESTS = (*COMPLETE, DRIFTED)  # what holds data of a guest
+DESTROYING, DESTROYED = ".destroying", ".destroyed"  # what the files of a power-off end in
 ANOTHER = "?"  # a name that nobody knows before it is seen
 
 
@@ -43,6 +46,7 @@ class Vm:
     has_started: bool = False  # since it was defined: its domain has disks
     is_active: bool = False
     paths: Mapping[str, str] = field(default_factory=dict)  # image id -> volume id, of its local disks
+    drifted: frozenset[str] = frozenset()  # images of which a live snapshot was made: it writes elsewhere
 
 
 @dataclass(frozen=True)
@@ -148,6 +152,7 @@ class State:
     flight: Flight | None = None
     locked: frozenset[str] = frozenset()  # keys of disks that somebody else works on just now
     prepared: str = ""  # the VM that somebody else prepares a disk of just now
+    marks: Mapping[str, int] = field(default_factory=dict)  # files of power-offs: name -> when, epoch
     is_silent: bool = False  # libvirt does not answer
     is_flaky: bool = False  # it does not answer just once, the helper
     is_mute: bool = False  # it does not answer just once, the hook
@@ -209,6 +214,18 @@ class State:
 
     def with_vm(self, vm_id: str, **changes: Any) -> State:
         return replace(self, vms={**self.vms, vm_id: replace(self.vms[vm_id], **changes)})
+
+    def with_mark(self, vm_id: str, ending: str, when: int | None) -> State:
+        marks = {name: time for name, time in self.marks.items() if name != vm_id + ending}
+        return replace(self, marks=marks if when is None else {**marks, vm_id + ending: when})
+
+    def is_cancelled(self, vm_id: str) -> bool:
+        """Whether the VM was powered off while it started."""
+        return not {vm_id + DESTROYING, vm_id + DESTROYED}.isdisjoint(self.marks)
+
+    def age_of(self, vm_id: str, ending: str) -> float:
+        """Seconds since the file was written, whichever way the clock was set; infinite if there is none."""
+        return abs(self.now - self.marks.get(vm_id + ending, -float("inf")))
 
     def with_disk(self, key: str, disk: LocalDisk | None) -> State:
         disks = {k: d for k, d in self.disks.items() if k != key}

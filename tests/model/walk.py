@@ -30,7 +30,7 @@ from tests.model.judge import Judge
 from tests.model.orders import Branch
 from tests.model.predict import Call, Prediction, Stages, predict
 from tests.model.rules import MIB, Policy, Rules
-from tests.model.state import READY, UNFINISHED, LocalDisk, State, Vm
+from tests.model.state import DRIFTED, READY, UNFINISHED, LocalDisk, State, Vm
 from tests.model.world import FORBIDDEN, HOOKS, Ended, Trouble, World
 
 OLDER = "PU_00000000-0000-0000-0000-000000000000"  # a tag of vdsm's older hook
@@ -181,6 +181,9 @@ class Walk:
             (12, self._stop, active),
             (4, self._tidy, [v for v in off if state.vms[v].is_defined]),
             (3, self._late_destroy, off + active),
+            (3, self._power_off, [*self.pending]),
+            (1, self._late_power_off, off + active),
+            (2, self._live_snapshot, [v for v in active if state.vms[v].paths]),
             (1, self._early_destroy, [v for v in waiting if len(self.pending[v]) > 1]),
             (8, self._write, [v for v in active if state.vms[v].images]),
             (1, self._forbid, active),
@@ -250,8 +253,38 @@ class Walk:
         if self._chance(0.8):
             self._call("after_vm_destroy", vm_id)
 
+    def _power_off(self, vm_id: str) -> None:
+        """The VM is powered off while it starts: what vdsm calls then, and what it has begun to call before."""
+        self._call("before_vm_destroy", vm_id)
+        flight = self.state.flight
+        if flight and flight.vm == vm_id:
+            self._call("finish")
+        elif self._chance(0.5):
+            self._go_on(vm_id, 1)
+        left = self.pending.pop(vm_id, [])
+        if self._chance(0.9):
+            self._call("after_vm_destroy", vm_id)
+        if self._chance(0.9):
+            self._undefine(vm_id)
+        if any(call.what == "before_vm_start" for call in left) and self._chance(0.5):
+            self._call("before_vm_start", vm_id)
+            self.state = self.state.with_vm(vm_id, paths={})
+
+    def _late_power_off(self, vm_id: str) -> None:
+        """The hook point is called for a VM that runs, has stopped, or is about to start."""
+        self._call("before_vm_destroy", vm_id)
+
+    def _live_snapshot(self, vm_id: str) -> None:
+        """A live snapshot goes past us: from now on the VM writes to another volume."""
+        vm = self.state.vms[vm_id]
+        image_id = self.rng.choice([*vm.paths])
+        self.state = self.state.with_vm(vm_id, drifted=vm.drifted | {image_id})
+        self._note(f"of {image_id[:8]}")
+
     def _stop(self, vm_id: str) -> None:
         """The VM ends.  vdsm may not see it; something else may have its disk open."""
+        if not self.branches and self._chance(0.3):
+            self._call("before_vm_destroy", vm_id)
         opened = [key for key, vm in self.state.in_use.items() if vm == vm_id]
         if opened and not self.branches and "hold" not in self.world.cannot and self._chance(0.15):
             self._hold(self.rng.choice(opened))
@@ -269,6 +302,10 @@ class Walk:
         self.pending[vm_id].clear()
         self._undefine(vm_id)
         self._call("gc", True)
+
+    def _end_paused(self, vm_id: str) -> None:
+        """vdsm powers off the VM of a start of which something still runs."""
+        self._call("before_vm_destroy", vm_id)
 
     def _undefine(self, vm_id: str) -> None:
         if self.state.vms[vm_id].is_defined:
@@ -323,6 +360,8 @@ class Walk:
         if image_id not in vm.paths:
             self._change(image_id, "content")
             return
+        if image_id in vm.drifted:
+            return
         key, token = self.state.named(vm.paths[image_id]), f"w{self.rng.getrandbits(20)}"
         self.world.write(vm.paths[image_id], token)
         disk = self.state.disks[key]
@@ -339,7 +378,7 @@ class Walk:
         self.world.power_cut()
         self.pending.clear()
         vms = {vm_id: replace(vm, is_active=False) for vm_id, vm in self.state.vms.items()}
-        self._look_at_all(replace(self.state, vms=vms, busy=frozenset(), flight=None))
+        self._look_at_all(replace(self.state, vms=vms, busy=frozenset(), flight=None, marks={}))
         self._restart_vdsm(None)
 
     def _clock(self, _: None) -> None:
@@ -591,6 +630,9 @@ class Walk:
             self._let_go(key)
         for key in sorted(self.state.backups):
             self._remove_backup(key)
+        for vm_id in sorted({disk.vm for disk in self.state.disks.values() if disk.state == DRIFTED}):
+            self._undefine(vm_id)  # the operator has brought its data back
+            self._call("remove", vm_id)
         self._apply(self.state.rules.deciding_about_older_disks())
         if self._chance(0.5):  # then they go at once
             self._apply(self.state.rules.without_templates())
@@ -714,6 +756,7 @@ class Walk:
         erased = {key: {b.erased[key] for b in finals if key in b.erased} for key in keys}
         state = replace(finals[0].state, disks=before.disks)
         after = self.judge.match(state, options, erased, before, is_exact=False)
+        after = self.judge.check_marks([before, *(b.state for b in finals)], after, is_exact=False)
         self.state = self.judge.check(after, call, ended)
         return ended.is_good
 
@@ -726,7 +769,7 @@ class Walk:
         active = [v for v in others if state.vms[v].is_active]
         steps: list[tuple[Step, Any]] = [(self._gc, None)]
         steps += 2 * [(self._start, v) for v in clean] + 2 * [(self._stop, v) for v in active]
-        steps += 2 * [(self._vanish, vm_id)] if vm_id in self.pending else []
+        steps += 2 * [(self._vanish, vm_id), (self._end_paused, vm_id)] if vm_id in self.pending else []
         step, subject = self.rng.choice(steps)
         step(subject)
 

@@ -12,7 +12,7 @@ from tests.model.rules import Rules
 from tests.model.seen import Seen
 from tests.model.state import Room, Source, State
 
-HOOKS = ("after_disk_prepare", "before_vm_start", "after_vm_destroy")
+HOOKS = ("after_disk_prepare", "before_vm_start", "after_vm_destroy", "before_vm_destroy")
 STARTS = HOOKS[:2]
 LEFT = ("copying", "filling")
 FORBIDDEN = (
@@ -77,6 +77,7 @@ class Look:
     now: int
     volumes: tuple[Seen, ...]
     locks: frozenset[str]  # names of files
+    marks: Mapping[str, int]  # names of files of power-offs, and when they were written, epoch
     erased: Mapping[str, str] = field(default_factory=dict)  # by UUID
 
 
