@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from localdisk import __version__
 from localdisk.errors import (
@@ -148,7 +148,8 @@ def before_vdsm_start() -> None:
     from localdisk import config, log
     from localdisk.volumes import gc
 
-    for problem in gc.collect(config.load(), may_start=hook_call.is_running()).problems:
+    found = gc.collect(config.load(), may_start=hook_call.is_running(), ran_elsewhere=ran_elsewhere)
+    for problem in found.problems:
         log.problem("gc before vdsm starts", why=problem)
 
 
@@ -197,12 +198,23 @@ def _gc_mode(arguments: argparse.Namespace) -> int:
     from localdisk.volumes import gc
 
     _require_root("gc")
-    found = gc.collect(_load(arguments), dry_run=arguments.dry_run)
+    found = gc.collect(_load(arguments), arguments.dry_run, ran_elsewhere=ran_elsewhere)
     print(gc.as_json(found) if arguments.json else gc.as_lines(found, arguments.dry_run), end="")
     problems = (*found.problems, *_older_hook())
     for problem in problems:
         _report(problem, PROBLEMS)
     return PROBLEMS if problems or found.is_problem else GOOD
+
+
+def ran_elsewhere(vm_ids: Iterable[str]) -> frozenset[tuple[str, str]]:
+    """VM and image id of what these VMs, which libvirt knows and which do not run, have not on a local disk.
+
+    Raises LibvirtSilent, BadDomain.
+    """
+    from localdisk import libvirt
+    from localdisk.vdsm import domain_xml
+
+    return domain_xml.elsewhere(libvirt.xmls(vm_ids))
 
 
 def _older_hook() -> Iterator[str]:

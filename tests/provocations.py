@@ -870,6 +870,15 @@ def in_vain(world: World) -> str:
     return collects(world, there)
 
 
+def not_understood(world: World) -> object:
+    """The definition of a VM that has stopped."""
+    there = world.host()
+    there.add(VOLUME, tags())
+    there.shut_off = {VM}
+    there.xmls[VM] = f"<{world.evil()}\n</domain>"
+    return gc.collect(config.parse(b"", "F"), ran_elsewhere=cli.ran_elsewhere)
+
+
 def no_list(world: World) -> object:
     there = world.host()
     there.active = {world.evil()}
@@ -927,6 +936,7 @@ GC = {
     "not removed": case(not_removed, VOLUME, "evil"),
     "template not removed": case(template_not_removed, OWN_VOLUME, "evil"),
     "VM's XML": case(unread_vm, f"vm={VM}", "evil"),
+    "definition": case(not_understood, "cannot know what VMs ran from", VM),
 }
 
 # -- hook

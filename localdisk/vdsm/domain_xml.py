@@ -12,7 +12,7 @@ Metadata that names no disk of the domain is a leftover of an unplugged one, and
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from localdisk.errors import BadDomain
 from localdisk.frozen import frozen, replace
@@ -27,6 +27,7 @@ from localdisk.vdsm.disks import (
     check_size,
     fit_path,
     image_and_volume,
+    is_local_path,
     known_device,
     known_shared,
     refuse_twice,
@@ -152,6 +153,20 @@ def read_ran_from(xml: str, is_live: bool) -> tuple[tuple[str, str], ...]:
         if element.get("device", "disk") == "disk"
         for image_id, path in [(_image_of(root, element), _source_path(element, element.get("type", "")))]
         if image_id and path and (not is_live or _has_run(element))
+    )
+
+
+def elsewhere(xmls: Iterable[str]) -> frozenset[tuple[str, str]]:
+    """VM and image id of each vdsm image that is not on a local disk, by libvirt's definitions of VMs.
+
+    A VM that has stopped, and whose local disk is still there, ran from another volume in the end: a live
+    snapshot or live storage migration went past us.  Raises BadDomain.
+    """
+    return frozenset(
+        ((_parse(xml, "domain").findtext("uuid") or "").strip().lower(), image_id)
+        for xml in xmls
+        for image_id, path in read_ran_from(xml, is_live=False)
+        if not is_local_path(path)
     )
 
 

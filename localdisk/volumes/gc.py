@@ -10,7 +10,7 @@ from __future__ import annotations
 import enum
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from localdisk import cancel, clock, counters, kept, libvirt, lock, log
 from localdisk.clock import Moment
@@ -26,6 +26,7 @@ from localdisk.volumes.disk import (
     LocalDisk,
     State,
     age_of,
+    drifted_tag,
     is_clock_wrong,
     is_left_alone,
     local_disks,
@@ -37,6 +38,8 @@ from localdisk.volumes.progress import Progress
 from localdisk.volumes.removal import finish, take_away
 from localdisk.volumes.template import Template
 
+Elsewhere = frozenset["tuple[str, str]"]  # VM and image id
+
 
 class Action(enum.Enum):
     KEEP = "keep"
@@ -44,6 +47,7 @@ class Action(enum.Enum):
     MARK = "mark"  # as unneeded since now
     UNMARK = "unmark"  # it is needed after all
     STOP = "stop"  # mark as stopped, as the missed stop would have
+    DRIFT = "drift"  # mark as drifted, as the missed stop would have
     REST = "rest"  # deactivate a template LV that nobody reads
 
 
@@ -58,6 +62,9 @@ class Witnesses:
         False  # in libvirt, but does not run: vdsm may have prepared this disk for its start
     )
     vm_is_prepared: bool = False  # a process works on another disk of its VM
+    ran_elsewhere: bool | None = (
+        False  # by libvirt's definition of its VM, which does not run; None: not known
+    )
 
 
 @frozen
@@ -123,9 +130,23 @@ def decide(disk: LocalDisk, witnesses: Witnesses, policy: Policy, now: Moment) -
         return _needed(disk, "its VM runs")
     if witnesses.vm_is_prepared:
         return _needed(disk, "another disk of its VM is being prepared")
+    if has_run(disk) and witnesses.vm_is_defined and witnesses.ran_elsewhere is not False:
+        return _drifted(witnesses.ran_elsewhere)
     if is_left_alone(disk, policy.retention):
         return Verdict(Action.KEEP, f"an older hook's disk; {HOW_TO_DECIDE}")
     return _unless_others_depend(disk.lv, _decide_idle(disk, witnesses, policy, now))
+
+
+def has_run(disk: LocalDisk) -> bool:
+    """Whether its VM may have run from it last, and no stop has been seen since."""
+    return disk.state is State.READY and not disk.is_stale
+
+
+def _drifted(is_certain: bool | None) -> Verdict:
+    """The VM stopped unseen, as when the host crashed; libvirt has its definition until vdsm destroys it."""
+    if is_certain:
+        return Verdict(Action.DRIFT, "its VM ran from another volume, see localdisk status")
+    return Verdict(Action.KEEP, "libvirt cannot be asked what its VM ran from", is_certain=False)
 
 
 def _unless_others_depend(lv: LogicalVolume, verdict: Verdict) -> Verdict:
@@ -165,10 +186,12 @@ def witnesses_for(
     found: Domains | None,
     prepared: Mapping[str, Progress | None],
     may_start: bool = True,
+    elsewhere: Elsewhere | None = frozenset(),
 ) -> Witnesses:
     """What speaks for `disk`.
 
-    `found` is what libvirt knows, None if it does not say; `prepared` is `progress.read_all`.
+    `found` is what libvirt knows, None if it does not say; `prepared` is `progress.read_all`; `elsewhere` are
+    the images that their VMs, which do not run, have not on a local disk by libvirt's definition.
     """
     if disk.is_aside:
         return Witnesses(is_locked, False, may_start)
@@ -181,6 +204,7 @@ def witnesses_for(
         may_start,
         vm_is_defined=disk.vm_id in found.known,
         vm_is_prepared=disk.vm_id in others,
+        ran_elsewhere=None if elsewhere is None else (disk.vm_id, disk.image_id) in elsewhere,
     )
 
 
@@ -286,19 +310,25 @@ def _decide_idle_template(
 # -- looking and acting
 
 
-def collect(config: Config, dry_run: bool = False, may_start: bool = True) -> Collection:
+def collect(
+    config: Config,
+    dry_run: bool = False,
+    may_start: bool = True,
+    ran_elsewhere: Callable[[Iterable[str]], Elsewhere] = lambda _vm_ids: frozenset(),
+) -> Collection:
     """Look at every local disk of the host and remove what no VM needs.
 
-    `may_start` says whether vdsm can be starting VMs.  Raises NoVolumeGroup, CommandFailed and so on where
-    no volume group can be looked at.
+    `may_start` says whether vdsm can be starting VMs; `ran_elsewhere` reads libvirt's definitions of VMs.
+    Raises NoVolumeGroup, CommandFailed and so on where no volume group can be looked at.
     """
     asked = libvirt.ask_domains()
     groups, failed = lvm.read_all(config.volume_groups)
     found_domains, silence = _answer(asked)
+    elsewhere = _elsewhere(groups, found_domains, ran_elsewhere)
     findings = tuple(
         finding
         for vg in groups
-        for finding in _Group(config, vg, found_domains, may_start, dry_run).collect()
+        for finding in _Group(config, vg, found_domains, may_start, dry_run, elsewhere).collect()
     )
     failures = [*failed, *([silence] if silence and any(not f.verdict.is_certain for f in findings) else [])]
     found = Collection(findings, tuple(map(str, failures)))
@@ -317,6 +347,21 @@ def _answer(asked: libvirt.Question) -> tuple[Domains | None, LibvirtSilent | No
     except LibvirtSilent as error:
         log.problem("gc asks libvirt in vain", why=error)
         return None, error
+
+
+def _elsewhere(
+    groups: Iterable[VolumeGroup], found: Domains | None, ask: Callable[[Iterable[str]], Elsewhere]
+) -> Elsewhere | None:
+    """What VMs that stopped unseen have not on a local disk, None if that cannot be known."""
+    stopped = found.known - found.active if found else frozenset[str]()
+    asked = {disk.vm_id for vg in groups for disk in local_disks(vg) if has_run(disk) and not disk.is_open}
+    try:
+        return ask(asked & stopped) if asked & stopped else frozenset()
+    except Interrupted:
+        raise
+    except Error as error:
+        log.problem("gc cannot know what VMs ran from", vms=" ".join(sorted(asked & stopped)), why=error)
+        return None
 
 
 class _GaveUp(Exception):
@@ -360,6 +405,7 @@ class _Group:
     domains: Domains | None
     may_start: bool
     dry_run: bool
+    elsewhere: Elsewhere | None
 
     def collect(self) -> Iterator[Finding]:
         held, prepared = lock.held(), progress.read_all()
@@ -417,7 +463,7 @@ class _Group:
     def _judge(
         self, disk: LocalDisk, is_locked: bool, found: Domains | None, prepared: Mapping[str, Progress | None]
     ) -> Verdict:
-        witnesses = witnesses_for(disk, is_locked, found, prepared, self.may_start)
+        witnesses = witnesses_for(disk, is_locked, found, prepared, self.may_start, self.elsewhere)
         return decide(disk, witnesses, self.config.policy(disk.vm_id), clock.now())
 
     def _act(self, disk: LocalDisk, verdict: Verdict) -> Finding:
@@ -462,6 +508,7 @@ class _Group:
                 Action.MARK: (unneeded_tags(disk, now, verdict.age), disk.unneeded_tags),
                 Action.STOP: (stopped_tags(now, verdict.age), disk.idle_tags),
                 Action.UNMARK: (frozenset[str](), disk.unneeded_tags),
+                Action.DRIFT: (frozenset({drifted_tag(now.epoch)}), disk.idle_tags),
             }[verdict.action]
             vg.change_tags(disk.volume_id, add=add, remove=remove - add)
         log.event(f"gc: {verdict.action.value}", vm=disk.vm_id, disk=disk.volume_id, why=verdict.reason)
@@ -499,6 +546,7 @@ _DONE = {
     Action.MARK: "marked as unneeded",
     Action.UNMARK: "unmarked",
     Action.STOP: "marked as stopped",
+    Action.DRIFT: "marked as drifted",
     Action.REST: "deactivated",
 }
 

@@ -106,18 +106,24 @@ def test_a_snapshot_of_a_running_vm_is_taken_back(
     assert host.logical_volumes() == {}
 
 
-@pytest.mark.parametrize("told_by", ["vdsm", "libvirt"])
+@pytest.mark.parametrize("told_by", ["vdsm", "libvirt", "gc"])
 def test_a_snapshot_of_a_vm_that_stopped(
     volume_group: str, block_storage: BlockStorage, image: Image, told_by: str
 ) -> None:
-    """vdsm's XML may be of before the snapshot; then libvirt's definition tells."""
+    """vdsm's XML may be of before the snapshot; then libvirt's definition tells.
+
+    "gc": the VM stopped while vdsm did not run, as when the host crashes.
+    """
     vm = started(image)
     if told_by == "libvirt":
         run("virsh", "-c", libvirt.URI, "define", "/dev/stdin", text=domain_xml(vm))
     layer = snapshot(vm, block_storage, image)
     live = run("virsh", "-c", libvirt.URI, "dumpxml", vm.id)
     libvirt.destroy(vm.id)
-    result = run_point("after_vm_destroy", vm.id, live if told_by == "vdsm" else domain_xml(vm), THICK)
+    if told_by == "gc":
+        result = run_point("before_vdsm_start")
+    else:
+        result = run_point("after_vm_destroy", vm.id, live if told_by == "vdsm" else domain_xml(vm), THICK)
     assert (result.rc, result.stderr) == (0, "")
     attempt("virsh", "-c", libvirt.URI, "undefine", vm.id)
     is_kept(vm, image)

@@ -131,7 +131,7 @@ class RealWorld:
 
     def __init__(self, storage: FileStorage) -> None:
         self.storage = storage
-        self.cannot = frozenset({"twins", "silence", "power_cut", "cache", "backup"})
+        self.cannot = frozenset({"twins", "silence", "power_cut", "cache", "backup", "late_power_off"})
         if host.throwaway():
             # Time goes by as the date is set: no mark may be measured by the clock that counts from the boot.
             run("mount", "--bind", os.devnull, BOOT_ID)
@@ -183,7 +183,9 @@ class RealWorld:
         rows = json.loads(report)["report"][0]["lv"]
         volumes = tuple(self._seen(row) for row in rows if row["lv_name"] not in (host.THIN_POOL, FILLER))
         self.looked = {seen.uuid: seen for seen in volumes}
-        return Look(int(time.time()), volumes, frozenset(path.name for path in LOCKS.glob("*.*")))
+        marks = {path.name: int(path.stat().st_mtime) for path in LOCKS.glob("*.destroy*")}
+        locks = frozenset(path.name for path in LOCKS.glob("*.*")) - marks.keys()
+        return Look(int(time.time()), volumes, locks, marks)
 
     def _seen(self, row: Mapping[str, str]) -> Seen:
         tags = frozenset(filter(None, row["lv_tags"].split(",")))
@@ -329,7 +331,7 @@ class RealWorld:
     def silence(self, is_silent: bool) -> None:
         raise NotImplementedError
 
-    def power_cut(self) -> None:
+    def power_cut(self, state: State) -> None:
         raise NotImplementedError
 
     # -- calls
@@ -384,12 +386,23 @@ class RealWorld:
         elif what == "destroy":
             libvirt.destroy(vm_id)
             self._changed(vm.paths.values())
+            if vm.drifted:  # as libvirt has it then
+                run("virsh", "-c", libvirt.URI, "define", "/dev/stdin", text=self._domain(state, vm_id, True))
         else:  # what is on shared storage is left out: it is changed while the VM runs
-            disks = tuple(disk for disk in self._disks(state, vm_id) if disk.image.id in vm.paths)
-            xml = domain_xml(Vm(vm_id, disks))
+            xml = self._domain(state, vm_id, False)
             run("virsh", "-c", libvirt.URI, "define", "/dev/stdin", text=xml)
             run("virsh", "-c", libvirt.URI, "start", "--paused", vm_id)
             self._changed(vm.paths.values())
+
+    def _domain(self, state: State, vm_id: str, is_drifted: bool) -> str:
+        """The VM's XML without its shared disks; `is_drifted`: with what it runs from in the end."""
+        vm = state.vms[vm_id]
+        disks = tuple(disk for disk in self._disks(state, vm_id) if disk.image.id in vm.paths)
+        xml = domain_xml(Vm(vm_id, disks))
+        for image_id in vm.drifted if is_drifted else ():
+            layer = f'dev="/dev/{vm_id}/{image_id}" index="1"'
+            xml = xml.replace(f'dev="{path_of(vm.paths[image_id])}"', layer)
+        return xml
 
     def _changed(self, names: Iterable[str]) -> None:
         """Look at these volumes' bytes again."""
@@ -415,6 +428,8 @@ class RealWorld:
         if call.what == "after_disk_prepare":
             disk = Disk("vda", self.images[call.arguments[1]])
             data = vdsm.recovered_disk(disk) if vm.has_started else disk_json(disk)
+        elif call.what == "after_vm_destroy":
+            data = self._domain(state, call.vm_id, True)
         else:
             data = domain_xml(Vm(call.vm_id, tuple(self._disks(state, call.vm_id))))
         return start_point(call.what, call.vm_id, data, {"localdisk": vm.using})

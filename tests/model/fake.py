@@ -549,8 +549,10 @@ class FakeWorld:
     def silence(self, is_silent: bool) -> None:
         self.host.libvirt_is_silent = is_silent
 
-    def power_cut(self) -> None:
+    def power_cut(self, state: State) -> None:
         self.end()
+        for vm_id in self.host.active:  # libvirt's definitions survive
+            self.host.xmls[vm_id] = self._domain(state, vm_id, is_whole=False)
         self.host.shut_off |= self.host.active
         self.host.active.clear()
         self.host.of_running.clear()
@@ -648,14 +650,17 @@ class FakeWorld:
         host, paths = self.host, state.vms[vm_id].paths
         if what == "define":
             host.shut_off.discard(vm_id)
+            host.xmls.pop(vm_id, None)
             host.defined.add(vm_id)
         elif what == "undefine":
             host.defined.discard(vm_id)
             host.shut_off.discard(vm_id)
+            host.xmls.pop(vm_id, None)
         elif what == "destroy":
             host.active.discard(vm_id)
             if state.vms[vm_id].is_defined:
                 host.shut_off.add(vm_id)
+                host.xmls[vm_id] = self._domain(state, vm_id, is_whole=False)
             for lv_uuid in [u for u, who in host.openers.items() if vm_id in who]:
                 host.close(lv_uuid, vm_id)
                 host.of_running.pop(lv_uuid, None)
@@ -694,15 +699,8 @@ class FakeWorld:
             disk = bed_disk(state, vm_id, str(call.arguments[1]))
             text, variable = disk_json(disk, **(RECOVERED if vm.has_started else {})), "_hook_json"
         else:
-            disks = (bed_disk(state, vm_id, image_id, number) for number, image_id in enumerate(vm.images))
-            local = (
-                bed_vdsm.local(disk, f"/dev/{VG}/{disk.image.leaf.id}") if disk.image.id in vm.paths else disk
-                for disk in disks
-            )
-            text, variable = domain_xml(BedVm(vm_id, tuple(local))), "_hook_domxml"
-            for image_id in vm.drifted if point == "after_vm_destroy" else ():
-                layer = f'dev="/dev/{vm_id}/{image_id}" index="1"'
-                text = text.replace(f'dev="/dev/{VG}/{vm.paths[image_id]}"', layer)
+            drifted = point == "after_vm_destroy"
+            text, variable = self._domain(state, vm_id, is_drifted=drifted), "_hook_domxml"
         path = self.directory / f"data-{self.rng.getrandbits(32)}"
         path.write_text(text)
         environ = {"vmId": vm_id, "localdisk": vm.using, variable: str(path)}
@@ -716,11 +714,26 @@ class FakeWorld:
 
         return work
 
+    def _domain(self, state: State, vm_id: str, is_drifted: bool = True, is_whole: bool = True) -> str:
+        """The VM's XML.  `is_drifted`: with what it runs from in the end; `is_whole`: with shared disks."""
+        vm, disks = state.vms[vm_id], []
+        for number, image_id in enumerate(vm.images):
+            disk = bed_disk(state, vm_id, image_id, number)
+            if image_id in vm.paths:
+                disks.append(bed_vdsm.local(disk, f"/dev/{VG}/{vm.paths[image_id]}"))
+            elif is_whole:
+                disks.append(disk)
+        text = domain_xml(BedVm(vm_id, tuple(disks)))
+        for image_id in vm.drifted if is_drifted else ():
+            layer = f'dev="/dev/{vm_id}/{image_id}" index="1"'
+            text = text.replace(f'dev="/dev/{VG}/{vm.paths[image_id]}"', layer)
+        return text
+
     def _gc(self, call: Call) -> None:
         if call.arguments == (False,):
             cli.before_vdsm_start()
         else:
-            found = gc.collect(self.config, dry_run=call.what == "gc --dry-run")
+            found = gc.collect(self.config, call.what == "gc --dry-run", ran_elsewhere=cli.ran_elsewhere)
             assert gc.as_lines(found, call.what == "gc --dry-run").count("\n") == len(found.findings)
             self.running.answer = "doubts" if found.is_problem else ""
 

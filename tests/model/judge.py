@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 
 from tests.model.librarian import Librarian
 from tests.model.predict import Call, Prediction, Stages
-from tests.model.seen import Seen, as_seen, unlike
 from tests.model.rules import Policy
+from tests.model.seen import Seen, as_seen, unlike
 from tests.model.state import (
     DELETING,
     DRIFTED,
@@ -74,7 +74,7 @@ class Judge:
             assert is_good, f"{call} has lost the disk {key}, {disk}, which is now {now}"
 
     def check_marks(self, states: list[State], after: State, is_exact: bool) -> State:
-        """The files that say what was powered off are as before or as they should be; `states`: before first."""
+        """The files of power-offs are as they were, in the first of `states`, or as they should be."""
         look = self.world.look()
         during = range(states[0].now, look.now + 1)
         possible = states[1:] if is_exact else states

@@ -114,7 +114,7 @@ def _parts(state: State, call: Call) -> Iterator[Call]:
 
 
 def _powered_off_within(state: State, part: Call) -> Iterator[Prediction]:
-    """What a part of a start does if its VM is powered off when it has begun: it looks for that now and then."""
+    """What a part of a start does if its VM is powered off when it has begun."""
     if part.what in ("look", "make way", "prepare", "before_vm_start") and state.is_cancelled(part.vm_id):
         p = predict(replace(state, marks={}), part)
         p.state = replace(p.state, marks=state.marks)

@@ -763,6 +763,8 @@ def _collect(p: Prediction, key: str, may_start: bool, does_erase: bool) -> None
         return
     if not disk.is_aside and p.state.is_silent:
         p.has_doubts = True
+    elif _is_elsewhere(p.state, disk):
+        p.becomes(key, replace(disk, state=DRIFTED, unneeded=None))
     elif _is_left_alone(policy, disk):
         return
     elif disk.is_aside and not may_start:
@@ -782,6 +784,12 @@ def _collect(p: Prediction, key: str, may_start: bool, does_erase: bool) -> None
             p.becomes(key, replace(disk, state=STOPPED, stopped=now, unneeded=None))
     elif not may_start or _is_past_grace(p, key, policy):
         _erase_and_remove(p, key, policy, does_erase)
+
+
+def _is_elsewhere(state: State, disk: LocalDisk) -> bool:
+    """Whether libvirt's definition of its VM, which has stopped, has the image on another volume."""
+    is_candidate = disk.state == READY and not disk.is_stale and state.is_waiting(disk.vm)
+    return is_candidate and disk.image in state.vms[disk.vm].drifted
 
 
 def _is_past_grace(p: Prediction, key: str, policy: Policy) -> bool:

@@ -254,7 +254,7 @@ class Walk:
             self._call("after_vm_destroy", vm_id)
 
     def _power_off(self, vm_id: str) -> None:
-        """The VM is powered off while it starts: what vdsm calls then, and what it has begun to call before."""
+        """The VM is powered off while it starts.  vdsm still calls what it has begun to call."""
         self._call("before_vm_destroy", vm_id)
         flight = self.state.flight
         if flight and flight.vm == vm_id:
@@ -262,8 +262,11 @@ class Walk:
         elif self._chance(0.5):
             self._go_on(vm_id, 1)
         left = self.pending.pop(vm_id, [])
-        if self._chance(0.9):
+        # Where calls take time, nothing is left that counts for a minute.
+        self.is_calm = not self.plan.is_exact
+        if self.is_calm or self._chance(0.9):
             self._call("after_vm_destroy", vm_id)
+        self.is_calm = False
         if self._chance(0.9):
             self._undefine(vm_id)
         if any(call.what == "before_vm_start" for call in left) and self._chance(0.5):
@@ -375,7 +378,7 @@ class Walk:
 
     def _power_cut(self, _: None) -> None:
         """Everything ends at once; libvirt still has the placeholders."""
-        self.world.power_cut()
+        self.world.power_cut(self.state)
         self.pending.clear()
         vms = {vm_id: replace(vm, is_active=False) for vm_id, vm in self.state.vms.items()}
         self._look_at_all(replace(self.state, vms=vms, busy=frozenset(), flight=None, marks={}))
@@ -624,7 +627,7 @@ class Walk:
         for vm_id, vm in self.state.vms.items():
             if vm.is_active:
                 self._call("destroy", vm_id)
-            if self._chance(0.5):  # a domain that vdsm left behind holds nothing
+            if vm.drifted or self._chance(0.5):  # a domain that vdsm left behind holds nothing
                 self._undefine(vm_id)
         for key in sorted(self.state.busy):
             self._let_go(key)

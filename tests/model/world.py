@@ -161,7 +161,7 @@ class World(Protocol):
     def silence(self, is_silent: bool) -> None:
         """libvirt does not answer, or does again."""
 
-    def power_cut(self) -> None: ...
+    def power_cut(self, state: State) -> None: ...
 
     def perform(self, state: State, call: Call, trouble: Trouble | None) -> Ended:
         """Make the call; `state` says what vdsm knows of its VMs."""

@@ -269,7 +269,7 @@ def finding(**fields: object) -> Finding:
 def test_gc(run: Run, monkeypatch: pytest.MonkeyPatch, collection: Collection, code: int) -> None:
     asked: list[bool] = []
 
-    def collect(_config: object, dry_run: bool) -> Collection:
+    def collect(_config: object, dry_run: bool, ran_elsewhere: object) -> Collection:
         asked.append(dry_run)
         return collection
 
@@ -301,7 +301,7 @@ def test_gc_tells_that_vdsms_package_has_brought_its_hook_back(
     """cron mails it."""
     there, not_there = tmp_path / "localdisk", tmp_path / "50_vdsm_hook_localdisk"
     there.touch()
-    monkeypatch.setattr(gc, "collect", lambda _config, dry_run: Collection(()))
+    monkeypatch.setattr(gc, "collect", lambda *_args, **_more: Collection(()))
     monkeypatch.setattr(files, "OLDER_FILES", (str(there), str(not_there)))
     code, _, err = run("gc")
     assert (code, err) == (

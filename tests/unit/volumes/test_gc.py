@@ -593,6 +593,76 @@ def test_a_kept_disk_that_is_unmarked_stays_stopped(host: FakeHost) -> None:
 # -- VMs that libvirt knows and that do not run
 
 
+def ran_from(host: FakeHost, path: str) -> None:
+    """The VM is shut off, and its disk in libvirt's definition is at this path."""
+    host.shut_off = {VM}
+    host.xmls[VM] = f"""\
+<domain>
+  <uuid>{VM}</uuid>
+  <devices>
+    <disk type="block" device="disk"><source dev="{path}"/><target dev="vda"/><serial>{IMAGE}</serial></disk>
+  </devices>
+</domain>"""
+
+
+LAYER = f"/rhev/data-center/mnt/blockSD/{OTHER_VM}/images/{IMAGE}/{OTHER_VOLUME}"
+
+
+@pytest.mark.parametrize("point", [False, True], ids=["gc", "before_vdsm_start"])
+@pytest.mark.parametrize("text", ["retention: {grace: 0s}", KEEP])
+def test_a_vm_that_drifted_and_stopped_unseen(
+    host: FakeHost, monkeypatch: pytest.MonkeyPatch, text: str, point: bool
+) -> None:
+    """The host crashed, say: no stop has marked the disk, on which the VM's live data stand."""
+    monkeypatch.setattr(config, "load", lambda _path=None: parsed(text))
+    monkeypatch.setattr("localdisk.cli._require_root", lambda _what: None)
+    volume = host.add(VOLUME, tags(f"UNNEEDED_{NOW - GRACE}"), SIZE, lv_active="")
+    ran_from(host, LAYER)
+    for _ in range(3):
+        if point:
+            cli.before_vdsm_start()
+        else:
+            assert cli.main(["gc"]) == 0
+        assert volume.lv_tags == tags(f"DRIFTED_{NOW}")
+    assert host.removed == []
+
+
+def collect_with_definitions(text: str = "") -> Collection:
+    return gc.collect(parsed(text), may_start=False, ran_elsewhere=cli.ran_elsewhere)
+
+
+def test_a_vm_that_stopped_on_its_local_disk_has_not_drifted(host: FakeHost) -> None:
+    host.add(VOLUME, tags(), SIZE, lv_active="")
+    ran_from(host, f"/dev/ovirt-local/{VOLUME}")
+    assert outcome(collect_with_definitions()) == {"1": "remove"}
+
+
+@pytest.mark.parametrize("more", [{"STALE"}, {LONG_STOPPED}, {"DELETING"}])
+def test_what_is_left_of_an_earlier_run_has_not_drifted(host: FakeHost, more: set[str]) -> None:
+    """The VM ran from shared storage since."""
+    host.add(VOLUME, tags(*more), SIZE, lv_active="")
+    ran_from(host, LAYER)
+    assert outcome(collect_with_definitions()) == {"1": "remove"}
+
+
+def test_a_definition_that_is_not_understood_keeps_the_disk(host: FakeHost) -> None:
+    volume = host.add(VOLUME, tags(), SIZE, lv_active="")
+    ran_from(host, LAYER)
+    host.xmls[VM] = "<domain\n</domain>"
+    found = collect_with_definitions()
+    assert outcome(found) == {"1": "keep"}
+    assert found.is_problem
+    assert volume.lv_tags == tags()
+
+
+def test_definitions_are_read_only_where_they_matter(host: FakeHost) -> None:
+    host.add(VOLUME, tags(), SIZE, lv_active="open", lv_device_open="open")
+    host.add(OTHER_VOLUME, tags("UPDATING"), SIZE, lv_active="")
+    ran_from(host, LAYER)
+    collect_with_definitions()
+    assert not any("dumpxml" in command for command in host.commands)
+
+
 def collected(host: FakeHost, monkeypatch: pytest.MonkeyPatch, text: str, *seconds: int) -> list[str]:
     """What came of the only disk at these times after NOW."""
     seen: list[str] = []
