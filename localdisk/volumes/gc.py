@@ -357,8 +357,6 @@ def _elsewhere(
     asked = {disk.vm_id for vg in groups for disk in local_disks(vg) if has_run(disk) and not disk.is_open}
     try:
         return ask(asked & stopped) if asked & stopped else frozenset()
-    except Interrupted:
-        raise
     except Error as error:
         log.problem("gc cannot know what VMs ran from", vms=" ".join(sorted(asked & stopped)), why=error)
         return None
