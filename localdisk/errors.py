@@ -292,6 +292,14 @@ class NoSpace(Error):
     fix = "remove local disks (localdisk gc), extend the volume group, or lower margins"
 
 
+class MetadataAreaFull(Error):
+    what = "the metadata area of volume group {vg} is full, LVM cannot describe one more disk in it"
+    fix = (
+        "remove local disks (localdisk gc, localdisk remove); for more of them, add a device with a larger "
+        "area: vgextend --metadatasize 128m {vg} DEVICE && pvchange --metadataignore y OTHER_DEVICES"
+    )
+
+
 class NoThinPool(Error):
     what = "no thin pool {vg}/{pool}"
     fix = "create it (lvcreate --type thin-pool -l 90%FREE -n {pool} {vg}), or use backend lvm"

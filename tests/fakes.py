@@ -48,10 +48,11 @@ TOOLS = ("lvm", "lvcreate", "lvextend", "lvchange", "lvremove", "lvrename", "lvs
 # Exactly what lvm.VolumeGroup.read sends, before the name of the group.
 FULLREPORT = (
     "lvm fullreport --reportformat json --units b --nosuffix"
-    " --configreport vg -o vg_name,vg_uuid,vg_size,vg_free,vg_extent_size,vg_partial,vg_exported,vg_lock_type"
+    " --configreport vg -o vg_name,vg_uuid,vg_size,vg_free,vg_extent_size,vg_partial,vg_exported,"
+    "vg_lock_type,vg_mda_size,vg_mda_free"
     " --configreport lv -o lv_name,lv_uuid,lv_size,lv_time,lv_tags,lv_device_open,lv_active,lv_permissions,"
     "lv_layout,lv_role,pool_lv,origin,data_percent,metadata_percent,kernel_discards"
-    " --configreport seg -o lv_name,zero -S segtype=thin-pool"
+    " --configreport seg -o lv_name,zero,chunk_size -S segtype=thin-pool"
     " --configreport pv -o pv_name -S pv_name=none"
     " --configreport pvseg -o pvseg_start -S pv_name=none"
 )
@@ -172,7 +173,7 @@ class FakeHost:
     def __init__(self, text: str | None = None) -> None:
         content = json.loads(text or report("pool-only"))["report"][0]
         (self.vg,) = content["vg"]
-        self.zeroing = {row["lv_name"] for row in content["seg"] if row["zero"] == "zero"}
+        self.pools = {row["lv_name"]: row for row in content["seg"]}
         self.volumes: dict[str, Volume] = {}
         for row in content["lv"]:
             words = {word for word in row["lv_tags"].split(",") if word}
@@ -336,7 +337,7 @@ class FakeHost:
     def report(self) -> str:
         lvs = [self.volumes[name].row for name in sorted(self.volumes)]
         seg = [
-            {"lv_name": name, "zero": "zero" if name in self.zeroing else ""}
+            self.pools.get(name, {"lv_name": name, "zero": "", "chunk_size": "65536"})
             for name, volume in sorted(self.volumes.items())
             if volume.lv_layout == "thin,pool"
         ]

@@ -1142,6 +1142,26 @@ def lock_type(world: World) -> object:
     return VolumeGroup.read("ovirt-local")
 
 
+def full_area(world: World) -> FakeHost:
+    there = world.host()
+    said = (
+        "VG ovirt-local 27 metadata on /dev/sda (523730 bytes) exceeds maximum metadata size (521472 bytes)"
+    )
+    there.fail("lvcreate", f"  {said}\n  Failed to write VG ovirt-local.\n")
+    return there
+
+
+def fills_up(world: World) -> None:
+    """The pool of a VM that runs, and the metadata area of its group."""
+    there = world.host()
+    there.volumes["pool0"].data_percent = "95.00"
+    there.vg["vg_mda_free"] = "1024"
+    thin = {"lv_layout": "thin,sparse", "pool_lv": "pool0", "lv_device_open": "open"}
+    there.add(OTHER_VOLUME, tags(vm=OTHER_VM), EXTENT, **thin)
+    there.add(IMAGE, tags("DELETING"), EXTENT, **{**thin, "lv_device_open": ""})
+    gc.collect(config.parse(b"", "F"))
+
+
 def group_report(world: World) -> object:
     text = report("empty").replace('"vg_size":"', f'"vg_size":"{world.word()}')
     return VolumeGroup.from_report(text)
@@ -1155,6 +1175,12 @@ LVM = {
     "partial": case(usable("partial"), "volume group scratch", "vgreduce"),
     "shared": case(lock_type, "ovirt-local", "sanlock"),
     "size": case(group_report, "lvm fullreport", "evil"),
+    "metadata area": case(
+        lambda w: w.ask(CLAIM, PREPARE, host=full_area(w)), "volume group ovirt-local", "localdisk gc"
+    ),
+    "fills up": case(
+        fills_up, "thin pool fills up", "ovirt-local/pool0", OTHER_VM, "lvextend", "localdisk gc"
+    ),
     "threshold": case(thin(error=lambda _: "pool has reached threshold."), "ovirt-local/pool0"),
     "pool": case(thin(error=lambda w: f"{w.evil()}\npool reached threshold."), "ovirt-local/pool0", "evil"),
     "tags": case(printed(lambda: lvm.read_tags("vg", "lv", ["/dev/sda"])), "lvs lv", "not understood"),

@@ -68,6 +68,9 @@ BEHIND = {
     " missing. No disk is made or removed in it until that is mended.",
     "NoSpace": "A preallocated disk takes its whole virtual size. What gc has set aside for an erase"
     " counts until it is erased. `localdisk status` shows who has the room.",
+    "MetadataAreaFull": "LVM describes each volume in an area at the beginning of a device, 1 MiB by default,"
+    " of which it can fill half: some 1,000 disks. `vgcreate --metadatasize` makes it larger; an area that is"
+    " there cannot grow, but a further device can have a larger one. `status` and the log warn before.",
     "NoThinPool": "The property `lvmthin`, or `backend: lvmthin`, needs `thin_pool`.",
     "ThinPoolNotZeroing": "Every local disk would show what was on the device before, also other VMs' data.",
     "ThinPoolInactive": "LVM reports how full a pool is only while it is active.",

@@ -21,6 +21,7 @@ from localdisk.helper.new_volume import Making
 from localdisk.helper.start_from_template import TemplateInUse
 from localdisk.protocol import Claimed, Done, Fetched, How, Looks, Prepared
 from localdisk.volumes import stale
+from localdisk.volumes.filling import log_filling
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -153,6 +154,7 @@ class Session:
         with ExitStack() as stack:
             held = stack.enter_context(lock.holding(lock.disk_lock(volume_id), self._pause))
             vg = claims.read(policy)
+            log_filling(vg)
             found = claims.find(vg, vm_id, request.image_id, volume_id)
             stays, path = claims.running(vg, found, vm_id, volume_id)
             if not (stays or path):  # else there is nothing to prepare

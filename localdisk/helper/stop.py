@@ -13,6 +13,7 @@ from localdisk.helper.claim import of_vm, read
 from localdisk.protocol import RanFrom
 from localdisk.volumes import disk as life
 from localdisk.volumes.disk import LocalDisk, State, Stop
+from localdisk.volumes.filling import log_filling
 from localdisk.volumes.lvm import VolumeGroup
 
 LOCK_TRIES = 3  # status and gc take a lock for a moment, to see whether it is free
@@ -23,6 +24,7 @@ def release(policy: Policy, vm_id: str) -> None:
     with ExitStack() as locks:
         disks = list(_stopped_disks(policy, vm_id, locks))
         for vg in [vg for vg, _ in disks[:1]]:
+            log_filling(vg)
             vg.require_usable()
             _stop(vg, policy, [disk for _, disk in disks])
 

@@ -108,7 +108,7 @@ def _one(value: float) -> Samples:
     return {(): value}
 
 
-def _groups(value: Callable[[Group], int]) -> Callable[[Snapshot], Samples]:
+def _groups(value: Callable[[Group], float]) -> Callable[[Snapshot], Samples]:
     return lambda snapshot: {(group.name,): value(group) for group in snapshot.volume_groups}
 
 
@@ -116,7 +116,7 @@ def _pools(value: Callable[[Pool], float | None]) -> Callable[[Snapshot], Sample
     """Of the pools that tell it."""
 
     def samples(snapshot: Snapshot) -> Samples:
-        pools = [(group.name, group.pool) for group in snapshot.volume_groups if group.pool]
+        pools = [(group.name, pool) for group in snapshot.volume_groups for pool in group.pools]
         found = {(vg, pool.name): value(pool) for vg, pool in pools}
         return {key: number for key, number in found.items() if number is not None}
 
@@ -244,6 +244,12 @@ _OF_SNAPSHOT: tuple[Metric[Snapshot], ...] = (
         "What of the free bytes no new disk gets (margins.reserve).",
         _VG,
         _groups(lambda vg: vg.reserve),
+    ),
+    Metric(
+        "localdisk_volume_group_metadata_used_ratio",
+        "Used part of the area in which LVM describes the group and its volumes, 0 to 1.",
+        _VG,
+        _groups(lambda vg: round(vg.metadata_percent / 100, 6)),
     ),
     Metric("localdisk_thin_pool_size_bytes", "Size of the thin pool.", _POOL, _pools(lambda pool: pool.size)),
     Metric(

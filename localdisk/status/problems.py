@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 
 from localdisk.clock import Moment
-from localdisk.config import Config
+from localdisk.config import Config, Margins
 from localdisk.errors import DependentVolumes, Error, plain
 from localdisk.frozen import frozen
 from localdisk.ids import is_fingerprint
@@ -17,10 +17,10 @@ from localdisk.status.libvirt_vms import Vms
 from localdisk.units import format_duration, format_size
 from localdisk.vdsm.disks import Disk
 from localdisk.vdsm.domain_xml import Running
-from localdisk.volumes import gc
+from localdisk.volumes import filling, gc
 from localdisk.volumes.disk import LocalDisk, State, is_left_alone
 from localdisk.volumes.gc import Action
-from localdisk.volumes.lvm import VolumeGroup
+from localdisk.volumes.lvm import LogicalVolume, VolumeGroup
 from localdisk.volumes.progress import Progress
 from localdisk.volumes.template import Template
 
@@ -28,6 +28,7 @@ NEAR = 0.9  # of a limit
 
 NOT_USABLE = "not_usable"  # a volume group or thin pool
 NEAR_LIMIT = "near_limit"
+FILLING = "filling"  # a thin pool, under VMs that run from it
 NOT_LOCAL = "not_local"
 OPEN_ELSEWHERE = "open_elsewhere"
 UNKNOWN_VM = "unknown_vm"
@@ -40,6 +41,7 @@ UNREAD = "unread"
 KINDS = (
     NOT_USABLE,
     NEAR_LIMIT,
+    FILLING,
     NOT_LOCAL,
     OPEN_ELSEWHERE,
     UNKNOWN_VM,
@@ -77,11 +79,15 @@ def told(error: Error) -> Problem:
 # -- room
 
 
-def of_groups(groups: Iterable[VolumeGroup], config: Config) -> Iterator[Problem]:
-    """Volume groups and thin pools that are near the point where no new disk is made."""
+def of_groups(groups: Iterable[VolumeGroup], vms: Vms | None, config: Config) -> Iterator[Problem]:
+    """Thin pools that fill up under running VMs; groups and pools near the point where no disk is made."""
     for vg in groups:
+        for each in filling.of_group(vg):
+            yield Problem(FILLING, each.what(vms.names if vms else {}), "; ".join(each.fixes))
         yield from _reserve(vg, config)
-        yield from _limits(vg, config)
+        yield from _metadata_area(vg)
+        for pool, margins in filling.pools(vg, config):
+            yield from _limits(vg, pool, margins)
 
 
 def _reserve(vg: VolumeGroup, config: Config) -> Iterator[Problem]:
@@ -91,10 +97,16 @@ def _reserve(vg: VolumeGroup, config: Config) -> Iterator[Problem]:
         yield Problem(NEAR_LIMIT, f"{what} of {format_size(reserve)}", f"vgextend {vg.vg_name} DEVICE")
 
 
-def _limits(vg: VolumeGroup, config: Config) -> Iterator[Problem]:
-    pool, margins = vg.find(config.thin_pool), config.margins
-    if pool is None or not pool.is_thin_pool:
-        return
+def _metadata_area(vg: VolumeGroup) -> Iterator[Problem]:
+    fix = filling.metadata_fix(vg)
+    if fix:
+        left = f"{vg.metadata_percent:.1f} % used, {format_size(vg.vg_mda_free)} left"
+        yield Problem(
+            NEAR_LIMIT, f"the metadata area of volume group {vg.vg_name} is nearly full: {left}", fix
+        )
+
+
+def _limits(vg: VolumeGroup, pool: LogicalVolume, margins: Margins) -> Iterator[Problem]:
     name = f"{vg.vg_name}/{pool.lv_name}"
     for what, used, limit, fix in (
         ("data", pool.data_percent, margins.thin_data, f"lvextend --size +SIZE {name}"),

@@ -13,17 +13,17 @@ from collections.abc import Iterator, Mapping
 
 from localdisk import clock, device_mapper, libvirt
 from localdisk.clock import Moment
-from localdisk.config import Config, Policy
+from localdisk.config import Config, Margins, Policy
 from localdisk.errors import LibvirtSilent, VolumeGroupUnusable
 from localdisk.frozen import frozen, replace
 from localdisk.status import libvirt_vms, problems
 from localdisk.status.libvirt_vms import Vms
 from localdisk.status.problems import Problem
 from localdisk.units import format_duration
-from localdisk.volumes import gc, lvm, progress, template
+from localdisk.volumes import filling, gc, lvm, progress, template
 from localdisk.volumes.disk import LocalDisk, State, is_left_alone, local_disks, silent_pool
 from localdisk.volumes.gc import Action, Verdict
-from localdisk.volumes.lvm import VolumeGroup
+from localdisk.volumes.lvm import LogicalVolume, VolumeGroup
 from localdisk.volumes.progress import Progress
 from localdisk.volumes.template import Template
 
@@ -59,6 +59,12 @@ class Group:
     reserve: int
     pool: Pool | None
     cache: CacheUse | None = None  # of preallocated ones; None where it is off, and there is no template LV
+    metadata_percent: float = 0.0  # how full the area is in which LVM describes the group
+    other_pools: tuple[Pool, ...] = ()  # that sections of VMs name, or that local disks are in
+
+    @property
+    def pools(self) -> tuple[Pool, ...]:
+        return (*((self.pool,) if self.pool else ()), *self.other_pools)
 
 
 @frozen
@@ -151,7 +157,7 @@ def take(config: Config) -> Snapshot:
     templates = [row for vg in groups for row in view.template_rows(vg)]
     templates += view.templates_without_volume({each.name for _, each in cached})
     found = [*map(problems.told, failures), *(p for vg in groups for p in _unusable(vg, config))]
-    found += problems.of_groups(groups, config)
+    found += problems.of_groups(groups, vms, config)
     found += problems.of_disks(disks, held, vms, config, moment)
     found += problems.of_templates(cached, held, now)
     return Snapshot(
@@ -175,24 +181,28 @@ def _answered(asked: libvirt.Question) -> tuple[Vms | None, tuple[str, ...]]:
 
 
 def _group(vg: VolumeGroup, config: Config) -> Group:
-    pool, margins = vg.find(config.thin_pool), config.margins
+    pools = tuple(_pool(vg, pool, margins, config) for pool, margins in filling.pools(vg, config))
     return Group(
         name=vg.vg_name,
         size=vg.vg_size,
         free=vg.vg_free,
-        reserve=margins.reserve.of(vg.vg_size),
-        pool=Pool(
-            name=pool.lv_name,
-            size=pool.lv_size,
-            data_percent=pool.data_percent,
-            metadata_percent=pool.metadata_percent,
-            data_limit=margins.thin_data,
-            metadata_limit=margins.thin_metadata,
-            cache=_cache_use(vg, config, pool.lv_name),
-        )
-        if pool and pool.is_thin_pool
-        else None,
+        reserve=config.margins.reserve.of(vg.vg_size),
+        pool=next((pool for pool in pools if pool.name == config.thin_pool), None),
         cache=_cache_use(vg, config, ""),
+        metadata_percent=round(vg.metadata_percent, 2),
+        other_pools=tuple(pool for pool in pools if pool.name != config.thin_pool),
+    )
+
+
+def _pool(vg: VolumeGroup, pool: LogicalVolume, margins: Margins, config: Config) -> Pool:
+    return Pool(
+        name=pool.lv_name,
+        size=pool.lv_size,
+        data_percent=pool.data_percent,
+        metadata_percent=pool.metadata_percent,
+        data_limit=margins.thin_data,
+        metadata_limit=margins.thin_metadata,
+        cache=_cache_use(vg, config, pool.lv_name),
     )
 
 
@@ -209,9 +219,9 @@ def _unusable(vg: VolumeGroup, config: Config) -> Iterator[Problem]:
         vg.require_usable()
     except VolumeGroupUnusable as error:
         yield problems.told(error)
-    pool = vg.find(config.thin_pool)
-    if pool and pool.is_thin_pool and pool.data_percent is None:
-        yield problems.told(silent_pool(vg.vg_name, pool))
+    for pool, _ in filling.pools(vg, config):
+        if pool.data_percent is None:
+            yield problems.told(silent_pool(vg.vg_name, pool))
 
 
 # -- disks

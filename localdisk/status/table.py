@@ -17,6 +17,7 @@ from localdisk.volumes import progress
 WIDTH = 100  # columns, where nobody says how many there are
 BAR = 16  # columns of a bar
 SHORT = 8  # characters of a UUID
+_WORTH_SAYING = 50  # percent of a group's metadata area
 
 _GREEN, _YELLOW, _RED, _CYAN, _DIM, _BOLD = "32", "33", "31", "36", "2", "1"
 _COLOURS = {
@@ -210,10 +211,10 @@ def _gauges(group: Group) -> Iterator[_Gauge]:
     limit = 1 - group.reserve / group.size if group.size else 1.0
     reserve = f" (reserve {format_size(group.reserve)})" if group.reserve else ""
     words = f"{used:.0%} of {format_size(group.size)} used, {format_size(group.free)} free{reserve}"
+    words += f", metadata {group.metadata_percent:.0f}%" if group.metadata_percent >= _WORTH_SAYING else ""
     yield _Gauge(f"volume group {group.name}", used, limit, words)
     yield from _cache_gauge(f"cache in {group.name}", group.cache, group.size)
-    pool = group.pool
-    if pool:
+    for pool in group.pools:
         name = f"{group.name}/{pool.name}"
         yield _Gauge(f"pool {name}", (pool.data_percent or 0) / 100, pool.data_limit / 100, _used(pool))
         yield from _cache_gauge(f"cache in {name}", pool.cache, pool.size)

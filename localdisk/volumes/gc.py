@@ -33,6 +33,7 @@ from localdisk.volumes.disk import (
     stopped_tags,
     unneeded_tags,
 )
+from localdisk.volumes.filling import log_filling
 from localdisk.volumes.lvm import LogicalVolume, VolumeGroup
 from localdisk.volumes.progress import Progress
 from localdisk.volumes.removal import finish, take_away
@@ -333,6 +334,8 @@ def collect(
     failures = [*failed, *([silence] if silence and any(not f.verdict.is_certain for f in findings) else [])]
     found = Collection(findings, tuple(map(str, failures)))
     if not dry_run:
+        for vg in groups:
+            log_filling(vg)
         lock.sweep()
         _look_after_kept(config, groups, is_all=not failed)
         cancel.sweep(may_start)

@@ -19,6 +19,7 @@ from localdisk.errors import (
     CommandTimeout,
     DeviceNotReady,
     Error,
+    MetadataAreaFull,
     NoVolumeGroup,
     ThinPoolAtThreshold,
     ThinPoolUnusable,
@@ -31,14 +32,19 @@ if TYPE_CHECKING:
     from typing import Any
 
 REPORT = {
-    "vg": "vg_name,vg_uuid,vg_size,vg_free,vg_extent_size,vg_partial,vg_exported,vg_lock_type",
+    "vg": "vg_name,vg_uuid,vg_size,vg_free,vg_extent_size,vg_partial,vg_exported,vg_lock_type,"
+    "vg_mda_size,vg_mda_free",
     "lv": "lv_name,lv_uuid,lv_size,lv_time,lv_tags,lv_device_open,lv_active,lv_permissions,lv_layout,lv_role,"
     "pool_lv,origin,data_percent,metadata_percent,kernel_discards",
-    "seg": "lv_name,zero",
+    "seg": "lv_name,zero,chunk_size",
     # These two reports cannot be switched off; SELECT leaves nothing of them.
     "pv": "pv_name",
     "pvseg": "pvseg_start",
 }
+# lvm2, lib/format_text/format-text.c: the first since 2.03.09, the other before.
+_METADATA_FULL = re.compile(
+    r"VG (\S+) \d+ metadata on .* (?:exceeds maximum metadata size|too large for circular buffer)"
+)
 _ORIGINS = {"thickorigin", "multithickorigin", "extthinorigin", "multiextthinorigin"}
 _NO_QUESTIONS = ("--wipesignatures", "n")  # of old signatures; lvcreate refuses it for snapshots
 # What shapes the messages and reports that are read here (lvm.conf(5), "log" and "report").
@@ -73,13 +79,14 @@ class LogicalVolume:
     metadata_percent: float | None
     kernel_discards: str  # active thin pool: "passdown", "nopassdown" or "ignore"; "" otherwise
     zero: bool  # thin pool: new blocks read as zeros
+    chunk_size: int = 0  # thin pool: bytes that it provides at once; 0 of others
     dependents: tuple[str, ...] = ()  # what LVM would remove or change along with it
 
     @classmethod
     def from_report(
-        cls, row: dict[str, str], zeroing: frozenset[str], dependents: tuple[str, ...] = ()
+        cls, row: dict[str, str], pool: dict[str, str] | None, dependents: tuple[str, ...] = ()
     ) -> LogicalVolume:
-        """From a row of the `lv` report and the names of the pools that zero new blocks."""
+        """From a row of the `lv` report and, of a thin pool, its row of the `seg` report."""
         return cls(
             lv_name=row["lv_name"],
             lv_uuid=row["lv_uuid"],
@@ -95,7 +102,8 @@ class LogicalVolume:
             data_percent=_percent(row["data_percent"]),
             metadata_percent=_percent(row["metadata_percent"]),
             kernel_discards=row["kernel_discards"],
-            zero=row["lv_name"] in zeroing,
+            zero=pool is not None and pool["zero"] == "zero",
+            chunk_size=_bytes(pool["chunk_size"]) if pool else 0,
             dependents=dependents,
         )
 
@@ -116,6 +124,8 @@ class VolumeGroup:
     vg_partial: bool
     vg_exported: bool
     vg_lock_type: str
+    vg_mda_size: int  # of the smallest metadata area
+    vg_mda_free: int  # of the fullest one
     lvs: tuple[LogicalVolume, ...]
     devices: tuple[str, ...] = ()
 
@@ -144,7 +154,8 @@ class VolumeGroup:
         try:
             report = json.loads(text)["report"][0]
             (vg,) = report["vg"]
-            zeroing = frozenset(row["lv_name"] for row in report["seg"] if row["zero"] == "zero")
+            pools = {row["lv_name"]: row for row in report["seg"]}
+            rows = report["lv"]
             return cls(
                 vg_name=vg["vg_name"],
                 vg_uuid=vg["vg_uuid"],
@@ -154,15 +165,25 @@ class VolumeGroup:
                 vg_partial=vg["vg_partial"] != "",
                 vg_exported=vg["vg_exported"] != "",
                 vg_lock_type=vg["vg_lock_type"],
+                vg_mda_size=_bytes(vg["vg_mda_size"]),
+                vg_mda_free=_bytes(vg["vg_mda_free"]),
                 lvs=tuple(
-                    LogicalVolume.from_report(row, zeroing, tuple(_dependents(row, report["lv"])))
-                    for row in report["lv"]
+                    LogicalVolume.from_report(row, pools.get(row["lv_name"]), tuple(_dependents(row, rows)))
+                    for row in rows
                 ),
                 devices=devices,
             )
         except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
             problem = f"its report is not understood ({type(error).__name__}: {error})"
             raise CommandFailed(("lvm", "fullreport"), 0, problem) from None
+
+    @property
+    def metadata_percent(self) -> float:
+        """How full the metadata area is in which LVM describes the group, 0 to 100.
+
+        LVM writes the new text beside the old one, so a text can take half of the area.
+        """
+        return 100 * (1 - 2 * self.vg_mda_free / self.vg_mda_size) if self.vg_mda_size else 0.0
 
     def find(self, lv_name: str) -> LogicalVolume | None:
         return next((lv for lv in self.lvs if lv.lv_name == lv_name), None)
@@ -301,11 +322,14 @@ def call(argv: Sequence[str]) -> str:
     """Run a command of LVM's with SETTINGS and return its standard output.
 
     `argv` begins with two words, the second without a value: `lvm fullreport`, `lvs --readonly`.
-    Raises CommandFailed, with `argv` as it could be typed; CommandTimeout, CommandMissing.
+    Raises CommandFailed, with `argv` as it could be typed; MetadataAreaFull, CommandTimeout, CommandMissing.
     """
     try:
         return run.run([*argv[:2], "--config", SETTINGS, *argv[2:]])
     except CommandFailed as error:
+        full = _METADATA_FULL.search(error.stderr)
+        if full:
+            raise MetadataAreaFull(vg=full[1]) from None
         raise CommandFailed(tuple(argv), error.returncode, error.stderr, _reason(error.stderr)) from None
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import time
 from collections.abc import Iterable
+from dataclasses import replace as replace_volume
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,14 @@ def test_one_command_each(host: FakeHost) -> None:
     assert taken == Snapshot(
         at=NOW,
         volume_groups=(
-            Group("ovirt-local", 8585740288, 7503609856, 0, Pool("pool0", 1 << 30, 0.0, 10.94, 90.0, 80.0)),
+            Group(
+                "ovirt-local",
+                8585740288,
+                7503609856,
+                0,
+                Pool("pool0", 1 << 30, 0.0, 10.94, 90.0, 80.0),
+                metadata_percent=0.59,
+            ),
         ),
         disks=(),
     )
@@ -519,6 +527,79 @@ def test_a_pool_near_its_limits(host: FakeHost, data: str, metadata: str, said: 
     found = take().problems
     assert [problem.what for problem in found] == [f"thin pool ovirt-local/pool0: {what}" for what in said]
     assert {problem.kind for problem in found} <= {problems.NEAR_LIMIT}
+
+
+def in_pool(
+    host: FakeHost, volume: str, *more: str, vm: str = VM, pool: str = "pool0", **fields: str
+) -> None:
+    thin = {"lv_layout": "thin,sparse", "pool_lv": pool, "data_percent": "50.00", **fields}
+    host.add(volume, tags(*more, vm=vm), SIZE, **thin)
+
+
+def test_a_pool_that_fills_up_under_running_vms(host: FakeHost) -> None:
+    host.volumes["pool0"].data_percent = "93.75"
+    in_pool(host, VOLUME, lv_device_open="open")
+    runs(host, (IMAGE, VOLUME, LOCAL))
+    host.names = {VM: "web"}
+    (filling, near) = take().problems
+    assert (filling.kind, near.kind) == (problems.FILLING, problems.NEAR_LIMIT)
+    assert filling.what == (
+        f"thin pool ovirt-local/pool0 fills up: data 93.8 % used, 64 MiB left; VMs run from it: web ({VM})"
+    )
+    assert filling.fix == "lvextend --size +SIZE ovirt-local/pool0 (up to 7 GiB are free)"
+
+
+def test_what_makes_room_in_a_pool(host: FakeHost) -> None:
+    host.volumes["pool0"].data_percent = host.volumes["pool0"].metadata_percent = "100.00"
+    host.vg["vg_free"] = "0"
+    in_pool(host, VOLUME, lv_device_open="open", vm=OTHER_VM)
+    in_pool(host, OTHER_VOLUME, f"STOPPED_{NOW}")
+    in_pool(host, OTHER_IMAGE, "DELETING")
+    host.add(
+        IMAGE, {"localdisk", f"TEMPLATE_{IMAGE}", "HOLDS_1048576"}, SIZE, pool_lv="pool0", lv_layout="thin"
+    )
+    (what, fix) = next((p.what, p.fix) for p in take().problems if p.kind == problems.FILLING)
+    assert what == (
+        "thin pool ovirt-local/pool0 fills up: data 100.0 %, metadata 100.0 % used, nothing left; "
+        f"VMs run from it: ({OTHER_VM})"
+    )
+    assert fix.split("; ") == [
+        "lvextend --size +SIZE ovirt-local/pool0 and lvextend --poolmetadatasize +SIZE ovirt-local/pool0"
+        " (after vgextend ovirt-local DEVICE)",
+        "localdisk gc removes what is unfinished or given up",
+        "localdisk remove DISK gives up one of 1 kept disk",
+        "cache.templates: off, then localdisk gc, removes templates of 1 MiB",
+    ]
+
+
+@pytest.mark.parametrize("is_open", ["", "open"])
+def test_a_pool_that_fills_up_under_no_vm(host: FakeHost, is_open: str) -> None:
+    """A disk that is closed, or being copied."""
+    host.volumes["pool0"].data_percent = "95.00"
+    in_pool(host, VOLUME, *(["UPDATING"] if is_open else []), lv_device_open=is_open)
+    assert problems.FILLING not in kinds(take())
+
+
+def test_another_pool_of_the_group(host: FakeHost) -> None:
+    """One that a VM's section names, with the margins of that section."""
+    pool = host.volumes["pool0"]
+    host.volumes["fast"] = replace_volume(pool, lv_name="fast", lv_uuid="other", data_percent="50.00")
+    text = f"vms: {{{VM}: {{thin_pool: fast, margins: {{thin_data: 55%}}}}}}"
+    taken = take(text)
+    assert taken.volume_groups[0].other_pools == (Pool("fast", 1 << 30, 50.0, 10.94, 55.0, 80.0),)
+    assert [p.what for p in taken.problems] == ["thin pool ovirt-local/fast: data 50.0 % of 55 % allowed"]
+    assert take().volume_groups[0].other_pools == ()
+
+
+def test_a_metadata_area_that_is_nearly_full(host: FakeHost) -> None:
+    host.vg.update(vg_mda_size="1044480", vg_mda_free="52224")
+    (problem,) = take().problems
+    assert problem.kind == problems.NEAR_LIMIT
+    what = "the metadata area of volume group ovirt-local is nearly full: 90.0 % used, 51 KiB left"
+    assert problem.what == what
+    assert "localdisk gc" in problem.fix
+    host.vg.update(vg_mda_free="62000")
+    assert take().problems == ()
 
 
 def test_a_reserve_that_is_gone(host: FakeHost) -> None:

@@ -15,6 +15,7 @@ from localdisk.errors import (
     CommandFailed,
     DeviceNotReady,
     Error,
+    MetadataAreaFull,
     NoVolumeGroup,
     ThinPoolAtThreshold,
     ThinPoolUnusable,
@@ -68,7 +69,7 @@ def test_group_with_a_pool() -> None:
     (pool,) = vg.lvs
     assert pool.is_thin_pool
     assert pool.zero
-    assert (pool.data_percent, pool.metadata_percent) == (0.0, 10.94)
+    assert (pool.data_percent, pool.metadata_percent, pool.chunk_size) == (0.0, 10.94, 64 << 10)
     vg.require_usable()
 
 
@@ -133,7 +134,7 @@ def test_the_pool_of_a_cache_is_no_thin_pool() -> None:
 
 def test_active_volume_of_which_lvm_does_not_know_counts_as_open() -> None:
     row = {**FakeHost().volumes["pool0"].row, "lv_device_open": "unknown"}
-    assert LogicalVolume.from_report(row, frozenset()).lv_device_open
+    assert LogicalVolume.from_report(row, None).lv_device_open
 
 
 def test_volume_without_tags_has_none() -> None:
@@ -332,6 +333,30 @@ def test_missing_group_is_told_from_other_failures(monkeypatch: pytest.MonkeyPat
         VolumeGroup.read("nosuch")
     with pytest.raises(CommandFailed):
         VolumeGroup.read("other")
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        # LVM 2.03.16, and before 2.03.09
+        "VG x 27 metadata on /dev/ubda (523730 bytes) exceeds maximum metadata size (521472 bytes)\n"
+        "  WARNING: Failed to write an MDA of VG x.\n  Failed to write VG x.",
+        "VG x 27 metadata on /dev/ubda (523730 bytes) too large for circular buffer (1043968 bytes with "
+        "521472 used)\n  Failed to write VG x.",
+    ],
+)
+def test_a_metadata_area_that_is_full(monkeypatch: pytest.MonkeyPatch, said: str) -> None:
+    Door(monkeypatch, error=CommandFailed(("lvchange",), 5, f"  {said}\n"))
+    with pytest.raises(MetadataAreaFull, match="metadata area of volume group x is full"):
+        lvm.call(["lvchange", "--quiet", "x/y"])
+
+
+@pytest.mark.parametrize(("free", "percent"), [(522240, 0), (261120, 50), (0, 100)])
+def test_how_full_the_metadata_area_is(free: int, percent: int) -> None:
+    """LVM writes the new text beside the old one."""
+    host = FakeHost()
+    host.vg.update(vg_mda_size="1044480", vg_mda_free=str(free))
+    assert VolumeGroup.from_report(host.report()).metadata_percent == percent
 
 
 THRESHOLD = "  Cannot create new thin volume, free space in thin pool ovirt-local/pool0 reached threshold.\n"
