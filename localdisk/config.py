@@ -68,11 +68,12 @@ class Retention:
 
 @frozen
 class Copy:
-    """`bandwidth` is of the whole host, in bytes per second; None: unlimited."""
+    """`bandwidth` is of the whole host, bytes per second, None: unlimited; `stall` in seconds, 0: never."""
 
     parallel: int
     bandwidth: int | None
     nice: int
+    stall: int
 
 
 @frozen
@@ -482,8 +483,9 @@ def _retention(keep_for: str, grace: str, **words: str) -> Retention:
     return Retention(keep_for=parse_duration(keep_for), grace=parse_duration(grace), **words)
 
 
-def _copy(parallel: int, bandwidth: str | int, nice: int) -> Copy:
-    return Copy(parallel, None if bandwidth == "unlimited" else parse_size(bandwidth), nice)
+def _copy(parallel: int, bandwidth: str | int, nice: int, stall: str) -> Copy:
+    rate = None if bandwidth == "unlimited" else parse_size(bandwidth)
+    return Copy(parallel, rate, nice, parse_duration(stall))
 
 
 def _cache(templates: bool, max_size: str | int, keep_for: str) -> Cache:

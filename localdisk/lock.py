@@ -121,8 +121,11 @@ def read_held(path: str) -> str | None:
 
 
 @contextmanager
-def turn(parallel: int, pause: Pause) -> Iterator[None]:
+def turn(parallel: int, pause: Pause) -> Iterator[str]:
     """Wait for one of `parallel` turns on this host, first come first served; it is given back at the end.
+
+    Yields the path of the ticket: who gave a turn back and needs it again takes it with `holding`, as old as
+    it was, so that later ones wait for it.
 
     Every process that copies or waits holds a ticket, a lock whose name sorts by the time it was drawn.
     It may go when fewer than `parallel` older tickets are held.
@@ -134,7 +137,7 @@ def turn(parallel: int, pause: Pause) -> Iterator[None]:
     try:
         while _older_tickets(ticket.path) >= parallel:
             pause(POLL)
-        yield
+        yield ticket.path
     finally:
         ticket.release()
 

@@ -18,6 +18,7 @@ import stat
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -768,7 +769,20 @@ def another_base(world: World) -> object:
 LOOK = {"verb": "look", "vm": VM, "property": "lvm"}
 LOOK_AT_IT = {**LOOK, "disks": [{"image": IMAGE, "volume": VOLUME}]}
 REQUEST = "request to the helper"
+
+
+def stalls(world: World) -> None:
+    """A copy makes no progress for longer than copy.stall."""
+    hook = test_session.Hook(world.host())
+    hook.start()
+    later = time.monotonic() + 1000
+    world.patch.setattr(time, "monotonic", lambda: later)
+    hook.session.look_after_copy()
+    hook.session.close()
+
+
 SESSION = {
+    "stalls": case(stalls, "copy stalls, its turn is given back", VM, VOLUME),
     "foreign": case(foreign, LV),
     "unfinished and running": case(runs_unfinished, LV, VM),
     "running": case(still_runs, VM),

@@ -17,10 +17,10 @@ from localdisk.errors import Error
 from localdisk.frozen import replace
 from localdisk.lock import Pause
 from localdisk.protocol import Target
-from localdisk.units import format_size
+from localdisk.units import format_duration, format_size
 from localdisk.volumes.disk import LocalDisk, State
 from localdisk.volumes.lvm import LogicalVolume, VolumeGroup
-from localdisk.volumes.progress import COPYING, PREPARING, WAITING, Progress
+from localdisk.volumes.progress import COPYING, PREPARING, STALLED, WAITING, Progress
 from localdisk.volumes.removal import take_away
 
 
@@ -37,6 +37,8 @@ class Making:
         self._lock = held
         self._resources = resources
         self._turn = resources.enter_context(ExitStack())
+        self._ticket = ""  # of our turn
+        self._moved = 0.0  # when the copy last made progress, time.monotonic()
         self._dm_uuid = ""  # of the unfinished volume that we made, "?" while it is being made
         self._began = 0.0  # to copy, time.monotonic()
         self._progress: Progress | None = None
@@ -72,7 +74,7 @@ class Making:
     def wait(self, size: int, pause: Pause) -> None:
         """Wait for a turn to copy."""
         self.tell(WAITING, size)
-        self._turn.enter_context(lock.turn(self.policy.copy.parallel, pause))
+        self._ticket = self._turn.enter_context(lock.turn(self.policy.copy.parallel, pause))
 
     def create(
         self, size: int, pause: Pause, room: Callable[[], VolumeGroup], make: Callable[[VolumeGroup], None]
@@ -87,7 +89,7 @@ class Making:
             self._dm_uuid = "?"
             make(vg)
         self._dm_uuid = vg.dm_uuid(self.lv_name)
-        self._began = time.monotonic()
+        self._began = self._moved = time.monotonic()
         self.tell(COPYING, size)
         log.event("copy starts", **self.who, bytes=size, backend=self.policy.backend)
         bandwidth = self.policy.copy.bandwidth
@@ -105,9 +107,46 @@ class Making:
         old = self._progress
         assert old  # noqa: S101 (since the volume was made)
         now = replace(old, at=int(time.time()), done=min(done, old.size), written=written)
+        if (now.done, now.written) == (old.done, old.written):
+            self.look_after_turn()
+            if self.is_stalled:
+                return
+        else:
+            self._moved = time.monotonic()
+            if self.is_stalled:
+                now = self._resumed(now)
         self._write(now)
         if int(now.fraction * 10) > int(old.fraction * 10) or now.at // 30 > old.at // 30:
             log.event("copying", **self.who, done=f"{now.fraction:.0%}", **self.speed())
+
+    @property
+    def is_stalled(self) -> bool:
+        """Whether the copy makes no progress and has given its turn back."""
+        return self._progress is not None and self._progress.phase == STALLED
+
+    def look_after_turn(self) -> None:
+        """Give the turn back if the copy has made no progress for `copy.stall`; it is not ended.
+
+        What it waits for, storage that hangs, is no reason for others to wait.
+        """
+        old, stall = self._progress, self.policy.copy.stall
+        if old is None or old.phase != COPYING or not (self.is_made and stall):
+            return
+        idle = int(time.monotonic() - self._moved)
+        if idle >= stall:
+            self._turn.close()
+            self._write(replace(old, phase=STALLED, at=int(time.time()) - idle))
+            since = format_duration(idle)
+            log.problem("copy stalls, its turn is given back", **self.who, since=since, **self.speed())
+
+    def _resumed(self, now: Progress) -> Progress:
+        """The copy makes progress again: it counts as one that has a turn, and does not wait for it.
+
+        Its bytes flow already, and its VM has waited for its turn once; those that come later wait for it.
+        """
+        self._turn.enter_context(lock.holding(self._ticket, time.sleep))
+        log.event("copy goes on", **self.who)
+        return replace(now, phase=COPYING)
 
     def speed(self) -> dict[str, str]:
         """For the log."""

@@ -85,8 +85,10 @@ class Hook:
             more = self._read_more(lock.POLL)
             if more is False:
                 return
-            if more is None and self.session and self.session.must_tell:
-                self._tell()
+            if more is None and self.session:
+                self.session.look_after_copy()
+                if self.session.must_tell:
+                    self._tell()
 
     def _tell(self) -> None:
         """End the hook, whatever it does: its VM was powered off."""

@@ -98,6 +98,12 @@ class Session:
         """Whether the hook does not know yet that its VM was powered off."""
         return not self._is_told and self.is_cancelled()
 
+    def look_after_copy(self) -> None:
+        """To be called now and then while the hook copies and says nothing."""
+        making = self._made()
+        if making:
+            making.look_after_turn()
+
     def _require_wanted(self) -> None:
         if self.is_cancelled():
             raise StartCancelled(vm=self._starting)

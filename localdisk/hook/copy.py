@@ -94,14 +94,14 @@ def _fill(
     source: Source, target: Target, on_progress: OnProgress, passes: Sequence[AbstractContextManager[_Pass]]
 ) -> None:
     """Carry out the passes, from the bottom up."""
-    before = 0
+    before = 0  # bytes that earlier steps wrote
 
     def part(number: int, fraction: float, written: int) -> None:
         on_progress((number + fraction) / len(passes), before + written)
 
     with _as_copy_failed(source, target), _opened(target, os.O_RDWR) as fd:
         if not target.zeroed:
-            _zero_tail(fd, source.virtual_size, on_progress)
+            before = _zero_tail(fd, source.virtual_size, on_progress)
         for number, each in enumerate(passes):
             with each as read:
                 before += _convert(source, read, target, fd, partial(part, number))
@@ -139,14 +139,18 @@ def _open_when_ready(path: str, flags: int) -> int:
         time.sleep(0.1)
 
 
-def _zero_tail(fd: int, start: int, on_progress: OnProgress) -> None:
-    """Zero what lies behind the guest's view: the volume is whole extents, and old bytes are there."""
-    end = os.lseek(fd, 0, os.SEEK_END)
+def _zero_tail(fd: int, begin: int, on_progress: OnProgress) -> int:
+    """Zero what lies behind the guest's view: the volume is whole extents, and old bytes are there.
+
+    Returns how many bytes.
+    """
+    start, end = begin, os.lseek(fd, 0, os.SEEK_END)
     while start < end:
         size = min(_ZERO_CHUNK, end - start)
         fcntl.ioctl(fd, _BLKZEROOUT, struct.pack("QQ", start, size))
-        on_progress(0.0, 0)
         start += size
+        on_progress(0.0, start - begin)
+    return max(0, end - begin)
 
 
 def _convert(source: Source, read: _Pass, target: Target, fd: int, on_progress: OnProgress) -> int:

@@ -23,9 +23,9 @@ from localdisk.errors import MetricsUnwritable
 from localdisk.status import problems
 from localdisk.status.snapshot import CacheUse, Group, Pool, Row, Snapshot, TemplateRow
 from localdisk.volumes.disk import State
-from localdisk.volumes.progress import COPYING, PREPARING, WAITING
+from localdisk.volumes.progress import COPYING, PREPARING, STALLED, WAITING
 
-PHASES = (PREPARING, WAITING, COPYING)
+PHASES = (PREPARING, WAITING, COPYING, STALLED)
 STATES = (*PHASES, "running", *(state.value for state in State))
 TEMPLATE_STATES = (*PHASES, State.UNFINISHED.value, State.READY.value)
 

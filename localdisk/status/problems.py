@@ -17,7 +17,7 @@ from localdisk.status.libvirt_vms import Vms
 from localdisk.units import format_duration, format_size
 from localdisk.vdsm.disks import Disk
 from localdisk.vdsm.domain_xml import Running
-from localdisk.volumes import filling, gc
+from localdisk.volumes import filling, gc, progress
 from localdisk.volumes.disk import LocalDisk, State, is_left_alone
 from localdisk.volumes.gc import Action
 from localdisk.volumes.lvm import LogicalVolume, VolumeGroup
@@ -33,6 +33,7 @@ NOT_LOCAL = "not_local"
 OPEN_ELSEWHERE = "open_elsewhere"
 UNKNOWN_VM = "unknown_vm"
 NO_COPIER = "no_copier"
+STALLED = "stalled"  # a copy
 DRIFTED = "drifted"
 NOT_AS_MADE = "not_as_made"  # a template LV
 CLOCK = "clock"
@@ -46,6 +47,7 @@ KINDS = (
     OPEN_ELSEWHERE,
     UNKNOWN_VM,
     NO_COPIER,
+    STALLED,
     DRIFTED,
     NOT_AS_MADE,
     CLOCK,
@@ -119,6 +121,21 @@ def _limits(vg: VolumeGroup, pool: LogicalVolume, margins: Margins) -> Iterator[
     ):
         if used is not None and used >= NEAR * limit:
             yield Problem(NEAR_LIMIT, f"thin pool {name}: {what} {used:.1f} % of {limit:g} % allowed", fix)
+
+
+# -- copies
+
+
+def of_copies(held: Held, now: float) -> Iterator[Problem]:
+    """Copies that make no progress.  `now` in seconds since the epoch."""
+    for volume_id, record in held.items():
+        if record and record.phase == progress.STALLED:
+            since = format_duration(max(0, int(now - record.at)))
+            fix = "look for storage that hangs (dmesg, multipath -ll)"
+            whose = f"template {record.template}"
+            if not record.template:
+                whose, fix = f"disk {volume_id} of VM {record.vm}", f"{fix}; powering the VM off ends it"
+            yield Problem(STALLED, f"the copy of {whose} has made no progress for {since}", fix)
 
 
 # -- disks

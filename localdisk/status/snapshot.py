@@ -71,7 +71,7 @@ class Group:
 class Copy:
     """What is being prepared, how far; `done` from 0 to 1, `rate` in bytes written per second."""
 
-    phase: str  # preparing | waiting | copying
+    phase: str  # preparing | waiting | copying | stalled
     since: int
     done: float
     written: int
@@ -100,8 +100,8 @@ class Row:
     volume: str
     size: int
     backend: str
-    # `active` is all that can be seen without root.
-    # preparing | waiting | copying | ready | running | stopped | unfinished | drifted | deleting | active
+    # One of these; active is all that can be seen without root:
+    # preparing|waiting|copying|stalled|ready|running|stopped|unfinished|drifted|deleting|active
     state: str
     open: bool
     used: int | None  # bytes of a thin disk that hold data
@@ -120,7 +120,7 @@ class TemplateRow:
     name: str  # of the logical volume
     size: int
     backend: str  # "" where it is not made yet
-    state: str  # preparing | waiting | copying | ready | unfinished
+    state: str  # preparing | waiting | copying | stalled | ready | unfinished
     open: bool
     holds: int  # bytes that it takes of its volume group or pool
     last_used: int | None  # when a disk last started from it, or when it was made; None while it is not made
@@ -158,6 +158,7 @@ def take(config: Config) -> Snapshot:
     templates += view.templates_without_volume({each.name for _, each in cached})
     found = [*map(problems.told, failures), *(p for vg in groups for p in _unusable(vg, config))]
     found += problems.of_groups(groups, vms, config)
+    found += problems.of_copies(held, now)
     found += problems.of_disks(disks, held, vms, config, moment)
     found += problems.of_templates(cached, held, now)
     return Snapshot(
@@ -243,7 +244,7 @@ class _View:
     def row(self, vg: VolumeGroup, disk: LocalDisk) -> Row:
         policy, name = self.config.policy(disk.vm_id), vg.vg_name
         record = self.held.get(disk.volume_id)
-        state = _state(disk, disk.volume_id in self.held, self._has_it_open(disk))
+        state = _state(disk, self.held, self._has_it_open(disk))
         percent = disk.lv.data_percent
         return Row(
             vg=name,
@@ -258,7 +259,7 @@ class _View:
             open=disk.is_open,
             used=None if percent is None else round(disk.lv.lv_size * percent / 100),
             stopped=disk.stopped,
-            copy=_copy(record) if state == "copying" and record else None,
+            copy=_copy(record) if state in _FILLED and record else None,
             next=self._next(disk, state, record, policy),
             older=is_left_alone(disk, policy.retention),
         )
@@ -291,7 +292,7 @@ class _View:
         too_many = template.too_many(vg, self.config.cache)
         for found in template.templates(vg):
             record, is_locked = self.held.get(found.name), found.name in self.held
-            state = "ready" if found.is_ready else "copying" if is_locked else "unfinished"
+            state = "ready" if found.is_ready else _filled(record) if is_locked else "unfinished"
             yield TemplateRow(
                 vg=vg.vg_name,
                 volume=found.volume_id,
@@ -302,9 +303,9 @@ class _View:
                 open=found.is_open,
                 holds=found.holds,
                 last_used=found.used or None,
-                copy=_copy(record) if state == "copying" and record else None,
-                next=Next("copy", _due(record), _pace(record))
-                if state == "copying"
+                copy=_copy(record) if state in _FILLED and record else None,
+                next=Next("copy", _due(record), _pace(record, self.now))
+                if state in _FILLED
                 else self._next_of_template(vg, found, is_locked, found.name in too_many),
             )
 
@@ -343,8 +344,8 @@ class _View:
         return self.vms.names.get(vm_id, "") if self.vms else ""
 
     def _next(self, disk: LocalDisk, state: str, record: Progress | None, policy: Policy) -> Next:
-        if state == "copying":
-            return Next("copy", _due(record), _pace(record))
+        if state in _FILLED:
+            return Next("copy", _due(record), _pace(record, self.now))
         if state == "running" and self.vms and self.vms.is_below(disk.volume_id):
             return Next("keep", None, "kept, see problems")
         if is_left_alone(disk, policy.retention):
@@ -362,9 +363,16 @@ class _View:
         return replace(coming, text=f"stale, {coming.text}") if disk.is_stale and disk.is_complete else coming
 
 
-def _state(disk: LocalDisk, is_locked: bool, runs: bool) -> str:
-    if disk.state is State.UNFINISHED and is_locked:
-        return "copying"
+_FILLED = (progress.COPYING, progress.STALLED)  # states of what is there and incomplete
+
+
+def _filled(record: Progress | None) -> str:
+    return progress.STALLED if record and record.phase == progress.STALLED else progress.COPYING
+
+
+def _state(disk: LocalDisk, held: Mapping[str, Progress | None], runs: bool) -> str:
+    if disk.state is State.UNFINISHED and disk.volume_id in held:
+        return _filled(held[disk.volume_id])
     return "running" if disk.state is State.READY and runs else disk.state.value
 
 
@@ -383,12 +391,14 @@ def _copy(record: Progress) -> Copy:
 
 
 def _due(record: Progress | None) -> int | None:
-    left = record.seconds_left if record else None
+    left = record.seconds_left if record and record.phase == progress.COPYING else None
     return record.at + left if record and left is not None else None
 
 
-def _pace(record: Progress | None) -> str:
+def _pace(record: Progress | None, now: float) -> str:
     """`310 MiB/s 00:41 left`."""
+    if record and record.phase == progress.STALLED:
+        return f"no progress for {format_duration(max(0, int(now - record.at)))}"
     if record is None or record.phase != progress.COPYING:
         return "copy begins"
     return progress.pace(record.rate, record.seconds_left)

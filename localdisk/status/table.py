@@ -17,6 +17,7 @@ from localdisk.volumes import progress
 WIDTH = 100  # columns, where nobody says how many there are
 BAR = 16  # columns of a bar
 SHORT = 8  # characters of a UUID
+_FILLED = (progress.COPYING, progress.STALLED)
 _WORTH_SAYING = 50  # percent of a group's metadata area
 
 _GREEN, _YELLOW, _RED, _CYAN, _DIM, _BOLD = "32", "33", "31", "36", "2", "1"
@@ -24,6 +25,7 @@ _COLOURS = {
     "running": _GREEN,
     "active": _GREEN,
     "copying": _CYAN,
+    "stalled": _YELLOW,
     "waiting": _CYAN,
     "preparing": _CYAN,
     "unfinished": _YELLOW,
@@ -116,15 +118,15 @@ def _cells(row: Row, now: int, look: Look) -> tuple[str, ...]:
 
 
 def _state(row: Row, now: int) -> str:
-    if row.state == "copying":
-        return _copying(row.copy)
+    if row.state in _FILLED:
+        return _copying(row.state, row.copy)
     if row.state == "stopped" and row.stopped is not None:
         return f"stopped {format_duration(max(0, now - row.stopped))}"
     return row.state
 
 
-def _copying(copy: Copy | None) -> str:
-    return f"copying {int(copy.done * 100)}%" if copy else "copying"
+def _copying(state: str, copy: Copy | None) -> str:
+    return f"{state} {int(copy.done * 100)}%" if copy else state
 
 
 def _fitted(text: str, width: int, is_right: bool) -> str:
@@ -159,7 +161,7 @@ def _template_cells(row: TemplateRow, now: int, look: Look) -> tuple[str, ...]:
         format_size(row.holds),
         row.backend or "-",
         used,
-        _copying(row.copy) if row.state == "copying" else row.state,
+        _copying(row.state, row.copy) if row.state in _FILLED else row.state,
         row.next.text,
     )
 

@@ -15,7 +15,7 @@ from localdisk.frozen import frozen, plain_values
 from localdisk.ids import is_uuid
 from localdisk.units import format_size
 
-PREPARING, WAITING, COPYING = "preparing", "waiting", "copying"
+PREPARING, WAITING, COPYING, STALLED = "preparing", "waiting", "copying", "stalled"
 
 
 @frozen
@@ -24,9 +24,9 @@ class Progress:
 
     vm: str  # both "" for a template LV
     image: str
-    phase: str  # preparing: its source is looked at; waiting: for its turn to copy; copying
-    since: int  # when this phase began
-    at: int  # when this was said
+    phase: str  # preparing: its source is looked at; waiting: for its turn to copy; copying; stalled
+    since: int  # when this phase began; of a stalled copy, when the copy did
+    at: int  # when this was said; of a stalled copy, when it last made progress
     size: int = 0  # of the guest's view
     done: int = 0  # of size
     written: int = 0  # to the local disk, which is less where the source holds zeros

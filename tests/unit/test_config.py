@@ -35,7 +35,7 @@ DEFAULTS = Policy(
     retention=Retention(
         "delete", keep_for=7 * 86400, grace=600, on_source_change="refuse", erase="none", older_disks="keep"
     ),
-    copy=Copy(parallel=2, bandwidth=None, nice=10),
+    copy=Copy(parallel=2, bandwidth=None, nice=10, stall=300),
     hotplug="refuse",
     cache=Cache(templates=False, max_size=Amount(percent=50.0), keep_for=30 * 86400),
     enabled=True,
@@ -412,7 +412,7 @@ NO_VALUE = "has no value: give it one, or remove the key"
         ("keep_for: 1d", "F:1:1: keep_for: unknown key; it belongs under retention or cache"),
         ("enabled: on", "F:1:1: enabled: unknown key; it belongs under vms.<VM UUID>"),
         ("copy: {paralel: 1}", "F:1:8: copy.paralel: unknown key; did you mean parallel?"),
-        ("copy:\n    xyz: 1", "F:2:5: copy.xyz: unknown key; known here: parallel, bandwidth, nice"),
+        ("copy:\n    xyz: 1", "F:2:5: copy.xyz: unknown key; known here: parallel, bandwidth, nice, stall"),
         (f"vms: {{{VM}: {{enable: on}}}}", f"F:1:46: vms.{VM}.enable: unknown key; did you mean enabled?"),
         (
             f"vms: {{{VM}: {{vms: {{}}}}}}",

@@ -111,6 +111,22 @@ def test_the_process_tidies_up_when_its_input_ends(tmp_path: Path) -> None:
     assert os.listdir(tmp_path / "run") == ["counters"]
 
 
+def test_the_process_looks_after_a_hook_that_says_nothing(tmp_path: Path) -> None:
+    (tmp_path / "yaml").write_text("copy: {stall: 1s}\n")
+    (tmp_path / "yaml").chmod(0o600)
+    process = Process(tmp_path, str(tmp_path / "yaml"))
+    process.ask(CLAIM)
+    process.ask(PREPARE)
+    run = tmp_path / "run"
+    assert list(run.glob("*.turn"))
+    deadline = time.monotonic() + 10
+    while list(run.glob("*.turn")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert '"stalled"' in (run / f"{VOLUME}.lock").read_text()
+    assert not list(run.glob("*.turn"))
+    assert process.end()[0] == 0
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_the_process_tidies_up_on_a_signal(tmp_path: Path, number: int) -> None:
     process = started(tmp_path)

@@ -1351,6 +1351,92 @@ def test_a_copy_is_logged_and_counted(
     assert counters.read() == Counters(copies=1, copied_bytes=100 << 20, copy_seconds=51)
 
 
+class Clock:
+    """The time, which stands still until it is told to go on."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1_760_000_000.0
+        monkeypatch.setattr(time, "time", lambda: self.now)
+        monkeypatch.setattr(time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(time, "monotonic_ns", lambda: int(self.now * 1e9))
+
+
+def in_lock() -> Progress:
+    found = progress.parse(lock.read_held(lock.disk_lock(VOLUME)) or "")
+    assert found
+    return found
+
+
+def turns() -> int:
+    return sum(name.endswith(".turn") and lock.is_held(os.path.join(lock.RUN, name)) for name in lock.names())
+
+
+def test_a_copy_that_stalls_gives_its_turn_back(
+    monkeypatch: pytest.MonkeyPatch, host: FakeHost, logged: list[str]
+) -> None:
+    """It is not ended; when it makes progress again, it counts as one that has a turn."""
+    clock = Clock(monkeypatch)
+    text = "copy: {parallel: 1}"
+    first, second = Hook(host, text), Hook(host, text)
+    first.start()
+    first.ask(PROGRESS)
+    clock.now += 299
+    assert first.ask(PROGRESS) == {}
+    assert (in_lock().phase, turns()) == ("copying", 1)
+    with pytest.raises(Ended):
+        second.start(vm=OTHER_VM, image=OTHER_IMAGE, volume=OTHER_VOLUME)
+    second.session.close()
+    clock.now += 1
+    first.ask(PROGRESS)
+    assert in_lock() == Progress(
+        VM, IMAGE, "stalled", since=1_760_000_000, at=1_760_000_000, size=SIZE, done=5, written=3
+    )
+    clock.now += 1000
+    first.ask(PROGRESS)
+    assert (in_lock().phase, in_lock().at, turns()) == ("stalled", 1_760_000_000, 0)
+    second.start(vm=OTHER_VM, image=OTHER_IMAGE, volume=OTHER_VOLUME)
+    first.ask(PROGRESS, written=4)
+    assert (in_lock().phase, in_lock().written, turns()) == ("copying", 4, 2)
+    third = Hook(host, text)
+    with pytest.raises(Ended):
+        third.start(vm=OTHER_VM, image=THIRD_VOLUME, volume=THIRD_VOLUME)
+    third.session.close()
+    assert first.ask(COMMIT_IT) == {}
+    second.ask(COMMIT_IT)
+    assert turns() == 0
+    who = f"vm={VM} disk={VOLUME}"
+    said = [line for line in logged if who in line]
+    assert said[-4:-2] == [
+        f"copy stalls, its turn is given back {who} since=5 min bytes=3 took=300.0s rate=0 B/s",
+        f"copy goes on {who}",
+    ]
+
+
+def test_a_hook_that_says_nothing_stalls_too(monkeypatch: pytest.MonkeyPatch, host: FakeHost) -> None:
+    """It waits for the device, in fsync for example, and is done in the end."""
+    clock, hook = Clock(monkeypatch), Hook(host)
+    hook.session.look_after_copy()
+    hook.start()
+    clock.now += 299
+    hook.session.look_after_copy()
+    assert turns() == 1
+    clock.now += 1
+    hook.session.look_after_copy()
+    hook.session.look_after_copy()
+    assert (in_lock().phase, turns()) == ("stalled", 0)
+    assert hook.ask(COMMIT_IT) == {}
+    assert locks() == []
+
+
+def test_a_copy_that_keeps_its_turn(monkeypatch: pytest.MonkeyPatch, host: FakeHost) -> None:
+    clock, hook = Clock(monkeypatch), Hook(host, "copy: {stall: 0s}")
+    hook.start()
+    clock.now += 1_000_000
+    hook.session.look_after_copy()
+    assert (in_lock().phase, turns()) == ("copying", 1)
+    hook.session.close()
+
+
 def test_refusals_are_logged_and_counted(host: FakeHost, logged: list[str]) -> None:
     Hook(host).refused(CLAIM, vm="x")
     full = Hook(host, "margins: {reserve: 100%}")

@@ -179,7 +179,7 @@ def test_every_state_of_a_disk_is_there() -> None:
 def test_the_states_are_those_of_the_snapshot() -> None:
     source = Path(snapshot.__file__).read_text()
     comment, *_ = re.findall(r"^    # (.*)\n    state: str$", source, re.M)
-    assert sorted(metrics.STATES) == sorted({*comment.split(" | ")} - {"active"})  # active: without root
+    assert sorted(metrics.STATES) == sorted({*comment.split("|")} - {"active"})  # active: without root
 
 
 def test_templates() -> None:
@@ -236,11 +236,12 @@ def test_copies() -> None:
             row("4", "copying", copying("copying", NOW - 900)),
             row("5", "copying"),
             row("6", "ready"),
+            row("7", "stalled", copying("stalled")),
             templates=(shelved("waiting", copying("waiting", NOW - 120)), shelved("copying"), shelved()),
         )
     )
     phases = {phase: value(values, "copies", phase=phase) for phase in metrics.PHASES}
-    assert phases == {"preparing": 1, "waiting": 3, "copying": 3}
+    assert phases == {"preparing": 1, "waiting": 3, "copying": 3, "stalled": 1}
     assert value(values, "copy_longest_wait_seconds") == 120
 
 

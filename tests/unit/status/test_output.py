@@ -231,6 +231,20 @@ def test_a_copy(host: FakeHost) -> None:
         assert kinds(take()) == []
 
 
+def test_a_copy_that_makes_no_progress(host: FakeHost) -> None:
+    with lock.holding(lock.disk_lock(VOLUME), lambda _: None) as held:
+        stalled = record(phase="stalled", since=NOW - 900, at=NOW - 600, done=SIZE // 4)
+        held.write(stalled.as_text())
+        found = row(host, "UPDATING", lv_device_open="open")
+        assert (found.state, found.next) == ("stalled", Next("copy", None, "no progress for 10 min"))
+        assert found.copy
+        assert (found.copy.phase, found.copy.done) == ("stalled", 0.25)
+        (problem,) = take().problems
+    assert problem.kind == problems.STALLED
+    assert problem.what == f"the copy of disk {VOLUME} of VM {VM} has made no progress for 10 min"
+    assert problem.fix.endswith("powering the VM off ends it")
+
+
 def test_a_copy_that_says_nothing_yet(host: FakeHost) -> None:
     with lock.holding(lock.disk_lock(VOLUME), lambda _: None):
         found = row(host, "UPDATING")
@@ -721,6 +735,15 @@ def test_a_template_that_is_copied(host: FakeHost) -> None:
         assert found.copy == Copy("copying", NOW - 20, 0.25, 40 << 20, 2 << 20, 60)
         assert found.next == Next("copy", NOW + 60, "2 MiB/s 01:00 left")
         assert take(ON).problems == ()
+
+
+def test_a_template_whose_copy_makes_no_progress(host: FakeHost) -> None:
+    unfinished(host)
+    with lock.holding(lock.disk_lock(SHELVED), lambda _: None) as held:
+        held.write(filling(phase="stalled").as_text())
+        assert shelved(host).state == "stalled"
+        (problem,) = take().problems
+    assert problem.what == f"the copy of template {TEMPLATE} has made no progress for 0 s"
 
 
 def test_a_template_that_waits_for_its_turn(host: FakeHost) -> None:

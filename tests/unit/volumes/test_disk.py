@@ -57,7 +57,7 @@ POLICY = Policy(
     devices=(),
     margins=Margins(Amount(bytes=0), Amount(bytes=0), thin_data=90.0, thin_metadata=80.0),
     retention=RETENTION,
-    copy=Copy(parallel=2, bandwidth=None, nice=10),
+    copy=Copy(parallel=2, bandwidth=None, nice=10, stall=300),
     hotplug="refuse",
     cache=Cache(templates=False, max_size=Amount(percent=50.0), keep_for=0),
     enabled=True,
