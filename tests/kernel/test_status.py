@@ -26,7 +26,9 @@ from tests.kernel.steps import (
     THIN,
     configure,
     copied,
+    copiers,
     device,
+    equals_source,
     helpers,
     hold_open,
     localdisk,
@@ -174,6 +176,29 @@ def test_copies_that_run_wait_and_die(volume_group: str, file_storage: FileStora
     assert copying
     assert all(" took=" in line and "B/s" in line for line in copying), lines
     assert any("gc: remove " in line for line in lines)
+
+
+def test_a_copy_that_hangs_gives_its_turn_back(volume_group: str, file_storage: FileStorage) -> None:
+    """Another VM starts meanwhile; the copy is complete once it can go on."""
+    configure("copy: {parallel: 1, bandwidth: 8MiB, stall: 2s}\n")
+    images = [file_storage.template(size * MIB, seed=size) for size in (32, 4)]
+    run("qemu-io", "-f", "raw", "-c", f"write -P 5 0 {32 * MIB}", str(images[0].leaf.path))
+    first = begin(images[0])
+    wait_for(lambda: copied(images[0]), "progress")
+    for pid in copiers():
+        os.kill(pid, signal.SIGSTOP)
+    wait_for(lambda: "stalled" in problems(), "the copy to be seen as one that makes no progress")
+    assert f"of disk {images[0].leaf.id}" in problems()["stalled"]
+    assert begin(images[1]).wait().rc == 0
+    for pid in copiers():
+        os.kill(pid, signal.SIGCONT)
+    assert first.wait().rc == 0
+    assert equals_source(images[0])
+    assert equals_source(images[1])
+    assert "stalled" not in problems()
+    for vm_id in libvirt.known():
+        libvirt.undefine(vm_id)
+    host.remove(*host.logical_volumes())
 
 
 @contextmanager
