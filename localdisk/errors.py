@@ -35,7 +35,7 @@ def target(argv: Sequence[str]) -> str:
     return "".join(f" for {word}" for word in words)
 
 
-class _Message(Exception):
+class Message(Exception):
     """One line, `what` and what to do about it; fields are keyword arguments."""
 
     what: ClassVar[str] = "{problem}"
@@ -51,7 +51,7 @@ class _Message(Exception):
         return f"{self.what} : {self.fix}".format(**shown)
 
 
-class Error(_Message):
+class Error(Message):
     """The base of every error that localdisk raises on purpose."""
 
 
@@ -479,7 +479,7 @@ class VmForgotten(Error):
     fix = "start the VM again; nothing is left behind"
 
 
-class Interrupted(_Message):
+class Interrupted(Message):
     """Somebody ends this run.  It is no Error: whoever carries on after an error ends here all the same."""
 
     what = "ended by signal {signal} before it was done"

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Iterator
 
 import pytest
 
 from localdisk import config_memory
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """A short path for temporary directories: messages are cut, and tests read what paths are followed by."""
+    if config.option.basetemp is None:
+        config.option.basetemp = tempfile.mkdtemp(prefix="t-")
+        config.add_cleanup(lambda: shutil.rmtree(config.option.basetemp, ignore_errors=True))
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from localdisk import errors, log
-from localdisk.errors import FIELD_LIMIT, Error
+from localdisk.errors import FIELD_LIMIT, Message
 from tests.provocations import CASES, FILLERS, World, message_of
 
 PACKAGE = Path(errors.__file__).parent
@@ -162,7 +162,7 @@ class Said:
     """What one provocation made the product say."""
 
     message: str = ""
-    errors: list[Error] = field(default_factory=list)
+    errors: list[Message] = field(default_factory=list)
     log: list[str] = field(default_factory=list)
     sites: set[Site] = field(default_factory=set)
 
@@ -184,9 +184,9 @@ def provoked(name: str, directory: Path, is_hostile: bool) -> Said:
 
 def listen(patch: pytest.MonkeyPatch, said: Said) -> None:
     """Note what errors are made, and where, and what is logged."""
-    make, tell = Error.__init__, log.problem
+    make, tell = errors.Message.__init__, log.problem
 
-    def making(error: Error, **fields: object) -> None:
+    def making(error: errors.Message, **fields: object) -> None:
         make(error, **fields)
         if note_site(said):
             said.errors.append(error)
@@ -195,7 +195,7 @@ def listen(patch: pytest.MonkeyPatch, said: Said) -> None:
         note_site(said)
         tell(what, **fields)
 
-    patch.setattr(Error, "__init__", making)
+    patch.setattr(errors.Message, "__init__", making)
     patch.setattr(log, "problem", telling)
     patch.setattr(syslog, "syslog", lambda _level, line: said.log.append(line))
 
