@@ -56,11 +56,15 @@ from tests.fakes import (
     report,
     tags,
 )
-from tests.unit.helper import test_cache, test_session
-from tests.unit.helper.test_cache import BASE, DOMAIN, FILL, ON, OWN_VOLUME, PREFETCH, THICK_LV, WITH_BASE
-from tests.unit.hook import test_client, test_copy, test_points, test_prefetch
-from tests.unit.hook.test_sources import FORMAT, LEAF, extension, made
-from tests.unit.hook.test_sources import disk as source_disk
+from tests.fakes import device as fake_device
+from tests.fakes import session as fake_session
+from tests.fakes import storage as fake_storage
+from tests.fakes import sudo as fake_sudo
+from tests.fakes import template as fake_template
+from tests.fakes import vdsm as fake_vdsm
+from tests.fakes.images import FORMAT, LEAF, extension, made
+from tests.fakes.images import disk as source_disk
+from tests.fakes.template import BASE, DOMAIN, FILL, ON, OWN_VOLUME, PREFETCH, THICK_LV, WITH_BASE
 
 if TYPE_CHECKING:
     import pytest
@@ -70,7 +74,7 @@ FILLERS = "ЖДФЯЮЩЭБГЛ"  # letters of hostile texts; no message of ours
 HOSTILE = "\n\r\0\x1b[31m\u202e{vg}%s"
 SPACE = os.strerror(errno.ENOSPC)
 CANCEL = {"verb": "cancel", "vm": VM, "property": "lvm"}
-CLAIM, PREPARE, COMMIT = test_session.CLAIM, test_session.PREPARE, test_session.COMMIT_IT
+CLAIM, PREPARE, COMMIT = fake_session.CLAIM, fake_session.PREPARE, fake_session.COMMIT_IT
 
 
 @dataclass
@@ -109,18 +113,18 @@ class World:
 
     def ask(self, *requests: object, text: str = "", host: FakeHost | None = None) -> object:
         """The helper's answer to the last of `requests`, its configuration being `text`."""
-        hook = test_session.Hook(host or self.host(), text)
+        hook = fake_session.Hook(host or self.host(), text)
         return [hook.ask(request) for request in requests][-1]
 
-    def vdsm(self, text: str = "") -> test_points.Vdsm:
-        machine = test_points.Vdsm(self.patch, self.directory)
+    def vdsm(self, text: str = "") -> fake_vdsm.Vdsm:
+        machine = fake_vdsm.Vdsm(self.patch, self.directory)
         machine.configure(text)
         return machine
 
     def prepare(self, text: str = "", **changes: Any) -> None:
         """after_disk_prepare of a disk with these keys."""
         machine = self.vdsm(text)
-        machine.call("after_disk_prepare", test_points.disk_json(machine, **changes))
+        machine.call("after_disk_prepare", fake_vdsm.disk_json(machine, **changes))
 
     def source(self, data: bytes, image_format: str = "cow", **changes: object) -> None:
         """Open the volume of these bytes."""
@@ -143,16 +147,16 @@ class World:
 
     def sudo(self, script: str) -> None:
         """Release with a sudo of our own."""
-        test_client.Sudo(self.patch, self.directory).does(script)
+        fake_sudo.Sudo(self.patch, self.directory).does(script)
         with Helper(VM, "lvm") as there:
             there.release()
 
     def copies(self, *tool: str, **target: object) -> None:
         """Copy a volume with this tool in qemu-img's place."""
-        device = test_copy.Device(self.patch, self.directory / "device", 4 * MIB)
+        device = fake_device.Device(self.patch, self.directory / "device", 4 * MIB)
         device.tool = list(tool)
-        with test_copy.raw_source(self.directory, b"x" * 512) as source:
-            copy.copy(source, device.target(**target), test_copy.silent)
+        with fake_device.raw_source(self.directory, b"x" * 512) as source:
+            copy.copy(source, device.target(**target), fake_device.silent)
 
 
 Provoke = Callable[[World], object]
@@ -265,7 +269,7 @@ def starts_from(host: Callable[[World, FakeHost], object]) -> Provoke:
     """A start from a template LV that is ready, on a host like that."""
 
     def prepared(world: World, there: FakeHost) -> None:
-        test_cache.add_template(there)
+        fake_template.add_template(there)
         host(world, there)
 
     return cached(CLAIM, WITH_BASE, host=prepared)
@@ -279,7 +283,7 @@ def on_block(world: World, there: FakeHost) -> None:
 def swapped(world: World) -> object:
     """Somebody has removed the template LV that is filled."""
     there = world.host()
-    hook = test_session.Hook(there, ON)
+    hook = fake_session.Hook(there, ON)
     hook.ask(PREFETCH)
     hook.ask(FILL)
     del there.volumes[THICK_LV]
@@ -289,7 +293,7 @@ def swapped(world: World) -> object:
 def ends_fetching(world: World) -> None:
     """Where what was not finished cannot be removed either."""
     there = world.host()
-    hook = test_session.Hook(there, ON)
+    hook = fake_session.Hook(there, ON)
     hook.ask(PREFETCH)
     hook.ask(FILL)
     there.fail("lvremove", world.evil(), times=9)
@@ -325,17 +329,17 @@ CACHE = {
 
 def volume_of(world: World, **metadata: str) -> str:
     """The path of a volume of this metadata, in a directory that an attacker names."""
-    path = world.directory / world.name() / test_prefetch.VOLUME
+    path = world.directory / world.name() / fake_storage.VOLUME
     path.parent.mkdir()
     path.write_bytes(b"x" * 512)
-    lines = (f"{key}={value}\n" for key, value in {**test_prefetch.METADATA, **metadata}.items())
+    lines = (f"{key}={value}\n" for key, value in {**fake_storage.METADATA, **metadata}.items())
     path.with_suffix(".meta").write_text("".join(lines) + "EOF\n")
     return str(path)
 
 
 def fetched(name: Callable[[World], str]) -> Provoke:
     def provoke(world: World) -> str:
-        test_prefetch.Storage(world.patch, world.directory)
+        fake_storage.Storage(world.patch, world.directory)
         return prefetch.prefetch(name(world), "lvm")
 
     return provoke
@@ -345,8 +349,8 @@ def told(**metadata: str) -> Provoke:
     """Fetched by its id, where a storage domain has it."""
 
     def provoke(world: World) -> str:
-        test_prefetch.Storage(world.patch, world.directory).tell(**metadata)
-        return prefetch.prefetch(test_prefetch.VOLUME, "lvm")
+        fake_storage.Storage(world.patch, world.directory).tell(**metadata)
+        return prefetch.prefetch(fake_storage.VOLUME, "lvm")
 
     return provoke
 
@@ -359,11 +363,11 @@ def no_vdsm(world: World) -> None:
 
 def block_volume(world: World) -> str:
     world.patch.setattr(os.path, "realpath", lambda path: f"/dev/dm-3{path}")
-    return prefetch.prefetch(f"{world.evil_path()}/{test_prefetch.VOLUME}", "lvm")
+    return prefetch.prefetch(f"{world.evil_path()}/{fake_storage.VOLUME}", "lvm")
 
 
 def changes(world: World) -> str:
-    storage = test_prefetch.Storage(world.patch, world.directory)
+    storage = fake_storage.Storage(world.patch, world.directory)
     path = volume_of(world)
     storage.path.unlink()
     os.link(path, storage.path)
@@ -371,7 +375,7 @@ def changes(world: World) -> str:
     return prefetch.prefetch(str(storage.path), "lvm")
 
 
-FETCHED = test_prefetch.VOLUME
+FETCHED = fake_storage.VOLUME
 PREFETCHES = {
     "no vdsm": case(no_vdsm, "vdsm"),
     "neither": case(lambda w: prefetch.prefetch(w.evil(HOSTILE.replace("/", "")), "lvm"), "'evil'"),
@@ -613,13 +617,13 @@ def broken_pool(world: World) -> object:
 
 
 DISK_LIFE = {
-    "changed": case(found("STOPPED_5", text=test_session.KEEP, requests=(CLAIM, OTHER_PREPARE)), LV),
+    "changed": case(found("STOPPED_5", text=fake_session.KEEP, requests=(CLAIM, OTHER_PREPARE)), LV),
     "other leaf": case(
-        found(text=test_session.KEEP, requests=(CLAIM, OTHER_PREPARE), name=OTHER_VOLUME),
+        found(text=fake_session.KEEP, requests=(CLAIM, OTHER_PREPARE), name=OTHER_VOLUME),
         f"ovirt-local/{OTHER_VOLUME}",
         VOLUME,
     ),
-    "stale": case(found("STOPPED_5", "STALE", text=test_session.KEEP), LV),
+    "stale": case(found("STOPPED_5", "STALE", text=fake_session.KEEP), LV),
     "owner": case(owned_by_another, LV, OTHER_VM, OTHER_IMAGE),
     "open": case(found(lv_device_open="open"), LV, "ready"),
     "no space": case(lambda w: w.ask(CLAIM, {**PREPARE, "size": 1 << 45}), "ovirt-local", "TiB"),
@@ -637,7 +641,7 @@ def session(*requests: Callable[[World], object] | object) -> Provoke:
 
 def powered_off(world: World, *requests: object) -> object:
     """before_vm_destroy has been called when the last of `requests` comes."""
-    hook = test_session.Hook(world.host())
+    hook = fake_session.Hook(world.host())
     for request in requests[:-1]:
         hook.ask(request)
     hook.ask(CANCEL)
@@ -652,13 +656,13 @@ def forgotten(world: World) -> object:
 
 def commits_in_silence(world: World) -> None:
     there = world.host()
-    hook = test_session.Hook(there)
+    hook = fake_session.Hook(there)
     hook.start()
     there.libvirt_is_silent = True
     hook.ask(COMMIT)
 
 
-DRIFTED = test_session.DRIFTED
+DRIFTED = fake_session.DRIFTED
 
 
 def starts_beside(tag: str) -> Provoke:
@@ -677,7 +681,7 @@ def drifts(world: World) -> object:
 
 
 def silent_end(world: World) -> None:
-    hook = test_session.Hook(world.host())
+    hook = fake_session.Hook(world.host())
     hook.start()
     hook.session.end()
 
@@ -685,7 +689,7 @@ def silent_end(world: World) -> None:
 def replaced(world: World) -> object:
     """Somebody has made another disk of that name meanwhile."""
     there = world.host()
-    hook = test_session.Hook(there)
+    hook = fake_session.Hook(there)
     hook.start()
     del there.volumes[VOLUME]
     there.add(VOLUME, tags("UPDATING"))
@@ -709,7 +713,7 @@ def replaced_in_vain(world: World) -> None:
     there = world.host()
     there.add(OTHER_VOLUME, tags("STOPPED_5"), 10 * EXTENT)
     there.fail("lvremove", world.evil(), times=9)
-    hook = test_session.Hook(there, test_session.RECOPY)
+    hook = fake_session.Hook(there, fake_session.RECOPY)
     hook.start(fingerprint="f" * 32)
     hook.ask({"verb": "commit"})
 
@@ -724,7 +728,7 @@ def fails_later(tool: str, when: str, *requests: object, lv: str = "") -> Provok
         there.fail(tool, world.evil(), times=9, when=when)
         if lv == "STOPPED_5":
             world.raises(VolumeGroup, "activate", CommandFailed(("lvchange",), 5, world.evil()))
-        hook = test_session.Hook(there, test_session.KEEP if lv == "STOPPED_5" else "")
+        hook = fake_session.Hook(there, fake_session.KEEP if lv == "STOPPED_5" else "")
         for request in requests:
             hook.ask(request)
         hook.session.close()
@@ -736,7 +740,7 @@ def still_runs(world: World) -> object:
     there = world.host()
     there.add(VOLUME, tags(), lv_device_open="open")
     there.active = {VM}
-    return world.ask(test_session.RELEASE, host=there)
+    return world.ask(fake_session.RELEASE, host=there)
 
 
 def runs_unfinished(world: World) -> object:
@@ -753,7 +757,7 @@ def foreign(world: World) -> object:
 
 
 def garbage(line: bytes) -> Provoke:
-    return lambda w: test_session.Hook(w.host()).session.serve(line)
+    return lambda w: fake_session.Hook(w.host()).session.serve(line)
 
 
 def base(**changed: Callable[[World], object]) -> Provoke:
@@ -773,7 +777,7 @@ REQUEST = "request to the helper"
 
 def stalls(world: World) -> None:
     """A copy makes no progress for longer than copy.stall."""
-    hook = test_session.Hook(world.host())
+    hook = fake_session.Hook(world.host())
     hook.start()
     later = time.monotonic() + 1000
     world.patch.setattr(time, "monotonic", lambda: later)
@@ -821,7 +825,7 @@ SESSION = {
     ),
     "not replaced": case(replaced_in_vain, "replaced disk is left", OTHER_VOLUME, "evil"),
     "left by a stop": case(
-        fails_later("lvremove", "", test_session.RELEASE, lv="localdisk"), "left to gc", VOLUME, "evil"
+        fails_later("lvremove", "", fake_session.RELEASE, lv="localdisk"), "left to gc", VOLUME, "evil"
     ),
     "kept": case(
         fails_later("lvchange", "--addtag STOPPED", CLAIM, PREPARE, lv="STOPPED_5"),
@@ -843,7 +847,7 @@ def stale_later(world: World) -> None:
     there.defined = {VM}
     there.fail("lvchange", world.evil(), times=9)
     kept.doubt(VM, [kept.EVERY])
-    gc.collect(config.parse(test_session.KEEP.encode(), "F"))
+    gc.collect(config.parse(fake_session.KEEP.encode(), "F"))
 
 
 def stale_hook(world: World) -> None:
@@ -858,7 +862,7 @@ def no_record(world: World) -> None:
     os.makedirs(os.path.join(lock.RUN, "kept", OTHER_VM))
     os.makedirs(os.path.join(lock.RUN, "kept", VM))
     there.add(VOLUME, tags("STOPPED_5"))
-    gc.collect(config.parse(test_session.KEEP.encode(), "F"))
+    gc.collect(config.parse(fake_session.KEEP.encode(), "F"))
 
 
 STALE_ONES = {
@@ -929,7 +933,7 @@ def not_removed(world: World) -> str:
 
 def template_not_removed(world: World) -> str:
     there = world.host()
-    there.add(THICK_LV, test_cache.template_tags("UPDATING"))
+    there.add(THICK_LV, fake_template.template_tags("UPDATING"))
     there.fail("lvremove", world.evil(), times=99)
     collects(world, there)
     return ""
@@ -957,7 +961,7 @@ GC = {
 
 
 def starts(*disks: tuple[str, str, str, str], vm: str = VM) -> Provoke:
-    return lambda w: w.vdsm().call("before_vm_start", test_points.domain_xml(*disks, vm=vm))
+    return lambda w: w.vdsm().call("before_vm_start", fake_vdsm.domain_xml(*disks, vm=vm))
 
 
 def plugged(world: World) -> None:
@@ -983,7 +987,7 @@ def before_vdsm(world: World) -> None:
 
 
 def local_but_not_ready(world: World) -> None:
-    text = test_points.domain_xml((world.xml(), f"/dev/{LV}", IMAGE, VOLUME))
+    text = fake_vdsm.domain_xml((world.xml(), f"/dev/{LV}", IMAGE, VOLUME))
     world.vdsm().call("before_vm_start", text)
 
 
@@ -991,7 +995,7 @@ def recovered(world: World) -> None:
     """vdsm recovers the VM, once it runs and once it is shut off; then it is migrated here."""
     machine = world.vdsm()
     for state in (DomainState.ACTIVE, DomainState.SHUT_OFF, DomainState.UNKNOWN):
-        test_points.with_state(machine.host, state)
+        fake_vdsm.with_state(machine.host, state)
         machine.call("after_disk_prepare", "")
 
 
@@ -1007,9 +1011,9 @@ def starts_in_vain(world: World) -> None:
 
 def resumed(world: World) -> None:
     machine = world.vdsm()
-    test_points.with_state(machine.host, DomainState.UNKNOWN)
+    fake_vdsm.with_state(machine.host, DomainState.UNKNOWN)
     path = machine.source(VOLUME)
-    machine.call("before_vm_start", test_points.domain_xml(("vda", path, IMAGE, VOLUME)))
+    machine.call("before_vm_start", fake_vdsm.domain_xml(("vda", path, IMAGE, VOLUME)))
 
 
 NO_IMAGE: dict[str, Any] = {"imageID": "", "volumeID": "", "serial": "", "volumeChain": []}
@@ -1104,7 +1108,8 @@ INSTALL = {
     "a directory": case(directory_in_the_way, "/evil"),
     "busy": case(lambda w: uninstalls(w, VOLUME, tags()), LV, VM, "--force"),
     "busy template": case(
-        lambda w: uninstalls(w, THICK_LV, test_cache.template_tags()), f"template LV ovirt-local/{THICK_LV}"
+        lambda w: uninstalls(w, THICK_LV, fake_template.template_tags()),
+        f"template LV ovirt-local/{THICK_LV}",
     ),
 }
 
@@ -1233,7 +1238,7 @@ def stops_depended_on(world: World) -> object:
     there = world.host()
     there.add(VOLUME, tags(), EXTENT)
     there.add(world.word()[:100], (), EXTENT, origin=VOLUME)
-    return world.ask(test_session.RELEASE, host=there)
+    return world.ask(fake_session.RELEASE, host=there)
 
 
 def gives_up(change: Callable[[FakeHost], object] = lambda _: None, name: str = VOLUME) -> Provoke:
@@ -1299,7 +1304,7 @@ def chain(backing: Callable[[World], str], image_format: Callable[[World], str] 
         said = extension(FORMAT, image_format(world)[:800].encode("utf-8", "surrogateescape")[:800])
         data = made(backing=backing(world).encode()[:1000], extensions=said)
         (world.directory / LEAF).write_bytes(data)
-        world.open(source_disk(world.directory / LEAF, volumes=[test_session.THIRD_VOLUME]))
+        world.open(source_disk(world.directory / LEAF, volumes=[fake_session.THIRD_VOLUME]))
 
     return provoke
 
@@ -1398,7 +1403,7 @@ IMAGES = {
     "backing name": case(chain(lambda w: w.evil()), LEAF, "'evil'", "qemu-img rebase"),
     "unnamed parent": case(chain(lambda _: OTHER_VOLUME), LEAF, OTHER_VOLUME),
     "cycle": case(chain(lambda _: LEAF), LEAF, "64"),
-    "backing format": case(chain(lambda _: test_session.THIRD_VOLUME, lambda w: w.evil()), LEAF, "'evil'"),
+    "backing format": case(chain(lambda _: fake_session.THIRD_VOLUME, lambda w: w.evil()), LEAF, "'evil'"),
     "a FIFO": case(in_its_place(os.mkfifo), IMAGE_ID, LEAF),
     "empty": case(in_its_place(Path.touch), IMAGE_ID, LEAF, "0 bytes"),
     "too large": case(too_large, LEAF, "1024"),

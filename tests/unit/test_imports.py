@@ -153,3 +153,24 @@ def test_a_hook_run_imports_nothing_heavy(module: str) -> None:
     argv = [sys.executable, "-I", "-c", f"import sys; sys.path.insert(0, {str(PACKAGE.parent)!r}); {code}"]
     done = subprocess.run(argv, capture_output=True, text=True, check=True)
     assert not set(done.stdout.split()) & set(HEAVY)
+
+
+TESTS = PACKAGE.parent / "tests"
+
+
+@pytest.mark.parametrize("path", sorted(TESTS.rglob("*.py")), ids=lambda path: str(path.relative_to(TESTS)))
+def test_no_test_module_is_imported(path: Path) -> None:
+    """What several of them use is in tests/fakes, tests/kernel/steps.py and so on."""
+    names = [
+        f"{node.module}.{alias.name}"
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    ]
+    assert not [name for name in names if any(word.startswith("test_") for word in name.split("."))]
+
+
+def test_the_tests_of_a_module_lie_in_its_room() -> None:
+    units = TESTS / "unit"
+    folders = {path.parent.relative_to(units).as_posix() for path in units.rglob("test_*.py")}
+    assert folders <= {".", *ROOMS}

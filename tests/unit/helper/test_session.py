@@ -6,8 +6,7 @@ import os
 import syslog
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from functools import lru_cache
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from localdisk import config, counters, lock
-from localdisk.config import Config
+from localdisk import counters, lock
 from localdisk.counters import Counters
 from localdisk.errors import CommandFailed
 from localdisk.frozen import replace
-from localdisk.helper.session import Session
 from localdisk.volumes import gc, progress, template
 from localdisk.volumes.lvm import VolumeGroup
 from localdisk.volumes.progress import Progress
@@ -41,96 +38,47 @@ from tests.fakes import (
     aside,
     tags,
 )
+from tests.fakes.session import (
+    ACTIVATE,
+    CLAIM,
+    COMMIT,
+    COMMIT_IT,
+    CREATE,
+    DRIFTED,
+    KEEP,
+    KEPT,
+    KNOWN,
+    LIST,
+    LOOK,
+    NAME,
+    NEW_TAGS,
+    PATH,
+    PREPARE,
+    PROGRESS,
+    RECOPY,
+    RELEASE,
+    SIZE,
+    THIRD_VOLUME,
+    TO_PREPARE,
+    Ended,
+    Hook,
+    give_up,
+    held_elsewhere,
+    locks,
+    lv_tags,
+    parsed,
+)
 
-THIRD_VOLUME = "33333333-3333-4333-8333-333333333333"
 REAL_DM_UUID = VolumeGroup.dm_uuid
-SIZE = 10 * EXTENT
-LOOK = f"{FULLREPORT} ovirt-local"
 ACTIVE = "virsh --readonly --connect qemu:///system list --uuid"
-LIST = (
-    f"virsh --readonly --connect qemu:///system"
-    f" domblklist {VM}; echo ====; list --all --uuid; echo ====; list --uuid"
-)
-NAME = f"ovirt-local/{VOLUME}"
-PATH = f"/dev/{NAME}"
-KNOWN = "virsh --readonly --connect qemu:///system list --all --uuid; echo ====; list --uuid"
-CREATE = f"lvcreate --quiet --yes --name {VOLUME} --setactivationskip y --ignoreactivationskip"
-NEW_TAGS = (
-    f"--addtag IU_{IMAGE} --addtag SOURCE_{FINGERPRINT} --addtag UPDATING --addtag VM_{VM}"
-    " --addtag WRITES_4096 --addtag localdisk"
-)
-COMMIT = f"lvchange --quiet --deltag UPDATING --deltag WRITES_4096 {NAME}"
 REMOVE = f"lvremove --quiet --yes {NAME}"
-ACTIVATE = f"lvchange --quiet --activate y --ignoreactivationskip {NAME}"
-KEEP = "retention: {on_stop: keep}"
-RECOPY = "retention: {on_stop: keep, on_source_change: recopy}"
 
-CLAIM = {"verb": "claim", "vm": VM, "property": "lvm", "image": IMAGE, "volume": VOLUME}
-PREPARE = {"verb": "prepare", "size": SIZE, "fingerprint": FINGERPRINT, "writes": 4096, "base": None}
-PROGRESS = {"verb": "progress", "done": 5, "written": 3}
-COMMIT_IT = {"verb": "commit"}
-RELEASE = {"verb": "release", "vm": VM, "property": "lvm"}
-TO_PREPARE = {"stays": False, "path": "", "thin": False, "cached": False}
 STAYS = {"stays": True, "path": "", "thin": False, "cached": False}
-KEPT = {"how": "kept", "path": PATH, "target": None, "base": None}
-
-
-@lru_cache(maxsize=100)
-def parsed(text: str) -> Config:
-    return config.parse(text.encode(), "F")
-
-
-class Ended(Exception):
-    pass
-
-
-def give_up(_seconds: float) -> None:
-    raise Ended
-
-
-class Hook:
-    """One hook run: requests go in as bytes."""
-
-    def __init__(self, host: FakeHost, text: str = "", pause: Callable[[float], None] = give_up) -> None:
-        self.host = host
-        self.session = Session(parsed(text), pause)
-
-    def ask(self, request: object, **changes: object) -> Any:
-        merged = {**request, **changes} if isinstance(request, dict) else request
-        return self.host.serve(self.session, json.dumps(merged).encode())
-
-    def refused(self, request: object, **changes: object) -> str:
-        answer = self.ask(request, **changes)
-        assert list(answer) == ["error"], answer
-        message: str = answer["error"]
-        assert message.isprintable()
-        assert all(message.partition(" : "))
-        return message
-
-    def refused_start(self, **changes: object) -> str:
-        assert "error" not in self.ask(CLAIM, **changes)
-        return self.refused(PREPARE)
-
-    def start(self, **changes: object) -> Any:
-        """Claim and prepare."""
-        claim = {key: value for key, value in changes.items() if key in CLAIM}
-        rest = {key: value for key, value in changes.items() if key not in CLAIM}
-        answer = self.ask(CLAIM, **claim)
-        assert answer == {**TO_PREPARE, "thin": claim.get("property") == "lvmthin"}, answer
-        return self.ask(PREPARE, **rest)
 
 
 @pytest.fixture(name="host")
 def fixture_host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeHost:
     return FakeHost().install(monkeypatch, tmp_path)
-
-
-def locks() -> list[str]:
-    return lock.names()
-
-
-def lv_tags(host: FakeHost, name: str = VOLUME) -> set[str]:
-    return host.volumes[name].lv_tags
 
 
 # -- the flows, command by command
@@ -1272,13 +1220,6 @@ def test_a_copy_is_completed_though_libvirt_is_silent(host: FakeHost) -> None:
 # -- locks and turns
 
 
-def held_elsewhere(path: str) -> Iterator[None]:
-    held = lock.try_hold(path)
-    assert held
-    yield
-    held.release()
-
-
 def test_a_disk_that_is_being_prepared_is_waited_for(host: FakeHost) -> None:
     other = held_elsewhere(lock.disk_lock(VOLUME))
     next(other)
@@ -1548,7 +1489,6 @@ def test_release(
     assert locks() == []
 
 
-DRIFTED = {"verb": "drifted", "vm": VM, "property": "lvm", "disks": [{"image": IMAGE, "path": "/rhev/x"}]}
 DRIFT_TAG = "DRIFTED_1760000000"
 
 

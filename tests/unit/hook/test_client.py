@@ -1,8 +1,6 @@
 from __future__ import annotations
 
-import json
 import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,40 +11,11 @@ from localdisk.hook.client import Helper
 from localdisk.protocol import Base, Claimed, Device, Fetched, How, Looked, Prepared, Target
 from localdisk.vdsm.disks import Disk
 from tests.fakes import FINGERPRINT, IMAGE, OTHER_IMAGE, OTHER_VOLUME, VM, VOLUME
+from tests.fakes.sudo import Sudo
 
 
 def disk(image_id: str = IMAGE, volume_id: str = VOLUME) -> Disk:
     return Disk("vda", "disk", "/p", "cow", "file", image_id, volume_id, "none", ())
-
-
-class Sudo:
-    """A `sudo` of our own on the PATH: `script` is what it does."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, directory: Path) -> None:
-        self.directory = directory
-        path = f"{directory}:{run.ENVIRONMENT['PATH']}"
-        monkeypatch.setitem(run.ENVIRONMENT, "PATH", path)
-        monkeypatch.setattr(sys, "argv", [str(directory / "link" / "50_localdisk")])
-        (directory / "link").mkdir()
-        (directory / "link" / "50_localdisk").symlink_to(directory / "localdisk")
-
-    def does(self, script: str) -> None:
-        path = self.directory / "sudo"
-        path.write_text(f'#!/bin/sh\nprintf "%s " "$@" >{self.directory}/called\n{script}\n')
-        path.chmod(0o755)
-
-    def answers(self, *answers: object) -> None:
-        """Answer each request in turn, keep it, and end with the input."""
-        lines = "\n".join(json.dumps(answer) for answer in answers)
-        (self.directory / "answers").write_text(lines + "\n")
-        self.does(
-            f"while read -r line && read -r answer <&3; do printf '%s\\n' \"$line\" >>{self.directory}/asked;"
-            f" printf '%s\\n' \"$answer\"; done 3<{self.directory}/answers; touch {self.directory}/ended"
-        )
-
-    @property
-    def asked(self) -> list[object]:
-        return [json.loads(line) for line in (self.directory / "asked").read_text().splitlines()]
 
 
 @pytest.fixture(name="sudo")

@@ -1,11 +1,9 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import random
 import signal
-import struct
 import subprocess
 import tempfile
 import time
@@ -15,18 +13,15 @@ from typing import Any
 
 import pytest
 
-from localdisk import device_mapper, protocol, run
+from localdisk import protocol, run
 from localdisk.errors import CopyFailed, DeviceNotReady
 from localdisk.hook import copy, sources
 from localdisk.hook.sources import Layer, Source
 from localdisk.protocol import Target
 from localdisk.vdsm.disks import Disk, Volume
+from tests.fakes.device import BASE, DM_UUID, LEAF, OLD, Device, disk, raw_source, silent
 
 MIB = 1 << 20
-DM_UUID = "LVM-" + "x" * 64
-LEAF = "aaaaaaaa-0000-4000-8000-000000000000"
-BASE = "aaaaaaaa-0000-4000-8000-000000000001"
-OLD = b"\xee"  # what another disk left on the device
 
 # Captured: qemu-img 7.2 convert -p -r 16M, and that it pads with spaces and repeats the last.
 PROGRESS = (
@@ -38,81 +33,9 @@ PROGRESS = (
 LIMITS = "prlimit --as=4294967296 --core=0 --"
 
 
-def silent(_fraction: float, _written: int) -> None:
-    """A listener to progress that lets the copy go on."""
-
-
-class Device:
-    """A file in the place of the logical volume; what needs a block device is bent at the door.
-
-    The kernel's BLKZEROOUT writes zeros into the file, and qemu-img opens it as a file.
-    """
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, path: Path, size: int, content: bytes = OLD) -> None:
-        self.path = path
-        path.write_bytes(content * size)
-        self.events: list[str] = []
-        self.processes: list[run.Process[bytes]] = []
-        self.tool: list[str] | None = None  # instead of qemu-img
-        self._start, self._fsync = run.start_reporting, os.fsync
-        monkeypatch.setattr(device_mapper, "read_uuid", lambda _device: DM_UUID)
-        monkeypatch.setattr(fcntl, "ioctl", self._ioctl)
-        monkeypatch.setattr(run, "start_reporting", self._start_reporting)
-        monkeypatch.setattr(os, "fsync", self._sync)
-        monkeypatch.setattr(copy, "NODE_DEADLINE", 0.2)
-
-    def target(self, **changes: Any) -> Target:
-        fields = {"path": str(self.path), "dm_uuid": DM_UUID, "zeroed": False, "bandwidth": None, "nice": 10}
-        return Target(**{**fields, **changes})
-
-    def _ioctl(self, fd: int, request: int, argument: bytes) -> int:
-        assert request == 0x127F
-        offset, length = struct.unpack("QQ", argument)
-        self.events.append(f"zero {offset} {length}")
-        return os.pwrite(fd, bytes(length), offset)
-
-    def _start_reporting(self, argv: list[str], pass_fds: Iterable[int]) -> run.Process[bytes]:
-        self.events.append("convert")
-        bent = [word.replace("file.driver=host_device", "file.driver=file") for word in argv]
-        bent = [word.replace('"driver": "host_device"', '"driver": "file"') for word in bent]
-        if not takes_direct_io(self.path):
-            bent[bent.index("-t") + 1] = "writeback"
-        self.processes.append(self._start(self.tool or bent, pass_fds))
-        return self.processes[-1]
-
-    def _sync(self, fd: int) -> None:
-        self.events.append("fsync")
-        self._fsync(fd)
-
-    @property
-    def has_ended(self) -> bool:
-        return all(process.poll() is not None for process in self.processes)
-
-
-def takes_direct_io(path: Path) -> bool:
-    try:
-        os.close(os.open(path, os.O_RDONLY | os.O_DIRECT))
-    except OSError:
-        return False
-    return True
-
-
 @pytest.fixture(name="device")
 def fixture_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Device:
     return Device(monkeypatch, tmp_path / "device", 4 * MIB)
-
-
-def disk(directory: Path, image_format: str) -> Disk:
-    volumes = tuple(Volume(name, str(directory / name)) for name in (LEAF, BASE))
-    path = str(directory / LEAF)
-    return Disk("vda", "disk", path, image_format, "file", BASE, LEAF, "none", volumes)
-
-
-@contextlib.contextmanager
-def raw_source(directory: Path, content: bytes) -> Iterator[Source]:
-    (directory / LEAF).write_bytes(content)
-    with sources.opened(disk(directory, "raw")) as source:
-        yield source
 
 
 @pytest.fixture(name="chain")

@@ -20,60 +20,13 @@ import pytest
 
 from localdisk.frozen import replace
 from localdisk.status import output, table
-from localdisk.status.problems import Problem
-from localdisk.status.snapshot import CacheUse, Copy, Group, Next, Pool, Row, Snapshot, TemplateRow
+from localdisk.status.snapshot import CacheUse, Next, Pool, Snapshot, TemplateRow
 from localdisk.status.table import Look, render
+from tests.fakes.snapshot import COPY, GIB, GROUP, NOW, ROWS, SNAPSHOT, row
 
-GIB = 1 << 30
-NOW = 1_760_000_000
-GROUP = Group("ovirt-local", 1800 * GIB, 850 * GIB, 90 * GIB, Pool("pool0", 400 * GIB, 83.2, 10.9, 90, 80))
-PROBLEM = Problem(
-    "not_local", "VM web1: vdb runs from /rhev/data-center/x, " + "not from there " * 6, "stop it"
-)
-COPY = Copy("copying", NOW - 20, 0.423, 8 * GIB, 310 << 20, 41)
 ROOT = Path(__file__).parents[3]
 
 
-def row(number: int, **fields: object) -> Row:
-    usual: dict[str, object] = {
-        "vg": "ovirt-local",
-        "vm": f"{number}111f97c-9336-4e7a-a8a9-b4f052ababf1",
-        "vm_name": "",
-        "disk": "",
-        "image": "",
-        "volume": f"{number}b845a9c-e065-4a01-8d50-0838a877ec55",
-        "size": 20 * GIB,
-        "backend": "lvm",
-        "state": "ready",
-        "open": False,
-        "used": None,
-        "stopped": None,
-        "copy": None,
-        "next": Next("keep", None, "VM starts"),
-    }
-    return Row(**{**usual, **fields})  # type: ignore[arg-type]
-
-
-ROWS = (
-    row(4, state="stopped", stopped=NOW - 260_000, next=Next("remove", 5, "gc removes in 4 d 2 h")),
-    row(1, vm_name="web1", disk="vda", state="running", next=Next("remove", None, "removed when VM stops")),
-    row(
-        1,
-        vm_name="web1",
-        disk="vdb",
-        volume="77b845a9-e065-4a01-8d50-0838a877ec55",
-        state="running",
-        backend="lvmthin",
-        used=3 * GIB,
-        size=100 * GIB,
-        next=Next("remove", None, "removed when VM stops"),
-    ),
-    row(
-        2, vm_name="db-" + "x" * 40, state="copying", copy=COPY, next=Next("copy", 3, "310 MiB/s 00:41 left")
-    ),
-    row(6, vm="", state="deleting", next=Next("remove", 5, "gc erases it next")),
-)
-SNAPSHOT = Snapshot(NOW, (GROUP,), ROWS, (), (PROBLEM,), ("which VMs run: nobody says",))
 EXPECTED = """\
 VM                        DISK             SIZE   USED  BACKEND  STATE         NEXT
 2111f97c db-xxxxxxxxxxx…  2b845a9c       20 GiB         lvm      copying 42%   310 MiB/s 00:41 left
@@ -291,7 +244,7 @@ WATCHED = """
 import sys
 from localdisk import cli
 from localdisk.status import snapshot
-from tests.unit.status.test_table import SNAPSHOT
+from tests.fakes.snapshot import SNAPSHOT
 snapshot.take = lambda config: SNAPSHOT
 sys.exit(cli.main(["status", "--watch"]))
 """

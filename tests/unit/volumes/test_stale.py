@@ -19,8 +19,8 @@ from localdisk.vdsm import hook_call
 from localdisk.volumes import gc
 from localdisk.zipapp import main
 from tests.fakes import IMAGE, OTHER_IMAGE, OTHER_VM, OTHER_VOLUME, VM, VOLUME, FakeHost, Killed, tags
-from tests.unit.helper.test_session import CLAIM, COMMIT_IT, KEEP, KEPT, PREPARE, RELEASE, SIZE, Hook, parsed
-from tests.unit.hook.test_points import Vdsm
+from tests.fakes.session import CLAIM, COMMIT_IT, KEEP, KEPT, PREPARE, RELEASE, SIZE, Hook, parsed
+from tests.fakes.vdsm import Vdsm
 
 STALE = {"verb": "stale", "vm": VM, "images": ["*"]}
 BEGINNINGS = ("before_vm_start", "before_vm_migrate_destination")

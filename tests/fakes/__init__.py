@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from localdisk.helper.session import Session
 
-REPORTS = Path(__file__).parent / "data" / "lvm"
+REPORTS = Path(__file__).parents[1] / "data" / "lvm"
 EXTENT = 4 << 20
 REAL_RUN = run.run
 REAL_OPEN, REAL_CLOSE = os.open, os.close
