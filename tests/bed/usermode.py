@@ -149,7 +149,7 @@ def keep_capabilities(folder: Path) -> None:
 
 @contextlib.contextmanager
 def one_cpu() -> Iterator[int]:
-    """A CPU for one guest, another guest's only when all are taken.
+    """A CPU for one guest, another guest's only when all are taken, also by other checkouts' guests.
 
     The guest's kernel and its programs take turns, many thousand times a second: on two CPUs each turn
     wakes the other one up, and everything takes three times as long.
@@ -157,7 +157,7 @@ def one_cpu() -> Iterator[int]:
     cpus = sorted(os.sched_getaffinity(0))
     with contextlib.ExitStack() as stack:
         for cpu in cpus:
-            lock = stack.enter_context(open(STATE / f"cpu-{cpu}", "a"))
+            lock = stack.enter_context(open(f"/run/localdisk-bed-cpu-{cpu}", "a"))
             with contextlib.suppress(BlockingIOError):
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 yield cpu

@@ -18,6 +18,7 @@ import pytest
 from tests.bed import host
 from tests.bed import libvirt as libvirt_daemon
 from tests.bed.storage import BlockStorage, FileStorage
+from tests.kernel.steps import LOCKS, configure
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -76,6 +77,16 @@ def block_storage() -> Iterator[BlockStorage]:
 def libvirt() -> None:
     """A running libvirt; see tests/bed/libvirt.py for what to do with it."""
     libvirt_daemon.start()
+
+
+@pytest.fixture
+def defaults(libvirt: None) -> Iterator[None]:
+    """libvirt runs, and the configuration is empty, also after the test; no lock may be left then."""
+    del libvirt
+    configure()
+    yield
+    configure()
+    assert not list(LOCKS.glob("*.*")), "a lock is left behind"
 
 
 @pytest.fixture

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import subprocess
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from tests.bed import host, libvirt
-from tests.bed.player import Result, run_point
+from tests.bed.player import Call, Result, run_point, start_point
 from tests.bed.shell import attempt, run
 from tests.bed.storage import Image, digest, guest_bytes, is_zero, new_id
 from tests.bed.vm import Disk, Vm, disk_json, domain_xml
@@ -19,6 +21,8 @@ CONFIG = Path("/etc/localdisk.yaml")
 LOCKS = Path("/run/localdisk")
 THICK = {"localdisk": "lvm"}
 THIN = {"localdisk": "lvmthin"}
+KEEP = "retention: {on_stop: keep}\n"
+WRITTEN = b"written by the guest"
 MIB = 1 << 20
 
 
@@ -53,6 +57,22 @@ def start(image: Image, custom: Mapping[str, str] = THICK, vm_id: str = "", **ch
     return vm_id
 
 
+def begin(image: Image, vm_id: str, backend: str = "lvm") -> Call:
+    starting(vm_id)
+    return start_point("after_disk_prepare", vm_id, disk_json(Disk("vda", image)), {"localdisk": backend})
+
+
+@contextmanager
+def waited_for(call: Call) -> Iterator[list[Result]]:
+    """The call's end, which is waited for in the background."""
+    results: list[Result] = []
+    waiter = threading.Thread(target=lambda: results.append(call.wait()))
+    waiter.start()
+    yield results
+    waiter.join(300)
+    assert results, "the hook did not end"
+
+
 def equals_source(image: Image) -> bool:
     """The local copy is what the guest would see of the source, and zeros behind."""
     size = image.leaf.size
@@ -63,6 +83,18 @@ def stop(vm_id: str, *images: Image, custom: Mapping[str, str] = THICK) -> None:
     vm = Vm(vm_id, tuple(Disk(f"vd{letter}", image) for letter, image in zip("abcdef", images)))
     result = run_point("after_vm_destroy", vm_id, domain_xml(vm), custom)
     assert result.rc == 0, result.stderr
+
+
+def comes_back(image: Image, vm_id: str, custom: dict[str, str]) -> None:
+    """The next start succeeds with the right bytes; after the stop nothing is there, also for gc."""
+    configure()
+    start(image, custom, vm_id)
+    assert equals_source(image)
+    stop(vm_id, image, custom=custom)
+    localdisk("gc")
+    assert set(host.logical_volumes()) <= {host.THIN_POOL}
+    assert not list(LOCKS.glob("*.*"))
+    assert "Suspended" not in run("dmsetup", "info", "-c", "--noheadings", "-o", "name,suspended")
 
 
 def refused(point: str, vm_id: str, data: str, custom: Mapping[str, str] = THICK) -> str:
@@ -93,6 +125,18 @@ def one_line(result: Result) -> str:
     assert lines[-1].startswith("localdisk: ")
     assert " : " in lines[-1]
     return lines[-1]
+
+
+def older(image: Image, vm_id: str) -> None:
+    """As vdsm's older hook has left it, in which a guest has lived."""
+    words = (f"VM_{vm_id}", f"IU_{image.id}", "PU_00000000-0000-0000-0000-000000000000")
+    options = [word for tag in words for word in ("--addtag", tag)]
+    run("lvcreate", "-y", "-Wn", "-n", image.leaf.id, "-L", "8m", *options, host.VOLUME_GROUP)
+    device(image).write_bytes(WRITTEN)
+
+
+def name_of(image: Image) -> str:
+    return f"{host.VOLUME_GROUP}/{image.leaf.id}"
 
 
 def tags(image: Image) -> frozenset[str]:
@@ -150,6 +194,12 @@ def processes() -> list[tuple[int, list[str]]]:
             continue
         found.append((int(process.name), words))
     return found
+
+
+def nobody_is_left() -> bool:
+    words = [words for _, words in processes()]
+    ours = any("/50_localdisk" in " ".join(w[:3]) or w[-1:] == ["helper"] for w in words)
+    return not (ours or copiers())
 
 
 def wait_for(condition: Callable[[], object], what: str, timeout: float = 120) -> None:

@@ -23,20 +23,23 @@ from tests.kernel.steps import (
     MIB,
     THICK,
     THIN,
+    begin,
+    comes_back,
     configure,
     copied,
     copiers,
     device,
     equals_source,
     localdisk,
+    nobody_is_left,
     one_line,
     seqno,
     start,
     starting,
     stop,
     wait_for,
+    waited_for,
 )
-from tests.kernel.test_kills import begin, comes_back, nobody_is_left, waited_for
 
 SLOW = "copy: {parallel: 1, bandwidth: 1MiB}\n"
 POWERED_OFF = "was powered off while it started"

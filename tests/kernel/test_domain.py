@@ -9,14 +9,11 @@ from tests.bed.player import run_point
 from tests.bed.shell import CommandFailed
 from tests.bed.storage import COW, FileStorage, Image, new_id
 from tests.bed.vm import Disk, Vm, boot_sector, domain_xml
-from tests.kernel.steps import MIB, THICK, configure, device, starting, stop
+from tests.kernel.steps import MIB, THICK, device, starting, stop
+
+pytestmark = pytest.mark.usefixtures("defaults")
 
 METADATA_CACHE = "<metadata_cache>\n<max_size unit='bytes'>1048576</max_size>\n</metadata_cache>"
-
-
-@pytest.fixture(autouse=True)
-def defaults(libvirt: None) -> None:
-    configure()
 
 
 @pytest.fixture

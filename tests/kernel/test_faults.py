@@ -28,6 +28,7 @@ from tests.bed.storage import BlockStorage, FileStorage, Image, fill, new_id
 from tests.bed.vm import Disk, Vm, disk_json, domain_xml
 from tests.kernel import steps
 from tests.kernel.steps import (
+    KEEP,
     LOCKS,
     MIB,
     THICK,
@@ -54,7 +55,6 @@ MAPPED = NAME.replace("-", "--")  # in names of mappings
 RULE = host.RULE.with_name("90-localdisk-faults.rules")
 SLOW = "copy: {parallel: 1, bandwidth: 1MiB}\n"
 CONTROL = Path("/run/udev/control")
-KEEP = "retention: {on_stop: keep}\n"
 DATA = 16 * MIB
 
 

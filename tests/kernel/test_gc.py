@@ -18,7 +18,7 @@ from tests.bed.shell import run
 from tests.bed.storage import FileStorage, Image, Volume, digest, new_id, qemu_io
 from tests.bed.vm import Disk, Vm, boot_sector, disk_json, domain_xml
 from tests.kernel.steps import (
-    LOCKS,
+    KEEP,
     MIB,
     THICK,
     THIN,
@@ -35,17 +35,10 @@ from tests.kernel.steps import (
     wait_for,
 )
 
+pytestmark = pytest.mark.usefixtures("defaults")
+
 SIZE = 8 * MIB
 BLKDISCARD = "/usr/sbin/blkdiscard"
-KEEP = "retention: {on_stop: keep}\n"
-
-
-@pytest.fixture(autouse=True)
-def defaults(libvirt: None) -> Iterator[None]:
-    configure()
-    yield
-    configure()
-    assert not list(LOCKS.glob("*.*")), "a lock is left behind"
 
 
 def gc(*words: str, code: int = 0) -> dict[str, str]:

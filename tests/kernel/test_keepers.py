@@ -17,15 +17,18 @@ from tests.bed.shell import attempt, run
 from tests.bed.storage import COW, FileStorage, Image, new_id, qemu_io
 from tests.bed.vm import Disk, disk_json
 from tests.kernel.steps import (
-    LOCKS,
+    KEEP,
     MIB,
     THICK,
     THIN,
+    WRITTEN,
     configure,
     device,
     equals_source,
     localdisk,
     lv_uuid,
+    name_of,
+    older,
     refused_disk,
     start,
     starting,
@@ -34,21 +37,9 @@ from tests.kernel.steps import (
     tags,
 )
 
+pytestmark = pytest.mark.usefixtures("defaults")
+
 SIZE = 8 * MIB
-KEEP = "retention: {on_stop: keep}\n"
-WRITTEN = b"written by the guest"
-
-
-@pytest.fixture(autouse=True)
-def defaults(libvirt: None) -> Iterator[None]:
-    configure()
-    yield
-    configure()
-    assert not list(LOCKS.glob("*.*")), "a lock is left behind"
-
-
-def name_of(image: Image) -> str:
-    return f"{host.VOLUME_GROUP}/{image.leaf.id}"
 
 
 def gc(*words: str, code: int = 0) -> dict[str, dict[str, str]]:
@@ -63,14 +54,6 @@ def problems(kind: str) -> list[str]:
 
 
 # -- an older hook's disk
-
-
-def older(image: Image, vm_id: str) -> None:
-    """As vdsm's older hook has left it, in which a guest has lived."""
-    words = (f"VM_{vm_id}", f"IU_{image.id}", "PU_00000000-0000-0000-0000-000000000000")
-    options = [word for tag in words for word in ("--addtag", tag)]
-    run("lvcreate", "-y", "-Wn", "-n", image.leaf.id, "-L", "8m", *options, host.VOLUME_GROUP)
-    device(image).write_bytes(WRITTEN)
 
 
 def test_an_older_hooks_disk_is_kept_until_the_operator_decides(

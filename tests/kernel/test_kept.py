@@ -17,9 +17,11 @@ from tests.bed.shell import run
 from tests.bed.storage import COW, RAW, Image, Storage, fill, new_id, qemu_io
 from tests.bed.vm import Disk, Vm, disk_json, domain_xml
 from tests.kernel.steps import (
+    KEEP,
     LOCKS,
     MIB,
     THICK,
+    WRITTEN,
     configure,
     device,
     equals_source,
@@ -34,9 +36,7 @@ from tests.kernel.steps import (
     tags,
 )
 
-KEEP = "retention: {on_stop: keep}\n"
 RECOPY = "retention: {on_stop: keep, on_source_change: recopy}\n"
-WRITTEN = b"written by the guest"
 
 
 @pytest.fixture(autouse=True)

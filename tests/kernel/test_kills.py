@@ -7,42 +7,33 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 
 import pytest
 
 from tests.bed import host, libvirt
-from tests.bed.player import Call, Result, run_point, start_point
-from tests.bed.shell import run
+from tests.bed.player import Call, run_point
 from tests.bed.storage import FileStorage, Image, fill, new_id
-from tests.bed.vm import Disk, disk_json
 from tests.kernel.steps import (
     LOCKS,
     MIB,
     THICK,
+    begin,
+    comes_back,
     configure,
     copied,
     copiers,
-    equals_source,
     helpers,
     localdisk,
-    processes,
-    start,
-    starting,
+    nobody_is_left,
     stop,
     wait_for,
+    waited_for,
 )
 
+pytestmark = pytest.mark.usefixtures("defaults")
+
 SLOW = "copy: {parallel: 1, bandwidth: 1MiB}\n"
-
-
-@pytest.fixture(autouse=True)
-def defaults(libvirt: None) -> Iterator[None]:
-    configure()
-    yield
-    configure()
 
 
 @pytest.fixture
@@ -51,22 +42,6 @@ def image(file_storage: FileStorage) -> Image:
     template = file_storage.template(48 * MIB, seed=1)
     fill(template.leaf, 48 * MIB)
     return file_storage.clone(template, seed=2)
-
-
-def begin(image: Image, vm_id: str, backend: str = "lvm") -> Call:
-    starting(vm_id)
-    return start_point("after_disk_prepare", vm_id, disk_json(Disk("vda", image)), {"localdisk": backend})
-
-
-@contextmanager
-def waited_for(call: Call) -> Iterator[list[Result]]:
-    """The call's end, which is waited for in the background."""
-    results: list[Result] = []
-    waiter = threading.Thread(target=lambda: results.append(call.wait()))
-    waiter.start()
-    yield results
-    waiter.join(300)
-    assert results, "the hook did not end"
 
 
 def kill(call: Call, how: str) -> None:
@@ -83,24 +58,6 @@ def kill(call: Call, how: str) -> None:
     for pid in victims[how]:
         with suppress(ProcessLookupError):  # it has noticed another's end already
             os.kill(pid, number)
-
-
-def nobody_is_left() -> bool:
-    words = [words for _, words in processes()]
-    ours = any("/50_localdisk" in " ".join(w[:3]) or w[-1:] == ["helper"] for w in words)
-    return not (ours or copiers())
-
-
-def comes_back(image: Image, vm_id: str, custom: dict[str, str]) -> None:
-    """The next start succeeds with the right bytes; after the stop nothing is there, also for gc."""
-    configure()
-    start(image, custom, vm_id)
-    assert equals_source(image)
-    stop(vm_id, image, custom=custom)
-    localdisk("gc")
-    assert set(host.logical_volumes()) <= {host.THIN_POOL}
-    assert not list(LOCKS.glob("*.*"))
-    assert "Suspended" not in run("dmsetup", "info", "-c", "--noheadings", "-o", "name,suspended")
 
 
 @pytest.mark.parametrize("how", ["group TERM", "hook KILL", "helper KILL", "all KILL", "copier KILL"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,6 @@ from tests.bed.shell import run
 from tests.bed.storage import BlockStorage, FileStorage, digest, fill, new_id, qemu_io
 from tests.bed.vm import Disk, Vm, boot_sector, disk_json, domain_xml
 from tests.kernel.steps import (
-    LOCKS,
     MIB,
     THICK,
     THIN,
@@ -36,15 +34,9 @@ from tests.kernel.steps import (
     wait_for,
 )
 
+pytestmark = pytest.mark.usefixtures("defaults")
+
 ODD = 20 * MIB + 3 * 512  # no whole extents, no whole clusters
-
-
-@pytest.fixture(autouse=True)
-def defaults(libvirt: None) -> Iterator[None]:
-    configure()
-    yield
-    configure()
-    assert not list(LOCKS.glob("*.*")), "a lock is left behind"
 
 
 def old_bytes(size: int) -> None:

@@ -12,14 +12,11 @@ from tests.bed import host, libvirt, vdsm
 from tests.bed.shell import attempt, run
 from tests.bed.storage import COW, FileStorage, Image, digest, new_id
 from tests.bed.vm import Disk, Vm, boot_sector
-from tests.kernel.steps import MIB, THICK, configure, device, stop, wait_for
+from tests.kernel.steps import MIB, THICK, device, stop, wait_for
+
+pytestmark = pytest.mark.usefixtures("defaults")
 
 SIZE = 8 * MIB
-
-
-@pytest.fixture(autouse=True)
-def defaults(libvirt: None) -> None:
-    configure()
 
 
 @contextmanager

@@ -19,7 +19,6 @@ from tests.bed.shell import run
 from tests.bed.storage import FileStorage, digest, fill, new_id
 from tests.bed.vm import Disk, Vm, boot_sector, disk_json
 from tests.kernel.steps import (
-    LOCKS,
     MIB,
     THICK,
     configure,
@@ -34,18 +33,12 @@ from tests.kernel.steps import (
     wait_for,
 )
 
+pytestmark = pytest.mark.usefixtures("defaults")
+
 SIZE = 8 * MIB
 KEEP = "retention: {on_stop: keep, on_source_change: recopy}\n"
 Come = Callable[[Vm, Mapping[str, str]], None]
 WEEK = b"what the guest has written in a week"
-
-
-@pytest.fixture(autouse=True)
-def defaults(libvirt: None) -> Iterator[None]:
-    configure()
-    yield
-    configure()
-    assert not list(LOCKS.glob("*.*")), "a lock is left behind"
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ from tests.bed.storage import FileStorage, Image, new_id
 from tests.bed.vm import Disk, Vm, disk_xml, domain_xml
 from tests.kernel.steps import (
     CONFIG,
-    LOCKS,
     MIB,
     THICK,
     THIN,
@@ -30,13 +29,7 @@ from tests.kernel.steps import (
     stop,
 )
 
-
-@pytest.fixture(autouse=True)
-def defaults(libvirt: None) -> Iterator[None]:
-    configure()
-    yield
-    configure()
-    assert not list(LOCKS.glob("*.*")), "a lock is left behind"
+pytestmark = pytest.mark.usefixtures("defaults")
 
 
 @pytest.fixture

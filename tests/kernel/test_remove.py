@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from tests.bed import host, libvirt
 from tests.bed.player import run_point
 from tests.bed.shell import attempt, run
-from tests.bed.storage import FileStorage, Image, new_id
+from tests.bed.storage import FileStorage, new_id
 from tests.bed.vm import Disk, Vm, disk_json, domain_xml
 from tests.kernel.steps import (
-    LOCKS,
+    KEEP,
     MIB,
     THICK,
     configure,
     device,
     equals_source,
     localdisk,
+    name_of,
+    older,
     refused_disk,
     start,
     starting,
@@ -26,35 +26,15 @@ from tests.kernel.steps import (
     tags,
 )
 
+pytestmark = pytest.mark.usefixtures("defaults")
+
 SIZE = 8 * MIB
-KEEP = "retention: {on_stop: keep}\n"
-WRITTEN = b"written by the guest"
-
-
-@pytest.fixture(autouse=True)
-def defaults(libvirt: None) -> Iterator[None]:
-    configure()
-    yield
-    configure()
-    assert not list(LOCKS.glob("*.*")), "a lock is left behind"
-
-
-def name_of(image: Image) -> str:
-    return f"{host.VOLUME_GROUP}/{image.leaf.id}"
 
 
 def refused(*words: str) -> str:
     done = attempt(str(host.PROGRAM), *words)
     assert done.returncode == 2, done
     return done.stderr
-
-
-def older(image: Image, vm_id: str) -> None:
-    """As vdsm's older hook has left it, in which a guest has lived."""
-    words = (f"VM_{vm_id}", f"IU_{image.id}", "PU_00000000-0000-0000-0000-000000000000")
-    options = [word for tag in words for word in ("--addtag", tag)]
-    run("lvcreate", "-y", "-Wn", "-n", image.leaf.id, "-L", "8m", *options, host.VOLUME_GROUP)
-    device(image).write_bytes(WRITTEN)
 
 
 def test_an_older_hooks_disk_is_given_up(volume_group: str, file_storage: FileStorage) -> None:

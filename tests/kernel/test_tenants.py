@@ -25,6 +25,7 @@ from tests.bed.storage import RAW, FileStorage, Image, Volume, digest, new_id
 from tests.bed.vm import Disk, Vm, boot_sector, chain_entry, disk_json, disk_xml, domain_xml
 from tests.kernel.privilege.attempts import Talk, is_refusal
 from tests.kernel.steps import (
+    KEEP,
     LOCKS,
     MIB,
     THICK,
@@ -47,7 +48,6 @@ from tests.kernel.steps import (
 SIZE = 8 * MIB
 ODD = 5 * MIB + 3 * 512  # no whole extents: behind it is what was there before
 SECRET = b"what tenant A's guest wrote. "
-KEEP = "retention: {on_stop: keep}\n"
 SLOW = "copy: {bandwidth: 4MiB}\n"  # 2 MiB a second for each copy
 ERASE = "retention: {erase: zero}\n"
 

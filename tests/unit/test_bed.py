@@ -169,3 +169,9 @@ def test_kernel_tests_are_found_by_looking() -> None:
     names = {job.name for job in suite.kernel("here", everything=False)}
     files = list((guest.ROOT / "tests/kernel").rglob("test_*.py"))
     assert len(names) == len(files) > 10
+
+
+def test_kernel_tests_share_steps_and_fixtures_and_do_not_import_each_other() -> None:
+    for file in (guest.ROOT / "tests/kernel").rglob("*.py"):
+        imports = [line for line in file.read_text().splitlines() if line.startswith(("from ", "import "))]
+        assert not [line for line in imports if "tests.kernel" in line and "test_" in line], file
