@@ -22,7 +22,7 @@ from tests.bed.guest import ROOT, STATE
 from tests.bed.places import NAMES, choose
 from tests.bed.shell import how_it_ended
 
-SELECTION = 12  # one of twelve cases: more than 60
+SELECTION = 14  # one of fourteen cases: some 100
 DISK_MIB = 4096
 
 GUESTS = [name for name in NAMES if name != "here"]
@@ -70,7 +70,12 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tests.crash", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--all", action="store_true", help="all cases")
     parser.add_argument("--every", type=int, metavar="N", help="one of N cases")
-    parser.add_argument("--match", default="", metavar="TEXT", help="of those with TEXT in their name")
+    parser.add_argument(
+        "--match",
+        default="",
+        metavar="TEXT",
+        help="of those with TEXT, or TEXT|TEXT, in their name",
+    )
     cpus = len(os.sched_getaffinity(0))
     parser.add_argument("--guests", type=int, default=cpus, metavar="N", help="as many run side by side")
     parser.add_argument("--where", choices=["guest", *GUESTS], default="guest", help="which kind of guest")

@@ -3,8 +3,9 @@
     python -m tests.crash.cases prepare MATCH                  the scene, and which tools each flow runs
     python -m tests.crash.cases run MATCH PART PARTS EVERY     its share of the cases
 
-Of the cases with MATCH in their name one of EVERY is chosen, and of these every PARTS-th from PART on is
-run.  What was found is on the shared disk, so that the next boot goes on where a case has stopped the kernel.
+Of the cases with MATCH, or one of several texts separated by |, in their name one of EVERY is chosen, and of
+these every PARTS-th from PART on is run.  What was found is on the shared disk, so that the next boot goes on
+where a case has stopped the kernel.
 Each line of output is one JSON object: a result, or `{"dies": CASE}` just before the kernel is stopped.
 """
 
@@ -19,7 +20,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -28,13 +29,25 @@ from tests.bed.player import Call, Result
 from tests.bed.shell import attempt, run
 from tests.bed.storage import digest, is_zero
 from tests.crash import halt
-from tests.crash.flows import CACHE, FLOWS, SIZE, Flow, Scene, new_scene, recover, start_thick, templates
+from tests.crash.flows import (
+    CACHE,
+    FLOWS,
+    SIZE,
+    SLOW,
+    Flow,
+    PowerOff,
+    Scene,
+    new_scene,
+    recover,
+    start_thick,
+    stop_elsewhere,
+    templates,
+)
 from tests.crash.halt import MOMENTS, Point
 from tests.kernel.steps import LOCKS, configure, device, helpers, processes, starting, wait_for
 
 STATE = host.SCRATCH / "crash"
 SCENE, POINTS, RESULTS, PENDING = (STATE / name for name in ("scene", "points", "results", "pending"))
-SLOW = "copy: {bandwidth: 8MiB}\n"  # of one copy: 4 MiB/s
 READS = ("lvm fullreport", "virsh", "qemu-img measure", "qemu-img map")  # commands that change nothing
 DEFINED = Path("/run/crash-defined")  # there while the VM is defined
 TEMPORARY = (Path("/tmp"), Path("/var/tmp"))
@@ -77,7 +90,7 @@ def run_share(match: str, part: int, parts: int, every: int) -> None:
 def chosen(every: int, match: str) -> list[Case]:
     """Of the cases that `match` is in the name of one of `every`, of each flow, always the same, in order."""
     rng, found = random.Random(0), []
-    matching = (case for case in cases() if match in case.name)
+    matching = (case for case in cases() if any(text in case.name for text in match.split("|")))
     for _, each in itertools.groupby(matching, lambda case: case.flow):
         of_flow = list(each)
         numbers = rng.sample(range(len(of_flow)), -(-len(of_flow) // every))
@@ -118,7 +131,7 @@ def prepare(match: str) -> None:
     scene = new_scene()
     points = {}
     for flow in (flow for flow in FLOWS if may_match(flow, match)):
-        configure(flow.config)
+        configure(flow.config + SLOW * flow.is_slow)
         set_up(flow, scene)
         with halt.armed(None):
             result = flow.do(scene).wait()
@@ -131,18 +144,18 @@ def prepare(match: str) -> None:
 
 
 def may_match(flow: Flow, match: str) -> bool:
-    """False if no case of the flow can have this text in its name: what is before the colon is the flow's."""
-    name, colon, _ = match.partition(":")
-    return not colon or flow.name.endswith(name)
+    """False if no case of the flow can have one of these texts in its name: before a colon is the flow's."""
+    names = (text.partition(":") for text in match.split("|"))
+    return any(not colon or flow.name.endswith(name) for name, colon, _ in names)
 
 
 def set_up(flow: Flow, scene: Scene) -> None:
     """What is there before the flow; libvirt knows the VM where it starts."""
-    flow.before(scene)
     if flow.vm_starts:
         be_known(scene)
     elif not flow.vm_runs:
         be_forgotten(scene)
+    flow.before(scene)
 
 
 def be_known(scene: Scene) -> None:
@@ -172,7 +185,7 @@ def run_case(scene: Scene, case: Case) -> None:
     flow = next(flow for flow in FLOWS if flow.name == case.flow)
     if not PENDING.exists():
         is_copy = (case.call, case.moment) == ("qemu-img convert", "during")
-        configure(flow.config + SLOW * is_copy)
+        configure(flow.config + SLOW * (is_copy or flow.is_slow))
         if not flow.vm_runs:
             clear(scene)
         set_up(flow, scene)
@@ -217,19 +230,26 @@ def kill(flow: Flow, scene: Scene, case: Case) -> bool:
 
 
 def send(call: Call, how: str) -> None:
-    process = call.process
-    assert process
-    with contextlib.suppress(ProcessLookupError):
-        if how == "TERM group":  # systemd sends it to all of the control group
-            for pid in (*helpers(), *halt.tools_that_run()):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGTERM)
-            os.killpg(process.pid, signal.SIGTERM)  # it may have ended, and been waited for, meanwhile
-        elif how == "KILL helper":
-            for pid in helpers():
-                os.kill(pid, signal.SIGKILL)
-        else:
-            os.kill(process.pid, signal.SIGKILL)
+    if how == "TERM group":  # systemd sends it to all of the control group
+        each(os.kill, (*helpers(), *halt.tools_that_run()), signal.SIGTERM)
+        each(os.killpg, hooks(call), signal.SIGTERM)
+    elif how == "KILL helper":
+        each(os.kill, helpers(), signal.SIGKILL)
+    else:
+        each(os.kill, hooks(call), signal.SIGKILL)
+
+
+def each(kill: Callable[[int, int], None], pids: Iterable[int], sign: signal.Signals) -> None:
+    """Send the signal; some may have ended, and been waited for, meanwhile."""
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            kill(pid, sign)
+
+
+def hooks(call: Call) -> list[int]:
+    """The process ids of its hook, and of the start's that it is to end."""
+    both = [call, call.start] if isinstance(call, PowerOff) else [call]
+    return [one.process.pid for one in both if one and one.process]
 
 
 # -- what is left and what is wrong
@@ -247,9 +267,9 @@ def look(flow: Flow, scene: Scene, case: Case, before: set[Path]) -> Iterator[st
         yield from wrong_bytes(scene, (scene.source, scene.kept), "a ready disk after the kill")
     yield from suspended()
     configure(flow.config)
-    vm_is_gone = case.how == POWER and flow.vm_runs
+    vm_is_gone = case.how == POWER and (flow.vm_runs or flow.vm_is_defined)
     again, content = (start_thick, "source") if vm_is_gone else (flow.start_again, flow.content)
-    if again is not recover:
+    if again not in (recover, stop_elsewhere):
         be_known(scene)
     result = again(scene).wait(300)
     if result.rc:
@@ -257,6 +277,8 @@ def look(flow: Flow, scene: Scene, case: Case, before: set[Path]) -> Iterator[st
     else:
         allowed = {"source": (scene.source,), "kept": (scene.kept,), "either": (scene.source, scene.kept)}
         yield from wrong_bytes(scene, allowed[content], "the next start")
+        if not any(tag.startswith(flow.tag) for tag in host.logical_volumes()[scene.image.leaf.id]):
+            yield f"no tag {flow.tag}"
     collected = attempt(str(host.PROGRAM), "gc")
     if collected.returncode:
         yield f"gc fails: {collected.stdout}{collected.stderr}"
@@ -331,6 +353,8 @@ def clear(scene: Scene) -> None:
     """Nothing of the scene but its source."""
     if scene.vm_id in libvirt.active():  # of the flow before
         libvirt.destroy(scene.vm_id)
+    if scene.vm_id in libvirt.known() and not DEFINED.exists():  # that has run
+        libvirt.undefine(scene.vm_id)
     host.remove(*(name for name in host.logical_volumes() if name != host.THIN_POOL))
     for path in LOCKS.glob("*.*"):
         path.unlink()

@@ -15,11 +15,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tests.bed import host, libvirt, vdsm
-from tests.bed.player import Call, start_point
+from tests.bed.player import Call, Result, start_point
 from tests.bed.shell import run
 from tests.bed.storage import FileStorage, Image, Volume, digest, fill, guest_bytes, link, new_id
 from tests.bed.vm import Disk, Vm, boot_sector, disk_json, domain_xml
-from tests.kernel.steps import MIB, THICK, THIN, configure, device, starting, tags
+from tests.kernel.steps import MIB, THICK, THIN, configure, copied, device, starting, tags, wait_for
 
 SIZE = 24 * MIB
 LONG_AGO = 5  # seconds since the epoch
@@ -28,6 +28,7 @@ RECOPY = "retention: {on_stop: keep, on_source_change: recopy}\n"
 CACHE = "cache: {templates: on}\n"
 ERASE = "retention: {erase: zero}\n"
 DUE = "retention: {grace: 0s, keep_for: 0s}\n"
+SLOW = "copy: {bandwidth: 4MiB}\n"  # of one copy: 2 MiB/s, 6 s
 
 
 @dataclass(frozen=True)
@@ -194,8 +195,27 @@ def running(scene: Scene) -> None:
     if scene.vm_id in libvirt.active():
         return
     make(scene)
-    disk = vdsm.local(Disk("vda", scene.image), str(device(scene.image)))
-    libvirt.create(domain_xml(Vm(scene.vm_id, (disk,))))
+    libvirt.create(ran(scene, str(device(scene.image))))
+
+
+def shut_off(scene: Scene) -> None:
+    """The VM has run from its local disk, and vdsm has not destroyed it yet."""
+    make(scene, active=False)
+    run("virsh", "-c", libvirt.URI, "define", "/dev/stdin", text=ran(scene, str(device(scene.image))))
+
+
+def ran(scene: Scene, path: str) -> str:
+    """The domain XML of the VM with its disk at this path."""
+    return domain_xml(Vm(scene.vm_id, (vdsm.local(Disk("vda", scene.image), path),)))
+
+
+def copying(scene: Scene) -> None:
+    """A start copies; `power_off` finds it by its VM."""
+    starts[scene.vm_id] = start_thick(scene)
+    wait_for(lambda: copied(scene.image), "the copy")
+
+
+starts: dict[str, Call] = {}  # by VM
 
 
 # -- what is done
@@ -217,6 +237,38 @@ def recover(scene: Scene) -> Call:
 def stop(scene: Scene) -> Call:
     xml = domain_xml(Vm(scene.vm_id, (Disk("vda", scene.image),)))
     return start_point("after_vm_destroy", scene.vm_id, xml, THICK)
+
+
+def stop_elsewhere(scene: Scene) -> Call:
+    """The VM stops after a live snapshot that went past us: it ran from another volume in the end."""
+    layer = f'dev="/dev/{scene.image.domain_id}/{new_id()}" index="1"'
+    xml = ran(scene, str(device(scene.image))).replace(f'dev="{device(scene.image)}"', layer)
+    return start_point("after_vm_destroy", scene.vm_id, xml, THICK)
+
+
+@dataclass
+class PowerOff(Call):
+    """before_vm_destroy of a VM that starts; it is over when the start is, too."""
+
+    start: Call | None = None
+
+    def wait(self, timeout: float = 900) -> Result:
+        result = super().wait(timeout)
+        if self.start:
+            self.start.wait(timeout)
+        return result
+
+
+def power_off(scene: Scene) -> PowerOff:
+    call = start_point("before_vm_destroy", scene.vm_id, "", THICK)
+    return PowerOff(**vars(call), start=starts.pop(scene.vm_id))
+
+
+def start_after_power_off(scene: Scene) -> Call:
+    """What vdsm calls when it has powered off the VM, then a start."""
+    result = stop(scene).wait()
+    assert result.rc == 0, result
+    return start_thick(scene)
 
 
 def collect(scene: Scene) -> Call:
@@ -256,6 +308,7 @@ class Flow:
     config: str = ""
     content: str = "source"  # or kept, or either
     start_again: Callable[[Scene], Call] = start_thick
+    tag: str = ""  # what a tag of the disk must begin with in the end
 
     @property
     def has_hook(self) -> bool:
@@ -269,7 +322,17 @@ class Flow:
     @property
     def vm_starts(self) -> bool:
         """vdsm has defined the VM by then; where its disk is to be erased by gc, it has not."""
-        return self.do in (start_thick, start_thin)
+        return self.do in (start_thick, start_thin, power_off)
+
+    @property
+    def is_slow(self) -> bool:
+        """It needs a copy that takes its time."""
+        return self.before is copying
+
+    @property
+    def vm_is_defined(self) -> bool:
+        """libvirt has the definition of a VM that has run."""
+        return self.before is shut_off
 
 
 FLOWS = (
@@ -285,6 +348,9 @@ FLOWS = (
     Flow("remove", kept, give_up, KEEP, "either"),
     Flow("remove and erase", kept, give_up, "retention: {on_stop: keep, erase: zero}\n", "either"),
     Flow("recovery", running, recover, "", "kept", recover),
+    Flow("recovery of a VM that is shut off", shut_off, recover, "", "kept", recover),
+    Flow("power-off while it copies", copying, power_off, start_again=start_after_power_off),
+    Flow("stop on another volume", ready, stop_elsewhere, "", "kept", stop_elsewhere, "DRIFTED_"),
     Flow("first of a template thick", nothing, start_thick, CACHE),
     Flow("first of a template thin", nothing, start_thin, CACHE, start_again=start_thin),
     Flow("second of a template thick", cached_thick, start_thick, CACHE),
