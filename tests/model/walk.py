@@ -262,6 +262,8 @@ class Walk:
         elif self._chance(0.5):
             self._go_on(vm_id, 1)
         left = self.pending.pop(vm_id, [])
+        if self.state.vms[vm_id].is_active:  # nothing of it is local
+            self._call("destroy", vm_id)
         # Where calls take time, nothing is left that counts for a minute.
         self.is_calm = not self.plan.is_exact
         if self.is_calm or self._chance(0.9):
