@@ -1,9 +1,9 @@
 """The configuration: `/etc/localdisk.yaml` -> schema -> frozen `Config` -> the `Policy` of one VM.
 
-`schema/localdisk.schema.json` is the single truth about keys, syntax and defaults.  `yamltree` reads
-the file, jsonschema compares it with the schema, and this module says in one line per problem where it
-is and what would be right.  To add a key: the schema, `examples/full.yaml`, and the dataclass and
-builder here.
+`schema/localdisk.schema.json` is the single truth about keys, syntax and defaults.  `config_yaml`
+reads the file, jsonschema compares it with the schema, and this module reports each problem in one line:
+where it is and what would be right.  To add a key: the schema, `examples/full.yaml`, and the frozen class
+and its builder here.
 
 PyYAML and jsonschema are imported in the functions that need them: most runs of the program read no
 configuration at all, or one that does not exist.

@@ -22,10 +22,6 @@ from localdisk.volumes.disk import LocalDisk, State
 from localdisk.volumes.lvm import VolumeGroup
 from localdisk.volumes.removal import take_away
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    pass
-
 
 @frozen
 class Claim:

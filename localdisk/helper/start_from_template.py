@@ -18,10 +18,6 @@ from localdisk.lock import Pause
 from localdisk.protocol import Base, Device, How, Prepare, Prepared, Target
 from localdisk.volumes import disk as life
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    pass
-
 
 class TemplateInUse:
     """The template whose lock this helper holds: the one that a start uses, or that is prefetched; if any."""

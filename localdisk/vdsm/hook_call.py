@@ -28,7 +28,7 @@ _DAEMONS = frozenset({b"/usr/libexec/vdsm/vdsmd", b"/usr/share/vdsm/vdsmd"})
 JSON = "_hook_json"
 DOMXML = "_hook_domxml"
 
-_DATA = {
+_DATA_OF_POINT = {
     "after_disk_prepare": JSON,
     "before_vm_start": DOMXML,
     "before_vm_destroy": DOMXML,  # the file is empty, whatever vdsm's manual page says
@@ -41,7 +41,7 @@ _DATA = {
     "before_disk_hotunplug": DOMXML,
     "before_vdsm_start": None,
 }
-POINTS = frozenset(_DATA)
+POINTS = frozenset(_DATA_OF_POINT)
 BEGINNINGS = ("before_vm_start", "before_vm_migrate_destination")  # a VM begins to run on this host
 
 # At these points vdsm goes on when a hook fails (raiseError=False in vdsm's lib/vdsm/common/hooks.py); at all
@@ -88,9 +88,9 @@ def read_call(point: str, environ: Mapping[str, str]) -> Call:
     could be named like it.  Raises BadProperty for a value that is none of VALUES, the empty one included.
     At `before_vdsm_start` the environment is not looked at: vdsm sets `_hook_domxml` to an empty file there.
     """
-    if point not in _DATA:
+    if point not in _DATA_OF_POINT:
         raise BadHookCall(problem=f"there is no hook point '{point}'")
-    wanted = _DATA[point]
+    wanted = _DATA_OF_POINT[point]
     if wanted is None:
         return Call(point, "", "", None)
     return Call(point, _vm_id(environ), _property_value(environ), _data_path(wanted, environ))

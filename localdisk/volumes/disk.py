@@ -20,7 +20,8 @@ its tags, so that nothing else has to be kept in step with the volume group:
 
 A disk that must be erased before it is removed is set aside: it gives its owner and its name back at once,
 and is DELETING under a name of its own (`removal.py`).
-Everything here is a pure function of frozen data; `session.py` and `gc.py` do what is decided here.
+Everything here is a pure function of frozen data; `helper/start.py`,
+`helper/stop.py` and `gc.py` do what is decided here.
 """
 
 from __future__ import annotations
