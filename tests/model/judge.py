@@ -44,6 +44,9 @@ class Judge:
             options: dict[str, Stages] = {
                 key: [way.disks.get(key) for way in ways] for key in _keys(state, *ways)
             }
+            for way in (p, *p.ways) if ended.trouble == "fail" else ():
+                for key in way.replaced:  # the next start, or gc, removes it
+                    options[key] = [*way.options(key), *options[key]]
         else:
             options = {key: p.options(key) for key in {*state.disks, *p.stages}}
             if ended.trouble in ("hook", "term"):  # then what is unfinished goes at once
@@ -246,7 +249,8 @@ def _may_go(before: State, after: State, disk: LocalDisk, call: Call, ended: End
         return False
     if call.what == "after_vm_destroy":
         return policy.on_stop == "delete"
-    return call.what in (*STARTS, "before copy", "before fill") and _does_replace(policy)
+    is_kept = disk.state == STOPPED and ended.is_refused and not ended.trouble
+    return call.what in (*STARTS, "before copy", "before fill") and _does_replace(policy) and not is_kept
 
 
 def _does_replace(policy: Policy) -> bool:

@@ -73,6 +73,7 @@ class Prediction:
     stages: dict[str, Stages] = field(default_factory=dict)
     instead: dict[str, Stages] = field(default_factory=dict)
     erased: dict[str, str] = field(default_factory=dict)
+    replaced: set[str] = field(default_factory=set)  # what may be left of a start that is good
     ways: list[Prediction] = field(default_factory=list)  # in which it may have gone well in spite of trouble
 
     def becomes(self, key: str, disk: LocalDisk | None) -> None:
@@ -420,6 +421,7 @@ def _is_kept(policy: Policy, disk: LocalDisk) -> bool:
 def _remove_replaced(p: Prediction, replaced: tuple[str, ...], policy: Policy) -> None:
     for key in replaced:
         if key in p.state.disks and not p.state.is_open(key):
+            p.replaced.add(key)
             p.goes(key, policy.erase)
 
 
