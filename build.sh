@@ -167,13 +167,22 @@ pack() {
   "$PYTHON" -m localdisk.zipapp.pack "$work/localdisk.shiv" "$work/localdisk"
 }
 
+# work_folder: print a new folder in build/; those of killed runs are removed
+work_folder() {
+  local folder
+  for folder in build/*.work; do
+    [ -e "/proc/$(basename "$folder" .work)" ] || rm -rf "$folder"
+  done
+  mkdir "build/$$.work"
+  echo "build/$$.work"
+}
 
 build() {
   local work lock
   exec {lock}<build.sh
   flock "$lock" # two at once would be in each other's way
   mkdir -p dist
-  work=$(mktemp -d build/XXXXXX)
+  work=$(work_folder)
   pack "$(kept_packages)" "$work"
   mv "$work/localdisk" dist/localdisk
   rm -rf "$work"
@@ -192,7 +201,7 @@ build_if_older() {
 # Build again from packages fetched anew: it has to be the same file.
 build_again() {
   local work
-  work=$(mktemp -d build/XXXXXX)
+  work=$(work_folder)
   all_packages "$work/packages"
   pack "$work/packages" "$work"
   cmp "$work/localdisk" dist/localdisk

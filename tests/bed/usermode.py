@@ -62,13 +62,21 @@ def recent() -> Kernel:
     """A recent one, fetched once.  Raises NoKernel."""
     pins = read_pins()
     with as_no_kernel():
-        for stale in STATE.glob("uml-*"):
-            if stale.name != folder_name(pins):
-                shutil.rmtree(stale)
+        remove_stale(folder_name(pins))
         folder = STATE / folder_name(pins)
         if not folder.exists():
             unpack(pins, folder)
     return Kernel(folder / "usr/bin" / PROGRAM, folder / MODULES, ("seccomp=on",))
+
+
+def remove_stale(current: str) -> None:
+    """Kernels other than the current one, and what a killed run has fetched in part."""
+    for folder in STATE.glob("uml-*"):
+        if folder.name != current:
+            shutil.rmtree(folder)
+    for folder in STATE.glob("unfinished-*"):
+        if not Path("/proc", folder.name.split("-")[1]).exists():
+            shutil.rmtree(folder)
 
 
 def read_pins() -> list[Pin]:

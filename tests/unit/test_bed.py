@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,14 @@ def test_what_a_killed_run_left_is_removed(tmp_path: Path, monkeypatch: pytest.M
     with guest.disks(1 << 20, None, keep=False):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["crash-local.img"]
+
+
+def test_what_a_killed_fetch_left_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(usermode, "STATE", tmp_path)
+    for name in ("uml-7.1", "uml-7.2", "unfinished-999999999-uml-7.2", f"unfinished-{os.getpid()}-uml-7.2"):
+        (tmp_path / name / "usr").mkdir(parents=True)
+    usermode.remove_stale("uml-7.2")
+    assert {path.name for path in tmp_path.iterdir()} == {"uml-7.2", f"unfinished-{os.getpid()}-uml-7.2"}
 
 
 def test_hook_scripts_are_the_executable_files_in_the_order_of_their_paths(tmp_path: Path) -> None:
