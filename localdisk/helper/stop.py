@@ -8,7 +8,7 @@ from contextlib import ExitStack
 
 from localdisk import clock, kept, libvirt, lock, log
 from localdisk.config import Policy
-from localdisk.errors import CommandFailed, Error, StillRuns
+from localdisk.errors import CommandFailed, CommandTimeout, Error, StillRuns
 from localdisk.helper.claim import of_vm, read
 from localdisk.protocol import RanFrom
 from localdisk.volumes import disk as life
@@ -94,20 +94,36 @@ def _stop(vg: VolumeGroup, policy: Policy, disks: list[LocalDisk]) -> None:
             others = ", ".join(disk.lv.dependents)
             log.problem("LVM would remove others along with it", disk=disk.volume_id, others=others)
     failures = []
-    for step in (_drop, _keep):
+    for step in (_mark, _remove, _keep):
         try:
             step(vg, planned)
+        except CommandTimeout:  # the next would wait as long for LVM
+            raise
         except Error as error:
             failures.append(error)
     if failures:
         raise failures[0]
 
 
-def _drop(vg: VolumeGroup, planned: Mapping[Stop, list[LocalDisk]]) -> None:
-    left = _remove_all(vg, [disk.volume_id for disk in planned[Stop.REMOVE]])
-    busy = left.union(disk.volume_id for disk in planned[Stop.MARK_DELETING])
-    if busy:
-        vg.change_tags(*sorted(busy), add={life.DELETING})
+def _mark(vg: VolumeGroup, planned: Mapping[Stop, list[LocalDisk]]) -> None:
+    """Mark what is given up before it is removed: that may fail, or take longer than we wait for it.
+
+    The next start or gc removes a disk that was marked, or is unfinished.
+    """
+    to_remove = [disk for disk in planned[Stop.REMOVE] if disk.state is not State.UNFINISHED]
+    given_up = [*to_remove, *planned[Stop.MARK_DELETING]]
+    unmarked = [disk.volume_id for disk in given_up if disk.state is not State.DELETING]
+    if unmarked:
+        vg.change_tags(*unmarked, add={life.DELETING})
+
+
+def _remove(vg: VolumeGroup, planned: Mapping[Stop, list[LocalDisk]]) -> None:
+    names = [disk.volume_id for disk in planned[Stop.REMOVE]]
+    try:
+        if names:
+            vg.remove(*names)
+    except (CommandFailed, CommandTimeout) as error:  # LVM removes none if one is open by now
+        log.problem("left to gc", disks=" ".join(names), why=error)
 
 
 def _keep(vg: VolumeGroup, planned: Mapping[Stop, list[LocalDisk]]) -> None:
@@ -123,16 +139,3 @@ def _keep(vg: VolumeGroup, planned: Mapping[Stop, list[LocalDisk]]) -> None:
         vg.change_tags(*(disk.volume_id for disk in ready), add=marks, remove=seen - marks)
     if closed:
         vg.deactivate(*closed)
-
-
-def _remove_all(vg: VolumeGroup, names: list[str]) -> set[str]:
-    """Remove volumes; returns those that are still there because something has them open by now."""
-    if not names:
-        return set()
-    try:
-        vg.remove(*names)
-    except CommandFailed as error:
-        log.problem("left to gc", disks=" ".join(names), why=error)
-        left = VolumeGroup.read(vg.vg_name, vg.devices)
-        return {name for name in names if left.find(name)}
-    return set()

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from localdisk import counters, lock
 from localdisk.counters import Counters
-from localdisk.errors import CommandFailed
+from localdisk.errors import CommandFailed, CommandTimeout
 from localdisk.frozen import replace
 from localdisk.volumes import gc, progress, template
 from localdisk.volumes.lvm import VolumeGroup
@@ -72,6 +72,7 @@ from tests.fakes.session import (
 REAL_DM_UUID = VolumeGroup.dm_uuid
 ACTIVE = "virsh --readonly --connect qemu:///system list --uuid"
 REMOVE = f"lvremove --quiet --yes {NAME}"
+MARK = f"lvchange --quiet --addtag DELETING {NAME}"
 
 STAYS = {"stays": True, "path": "", "thin": False, "cached": False}
 
@@ -1429,8 +1430,8 @@ def record() -> Progress | None:
 
 STOPS = [
     # retention, tags beyond the usual, open -> tags afterwards (None: removed), active, commands
-    ("{}", (), "", None, [REMOVE]),
-    ("{}", ("STOPPED_5",), "", None, [REMOVE]),
+    ("{}", (), "", None, [MARK, REMOVE]),
+    ("{}", ("STOPPED_5",), "", None, [MARK, REMOVE]),
     ("{}", ("UPDATING",), "", None, [REMOVE]),
     ("{}", ("DELETING",), "", None, [REMOVE]),
     ("{}", (), "open", ("DELETING",), [f"lvchange --quiet --addtag DELETING {NAME}"]),
@@ -1604,7 +1605,7 @@ def test_release_twice(host: FakeHost) -> None:
     hook = Hook(host)
     assert hook.ask(RELEASE) == {}
     assert hook.ask(RELEASE) == {}
-    assert host.commands == [LOOK, LOOK, REMOVE, LOOK]
+    assert host.commands == [LOOK, LOOK, MARK, REMOVE, LOOK]
 
 
 def test_release_of_several_disks_is_one_command_of_each_kind(host: FakeHost) -> None:
@@ -1615,8 +1616,8 @@ def test_release_of_several_disks_is_one_command_of_each_kind(host: FakeHost) ->
     assert Hook(host).ask(RELEASE) == {}
     assert host.commands[2:] == [
         ACTIVE,
+        f"lvchange --quiet --addtag DELETING {NAME} ovirt-local/{OTHER_VOLUME} ovirt-local/{THIRD_VOLUME}",
         f"lvremove --quiet --yes ovirt-local/{VOLUME} ovirt-local/{OTHER_VOLUME}",
-        f"lvchange --quiet --addtag DELETING ovirt-local/{THIRD_VOLUME}",
     ]
     assert sorted(host.volumes)[0] == THIRD_VOLUME
 
@@ -1634,24 +1635,63 @@ def test_release_of_disks_in_mixed_states(host: FakeHost, monkeypatch: pytest.Mo
     ]
 
 
+def test_a_remove_that_takes_too_long_leaves_marked_disks(host: FakeHost) -> None:
+    """LVM discards what it frees if lvm.conf says so, which may take minutes; gc does not wait for grace."""
+    for name in (VOLUME, OTHER_VOLUME):
+        host.add(name, tags(image=name), SIZE)
+
+    def hang(_argv: list[str]) -> None:
+        raise CommandTimeout(tool="lvremove", seconds=120)
+
+    host.before["lvremove"] = hang
+    assert Hook(host).ask(RELEASE) == {}
+    assert host.tools == ["fullreport", "fullreport", "lvchange", "lvremove"]
+    assert lv_tags(host) == tags("DELETING", image=VOLUME)
+    host.before = {}
+    assert {f.verdict.action for f in gc.collect(parsed("")).findings} == {gc.Action.REMOVE}
+    assert set(host.volumes) == {"pool0"}
+
+
+def test_disks_that_cannot_be_marked_are_removed(host: FakeHost) -> None:
+    """A group whose metadata is full takes no tag; a removal makes room there."""
+    host.add(VOLUME, tags(), SIZE)
+    host.fail("lvchange", "  VG ovirt-local metadata too large\n")
+    assert "metadata too large" in Hook(host).refused(RELEASE)
+    assert VOLUME not in host.volumes
+
+
+def test_a_stop_that_waits_in_vain_for_lvm_waits_once(host: FakeHost) -> None:
+    host.add(VOLUME, tags(), SIZE)
+    host.add(OTHER_VOLUME, tags("UPDATING", image=OTHER_IMAGE), SIZE)
+
+    def hang(_argv: list[str]) -> None:
+        raise CommandTimeout(tool="lvchange", seconds=120)
+
+    host.before["lvchange"] = hang
+    assert "did not end within" in Hook(host).refused(RELEASE)
+    assert host.tools == ["fullreport", "fullreport", "lvchange"]
+
+
 def test_release_when_a_remove_fails(host: FakeHost) -> None:
     """Opened after the look; LVM removes none of the volumes then. All that are left are gc's."""
     for name in (VOLUME, OTHER_VOLUME):
         host.add(name, tags(image=name), SIZE)
     host.fail("lvremove", f"  Logical volume {NAME} in use.\n")
     assert Hook(host).ask(RELEASE) == {}
-    assert host.commands[3:] == [
-        LOOK,
+    assert host.commands[2:] == [
         f"lvchange --quiet --addtag DELETING ovirt-local/{VOLUME} ovirt-local/{OTHER_VOLUME}",
+        f"lvremove --quiet --yes ovirt-local/{VOLUME} ovirt-local/{OTHER_VOLUME}",
     ]
+    assert {name: lv_tags(host, name) for name in (VOLUME, OTHER_VOLUME)} == {
+        name: tags("DELETING", image=name) for name in (VOLUME, OTHER_VOLUME)
+    }
 
 
 def test_release_goes_on_after_a_failure_and_reports_it(host: FakeHost) -> None:
-    host.add(VOLUME, tags(), SIZE)
-    host.add(OTHER_VOLUME, tags("DELETING"), SIZE, lv_device_open="open")
+    host.add(VOLUME, tags("DRIFTED_5"), SIZE)
+    host.add(OTHER_VOLUME, tags(image=OTHER_IMAGE), SIZE, lv_device_open="open")
     host.fail("lvchange", "  Failed to write VG\n", when="DELETING")
-    assert "Failed to write VG" in Hook(host, KEEP).refused(RELEASE)
-    assert any(tag.startswith("STOPPED_") for tag in lv_tags(host))
+    assert "Failed to write VG" in Hook(host).refused(RELEASE)
     assert not host.volumes[VOLUME].lv_active
     assert locks() == []
 
