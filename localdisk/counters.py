@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 _LIMIT = 4096  # bytes of the file
-_REASONS = 64  # different ones that are counted
+_REASONS, _UNCACHED = 64, 24  # different reasons that are counted
 
 
 @frozen
@@ -38,6 +38,8 @@ class Counters:
     template_hits: int = 0  # disks that started from a template LV that was there
     template_misses: int = 0  # template LVs that were made
     templates_evicted: int = 0
+    # Disks that were copied without a template LV though the cache is on, by reason (`uncached.py`).
+    uncached: dict[str, int] = field(default_factory=dict)
     failures: dict[str, int] = field(default_factory=dict)  # by reason, the error's name in snake case
     gc_runs: int = 0
     gc_last_run: int = 0
@@ -67,16 +69,25 @@ def copied(written: int, seconds: float) -> None:
     )
 
 
+def reason(error: Error) -> str:
+    """The name of an error as it is counted: `no_space`."""
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", type(error).__name__).lower()
+
+
 def failed(error: Error | str) -> None:
     """A start or stop was refused or broken off; counted by the name of the error."""
-    name = error if isinstance(error, str) else type(error).__name__
-    reason = re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
+    name = error if isinstance(error, str) else reason(error)
+    _change(lambda old: replace(old, failures=_one_more(old.failures, name, _REASONS)))
 
-    def add(old: Counters) -> Counters:
-        known = reason if reason in old.failures or len(old.failures) < _REASONS else "other"
-        return replace(old, failures={**old.failures, known: old.failures.get(known, 0) + 1})
 
-    _change(add)
+def uncached(name: str) -> None:
+    """A disk is copied without a template LV though the cache is on."""
+    _change(lambda old: replace(old, uncached=_one_more(old.uncached, name, _UNCACHED)))
+
+
+def _one_more(sums: dict[str, int], name: str, limit: int) -> dict[str, int]:
+    known = name if name in sums or len(sums) < limit else "other"
+    return {**sums, known: sums.get(known, 0) + 1}
 
 
 def template_hit() -> None:
@@ -141,7 +152,7 @@ def _parse(text: bytes) -> Counters:
 
 def _is_good(name: str, values: dict[str, Any]) -> bool:
     value = values.get(name)
-    if name == "failures":
+    if name in ("failures", "uncached"):
         return isinstance(value, dict) and all(_is_number(count) for count in value.values())
     return _is_number(value)
 

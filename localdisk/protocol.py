@@ -9,6 +9,7 @@ The hook (`hook/client.py`, user vdsm) asks, the helper (`helper/session.py`, ro
     Prepare   make the claimed disk, or take a kept one back                           -> Prepared
     Prefetch  take a template's lock, see whether the template is cached               -> Fetched
     Fill      make the template LV that was missing                                    -> Prepared
+    Uncached  why the claimed disk is copied without a template LV
     Progress  bytes of the guest's view, and bytes written to the volume, so far
     Commit    the copy is complete: what was made is ready
     Cancel    the VM is powered off while it starts: end its start
@@ -26,7 +27,7 @@ import json
 from collections.abc import Callable, Mapping
 from enum import Enum
 
-from localdisk import kept
+from localdisk import kept, uncached
 from localdisk.errors import BadRequest
 from localdisk.frozen import frozen, names
 from localdisk.ids import is_fingerprint, is_uuid
@@ -159,6 +160,13 @@ class Fill:
 
 
 @frozen
+class Uncached:
+    """The claimed disk is copied without a template LV; `reason` is a word of `uncached.REASONS`."""
+
+    reason: str
+
+
+@frozen
 class Progress:
     done: int
     written: int
@@ -196,7 +204,7 @@ class Stale:
     images: tuple[str, ...]
 
 
-REQUESTS = (Look, Claim, Prepare, Prefetch, Fill, Progress, Commit, Cancel, Drifted, Release, Stale)
+REQUESTS = (Look, Claim, Prepare, Prefetch, Fill, Uncached, Progress, Commit, Cancel, Drifted, Release, Stale)
 VERBS: Mapping[str, type] = {kind.__name__.lower(): kind for kind in REQUESTS}
 
 
@@ -398,6 +406,7 @@ _RULES: dict[str, Callable[[str, Any], Any]] = {
     "domain_id": _uuid_or_nothing,
     "property_value": _one_of(*PROPERTY_VALUES),
     "backend": _one_of(*BACKENDS),
+    "reason": _one_of(*uncached.REASONS),
     "size": _size,
     "writes": _integer(0, MAX_DISK),
     "done": _integer(0, MAX_DISK),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import syslog
 import tempfile
 from collections.abc import Iterator
 
@@ -24,3 +25,11 @@ def no_config_memory() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(config_memory, "_path", lambda: "/nonexistent/configuration")
         yield
+
+
+@pytest.fixture(name="logged")
+def fixture_logged(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The lines that are logged from now on."""
+    lines: list[str] = []
+    monkeypatch.setattr(syslog, "syslog", lambda _level, text: lines.append(text))
+    return lines

@@ -800,6 +800,12 @@ SESSION = {
     "order": case(session({"verb": "commit"}), REQUEST, "order"),
     "order of prepare": case(session(PREPARE), REQUEST, "order"),
     "order of fill": case(session(CLAIM, FILL), REQUEST, "order"),
+    "why uncached": case(
+        session(CLAIM, lambda w: {"verb": "uncached", "reason": w.evil()}), REQUEST, "the reason is not known"
+    ),
+    "uncached": case(
+        session(CLAIM, {"verb": "uncached", "reason": "no_metadata"}), VM, VOLUME, "no_metadata", ".meta"
+    ),
     "half a base": case(session(CLAIM, lambda w: {**PREPARE, "base": {w.evil(): 1}}), REQUEST, "base"),
     "fingerprint of a base": case(base(fingerprint=lambda w: w.evil()), REQUEST, "base"),
     "large base": case(base(size=lambda _: 1 << 40), REQUEST, "base"),

@@ -46,6 +46,7 @@ class Session:
             protocol.Prepare: self._prepare,
             protocol.Prefetch: self._prefetch,
             protocol.Fill: self._fill,
+            protocol.Uncached: self._uncached,
             protocol.Progress: self._progress,
             protocol.Commit: self._commit,
             protocol.Cancel: self._cancel,
@@ -204,6 +205,12 @@ class Session:
         if shelf is None or shelf.is_there or self._made():
             raise BadRequest(problem="the verbs come in the wrong order")
         return start_from_template.fill(self._template, shelf, self._claim, request.writes)
+
+    def _uncached(self, request: protocol.Uncached) -> Done:
+        if self._claim is None:
+            raise BadRequest(problem="the verbs come in the wrong order")
+        start_from_template.note_uncached(self._claim, request.reason)
+        return Done()
 
     def _progress(self, request: protocol.Progress) -> Done:
         self._making().go_on(request.done, request.written)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from functools import partial
 
-from localdisk import log
+from localdisk import counters, log, uncached
 from localdisk.config import Policy
 from localdisk.errors import BadRequest, Error, NoSpace
 from localdisk.helper import cache, start
@@ -78,6 +78,16 @@ def fill(used: TemplateInUse, shelf: Shelf, claim: Claim | None, writes: int) ->
     return Prepared(How.COPY, target.path, target)
 
 
+def note_uncached(claim: Claim, reason: str) -> None:
+    """The hook found that the disk starts from no template, for a reason of `uncached.REASONS`."""
+    fields = {**claim.making.who, "reason": reason, "why": uncached.REASONS[reason]}
+    if reason == uncached.NO_TEMPLATE:  # as it should be
+        log.event("template not cached", **fields)
+    else:
+        log.problem("template not cached", **fields)
+    counters.uncached(reason)
+
+
 def _shelf(used: TemplateInUse, base: Base, claim: Claim, pause: Pause) -> Shelf:
     if used.shelf is None:
         if base.domain_id:
@@ -113,6 +123,8 @@ def _clone(shelf: Shelf, claim: Claim, request: Prepare, pause: Pause) -> Target
 
 
 def _uncached(used: TemplateInUse, claim: Claim, why: Error) -> Prepared:
-    log.problem("template not cached", **claim.making.who, why=why)
+    reason = counters.reason(why)
+    log.problem("template not cached", **claim.making.who, reason=reason, why=why)
+    counters.uncached(reason)
     used.leave()
     return Prepared(How.UNCACHED)

@@ -74,6 +74,10 @@ class Helper:
         """Have the template LV made that is missing; None if the cache does not take it."""
         return self._ask(protocol.Fill(writes), Prepared).target
 
+    def uncached(self, reason: str) -> None:
+        """The claimed disk does not start from a template's local copy: a word of `uncached.REASONS`."""
+        self._ask(protocol.Uncached(reason), Done)
+
     def progress(self, done: int, written: int) -> None:
         """Report how many bytes of the guest's view are done and how many the disk has got.
 

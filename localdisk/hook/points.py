@@ -11,7 +11,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from localdisk import kept, libvirt, log
+from localdisk import kept, libvirt, log, uncached
 from localdisk.errors import (
     BadDomain,
     DiskRefused,
@@ -259,21 +259,33 @@ def _make_local(helper: Helper, disk: Disk) -> str:
         return claimed.path
     _require_copyable(disk)
     with sources.opened(disk) as source:
-        base = _base(source) if claimed.is_cached else None
+        base, why = _base(source) if claimed.is_cached else (None, "")
         prepared = _prepare(helper, source, claimed.is_thin, base)
         if prepared.target:
+            if why:
+                helper.uncached(why)
             _copy(helper, source, prepared)
     return prepared.path
 
 
-def _base(source: Source) -> Base | None:
-    """What storage says that this disk and others may start from; None where it says nothing of that kind."""
+def _base(source: Source) -> tuple[Base | None, str]:
+    """What storage says that this disk and others may start from, or why nothing is (`uncached.REASONS`)."""
     layer = source.base
-    # A block volume without layers is the image's own.
-    domain_id = template_source.domain_of(layer) if layer.is_block and source.above else ""
-    if not source.grows or not (domain_id or template_source.is_template(layer)):
-        return None
-    return Base(os.path.basename(layer.path), domain_id, layer.fingerprint, layer.virtual_size)
+    domain_id = template_source.domain_of(layer) if layer.is_block else ""
+    why = _why_no_base(source, domain_id)
+    if why:
+        return None, why
+    return Base(os.path.basename(layer.path), domain_id, layer.fingerprint, layer.virtual_size), ""
+
+
+def _why_no_base(source: Source, domain_id: str) -> str:
+    if not source.grows:
+        return uncached.SMALLER_LAYER
+    if not source.base.is_block:
+        return template_source.why_no_template(source.base)
+    if not domain_id:
+        return uncached.OTHER_LAYOUT
+    return "" if source.above else uncached.NO_TEMPLATE  # a block volume without layers is the image's own
 
 
 def _prepare(helper: Helper, source: Source, is_thin: bool, base: Base | None) -> Prepared:
@@ -284,6 +296,8 @@ def _prepare(helper: Helper, source: Source, is_thin: bool, base: Base | None) -
         prepared = helper.prepare(*disk, writes, base)
         if prepared.how is How.MISSING and fill(helper, source.base_alone, is_thin):
             prepared = helper.prepare(*disk, writes, base)
+            if prepared.how is How.MISSING:
+                helper.uncached(uncached.SPOILED)
         if prepared.how not in (How.MISSING, How.UNCACHED):
             return prepared
     return helper.prepare(*disk, source.writes(is_thin))

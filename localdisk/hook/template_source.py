@@ -13,6 +13,7 @@ import os
 import re
 import stat
 
+from localdisk import uncached
 from localdisk.hook.sources import Layer
 from localdisk.ids import is_uuid
 
@@ -22,15 +23,25 @@ _LINE = re.compile(r"([A-Z_]+)=(.*)")
 
 def is_template(layer: Layer) -> bool:
     """Whether the file that is open as `layer` is a template's volume; False for block devices."""
-    if layer.is_block:
-        return False
+    return not (layer.is_block or why_no_template(layer))
+
+
+def why_no_template(layer: Layer) -> str:
+    """Why the open file `layer` is no template's volume, a word of `uncached.REASONS`; "" if it is one."""
     path = os.readlink(f"/proc/self/fd/{layer.fd}")
-    told = read_metadata(path)
-    image_id = told.get("IMAGE", "")
-    if told.get("VOLTYPE") != "SHARED" or told.get("LEGALITY") != "LEGAL" or not is_uuid(image_id):
-        return False
-    images = os.path.dirname(os.path.dirname(path))
-    return _is_same(layer.fd, os.path.join(images, image_id, os.path.basename(path)))
+    data = _read(f"{path}.meta")
+    if data is None:
+        return uncached.NO_METADATA
+    told = _parse(data)
+    if told is None:
+        return uncached.METADATA_UNCLEAR
+    if told.get("VOLTYPE") != "SHARED":
+        return uncached.NO_TEMPLATE
+    if told.get("LEGALITY") != "LEGAL":
+        return uncached.NOT_LEGAL
+    image_id, images = told.get("IMAGE", ""), os.path.dirname(os.path.dirname(path))
+    theirs = os.path.join(images, image_id, os.path.basename(path))
+    return "" if is_uuid(image_id) and _is_same(layer.fd, theirs) else uncached.NOT_IN_TEMPLATE
 
 
 def domain_of(layer: Layer) -> str:
@@ -42,21 +53,30 @@ def domain_of(layer: Layer) -> str:
 
 def read_metadata(path: str) -> dict[str, str]:
     """What stands in the metadata of the file volume `path`; {} where there is none, or it is cut off."""
+    return _parse(_read(f"{path}.meta") or b"") or {}
+
+
+def _read(path: str) -> bytes | None:
+    """What is in a file, its beginning if it is too long; None if it is none, or cannot be read."""
     try:
-        fd = os.open(f"{path}.meta", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
     except OSError:
-        return {}
+        return None
     try:
-        data = os.read(fd, _LIMIT) if stat.S_ISREG(os.fstat(fd).st_mode) else b""
+        return os.read(fd, _LIMIT) if stat.S_ISREG(os.fstat(fd).st_mode) else None
     except OSError:
-        return {}
+        return None
     finally:
         os.close(fd)
+
+
+def _parse(data: bytes) -> dict[str, str] | None:
+    """The keys of volume metadata and their values; None if it is cut off or has a key twice."""
     lines = data.decode(errors="replace").splitlines()
     found = [_LINE.fullmatch(line) for line in lines]
     keys = [match[1] for match in found if match]
     is_whole = "EOF" in lines and len(keys) == len(set(keys))
-    return {match[1]: match[2] for match in found if match} if is_whole else {}
+    return {match[1]: match[2] for match in found if match} if is_whole else None
 
 
 def _is_same(fd: int, path: str) -> bool:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from localdisk import __version__, atomic_file, lock
+from localdisk import __version__, atomic_file, lock, uncached
 from localdisk.counters import Counters
 from localdisk.errors import MetricsUnwritable
 from localdisk.status import problems
@@ -41,6 +41,8 @@ REASONS = (
     "command_failed",
     "command_timeout",
 )
+
+UNCACHED = (*uncached.REASONS, "cache_full", "no_space", "thin_pool_full", "thin_pool_at_threshold")
 
 Samples = Mapping[tuple[str, ...], float]  # a value by the values of the metric's labels
 Seen = TypeVar("Seen")
@@ -198,7 +200,15 @@ def _problems(snapshot: Snapshot) -> Samples:
 
 
 def _failures(counters: Counters) -> Samples:
-    counts = {**dict.fromkeys(REASONS, 0), **counters.failures}
+    return _by_reason(REASONS, counters.failures)
+
+
+def _uncached(counters: Counters) -> Samples:
+    return _by_reason(UNCACHED, counters.uncached)
+
+
+def _by_reason(reasons: Iterable[str], counted: Mapping[str, int]) -> Samples:
+    counts = {**dict.fromkeys(reasons, 0), **counted}
     return {(reason,): count for reason, count in counts.items()}
 
 
@@ -369,6 +379,12 @@ _OF_COUNTERS: tuple[Metric[Counters], ...] = (
         "Template LVs that were removed since boot: for room, or because their time was over.",
         (),
         lambda sums: _one(sums.templates_evicted),
+    ),
+    Metric(
+        "localdisk_uncached_disks_total",
+        "Disks that were copied without a template LV since boot though the cache is on, by reason.",
+        ("reason",),
+        _uncached,
     ),
     Metric(
         "localdisk_failures_total",

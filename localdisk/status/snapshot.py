@@ -11,11 +11,11 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 
-from localdisk import clock, device_mapper, libvirt
+from localdisk import clock, counters, device_mapper, libvirt
 from localdisk.clock import Moment
 from localdisk.config import Config, Margins, Policy
 from localdisk.errors import LibvirtSilent, VolumeGroupUnusable
-from localdisk.frozen import frozen, replace
+from localdisk.frozen import field, frozen, replace
 from localdisk.status import libvirt_vms, problems
 from localdisk.status.libvirt_vms import Vms
 from localdisk.status.problems import Problem
@@ -138,6 +138,8 @@ class Snapshot:
     templates: tuple[TemplateRow, ...] = ()
     problems: tuple[Problem, ...] = ()
     unseen: tuple[str, ...] = ()  # what could not be looked at, one line each
+    # Disks since boot that were copied without a template LV though the cache is on, by reason.
+    uncached: Mapping[str, int] = field(default_factory=dict)
 
 
 def take(config: Config) -> Snapshot:
@@ -168,6 +170,7 @@ def take(config: Config) -> Snapshot:
         templates=tuple(templates),
         problems=tuple(found),
         unseen=unseen,
+        uncached=counters.read().uncached,
     )
 
 

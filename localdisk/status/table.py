@@ -52,7 +52,7 @@ class Look:
 def render(snapshot: Snapshot, look: Look) -> str:
     """Every line ends with a newline; none is wider than `look.width` but where the ids need it."""
     parts = [_disks(snapshot, look), _templates(snapshot, look), [*_bars(snapshot, look)]]
-    parts += [[*_room(snapshot.volume_groups, look)]]
+    parts += [[*_room(snapshot.volume_groups, look), *_uncached(snapshot, look)]]
     parts += [[*_problems(snapshot, look)], [*_wrapped("not seen: ", snapshot.unseen, look)]]
     return "\n".join("\n".join(part) + "\n" for part in parts if part)
 
@@ -227,6 +227,14 @@ def _cache_gauge(name: str, cache: CacheUse | None, size: int) -> Iterator[_Gaug
     if cache and size:
         words = f"{format_size(cache.used)} of at most {format_size(cache.limit)} used"
         yield _Gauge(name, cache.used / size, cache.limit / size, words, may_be_full=True)
+
+
+def _uncached(snapshot: Snapshot, look: Look) -> Iterator[str]:
+    """How often the cache was of no use, and why."""
+    if snapshot.uncached:
+        often = sorted(snapshot.uncached.items(), key=lambda each: (-each[1], each[0]))
+        text = ", ".join(f"{count} {plain(reason)}" for reason, count in often)
+        yield from _wrapped("copied without the cache since boot: ", [text], look)
 
 
 def _used(pool: Pool) -> str:

@@ -3,7 +3,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import syslog
 import tempfile
 import time
 from collections.abc import Callable
@@ -1261,13 +1260,6 @@ def test_progress_is_in_the_lock(host: FakeHost) -> None:
     assert record() == Progress(VM, IMAGE, "copying", 0, 0, size=SIZE, done=5, written=3)
 
 
-@pytest.fixture(name="logged")
-def fixture_logged(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    lines: list[str] = []
-    monkeypatch.setattr(syslog, "syslog", lambda _level, text: lines.append(text))
-    return lines
-
-
 def test_a_copy_is_logged_and_counted(
     monkeypatch: pytest.MonkeyPatch, host: FakeHost, logged: list[str]
 ) -> None:
@@ -1759,6 +1751,19 @@ def test_release_looks_again_under_the_lock(host: FakeHost) -> None:
 
 
 # -- requests that are no requests
+
+
+@pytest.mark.parametrize("reason", [None, 5, "", "x", ["no_template"], "cache_full", "no_template\n"])
+def test_a_reason_that_is_not_known(host: FakeHost, reason: object) -> None:
+    hook = Hook(host)
+    hook.ask(CLAIM)
+    assert "the reason is not known" in hook.refused({"verb": "uncached", "reason": reason})
+    assert counters.read().uncached == {}
+
+
+def test_a_reason_without_a_claim(host: FakeHost) -> None:
+    assert "wrong order" in Hook(host).refused({"verb": "uncached", "reason": "no_template"})
+
 
 UUIDS: list[object] = [
     None,

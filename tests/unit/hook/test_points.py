@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from localdisk import cli
+from localdisk import cli, counters
 from localdisk.errors import (
     BadDiskData,
     BadDomain,
@@ -560,6 +560,7 @@ def test_every_point_has_its_function() -> None:
 
 
 BASE_VOLUME = "55555555-5555-4555-8555-555555555555"
+DOMAIN = "dddddddd-5555-4555-8555-555555555555"
 TEMPLATE_IMAGE = "eeeeeeee-5555-4555-8555-555555555555"
 ON = "cache: {templates: on}"
 METADATA = {"VOLTYPE": "SHARED", "LEGALITY": "LEGAL", "IMAGE": TEMPLATE_IMAGE, "FORMAT": "RAW"}
@@ -616,6 +617,12 @@ class Templated(Vdsm):
             self.start()
         assert [name for name in self.locks if name.endswith(".lock")] == []
         return str(caught.value)
+
+    def require_uncached(self, logged: list[str], why: str) -> None:
+        """One line says why the template was not used, and it is counted."""
+        (line,) = (line for line in logged if "template not cached" in line)
+        assert f"vm={VM} disk={VOLUME} reason={why} why=" in line
+        assert counters.read().uncached == {why: 1}
 
     @property
     def asked(self) -> list[dict[str, Any]]:
@@ -684,39 +691,60 @@ def test_without_the_cache_no_base_is_asked_for(templated: Templated) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes",
-    [{"VOLTYPE": "INTERNAL"}, {"VOLTYPE": "LEAF"}, {"LEGALITY": "ILLEGAL"}, {"IMAGE": OTHER_IMAGE}],
+    ("changes", "why"),
+    [
+        ({"VOLTYPE": "INTERNAL"}, "no_template"),
+        ({"VOLTYPE": "LEAF"}, "no_template"),
+        ({"LEGALITY": "ILLEGAL"}, "not_legal"),
+        ({"IMAGE": OTHER_IMAGE}, "not_in_template"),
+        ({"IMAGE": "x"}, "not_in_template"),
+    ],
     ids=str,
 )
-def test_a_base_that_is_no_template(templated: Templated, changes: dict[str, str]) -> None:
+def test_a_base_that_is_no_template(
+    templated: Templated, logged: list[str], changes: dict[str, str], why: str
+) -> None:
     templated.tell(**changes)
     templated.start()
     assert templated.bases() == [None]
     assert templated.filled == [("copy", "1", "5")]
+    templated.require_uncached(logged, why)
 
 
-def test_a_base_without_metadata(templated: Templated) -> None:
-    templated.base.with_suffix(".meta").unlink()
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [(None, "no_metadata"), ("VOLTYPE=SHARED\n", "metadata_unclear"), ("EOF\n", "no_template")],
+)
+def test_a_base_without_its_metadata(
+    templated: Templated, logged: list[str], content: str | None, why: str
+) -> None:
+    meta = templated.base.with_suffix(".meta")
+    meta.unlink()
+    if content is not None:
+        meta.write_text(content)
     templated.start()
     assert templated.bases() == [None]
+    templated.require_uncached(logged, why)
 
 
-def test_a_disk_that_is_smaller_than_its_template(templated: Templated) -> None:
+def test_a_disk_that_is_smaller_than_its_template(templated: Templated, logged: list[str]) -> None:
     """What of the base lies behind its end must not come back."""
     with templated.base.open("ab") as file:
         file.write(bytes(SIZE))
     templated.start()
     assert templated.bases() == [None]
     assert templated.filled == [("copy", "1", "5")]
+    templated.require_uncached(logged, "smaller_layer")
 
 
-def test_a_template_that_the_cache_has_no_room_for(templated: Templated) -> None:
+def test_a_template_that_the_cache_has_no_room_for(templated: Templated, logged: list[str]) -> None:
     """All of it is copied to the disk, as without a cache."""
     templated.configure("cache: {templates: on, max_size: 512}")
     assert templated.start()["path"] == LOCAL
     assert templated.bases() == [BASE_VOLUME, None]
     assert templated.filled == [("copy", "1", "5")]
     assert templated.verbs == [["claim", "prepare", "fill", "prepare", "progress", "commit"]]
+    templated.require_uncached(logged, "cache_full")
 
 
 def test_a_volume_in_the_template_lvs_place(templated: Templated) -> None:
@@ -740,6 +768,7 @@ def test_a_template_lv_that_is_missing_again_when_it_was_made(
     assert templated.filled == [("copy", "5"), ("copy", "1", "5")]
     assert templated.bases() == [BASE_VOLUME, BASE_VOLUME, None]
     assert set(templated.host.volumes) == {"pool0", VOLUME}
+    assert counters.read().uncached == {"spoiled": 1}
 
 
 def test_a_base_that_changes_while_it_is_copied(templated: Templated) -> None:
@@ -769,25 +798,33 @@ def test_layers_that_fail_leave_the_template(templated: Templated) -> None:
     assert (volume.lv_permissions, volume.lv_active) == ("read-only", "")
 
 
-def test_a_kept_disk_needs_no_template(templated: Templated) -> None:
+@pytest.mark.parametrize("kind", ["SHARED", "INTERNAL"])
+def test_a_kept_disk_needs_no_template(templated: Templated, kind: str) -> None:
     templated.configure("{cache: {templates: on}, retention: {on_stop: keep}}")
+    templated.tell(VOLTYPE=kind)
     templated.start()
     templated.filled.clear()
     assert templated.start()["path"] == LOCAL
     assert templated.filled == []
     assert templated.verbs[1] == ["claim", "prepare"]
+    assert counters.read().uncached == ({} if kind == "SHARED" else {"no_template": 1})
 
 
 @pytest.mark.parametrize(
-    ("domain_id", "grows", "expected"),
-    [("dddddddd-5555-4555-8555-555555555555", True, True), ("", True, False), ("d", False, False)],
+    ("domain_id", "is_alone", "leaf_size", "why"),
+    [
+        (DOMAIN, False, 2048, ""),
+        (DOMAIN, True, 2048, "no_template"),
+        ("", False, 2048, "other_layout"),
+        (DOMAIN, False, 512, "smaller_layer"),
+    ],
 )
 def test_a_base_on_block_storage_is_for_the_helper_to_judge(
-    monkeypatch: pytest.MonkeyPatch, domain_id: str, grows: bool, expected: bool
+    monkeypatch: pytest.MonkeyPatch, domain_id: str, is_alone: bool, leaf_size: int, why: str
 ) -> None:
     """Only root can read the tags of a storage domain."""
     monkeypatch.setattr(template_source, "domain_of", lambda _layer: domain_id)
-    leaf = Layer("/x/leaf", "qcow2", 0, True, 2048 if grows else 512, "leaf")
+    leaf = Layer("/x/leaf", "qcow2", 0, True, leaf_size, "leaf")
     base = Layer(f"/dev/{domain_id}/{BASE_VOLUME}", "raw", 0, True, 1024, "base")
-    found = points._base(Source((leaf, base)))
-    assert found == (Base(BASE_VOLUME, domain_id, base.fingerprint, 1024) if expected else None)
+    found = points._base(Source((base,) if is_alone else (leaf, base)))
+    assert found == (None if why else Base(BASE_VOLUME, domain_id, base.fingerprint, 1024), why)

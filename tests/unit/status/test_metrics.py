@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from localdisk import atomic_file, cli, config, counters, errors, lock
+from localdisk import atomic_file, cli, config, counters, errors, lock, uncached
 from localdisk.counters import Counters
 from localdisk.errors import Error, NoVolumeGroup
 from localdisk.frozen import replace
@@ -38,6 +38,7 @@ SUMS = Counters(
     template_misses=2,
     templates_evicted=1,
     failures={"no_space": 2, "source_changed": 1},
+    uncached={"no_template": 5, "disk_busy": 1},
     gc_runs=7,
     gc_last_run=NOW - 60,
     gc_last_success=NOW - 660,
@@ -273,6 +274,9 @@ def test_counters() -> None:
     assert value(values, "failures_total", reason="no_space") == 2
     assert value(values, "failures_total", reason="source_changed") == 1
     assert value(values, "failures_total", reason="copy_broken_off") == 0
+    assert value(values, "uncached_disks_total", reason="no_template") == 5
+    assert value(values, "uncached_disks_total", reason="disk_busy") == 1
+    assert value(values, "uncached_disks_total", reason="cache_full") == 0
     assert value(values, "gc_runs_total") == 7
     assert value(values, "gc_last_run_timestamp_seconds") == NOW - 60
     assert value(values, "gc_last_success_timestamp_seconds") == NOW - 660
@@ -280,20 +284,12 @@ def test_counters() -> None:
     assert value(values, "gc_removed_bytes_total") == 1 << 36
 
 
-def test_the_reasons_are_errors_or_what_a_session_counts(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(lock, "RUN", str(tmp_path))
-    for name, kind in vars(errors).items():
-        if isinstance(kind, type) and name in {_camel(reason) for reason in metrics.REASONS}:
-            counters.failed(name)
+def test_the_reasons_are_errors_or_what_a_session_counts() -> None:
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Error)]
+    known = {counters.reason(kind.__new__(kind)) for kind in kinds}
     session = (ROOT / "localdisk/helper/session.py").read_text()
-    broken_off = {reason for reason in metrics.REASONS if f'"{reason}"' in session}
-    assert {*counters.read().failures, *broken_off} == {*metrics.REASONS}
-
-
-def _camel(reason: str) -> str:
-    return "".join(word.capitalize() for word in reason.split("_"))
+    assert {each for each in metrics.REASONS if f'"{each}"' not in session} <= known
+    assert {*metrics.UNCACHED} - {*uncached.REASONS} <= known
 
 
 def test_what_is_not_known_is_left_out() -> None:

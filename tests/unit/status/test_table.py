@@ -142,6 +142,14 @@ def test_templates() -> None:
     assert max(map(len, (*text.splitlines(), *lines))) <= 100
 
 
+def test_why_the_cache_did_not_serve() -> None:
+    counted = {"cache_full": 1, "no_template": 12, "metadata_unclear": 3}
+    lines = render(replace(CACHED, uncached=counted), Look()).splitlines()
+    assert lines[-1] == (
+        "copied without the cache since boot: 12 no_template, 3 metadata_unclear, 1 cache_full"
+    )
+
+
 def test_templates_in_full() -> None:
     text = render(CACHED, Look(full=True))
     for each in CACHED.templates:

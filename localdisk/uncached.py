@@ -1,0 +1,27 @@
+"""Why a disk does not start from its template's local copy, though the cache is on.
+
+The hook sends these words to the helper, which logs and counts them; what the helper itself finds out is
+counted by the name of its error (`cache_full`).
+"""
+
+from __future__ import annotations
+
+NO_TEMPLATE = "no_template"
+NO_METADATA = "no_metadata"
+METADATA_UNCLEAR = "metadata_unclear"
+NOT_LEGAL = "not_legal"
+NOT_IN_TEMPLATE = "not_in_template"
+SMALLER_LAYER = "smaller_layer"
+OTHER_LAYOUT = "other_layout"
+SPOILED = "spoiled"
+
+REASONS = {
+    NO_TEMPLATE: "the image's base volume is its own, not a template's",
+    NO_METADATA: "no .meta file beside the image's base volume can be read",
+    METADATA_UNCLEAR: "the .meta file of the image's base volume is cut off, or has a key twice",
+    NOT_LEGAL: "the .meta file of the image's base volume does not have LEGALITY=LEGAL",
+    NOT_IN_TEMPLATE: "the image that IMAGE in the .meta file names does not have this base volume",
+    SMALLER_LAYER: "a layer of the image is smaller than what it stands on",
+    OTHER_LAYOUT: "the image's base volume is in no volume group of a storage domain",
+    SPOILED: "the template LV was not as it was made when it had just been made",
+}
