@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from localdisk.config import Config
 
 GOOD, PROBLEMS, REFUSED = 0, 1, 2
+GC_BUDGET = 30  # seconds before vdsm starts; a tool that hangs gets 10 s more to end
 VERSION = f"localdisk {__version__}"
 
 
@@ -144,12 +145,18 @@ def before_vdsm_start() -> None:
     """Remove what no VM needs, before vdsm starts any.
 
     If vdsm runs (somebody calls this by hand), a VM may be starting, and this behaves like plain `gc`.
+    systemd ends us after 90 s, and vdsm with us: what takes longer (LVM's lock is held, many disks) is left
+    to cron's next gc.
     """
-    from localdisk import config, log
+    from localdisk import config, log, run
     from localdisk.volumes import gc
 
-    found = gc.collect(config.load(), may_start=hook_call.is_running(), ran_elsewhere=ran_elsewhere)
-    for problem in found.problems:
+    with run.within(GC_BUDGET):
+        found = gc.collect(config.load(), may_start=hook_call.is_running(), ran_elsewhere=ran_elsewhere)
+        problems = found.problems
+        if run.is_spent():
+            problems = (*problems, f"{GC_BUDGET} s are over, the next gc goes on")
+    for problem in problems:
         log.problem("gc before vdsm starts", why=problem)
 
 

@@ -44,7 +44,7 @@ class Question:
     """virsh under way."""
 
     _begun: run.Begun | None
-    _failure: CommandMissing | None = None
+    _failure: CommandMissing | CommandTimeout | None = None
 
     def text(self) -> str:
         """What it printed.  Raises LibvirtSilent."""
@@ -146,7 +146,7 @@ def _list(*options: str) -> Question:
 def _ask(*words: str) -> Question:
     try:
         return Question(run.begin([*VIRSH, *words]))
-    except CommandMissing as error:
+    except (CommandMissing, CommandTimeout) as error:
         return Question(None, error)
 
 

@@ -11,7 +11,9 @@ import contextlib
 import os
 import stat
 import subprocess
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 from localdisk.errors import (
     CommandBlocked,
@@ -34,6 +36,8 @@ ENVIRONMENT = {
     "LVM_SUPPRESS_FD_WARNINGS": "1",
 }
 
+_budget: tuple[float, float] | None = None  # until when on the monotonic clock, and its seconds in all
+
 Process = subprocess.Popen  # what `start` returns, for annotations elsewhere
 
 
@@ -42,6 +46,8 @@ class Begun:
 
     def __init__(self, argv: Sequence[str], pass_fds: Iterable[int] = (), user: str = "") -> None:
         self._argv = argv
+        if is_spent():
+            raise self._timeout(0)
         # In a session of its own, so that a signal to our process group ends us, who then tidy up, and not
         # the tool in the middle.
         self._process = start(argv, stdout=subprocess.PIPE, pass_fds=pass_fds, new_session=True, user=user)
@@ -53,10 +59,10 @@ class Begun:
         """
         process, argv = self._process, self._argv
         try:
-            out, err = process.communicate(timeout=deadline)
+            out, err = process.communicate(timeout=_within_budget(deadline))
         except subprocess.TimeoutExpired:
             end(process)
-            raise CommandTimeout(tool=" ".join(argv[:2]) + target(argv), seconds=round(deadline)) from None
+            raise self._timeout(deadline) from None
         except BaseException:
             end(process)
             raise
@@ -64,9 +70,36 @@ class Begun:
             raise CommandFailed(tuple(argv), process.returncode, err.decode(errors="replace"))
         return out.decode(errors="replace")
 
+    def _timeout(self, deadline: float) -> CommandTimeout:
+        seconds = _budget[1] if _budget and is_spent() else deadline
+        return CommandTimeout(tool=" ".join(self._argv[:2]) + target(self._argv), seconds=round(seconds))
+
+
+@contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """Give all tools together so many seconds from now on; whatever is started later times out at once."""
+    global _budget
+    before, _budget = _budget, (time.monotonic() + seconds, seconds)
+    try:
+        yield
+    finally:
+        _budget = before
+
+
+def is_spent() -> bool:
+    """Whether the time of `within` is over."""
+    return _budget is not None and time.monotonic() >= _budget[0]
+
+
+def _within_budget(deadline: float) -> float:
+    return deadline if _budget is None else min(deadline, max(0.0, _budget[0] - time.monotonic()))
+
 
 def begin(argv: Sequence[str]) -> Begun:
-    """Start `argv`, whose output is short: nobody reads it until it is asked for.  Raises CommandMissing."""
+    """Start `argv`, whose output is short: nobody reads it until it is asked for.
+
+    Raises CommandMissing, CommandTimeout.
+    """
     return Begun(argv)
 
 

@@ -12,7 +12,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
-from localdisk import cancel, clock, counters, kept, libvirt, lock, log
+from localdisk import cancel, clock, counters, kept, libvirt, lock, log, run
 from localdisk.clock import Moment
 from localdisk.config import Config, Policy
 from localdisk.errors import Error, LibvirtSilent
@@ -365,6 +365,9 @@ def _elsewhere(
         return None
 
 
+_LATER = Verdict(Action.KEEP, "left to the next gc: vdsm waits no longer")
+
+
 class _GaveUp(Exception):
     """A lock is held."""
 
@@ -414,6 +417,8 @@ class _Group:
             verdict = self._judge(disk, lock.disk_lock(disk.volume_id) in held, self.domains, prepared)
             if verdict.action is Action.KEEP or self.dry_run:
                 yield Finding(self.vg.vg_name, disk, verdict)
+            elif run.is_spent():
+                yield Finding(self.vg.vg_name, disk, _LATER)
             else:
                 yield self._act(disk, verdict)
         too_many = template.too_many(self.vg, self.config.cache)
@@ -421,6 +426,8 @@ class _Group:
             verdict = self._judge_template(found, lock.disk_lock(found.name) in held, too_many)
             if verdict.action is Action.KEEP or self.dry_run:
                 yield self._template(found, verdict)
+            elif run.is_spent():
+                yield self._template(found, _LATER)
             else:
                 yield self._act_on_template(found, verdict, too_many)
 

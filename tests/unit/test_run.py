@@ -105,6 +105,26 @@ def test_a_deadline_ends_the_tool(tmp_path: Path) -> None:
     assert not is_running(int(pid_file.read_text()))
 
 
+def test_all_tools_together_have_a_budget() -> None:
+    """A short deadline of one tool counts as well; whatever is asked when the time is over is not started."""
+    started = time.monotonic()
+    with run.within(0.5):
+        assert run.run(["echo", "a"]) == "a\n"
+        with pytest.raises(CommandTimeout):
+            run.run(["sleep", "30"], deadline=0.1)
+        assert not run.is_spent()
+        begun = run.begin(["sleep", "30"])
+        with pytest.raises(CommandTimeout):
+            run.run(["sleep", "30"])
+        assert run.is_spent()
+        for ask in (begun.output, lambda: run.begin(["echo"]), lambda: run.run(["no-such-tool"])):
+            with pytest.raises(CommandTimeout):
+                ask()
+    assert time.monotonic() - started < 5
+    assert not run.is_spent()
+    assert run.run(["echo", "a"]) == "a\n"
+
+
 def test_an_exception_ends_the_tool(tmp_path: Path) -> None:
     """A signal whose handler raises, as the hook's does."""
     pid_file = tmp_path / "pid"

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -500,6 +501,29 @@ def test_the_start_of_vdsm_collects_garbage(
     host_vdsm.host.add(OTHER_VOLUME, tags(image=OTHER_IMAGE), SIZE)
     cli.before_vdsm_start()
     assert set(host_vdsm.host.volumes) == {"pool0", *([OTHER_VOLUME] if vdsm_runs else [])}
+
+
+def test_the_start_of_vdsm_does_not_wait_for_all_of_it(
+    host_vdsm: Vdsm, monkeypatch: pytest.MonkeyPatch, logged: list[str]
+) -> None:
+    """LVM is busy, or there are many: what is not done in time is the next gc's."""
+    monkeypatch.setattr(hook_call, "is_running", lambda: False)
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    for name in (VOLUME, OTHER_VOLUME):
+        host_vdsm.host.add(name, tags("UPDATING", image=name), SIZE)
+
+    def take_long(_argv: list[str]) -> None:
+        now[0] += cli.GC_BUDGET
+
+    host_vdsm.host.before["lvremove"] = take_long
+    cli.before_vdsm_start()
+    assert set(host_vdsm.host.volumes) == {"pool0", OTHER_VOLUME}
+    (line,) = (line for line in logged if "gc before vdsm starts" in line)
+    assert line.endswith("why=30 s are over, the next gc goes on")
+    assert not run.is_spent()
+    cli.before_vdsm_start()
+    assert set(host_vdsm.host.volumes) == {"pool0"}
 
 
 # -- powered off
