@@ -37,11 +37,10 @@ _DESTROYING, _DESTROYED = ".destroying", ".destroyed"
 
 
 def destroying(vm_id: str) -> None:
-    """vdsm powers off this VM, which it is starting: end what is prepared for it."""
-    os.makedirs(lock.RUN, mode=0o755, exist_ok=True)
+    """vdsm powers off this VM, which it is starting: end what is prepared for it.  Raises RunUnwritable."""
     if _age(_path(vm_id, _DESTROYED)) < SETTLED:  # powered off twice: no further after_vm_destroy comes
         return
-    fd = os.open(_path(vm_id, _DESTROYING), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    fd = lock.make(_path(vm_id, _DESTROYING))
     now = time.time()
     os.utime(fd, (now, now))
     os.close(fd)

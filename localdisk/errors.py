@@ -261,6 +261,11 @@ class HelperRefused(Error):
         return "\n".join(filter(None, shown)) or "the helper refused : see the system log of this host"
 
 
+class RunUnwritable(Error):
+    what = "cannot make {path}: {problem}"
+    fix = "make room in /run (df -h /run and df -i /run show what is left), or mount it read-write"
+
+
 class BadRequest(Error):
     what = "request to the helper is refused: {problem}"
     fix = "only localdisk's own hook talks to it"

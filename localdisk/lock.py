@@ -7,11 +7,14 @@ could open one could also lock it.  Waiting is done by calling `pause(seconds)`,
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+from localdisk.errors import RunUnwritable
 
 RUN = "/run/localdisk"
 POLL = 0.2  # seconds
@@ -27,12 +30,20 @@ class Lock:
         self._fd = fd
 
     def write(self, text: str) -> None:
-        """Replace the text in one write, padded so that a shorter text leaves no rest of a longer one."""
+        """Replace the text in one write, padded so that a shorter text leaves no rest of a longer one.
+
+        Raises OSError: /run may be full.
+        """
         os.pwrite(self._fd, text.encode().ljust(512), 0)
 
     def release(self) -> None:
-        """Remove the file, then let go: whoever waits sees that its file is gone and makes a new one."""
-        os.unlink(self.path)
+        """Remove the file, then let go: whoever waits sees that its file is gone and makes a new one.
+
+        Somebody else may have removed it (`uninstall --force`); then it is another process's by now.
+        """
+        with contextlib.suppress(OSError):
+            if _is_still(self.path, self._fd):
+                os.unlink(self.path)
         os.close(self._fd)
 
 
@@ -42,10 +53,9 @@ def disk_lock(volume_id: str) -> str:
 
 
 def try_hold(path: str) -> Lock | None:
-    """Take the lock, or return None at once where another process has it."""
-    os.makedirs(RUN, mode=0o755, exist_ok=True)
+    """Take the lock, or return None at once where another process has it.  Raises RunUnwritable."""
     while True:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        fd = make(path)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -55,6 +65,15 @@ def try_hold(path: str) -> Lock | None:
             os.ftruncate(fd, 0)  # what a killed holder wrote is not about us
             return Lock(path, fd)
         os.close(fd)
+
+
+def make(path: str) -> int:
+    """A descriptor of a file in RUN, which is made if it is not there.  Raises RunUnwritable."""
+    try:
+        os.makedirs(RUN, mode=0o755, exist_ok=True)
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        raise RunUnwritable(path=path, problem=error.strerror) from None
 
 
 def hold(path: str, pause: Pause) -> Lock:

@@ -648,6 +648,12 @@ def powered_off(world: World, *requests: object) -> object:
     return hook.ask(requests[-1])
 
 
+def untold(world: World) -> None:
+    """/run is full."""
+    world.raises(lock.Lock, "write", OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+    test_session.Hook(world.host()).ask(CLAIM)
+
+
 def forgotten(world: World) -> object:
     there = world.host()
     there.has_undefined = True
@@ -803,6 +809,7 @@ SESSION = {
     "why uncached": case(
         session(CLAIM, lambda w: {"verb": "uncached", "reason": w.evil()}), REQUEST, "the reason is not known"
     ),
+    "untold": case(untold, VM, VOLUME, "progress cannot be written"),
     "uncached": case(
         session(CLAIM, {"verb": "uncached", "reason": "no_metadata"}), VM, VOLUME, "no_metadata", ".meta"
     ),

@@ -59,6 +59,8 @@ BEHIND = {
     "Unseen": "Only `check` prints it: the file or directory could not be judged.",
     "HelperUnavailable": "vdsm may not run the helper as root, or sudo refuses user vdsm for another"
     " reason, such as an expired account: `sudo -u vdsm sudo -n -l`, then `localdisk check`.",
+    "RunUnwritable": "Who works on which disk is in `/run/localdisk`; without that file nobody may begin. The"
+    " record of progress in it, and the counters, refuse nothing.",
     "BadRequest": "Something else than localdisk's hook spoke to the helper, or the file was updated"
     " between two steps of one start: start the VM again.",
     "RootNeeded": "LVM needs root. Without root, `status` shows what runs.",

@@ -42,6 +42,7 @@ class Making:
         self._dm_uuid = ""  # of the unfinished volume that we made, "?" while it is being made
         self._began = 0.0  # to copy, time.monotonic()
         self._progress: Progress | None = None
+        self._is_unwritable = False  # it could not be written once
 
     @property
     def who(self) -> Mapping[str, str]:
@@ -185,5 +186,11 @@ class Making:
         self._resources.close()
 
     def _write(self, progress: Progress) -> None:
-        self._lock.write(progress.as_text())
+        """A record that cannot be written refuses nothing."""
         self._progress = progress
+        try:
+            self._lock.write(progress.as_text())
+        except OSError as error:
+            if not self._is_unwritable:
+                log.problem("progress cannot be written", **self.who, why=error.strerror)
+            self._is_unwritable = True

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     T = TypeVar("T")
 
 
+_OURS = "localdisk: "  # before each error that cli.py prints
+
+
 class Helper:
     """A running helper; leaving the context ends it, and with it an unfinished disk.
 
@@ -110,6 +113,8 @@ class Helper:
             answer = json.loads(run.ask(self._process, protocol.write_request(request)))
         except (OSError, ValueError, RecursionError):
             problem = self._last_words()
+            if problem.startswith(_OURS):  # neither sudo nor its rule is to blame
+                raise HelperRefused(problem[len(_OURS) :]) from None
             raise HelperUnavailable(problem=problem, fix=sudo_fix(problem, self._program)) from None
         with self._understood():
             refusal = answer.get("error")

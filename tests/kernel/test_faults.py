@@ -685,6 +685,30 @@ def locked() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def run_of(options: str) -> Iterator[None]:
+    """/run/localdisk is a file system of this size."""
+    LOCKS.mkdir(exist_ok=True)
+    run("mount", "-t", "tmpfs", "-o", options, "tmpfs", str(LOCKS))
+    try:
+        yield
+    finally:
+        run("umount", str(LOCKS))
+
+
+def test_run_is_full(group: Group, image: Image) -> None:
+    """A tmpfs that is full has files without content all the same; one without inodes has none."""
+    with run_of("size=16k,nr_inodes=100"):
+        (LOCKS / "full").write_bytes(bytes(16 << 10))
+        vm_id = start(image)
+        assert equals_source(image)
+        stop(vm_id, image)
+    with run_of("nr_inodes=1"):
+        lock = LOCKS / f"{image.leaf.id}.lock"
+        assert refused_disk(image).startswith(f"localdisk: cannot make {lock}: No space left on device : ")
+    comes_back(image)
+
+
 # -- the tools
 
 
@@ -817,6 +841,10 @@ def test_lock_held_too_long(group: Group, image: Image) -> None:
     with ThreadPoolExecutor() as background, locked():
         call = begin(image, vm_id, THICK)
         ends = [background.submit(told, mode) for mode in ("gc", "status")]
+        began = time.monotonic()
+        result = run_point("before_vdsm_start")  # vdsmd does not start if it takes 90 s
+        assert time.monotonic() - began < 80
+        assert (result.rc, "did not end within 30 s" in result.stderr) == (1, True), result
         line = one_line(call.wait(300))
         assert line.startswith(hangs)
         for end in ends:

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import shutil
 import signal
 import stat
 import time
@@ -11,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from localdisk import lock
+from localdisk.errors import RunUnwritable
 
 NAME = "11111111-1111-4111-8111-111111111111"
 DEADLINE = 20  # seconds; only a broken lock takes so long
@@ -369,3 +372,42 @@ def test_sweep_removes_what_nobody_holds(path: str, start: Start) -> None:
 def test_sweep_without_a_directory(path: str) -> None:
     assert lock.sweep() == 0
     assert not os.path.exists(lock.RUN)
+
+
+# -- /run/localdisk is full, or somebody clears it
+
+
+def test_the_file_of_a_held_lock_was_removed(path: str) -> None:
+    """`uninstall --force` does that."""
+    held = lock.hold(path, give_up)
+    os.unlink(path)
+    held.write("on")
+    held.release()
+    assert lock.names() == []
+    lock.hold(path, give_up).release()
+
+
+def test_the_whole_directory_was_removed(path: str) -> None:
+    with lock.holding(path, give_up), lock.turn(1, give_up):
+        shutil.rmtree(lock.RUN)
+
+
+def test_the_next_holder_keeps_its_file(path: str) -> None:
+    first = lock.hold(path, give_up)
+    os.unlink(path)
+    second = lock.hold(path, give_up)
+    first.release()
+    assert lock.is_held(path)
+    second.release()
+    assert lock.names() == []
+
+
+@pytest.mark.parametrize("tool", ["makedirs", "open"])
+def test_a_lock_that_cannot_be_made(monkeypatch: pytest.MonkeyPatch, path: str, tool: str) -> None:
+    def fail(*_arguments: object, **_options: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+
+    monkeypatch.setattr(os, tool, fail)
+    with pytest.raises(RunUnwritable) as caught:
+        lock.try_hold(path)
+    assert str(caught.value).startswith(f"cannot make {path}: No space left on device : ")

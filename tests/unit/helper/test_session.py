@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import tempfile
@@ -1258,6 +1259,33 @@ def test_progress_is_in_the_lock(host: FakeHost) -> None:
     assert record() == Progress(VM, IMAGE, "copying", 0, 0, size=SIZE)
     hook.ask(PROGRESS)
     assert record() == Progress(VM, IMAGE, "copying", 0, 0, size=SIZE, done=5, written=3)
+
+
+def test_progress_that_cannot_be_written_refuses_nothing(
+    monkeypatch: pytest.MonkeyPatch, host: FakeHost, logged: list[str]
+) -> None:
+    """/run is full, or read-only by now."""
+
+    def fail(*_arguments: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "pwrite", fail)
+    hook = Hook(host)
+    assert hook.start()["how"] == "copy"
+    for _ in range(2):
+        assert hook.ask(PROGRESS) == {}
+    assert hook.ask(COMMIT_IT) == {}
+    assert lv_tags(host) == tags()
+    lines = [line for line in logged if "progress" in line]
+    assert lines == [f"progress cannot be written vm={VM} disk={VOLUME} why=No space left on device"]
+
+
+def test_locks_that_cannot_be_made(monkeypatch: pytest.MonkeyPatch, host: FakeHost) -> None:
+    monkeypatch.setattr(lock, "RUN", "/proc/nothing")
+    for request_ in (CLAIM, {"verb": "cancel", "vm": VM, "property": "lvm"}):
+        message = Hook(host).refused(request_)
+        assert message.startswith("cannot make /proc/nothing")
+        assert "df -i" in message
 
 
 def test_a_copy_is_logged_and_counted(

@@ -172,6 +172,14 @@ def test_a_helper_that_ends(sudo: Sudo, script: str, problem: str) -> None:
     assert f"helper: {problem} :" in refused()
 
 
+def test_a_helper_that_prints_its_own_error(sudo: Sudo) -> None:
+    """It ran: neither sudo nor its rule is to blame."""
+    sudo.does("echo 'localdisk: /run is full : make room' >&2; exit 2")
+    with pytest.raises(HelperRefused) as caught, Helper(VM, "lvm") as helper:
+        helper.release()
+    assert str(caught.value) == "/run is full : make room"
+
+
 @pytest.mark.parametrize(
     "answer",
     ["", "garbage", "{", "[]", "5", "null", '"error"', '["error"]', "\\377", "{}" + "}" * 99, "[" * 9999],
@@ -227,7 +235,7 @@ def test_a_helper_that_is_gone_in_the_middle(sudo: Sudo) -> None:
     sudo.does("read line; echo '{}'; read line; echo 'localdisk: internal error, x : report it' >&2; exit 2")
     with Helper(VM, "lvm") as helper:
         helper.release()
-        with pytest.raises(HelperUnavailable, match="internal error"):
+        with pytest.raises(HelperRefused, match="internal error"):
             helper.commit()
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from localdisk import cli, counters
+from localdisk import cli, counters, run
 from localdisk.errors import (
     BadDiskData,
     BadDomain,
