@@ -102,15 +102,56 @@ def slaves(name: str) -> list[str]:
     return _related(name, "slaves")
 
 
-def _related(name: str, relation: str) -> list[str]:
+def numbers_of(path: str) -> str:
+    """`MAJOR:MINOR` of the device at a path, "" if there is none."""
     try:
-        return sorted(os.listdir(f"{NAMES}/{name}/{relation}"))
+        return _numbers(os.stat(path).st_rdev)
+    except OSError:
+        return ""
+
+
+def number(name: str) -> str:
+    """`MAJOR:MINOR` of the device of this name, "" if there is none."""
+    try:
+        return _read(name, "dev", under=NAMES)
+    except OSError:
+        return ""
+
+
+def devices_above(numbers: str) -> Iterator[str]:
+    """The kernel's names of what lies on the device `MAJOR:MINOR`, partitions and loop devices among them."""
+    place = f"{NUMBERS}/{numbers}"
+    yield from _names(f"{place}/holders")
+    yield from (name for name in _names(place) if os.path.exists(f"{place}/{name}/partition"))
+    for name in _names(NAMES):
+        with contextlib.suppress(OSError):
+            if numbers_of(_read(name, "loop", "backing_file", under=NAMES)) == numbers:
+                yield name
+
+
+def kind(name: str) -> str:
+    """`loop`, `md` or `partition`, "" for another device."""
+    kinds = ("loop", "md", "partition")
+    return next((each for each in kinds if os.path.exists(f"{NAMES}/{name}/{each}")), "")
+
+
+def _related(name: str, relation: str) -> list[str]:
+    return _names(f"{NAMES}/{name}/{relation}")
+
+
+def _names(directory: str) -> list[str]:
+    try:
+        return sorted(os.listdir(directory))
     except OSError:
         return []
 
 
 def _at(device: int) -> str:
-    return f"{NUMBERS}/{os.major(device)}:{os.minor(device)}"
+    return f"{NUMBERS}/{_numbers(device)}"
+
+
+def _numbers(device: int) -> str:
+    return f"{os.major(device)}:{os.minor(device)}"
 
 
 def _read(*parts: str, under: str = "") -> str:

@@ -371,8 +371,10 @@ class OtherOwner(Error):
 
 
 class DiskBusy(Error):
-    what = "local disk {vg}/{lv} is {state} and still open by something"
-    fix = "find it (lsof /dev/{vg}/{lv}), stop it and start the VM again"
+    """`holders.busy` names what has it open, and how to end that."""
+
+    what = "local disk {vg}/{lv} is {state} and still open by {users}"
+    fix = "{fix}, then start the VM again"
 
 
 class DependentVolumes(Error):

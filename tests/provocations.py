@@ -654,6 +654,13 @@ def untold(world: World) -> None:
     test_session.Hook(world.host()).ask(CLAIM)
 
 
+def no_lock(world: World) -> object:
+    there = world.host()
+    there.add(VOLUME, tags())
+    world.patch.setattr(lock, "RUN", "/proc/nothing")
+    return world.ask(CLAIM, host=there)
+
+
 def forgotten(world: World) -> object:
     there = world.host()
     there.has_undefined = True
@@ -809,6 +816,8 @@ SESSION = {
     "why uncached": case(
         session(CLAIM, lambda w: {"verb": "uncached", "reason": w.evil()}), REQUEST, "the reason is not known"
     ),
+    "no lock": case(no_lock, "/proc/", "/run"),
+    "order of uncached": case(session({"verb": "uncached", "reason": "spoiled"}), REQUEST, "order"),
     "untold": case(untold, VM, VOLUME, "progress cannot be written"),
     "uncached": case(
         session(CLAIM, {"verb": "uncached", "reason": "no_metadata"}), VM, VOLUME, "no_metadata", ".meta"
@@ -1290,8 +1299,8 @@ REMOVAL = {
     "cannot discard": case(erases("discard"), LV, "cannot discard", "erase: zero"),
     "depended on": case(depended_on, LV, "evil", "lvremove"),
     "stops, depended on": case(stops_depended_on, "evil", VOLUME),
-    "stays open": case(erases("none", lv_device_open="open"), LV, "lsof"),
-    "in use": case(erases("none"), LV, "lsof"),
+    "stays open": case(erases("none", lv_device_open="open"), LV, "fuser"),
+    "in use": case(erases("none"), LV, "fuser"),
     "not erased": case(erases("zero", pool_lv="pool0", lv_layout="thin"), "/nonexistent/lv", "gc"),
 }
 RUN = {

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-from localdisk import counters, kept, libvirt, log
-from localdisk.errors import BadRequest, Error, LibvirtSilent, VmForgotten
+from localdisk import counters, holders, kept, libvirt, log
+from localdisk.errors import BadRequest, DiskBusy, Error, LibvirtSilent, VmForgotten
 from localdisk.frozen import replace
 from localdisk.helper import cache
 from localdisk.helper import claim as claims
@@ -31,7 +31,10 @@ def plan(claim: Claim, request: Prepare, pause: Pause) -> tuple[Claim, LocalDisk
     claim = claims.with_others(claim, pause)
     claim.vg.require_usable()
     wanted = Wanted(claim.volume_id, request.fingerprint, request.size)
-    planned = life.plan_start(claim.disks, wanted, claim.policy.retention, claim.vg.vg_name)
+    try:
+        planned = life.plan_start(claim.disks, wanted, claim.policy.retention, claim.vg.vg_name)
+    except DiskBusy as error:
+        raise holders.busy(error) from None
     claim = claims.without(claim, planned.remove, pause)
     with_margin = request.size + claim.policy.margins.disk.of(request.size)
     replaced = claim.replacing(planned.replace, pause)

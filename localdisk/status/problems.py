@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping
 
+from localdisk import holders
 from localdisk.clock import Moment
 from localdisk.config import Config, Margins
 from localdisk.errors import DependentVolumes, Error, plain
@@ -188,8 +189,8 @@ def _drifted(vg: VolumeGroup, disk: LocalDisk, name: str) -> Problem:
 
 
 def _open_elsewhere(path: str, what: str) -> Problem:
-    users = ", ".join(who_has_open(path)) or "something in the kernel"
-    return Problem(OPEN_ELSEWHERE, f"{what}: {users}", f"end it; fuser -v {path}")
+    users, fix = holders.described(path)
+    return Problem(OPEN_ELSEWHERE, f"{what}: {users}", fix)
 
 
 def depended_on(vg: VolumeGroup, disk: LocalDisk) -> Problem:
@@ -283,31 +284,3 @@ def _can_be_local(disk: Disk) -> bool:
 
 def _is_at(disk: Disk, expected: str) -> bool:
     return disk.path == expected or os.path.realpath(disk.path) == os.path.realpath(expected)
-
-
-def who_has_open(path: str) -> Iterator[str]:
-    """`NAME (PID)` of each process that has the device open, as far as this user can see."""
-    try:
-        device = os.stat(path).st_rdev
-    except OSError:
-        return
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        if device in _open_devices(pid):
-            yield f"{_command(pid)} ({pid})"
-
-
-def _open_devices(pid: str) -> Iterator[int]:
-    directory = f"/proc/{pid}/fd"
-    try:
-        for fd in os.listdir(directory):
-            yield os.stat(os.path.join(directory, fd)).st_rdev
-    except OSError:
-        return
-
-
-def _command(pid: str) -> str:
-    try:
-        with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as file:
-            return plain(file.read().strip())
-    except OSError:
-        return "?"

@@ -327,7 +327,13 @@ def require_alone(disk: LocalDisk, vg: str) -> None:
 
 def _require_closed(disk: LocalDisk, vg: str) -> None:
     if disk.is_open:
-        raise DiskBusy(vg=vg, lv=disk.volume_id, state=disk.state.value)
+        raise busy(disk, vg)
+
+
+def busy(disk: LocalDisk, vg: str) -> DiskBusy:
+    """The error of a disk that something has open; `holders.busy` looks what that is."""
+    fix = f"find it (lsblk, lsof /dev/{vg}/{disk.volume_id})"
+    return DiskBusy(vg=vg, lv=disk.volume_id, state=disk.state.value, users="something", fix=fix)
 
 
 def _is_kept(disk: LocalDisk, retention: Retention) -> bool:

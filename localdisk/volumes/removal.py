@@ -13,10 +13,10 @@ import os
 import struct
 from collections.abc import Callable
 
-from localdisk import device_mapper
-from localdisk.errors import CannotDiscard, CommandFailed, DiskBusy, EraseFailed
+from localdisk import device_mapper, holders
+from localdisk.errors import CannotDiscard, CommandFailed, EraseFailed
 from localdisk.ids import new_uuid
-from localdisk.volumes.disk import LocalDisk, aside_tags, require_alone
+from localdisk.volumes.disk import LocalDisk, aside_tags, busy, require_alone
 from localdisk.volumes.lvm import LogicalVolume, VolumeGroup
 
 TRIES = 20  # a writer that was just killed, or udev, may have it open for a moment
@@ -171,7 +171,7 @@ def _remove(vg: VolumeGroup, disk: LocalDisk, pause: Pause) -> None:
             if "in use" not in error.stderr and "used by another device" not in error.stderr:
                 raise
         pause(PAUSE)
-    raise DiskBusy(vg=vg.vg_name, lv=disk.volume_id, state=disk.state.value)
+    raise holders.busy(busy(disk, vg.vg_name))
 
 
 def _wait_until_free(vg: VolumeGroup, disk: LocalDisk, pause: Pause) -> None:
@@ -187,4 +187,4 @@ def _wait_until_free(vg: VolumeGroup, disk: LocalDisk, pause: Pause) -> None:
         lv = VolumeGroup.read(vg.vg_name, vg.devices).find(disk.volume_id)
         if lv is None or not lv.lv_device_open:
             return
-    raise DiskBusy(vg=vg.vg_name, lv=disk.volume_id, state=disk.state.value)
+    raise holders.busy(busy(disk, vg.vg_name))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Mapping
 
-from localdisk import clock, libvirt, lock, log
+from localdisk import clock, holders, libvirt, lock, log
 from localdisk.clock import Moment
 from localdisk.config import Config
 from localdisk.errors import (
@@ -120,7 +120,7 @@ def _refusal(named: Named, vms: Vms, is_locked: bool) -> Error | None:
     elif disk.vm_id in vm_names:  # vdsm defines a VM before it prepares its disks
         problem = f"its VM {disk.vm_id} is being started, or libvirt still has it"
     elif disk.is_open:
-        problem = "its device is open"
+        problem = f"its device is open: {holders.described(vg.path(disk.volume_id))[0]}"
     elif is_locked:
         problem = "a process works on it"
     if problem:

@@ -133,6 +133,12 @@ def test_open_by_no_vm(volume_group: str, file_storage: FileStorage) -> None:
     assert problems() == {"open_elsewhere": f"{name} is open, but by no VM: sleep ({holder.pid})"}
     holder.kill()
     holder.wait()
+    loop = run("losetup", "--find", "--show", str(device(image))).strip()
+    run("dmsetup", "create", "bed-child", "--table", f"0 1024 linear {loop} 0")
+    (problem,) = shown()["problems"]
+    held = f"device-mapper device bed-child, loop device {loop.removeprefix('/dev/')}"
+    assert problem["what"] == f"{name} is open, but by no VM: {held}"
+    run("sh", "-c", problem["fix"])
     assert problems() == {"unknown_vm": f"{name} is of VM {vm_id}, which libvirt does not know"}
     stop(vm_id, image)
     assert problems() == {}

@@ -404,7 +404,7 @@ class FakeWorld:
             (sources, "opened", self._opened),
             (sources, "opened_alone", self._opened_alone),
             (template_source, "read_metadata", lambda _path: {"FORMAT": "RAW", "VOLTYPE": "SHARED"}),
-            (template_source, "is_template", lambda layer: layer.is_template),
+            (template_source, "why_no_template", lambda layer: "" if layer.is_template else "no_template"),
             (copy, "copy", self._copy),
             (copy, "copy_on", self._copy_on),
             (copy, "apply", self._apply),

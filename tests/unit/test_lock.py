@@ -214,7 +214,7 @@ def test_trying_lets_go_on_an_exception(path: str) -> None:
 def test_a_link_in_its_place_is_not_followed(path: str, tmp_path: Path) -> None:
     os.mkdir(lock.RUN)
     os.symlink(tmp_path / "victim", path)
-    with pytest.raises(OSError, match="symbolic links"):
+    with pytest.raises(RunUnwritable, match="symbolic links"):
         lock.try_hold(path)
     assert not (tmp_path / "victim").exists()
 

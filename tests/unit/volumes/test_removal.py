@@ -80,7 +80,7 @@ def test_a_disk_that_is_open_for_a_moment_is_waited_for(host: FakeHost, step: St
 @pytest.mark.parametrize("erase", ["none", "discard", "zero"])
 def test_an_open_disk_is_left_alone(host: FakeHost, step: Step, erase: str) -> None:
     before = host.add(VOLUME, tags(), lv_device_open="open").row
-    with pytest.raises(DiskBusy, match=r"is ready and still open by something : find it"):
+    with pytest.raises(DiskBusy, match=r"is ready and still open by something that neither "):
         call(step, host, erase)
     assert host.commands == [LOOK] * removal.TRIES
     assert host.volumes[VOLUME].row == before

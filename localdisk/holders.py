@@ -1,0 +1,113 @@
+"""What has a block device open: processes, and what only the kernel knows, by name and with how to end it.
+
+`lsof` and `fuser` show processes alone.  A loop device, a mapping upon it (of kpartx, of a guest's own volume
+group, of an overlay), a RAID, a mount and swap hold a device without any.  Another mount namespace's mounts
+are not seen.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+
+from localdisk import device_mapper
+from localdisk.errors import DiskBusy, plain
+from localdisk.frozen import frozen
+
+PROC = "/proc"
+_DEPTH = 8  # of devices upon each other
+
+
+@frozen
+class Holder:
+    """`what` it is, and the command that `end`s it; "" for a process, about which somebody must decide."""
+
+    what: str
+    end: str = ""
+
+
+def holders(path: str) -> tuple[Holder, ...]:
+    """All that has the block device open, what must end first being first; as far as this user can see."""
+    numbers = device_mapper.numbers_of(path)
+    return tuple(dict.fromkeys(_of_device(numbers, path, _DEPTH))) if numbers else ()
+
+
+def described(path: str) -> tuple[str, str]:
+    """Who has the device open, and how to end that."""
+    found = holders(path)
+    who = ", ".join(each.what for each in found) or "something that neither /proc nor /sys shows"
+    ends = [each.end for each in found if each.end]
+    if any(not each.end for each in found) or not ends:
+        ends.append(f"end what fuser -v {path} and lsblk {path} show")
+    return who, "; ".join(ends)
+
+
+def busy(error: DiskBusy) -> DiskBusy:
+    """The same error with what has the disk open."""
+    vg, lv = error.fields["vg"], error.fields["lv"]
+    users, fix = described(f"/dev/{vg}/{lv}")
+    return DiskBusy(vg=vg, lv=lv, state=error.fields["state"], users=users, fix=fix)
+
+
+def _of_device(numbers: str, path: str, depth: int) -> Iterator[Holder]:
+    if not depth:
+        return
+    for above in device_mapper.devices_above(numbers):
+        yield from _of_device(device_mapper.number(above), f"/dev/{above}", depth - 1)
+        yield _device(above, path)
+    for place in _mounts(numbers):
+        yield Holder(f"a mount at {plain(place)}", f"umount {plain(place)}")
+    for pid in filter(str.isdigit, _names(PROC)):
+        if numbers in _open_devices(pid):
+            yield Holder(f"{_command(pid)} ({pid})")
+
+
+def _device(name: str, path: str) -> Holder:
+    """The device of this name, which lies on the one at `path`."""
+    mapping, uuid = device_mapper.name_and_uuid(name)
+    shown = plain(mapping)
+    if re.match("part[0-9]+-", uuid):
+        return Holder(f"partition {shown}", f"kpartx -d {path}")
+    if uuid.startswith("LVM-"):  # LVM itself mostly does not see that group: it scans no logical volumes
+        return Holder(f"logical volume {shown} of a group in it", f"dmsetup remove {shown}")
+    if mapping:
+        return Holder(f"device-mapper device {shown}", f"dmsetup remove {shown}")
+    return {
+        "loop": Holder(f"loop device {name}", f"losetup -d /dev/{name}"),
+        "md": Holder(f"RAID {name}", f"mdadm --stop /dev/{name}"),
+        "partition": Holder(f"partition {name}", f"partx -d {path}"),
+    }.get(device_mapper.kind(name), Holder(f"device {name}"))
+
+
+def _mounts(numbers: str) -> Iterator[str]:
+    """Where a device is mounted, the last first (proc_pid_mountinfo(5))."""
+    for line in reversed(_read(f"{PROC}/self/mountinfo").splitlines()):
+        words = line.split()
+        if len(words) > 4 and words[2] == numbers:
+            yield re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), words[4])
+
+
+def _open_devices(pid: str) -> Iterator[str]:
+    directory = f"{PROC}/{pid}/fd"
+    for fd in _names(directory):
+        yield device_mapper.numbers_of(os.path.join(directory, fd))
+
+
+def _command(pid: str) -> str:
+    return plain(_read(f"{PROC}/{pid}/comm") or "?")
+
+
+def _names(path: str) -> list[str]:
+    try:
+        return sorted(os.listdir(path))
+    except OSError:
+        return []
+
+
+def _read(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read().strip()
+    except OSError:
+        return ""
