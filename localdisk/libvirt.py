@@ -101,8 +101,9 @@ def state(vm_id: str) -> DomainState:
 
 
 def ask_names() -> Question:
-    """The VMs that libvirt knows with their names, then those that run; `read_names` reads the answer."""
-    return _ask(f"list --all --uuid --name; echo {_RULE}; list --uuid")
+    """The VMs that run, then all that libvirt knows, with their names; `read_names` reads the answer."""
+    # What can hold anything, the names, comes last: a name that ends in the rule ends nothing.
+    return _ask(f"list --uuid; echo {_RULE}; list --all --uuid --name")
 
 
 def read_names(text: str) -> tuple[dict[str, str], frozenset[str]]:
@@ -110,11 +111,13 @@ def read_names(text: str) -> tuple[dict[str, str], frozenset[str]]:
 
     Raises LibvirtSilent.
     """
-    every, _, running = text.partition(f"{_RULE}\n")
-    rows = (line.split(None, 1) for line in every.splitlines() if line.strip())
-    names = {row[0]: row[-1].strip() for row in rows}
-    _uuids(names)
-    return names, frozenset(_uuids(running.split()))
+    running, rule, every = text.partition(f"{_RULE}\n")
+    if not rule:
+        raise LibvirtSilent(problem=f"virsh list --uuid printed {text[:80]!r}")
+    # A name can hold all but a line feed, what Python takes for the end of a line or for a space as well.
+    lines = [line for line in every.split("\n") if line.strip(" ")]
+    _uuids(line[:36] for line in lines)
+    return {line[:36]: line[36:].strip(" ") for line in lines}, frozenset(_uuids(running.split()))
 
 
 def xmls(vm_ids: Iterable[str]) -> tuple[str, ...]:

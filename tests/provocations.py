@@ -651,7 +651,7 @@ def powered_off(world: World, *requests: object) -> object:
 def untold(world: World) -> None:
     """/run is full."""
     world.raises(lock.Lock, "write", OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
-    test_session.Hook(world.host()).ask(CLAIM)
+    fake_session.Hook(world.host()).ask(CLAIM)
 
 
 def no_lock(world: World) -> object:
@@ -971,6 +971,7 @@ def unread_vm(world: World) -> object:
 GC = {
     "in vain": case(in_vain, "libvirt", "virsh"),
     "no list": case(no_list, "evil", "virsh"),
+    "no names": case(lambda w: libvirt.read_names(w.evil()), "evil", "virsh"),
     "no state": case(no_state("evil"), "evil", "virsh"),
     "no disks": case(no_state(f"evil====\n{VM}\n====\n"), "evil", "virsh"),
     "not removed": case(not_removed, VOLUME, "evil"),

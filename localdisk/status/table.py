@@ -6,6 +6,7 @@ Pure: the width, and whether there may be colours, come in.  Without colours it 
 from __future__ import annotations
 
 import textwrap
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 
 from localdisk.errors import plain
@@ -80,18 +81,18 @@ def _grid(
     head: tuple[str, ...], cells: Sequence[tuple[str, ...]], states: Sequence[str], look: Look
 ) -> list[str]:
     """Rows of `cells` below their head; the first column gives way where they are too wide."""
-    columns = [i for i, name in enumerate(head) if name not in _MAY_BE_EMPTY or any(row[i] for row in cells)]
-    widths = {i: max(len(row[i]) for row in [head, *cells]) for i in columns}
+    used = [i for i, name in enumerate(head) if name not in _MAY_BE_EMPTY or any(row[i] for row in cells)]
+    widths = {i: max(columns(row[i]) for row in [head, *cells]) for i in used}
     if "copying" in states:
         state = head.index("STATE")
         widths[state] = max(widths[state], len("copying 100%"))  # or columns would jump
-    spare = look.width - sum(widths.values()) - 2 * (len(columns) - 1)
+    spare = look.width - sum(widths.values()) - 2 * (len(used) - 1)
     if spare < 0 and not look.full:
         widths[0] = max(SHORT, widths[0] + spare)
-    rights = {i for i in columns if head[i] in _RIGHT}
+    rights = {i for i in used if head[i] in _RIGHT}
 
     def line(row: Sequence[str]) -> str:
-        return "  ".join(_fitted(row[i], widths[i], i in rights) for i in columns).rstrip()
+        return "  ".join(_fitted(row[i], widths[i], i in rights) for i in used).rstrip()
 
     painted = (_painted(line(row), state, look) for row, state in zip(cells, states))
     return [look.paint(line(head), _BOLD), *painted]
@@ -130,9 +131,31 @@ def _copying(state: str, copy: Copy | None) -> str:
 
 
 def _fitted(text: str, width: int, is_right: bool) -> str:
-    if len(text) > width:
-        text = text[: width - 1] + "…"
-    return text.rjust(width) if is_right else text.ljust(width)
+    text = cut(text, width)
+    space = " " * (width - columns(text))
+    return space + text if is_right else text + space
+
+
+def cut(text: str, width: int) -> str:
+    """The text, or its beginning with an ellipsis, in at most `width` columns."""
+    if columns(text) <= width:
+        return text
+    while text and columns(text) >= width:
+        text = text[:-1]
+    return f"{text}…"
+
+
+def columns(text: str) -> int:
+    """How many columns of a terminal a text takes: two for a wide character, none for one upon another."""
+    if text.isascii():
+        return len(text)
+    return sum(map(_columns, text))
+
+
+def _columns(character: str) -> int:
+    if unicodedata.category(character) in ("Mn", "Me", "Cf"):
+        return 0
+    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
 
 
 def _painted(line: str, state: str, look: Look) -> str:
@@ -172,7 +195,7 @@ def _template_cells(row: TemplateRow, now: int, look: Look) -> tuple[str, ...]:
 def _bars(snapshot: Snapshot, look: Look) -> Iterator[str]:
     for row in _sorted(snapshot.disks):
         name = plain(row.vm_name) or row.vm[:SHORT]
-        yield from _copy_bar(row.copy, row.size, f"{name[:30]} {row.volume[:SHORT]}", look)
+        yield from _copy_bar(row.copy, row.size, f"{cut(name, 30)} {row.volume[:SHORT]}", look)
     for each in snapshot.templates:
         yield from _copy_bar(each.copy, each.size, f"template {each.volume[:SHORT]}", look)
 

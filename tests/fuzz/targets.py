@@ -373,7 +373,7 @@ TARGETS = (
             b"1,5",
         ),
     ),
-    Target("virsh list", _names, (f"{VM} web\n\n====\n{VM}\n\n".encode(),), (b"error: x\n", b"====")),
+    Target("virsh list", _names, (f"{VM}\n\n====\n{VM} web\n\n".encode(),), (b"error: x\n", b"====")),
     Target("virsh dumpxml", _xmls, tuple(b"\n" + each for each in _files("*.in.xml")), (b"</domain>\n",)),
     Target("progress record", _record, (progress.Progress(VM, IMAGE, "copying", 1, 2).as_text().encode(),)),
     Target("counters", _counters, (b'{"copies": 1, "failures": {"no_space": 2}}',), (b"Infinity", b"-1")),

@@ -110,10 +110,10 @@ def test_what_is_no_state_is_no_answer(monkeypatch: pytest.MonkeyPatch, out: str
 
 # Output of virsh 9.0 (captured): UUID and name in columns.
 NAMES = f"""\
-{VM} web one                       \n{OTHER_VM} 1                             \n
-====
 {VM}
 
+====
+{VM} web one                       \n{OTHER_VM} 1                             \n
 """
 
 
@@ -121,11 +121,34 @@ def test_names_and_who_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     daemon = Libvirt(monkeypatch, NAMES)
     found = libvirt.read_names(libvirt.ask_names().text())
     assert found == ({VM: "web one", OTHER_VM: "1"}, frozenset({VM}))
-    script = "list --all --uuid --name; echo ====; list --uuid"
+    script = "list --uuid; echo ====; list --all --uuid --name"
     assert daemon.commands == [(f"virsh --readonly --connect qemu:///system {script}", 30)]
 
 
-@pytest.mark.parametrize("text", ["nonsense", f"{VM} a\nerror x\n====\n", f"{VM} a\n====\nerror\n"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a name that is as wide as a column ====",
+        "====",
+        f"x\u2028{OTHER_VM}",
+        f"x\x85{OTHER_VM} y",
+        f"x\x0b\x0c\x1c{OTHER_VM}",
+        "\u2003x",
+        "\u3000",
+        "名前" * 20,
+        OTHER_VM,
+    ],
+)
+def test_a_name_imitates_nothing(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """libvirt allows all but a line feed and a slash in it."""
+    Libvirt(monkeypatch, f"{VM}\n\n====\n{VM} {name:<30}\n{OTHER_VM} {'b':<30}\n\n")
+    found = libvirt.read_names(libvirt.ask_names().text())
+    assert found == ({VM: name, OTHER_VM: "b"}, frozenset({VM}))
+
+
+@pytest.mark.parametrize(
+    "text", ["nonsense", "", f"{VM}\n", f"====\n{VM} a\nerror x\n", f"error\n====\n{VM} a\n"]
+)
 def test_names_that_are_no_answer(text: str) -> None:
     with pytest.raises(LibvirtSilent, match="virsh list --uuid printed"):
         libvirt.read_names(text)

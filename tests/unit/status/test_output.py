@@ -40,7 +40,7 @@ from tests.fakes import (
 
 NOW = 1_760_000_000
 SIZE = 64 << 20
-LIST = "virsh --readonly --connect qemu:///system list --all --uuid --name; echo ====; list --uuid"
+LIST = "virsh --readonly --connect qemu:///system list --uuid; echo ====; list --all --uuid --name"
 LOCAL = f"/dev/ovirt-local/{VOLUME}"
 SCHEMA = json.loads((Path(__file__).parents[3] / "schema" / "status.schema.json").read_text())
 

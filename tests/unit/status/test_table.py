@@ -35,7 +35,7 @@ VM                        DISK             SIZE   USED  BACKEND  STATE         N
 -                         6b845a9c       20 GiB         lvm      deleting      gc erases it next
 4111f97c                  4b845a9c       20 GiB         lvm      stopped 3 d   gc removes in 4 d 2 h
 
-[#######---------]  42% of 20 GiB  310 MiB/s 00:41 left  db-xxxxxxxxxxxxxxxxxxxxxxxxxxx 2b845a9c
+[#######---------]  42% of 20 GiB  310 MiB/s 00:41 left  db-xxxxxxxxxxxxxxxxxxxxxxxxxx… 2b845a9c
 
 volume group ovirt-local  [########-------|] 53% of 1.8 TiB used, 850 GiB free (reserve 90 GiB)
 pool ovirt-local/pool0    [#############-|-] 83% of 400 GiB used (limit 90%), metadata 11% (80%)
@@ -148,6 +148,25 @@ def test_why_the_cache_did_not_serve() -> None:
     assert lines[-1] == (
         "copied without the cache since boot: 12 no_template, 3 metadata_unclear, 1 cache_full"
     )
+
+
+@pytest.mark.parametrize("name", ["名" * 15, "é" * 9 + "e\u0301" * 9, "한국어 서버", "a\u200bb", "😀" * 9])
+@pytest.mark.parametrize("width", [100, 60])
+def test_columns_stay_where_they_are_whatever_a_name_is_written_in(name: str, width: int) -> None:
+    """As wide as a terminal shows it: twice for wide characters, nothing for what is put upon others."""
+    rows = [replace(SNAPSHOT.disks[0], vm_name=each) for each in (name, "web")]
+    first, second = render(replace(SNAPSHOT, disks=tuple(rows)), Look(width=width)).splitlines()[1:3]
+    shown = [line[: line.index("  lvm")] for line in sorted((first, second))]
+    assert len({table.columns(text) for text in shown}) == 1
+    assert table.columns(first) <= 100
+
+
+def test_the_columns_of_a_text() -> None:
+    texts = ("", "ab", "名前", "e\u0301", "a\u200b", "ｱ", "Ａ", "😀")
+    assert [table.columns(text) for text in texts] == [0, 2, 4, 1, 1, 1, 2, 2]
+    assert table.cut("名前あ", 4) == "名…"
+    assert table.cut("名前あ", 6) == "名前あ"
+    assert table.cut("abc", 2) == "a…"
 
 
 def test_templates_in_full() -> None:
