@@ -329,6 +329,7 @@ main() {
       build_if_older
       .venv/bin/python -m tests.bench here
       bed -m tests.bench bed
+      bed -m tests.bench storm
       DISK_SIZE=24576 bed -m tests.bench cache
       ;;
     *)
