@@ -1,7 +1,7 @@
 """How far a start is with a disk: what its lock file says while the lock is held.
 
 The text is JSON, `{"vm": …, "image": …, "phase": "copying", "size": …, "done": …, "written": …, "since": …,
-"at": …}`, the fields of `Progress`; the file's name is the volume's.
+"at": …}`, the fields of `Progress`; the file's name is the LV's.
 """
 
 from __future__ import annotations
