@@ -1,8 +1,7 @@
 """What has a block device open: processes, and what only the kernel knows, by name and with how to end it.
 
 `lsof` and `fuser` show processes alone.  A loop device, a mapping upon it (of kpartx, of a guest's own volume
-group, of an overlay), a RAID, a mount and swap hold a device without any.  Another mount namespace's mounts
-are not seen.
+group, of an overlay), a RAID, a mount and swap hold a device without any.
 """
 
 from __future__ import annotations
@@ -56,8 +55,7 @@ def _of_device(numbers: str, path: str, depth: int) -> Iterator[Holder]:
     for above in device_mapper.devices_above(numbers):
         yield from _of_device(device_mapper.number(above), f"/dev/{above}", depth - 1)
         yield _device(above, path)
-    for place in _mounts(numbers):
-        yield Holder(f"a mount at {plain(place)}", f"umount {plain(place)}")
+    yield from _mounts(numbers)
     for pid in filter(str.isdigit, _names(PROC)):
         if numbers in _open_devices(pid):
             yield Holder(f"{_command(pid)} ({pid})")
@@ -80,12 +78,38 @@ def _device(name: str, path: str) -> Holder:
     }.get(device_mapper.kind(name), Holder(f"device {name}"))
 
 
-def _mounts(numbers: str) -> Iterator[str]:
-    """Where a device is mounted, the last first (proc_pid_mountinfo(5))."""
-    for line in reversed(_read(f"{PROC}/self/mountinfo").splitlines()):
+def _mounts(numbers: str) -> Iterator[Holder]:
+    """Where a device is mounted, in our mount namespace or one of another process (a container, a snap)."""
+    for place in _places("self", numbers):
+        yield Holder(f"a mount at {place}", f"umount {place}")
+    for pid in _namespaces():
+        for place in _places(pid, numbers):
+            what = f"a mount at {place} in the mount namespace of {_command(pid)} ({pid})"
+            yield Holder(what, f"nsenter --mount --target {pid} umount {place}")
+
+
+def _places(pid: str, numbers: str) -> Iterator[str]:
+    """Where a process sees a device mounted, the last mount first (proc_pid_mountinfo(5))."""
+    for line in reversed(_read(f"{PROC}/{pid}/mountinfo").splitlines()):
         words = line.split()
         if len(words) > 4 and words[2] == numbers:
-            yield re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), words[4])
+            yield plain(re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), words[4]))
+
+
+def _namespaces() -> Iterator[str]:
+    """A process of each mount namespace but ours, as far as this user can see."""
+    seen = {_namespace("self"), ""}
+    for pid in filter(str.isdigit, _names(PROC)):
+        if _namespace(pid) not in seen:
+            seen.add(_namespace(pid))
+            yield pid
+
+
+def _namespace(pid: str) -> str:
+    try:
+        return os.readlink(f"{PROC}/{pid}/ns/mnt")
+    except OSError:
+        return ""
 
 
 def _open_devices(pid: str) -> Iterator[str]:

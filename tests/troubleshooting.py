@@ -93,8 +93,8 @@ BEHIND = {
     "ForeignVolume": "An LV has the name of the disk that is to be made, and no tags of localdisk. It"
     " is never touched.",
     "OtherOwner": "Two VMs have a disk of the same volume, or the VM was imported again under another id.",
-    "DiskBusy": "A program of the host has the device open: a backup, `kpartx`, a loop device, a mount."
-    " Mounts of another mount namespace, a container's, are not seen: `lsns -t mnt`.",
+    "DiskBusy": "A program of the host has the device open: a backup, `kpartx`, a loop device, a mount,"
+    " also in a container's mount namespace. The commands end them from the top.",
     "DependentVolumes": "An administrator made a snapshot of the local disk, or put a cache on it. LVM"
     " would remove both together.",
     "NoSuchDisk": "`remove` takes a volume id, `VG/LV`, a device path, or a VM by UUID or name.",

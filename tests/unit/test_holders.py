@@ -46,6 +46,13 @@ class Machine:
         with (self.proc / "self" / "mountinfo").open("a") as file:
             file.write(f"36 35 {number} / {place} rw,noatime shared:1 - ext4 /dev/x rw\n")
 
+    def namespace(self, pid: int, name: str, mounts: str = "") -> None:
+        """A mount namespace, and a process in it."""
+        (self.proc / str(pid) / "ns").mkdir(parents=True)
+        (self.proc / str(pid) / "ns" / "mnt").symlink_to(f"mnt:[{name}]")
+        self.write(self.proc / str(pid) / "comm", "snapd")
+        self.write(self.proc / str(pid) / "mountinfo", mounts)
+
     def process(self, pid: int, name: str, path: str = PATH) -> None:
         self.write(self.proc / str(pid) / "comm", name)
         (self.proc / str(pid) / "fd").mkdir()
@@ -101,6 +108,20 @@ def test_what_stands_upon_each_other_ends_from_the_top(machine: Machine) -> None
     assert described(PATH) == (
         "a mount at /mnt/a b, device-mapper device root, partition loop3p1, loop device loop3",
         "umount /mnt/a b; dmsetup remove root; partx -d /dev/loop3; losetup -d /dev/loop3",
+    )
+
+
+def test_a_mount_in_the_namespace_of_another_process(machine: Machine) -> None:
+    """Once for each namespace, and ours is not among them."""
+    line = f"36 35 {NUMBER} / /run/snap rw shared:1 - ext4 /dev/x rw"
+    (machine.proc / "self" / "ns").mkdir()
+    (machine.proc / "self" / "ns" / "mnt").symlink_to("mnt:[1]")
+    machine.namespace(1, "1")
+    machine.namespace(70, "2", line)
+    machine.namespace(71, "2", line)
+    assert described(PATH) == (
+        "a mount at /run/snap in the mount namespace of snapd (70)",
+        "nsenter --mount --target 70 umount /run/snap",
     )
 
 
