@@ -1,1 +1,1 @@
-"""Texts that vdsm and libvirt write and read, in and out: no process is started and no device is opened."""
+"""Reads and changes texts of vdsm and libvirt; starts no process and opens no device."""

@@ -1,6 +1,6 @@
-"""The JSON of one disk, as vdsm hands it to after_disk_prepare, and the same text back with a local path.
+"""Reads the JSON of one disk, as vdsm passes it to after_disk_prepare, and puts a local path into it.
 
-The text is a `str`, as `hook_call.read_data` returns it, and input that nobody has checked.
+The text is a `str`, as `hook_call.read_data` returns it; nobody has checked it yet.
 """
 
 from __future__ import annotations
@@ -26,32 +26,34 @@ from localdisk.vdsm.disks import (
     volumes_of,
 )
 
-DIGITS = 4300  # of one number in JSON: Python's own limit where it has one (3.9.14, 3.11)
+DIGITS = 4300  # the most digits of a number in JSON: the limit of newer Pythons themselves (3.9.14, 3.11)
 
 
 @refused_as(BadDiskData)
 def read_disk(text: str) -> Disk:
     """The disk in the JSON of `after_disk_prepare`.
 
-    It is bare, as vdsm sends it, or the value of the only key `disk`, as vdsm's manual page says.  Raises
-    BadDiskData for text that is not one JSON object, names a key twice, nests too deeply, or holds a number
-    that is not finite or has more than DIGITS digits; for values of the wrong type; for IDs that are no UUIDs
-    (upper case is accepted); and for what the module's docstring lists.
+    The JSON object is the disk itself, as vdsm sends it, or has a single key `disk` whose value is the disk,
+    as vdsm's manual page describes.  Raises BadDiskData for text that is not one JSON object, has a key twice,
+    nests too deeply, or has a number that is not finite or has more than DIGITS digits; for values of the
+    wrong type; for IDs that are no UUIDs (upper case is accepted); and for the ambiguities that `disks.py`
+    lists.
     """
     return _disk_from_json(_disk_object(_load(text)))
 
 
 @refused_as(BadDiskData)
 def localize_disk(text: str, path: str) -> str:
-    """`text` with the disk being the raw block device `path`, which one VM uses exclusively.
+    """`text` with the disk changed into the raw block device `path`, which one VM uses exclusively.
 
-    `path`, `format`, `diskType` and `shared` get new values; every other key, its value, the order and the
-    wrapping stay.  vdsm refuses live snapshot, live storage migration and unplugging of a disk that is shared
-    "exclusive" and whose volumes have leases (vdsm, vmdevices/storage.py, `Drive.hasVolumeLeases`): each of
-    them would take the running VM away from its local disk.
+    `path`, `format`, `diskType` and `shared` get new values; all other keys, their values and their order are
+    kept, and so is the outer object, if there is one.  `shared` becomes "exclusive": if the volumes of such a
+    disk have leases, vdsm refuses live snapshots, live storage migration and unplugging (vdsm,
+    vmdevices/storage.py, `Drive.hasVolumeLeases`).  Each of these would move the running VM away from its
+    local disk.
 
     The text is written as vdsm writes it (`json.dumps`), so white space is not kept.  Raises BadDiskData as
-    `read_disk`, and for what cannot be made local: no disk, or neither file nor block.
+    `read_disk`, and if the device cannot be made local: it is no disk, or is neither file nor block.
     """
     data = _load(text)
     inner = _disk_object(data)

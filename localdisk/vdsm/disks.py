@@ -1,14 +1,15 @@
-"""A VM's disks as vdsm and libvirt name them, and what must hold for each of them.
+"""A VM's disks as vdsm and libvirt describe them, and the rules for each disk.
 
-`disk_json.py` and `domain_xml.py` read them from input that nobody has checked, and raise BadDiskData or
-BadDomain for what is refused here.
+`disk_json.py` and `domain_xml.py` read disks from input that nobody has checked yet.  If a rule here is
+broken, they raise BadDiskData or BadDomain.
 
-Ambiguity is refused, because guessing wrong means the wrong disk:
+Ambiguous input is refused, because a wrong guess means a wrong disk:
 - two disks with one target name, or with one volume; two metadata devices with one name;
-- an imageID without volumeID or the reverse; a serial that is another UUID than the imageID (a serial that
-  is no UUID is the administrator's and says nothing);
-- a disk without identity that looks like an image: its serial is the imageID of another name's metadata, or
-  its path is where vdsm keeps images.  Taken for no image it would silently run from shared storage.
+- an imageID without volumeID, or the reverse; a serial that is another UUID than the imageID (a serial that
+  is no UUID was set by an administrator, and is ignored);
+- a disk without imageID and volumeID that looks like an image: its serial is an imageID in the metadata of
+  another disk, or its path is in a place where vdsm keeps images.  If it were not treated as an image, it
+  would run from shared storage, and nobody would notice.
 """
 
 from __future__ import annotations
@@ -29,10 +30,11 @@ TYPES = ("file", "block", "network")  # libvirt's, of the storage of an image
 
 _UUID = "[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}"
 IMAGE_PATH = re.compile(rf"/({_UUID})/({_UUID})\Z")  # at the end of every path of a vdsm image
-# A local disk as vdsm has it: a logical volume of a group whose name is no UUID, as a storage domain's is.
+# The path of a local disk: a logical volume of a group whose name is no UUID.  The group of a storage domain
+# has a UUID as its name.
 _LOCAL_DISK = re.compile(rf"/dev/(?!(?:{_UUID}|mapper|disk)/)[^/]+/{_UUID}")
-_LOCAL_PATH = re.compile(r"/[A-Za-z0-9_+.:@/-]+")  # what LVM can name; nothing that XML would have to escape
-_UNFIT = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")  # in a path: control characters, halves of characters
+_LOCAL_PATH = re.compile(r"/[A-Za-z0-9_+.:@/-]+")  # characters of LVM's names; none must be escaped in XML
+_UNFIT = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")  # in a path: control characters, lone surrogates
 
 
 @frozen
@@ -47,16 +49,16 @@ class Volume:
 class Disk:
     """One disk of a VM, in vdsm's words.
 
-    name       target device, "vda"; "" where the JSON does not tell
+    name       target device, "vda"; "" if the JSON does not have it
     device     one of DEVICES
     path       of the leaf; a path on the host, or "volume/…/leaf" for a network disk; "" for an empty drive
     format     "raw" or "cow" for a vdsm image; another device may have any word of libvirt's, or ""
     disk_type  "file", "block" or "network" for a vdsm image; another device may have any word of libvirt's
-    image_id, volume_id  canonical UUIDs, or both "" for what is no image of vdsm's (LUN, Ceph, ISO file)
+    image_id, volume_id  canonical UUIDs; both "" if the disk is no image of vdsm's (LUN, Ceph, ISO file)
     shared     one of SHARED
     volumes    every volume of the image directory, the template's included, in no particular order
-    domain_id  canonical UUID of the storage domain that all of them are in, "" where it is not told
-    storage_type  what kind of storage vdsm names: "file", "block" or "network"; "" if it names none
+    domain_id  canonical UUID of the storage domain that all volumes are in, "" if it is not given
+    storage_type  the kind of storage by vdsm's word: "file", "block" or "network"; "" if it is not given
     """
 
     name: str
@@ -73,9 +75,10 @@ class Disk:
 
     @property
     def was_local(self) -> bool:
-        """Whether vdsm read this disk from a domain in which it was local.
+        """Whether vdsm read this disk from a domain in which the disk was local.
 
-        It is a block device then, of storage without block devices, and its path is the shared one again.
+        Then it has the type of a block device although its storage has none, and its path is again the one
+        on shared storage.
         """
         is_shared_path = self.path.endswith(f"/{self.image_id}/{self.volume_id}")
         return is_shared_path and self.disk_type == "block" and self.storage_type not in ("", "block")
@@ -87,12 +90,12 @@ class Disk:
 
     @property
     def is_local(self) -> bool:
-        """Whether its path is a local disk's, whatever the configuration says now."""
+        """Whether its path is a local disk's; the present configuration does not matter."""
         return self.disk_type == "block" and is_local_path(self.path)
 
 
 class RefusedError(Exception):
-    """Why the text at hand is not acted on; the border of the module turns it into one of errors.py."""
+    """Why a text is refused; `refused_as` turns it into an error of errors.py."""
 
 
 @contextmanager
@@ -106,7 +109,7 @@ def refused_as(error: type[BadDiskData] | type[BadDomain]) -> Iterator[None]:
 
 
 def is_local_path(path: str) -> bool:
-    """Whether it is a local disk's, whatever the configuration says now."""
+    """Whether it is a local disk's path; the present configuration does not matter."""
     return _LOCAL_DISK.fullmatch(path) is not None
 
 
@@ -116,7 +119,7 @@ def check_size(text: str) -> None:
 
 
 def check_disk(disk: Disk, serial: str, images: Iterable[str] = ()) -> None:
-    """Refuses a disk that is half an image of vdsm's or looks like one; `images` are all that are known."""
+    """Refuse a disk with one of the two ids, or that looks like an image; `images` are all known image ids."""
     if bool(disk.image_id) != bool(disk.volume_id):
         raise RefusedError(f"disk {disk.name} has only one of imageID and volumeID")
     if disk.is_vdsm_image:
@@ -161,10 +164,10 @@ def volumes_of(pairs: Iterable[tuple[str, str]]) -> tuple[Volume, ...]:
 
 
 def image_and_volume(image_id: str, volume_id: str, guid: str) -> tuple[str, str]:
-    """The canonical imageID and volumeID of a disk, both "" for a LUN and a managed block disk.
+    """The canonical imageID and volumeID of a disk; both "" for a LUN and a managed block disk.
 
-    In the metadata of a VM that runs, vdsm repeats the GUID of such a device as its imageID, without volumeID
-    (get_metadata of vdsm's lib/vdsm/virt/vmdevices/storagexml.py).
+    In the metadata of a running VM, such a device has its GUID as its imageID, and no volumeID (get_metadata
+    of vdsm's lib/vdsm/virt/vmdevices/storagexml.py).
     """
     if guid and image_id == guid and not volume_id:
         return "", ""
@@ -172,7 +175,7 @@ def image_and_volume(image_id: str, volume_id: str, guid: str) -> tuple[str, str
 
 
 def uuid_or_nothing(what: str, text: str) -> str:
-    """`text` in lower case, which is a canonical UUID or ""."""
+    """`text` in lower case, a canonical UUID or ""; refuses other text."""
     if text and not is_uuid(text.lower()):
         raise RefusedError(f"{what} is '{text}', not a UUID")
     return text.lower()
@@ -185,7 +188,7 @@ def known_device(word: str) -> str:
 
 
 def known_shared(value: object) -> str:
-    """One of SHARED for the words and truth values that vdsm knows (older engines send "true")."""
+    """The word of SHARED for a word or truth value that vdsm accepts (older engines send "true")."""
     word = str(value).lower() if isinstance(value, (str, bool)) else "of the wrong type"
     if word == "true":
         return "shared"

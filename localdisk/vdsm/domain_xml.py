@@ -1,12 +1,12 @@
-"""libvirt's XML of a domain or of one disk: which disks there are, and the same text with local paths.
+"""Reads the disks in libvirt's XML of a domain or of one disk, and puts local paths into the same text.
 
-The text is a `str`, as `hook_call.read_data` returns it, and input that nobody has checked.
+The text is a `str`, as `hook_call.read_data` returns it; nobody has checked it yet.
 
-XML is read with lxml but never written by it: a document that went through a tree has other quotes, other
-line ends, other empty elements.  Only the start tags that must change are edited, where they stand in the
-text, so that everything else is the same to the byte.
+XML is read with lxml but never written by it: lxml would write other quotes, other line ends and other empty
+elements.  Only the start tags that must change are edited, directly in the text, so that every other byte
+stays the same.
 
-Metadata that names no disk of the domain is a leftover of an unplugged one, and is passed over.
+Metadata of a disk that the domain does not have is left over from an unplugged disk, and is ignored.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from localdisk.vdsm.disks import (
 )
 
 TYPE_CHECKING = False
-if TYPE_CHECKING:  # lxml is slow to import: only who reads XML does
+if TYPE_CHECKING:  # lxml is slow to import: only functions that parse XML import it
     from typing import Optional
 
     from lxml.etree import _Element
@@ -47,9 +47,9 @@ if TYPE_CHECKING:  # lxml is slow to import: only who reads XML does
 
 _VM = "{http://ovirt.org/vm/1.0}"  # vdsm's metadata; the prefix in the text does not matter
 _PATH_ATTRIBUTE = {"file": "file", "block": "dev", "network": "name"}  # of <source>, by the disk's type
-_FORMAT = {"qcow2": "cow"}  # libvirt's word -> vdsm's, where they differ
+_FORMAT = {"qcow2": "cow"}  # libvirt's word -> vdsm's, if they differ
 _UNCACHED = ("none", "directsync")
-# What libvirt accepts for qcow2 alone: attributes of <driver>, and what is inside of <driver> and <source>
+# What libvirt accepts only for qcow2: attributes of <driver>, and elements inside of <driver> and <source>
 # (qemuDomainValidateStorageSource and virDomainDiskDefValidate of libvirt: metadata_cache since 7.0,
 # discard_no_unref since 9.5, dataStore, the external data file, since 10.10).
 _QCOW2_ATTRIBUTES = ("discard_no_unref",)
@@ -57,8 +57,8 @@ _QCOW2_CHILDREN = ("driver/metadata_cache", "source/dataStore")
 
 _ENCODING = re.compile(r"""\ufeff?<\?xml\s[^>]*?\bencoding\s*=\s*["']([^"']*)["']""", re.ASCII)
 
-# Markup of a document that is known to be well-formed and without DTD: start tags (with a name) and end tags;
-# the others stand before them so that a "<" inside of those is not mistaken for a tag.
+# Markup of a document that is known to be well-formed and without DTD: start tags (with a name) and end tags.
+# Comments, CDATA and instructions come first in the pattern, so that a "<" in them is not taken for a tag.
 _MARKUP = re.compile(
     r"""<!--.*?--> | <!\[CDATA\[.*?\]\]> | <\?.*?\?> | (?P<end></[^>]*>)
       | <(?P<name>[^\s/>!?][^\s/>]*) [^>"']* (?: (?:"[^"]*"|'[^']*') [^>"']* )* >""",
@@ -72,8 +72,8 @@ def read_domain(xml: str) -> tuple[str, tuple[Disk, ...]]:
     """The UUID of the domain in `xml` and its disks in their order, with their identity from vdsm's metadata.
 
     Raises BadDomain for text that is not a well-formed `<domain>` with a UUID, has a DTD, declares another
-    encoding than UTF-8, goes past the parser's limits (depth 256, text of 10 MB, DATA_LIMIT as a whole), and
-    for the ambiguities that the module's docstring lists.
+    encoding than UTF-8, or exceeds the parser's limits (depth 256, text of 10 MB, DATA_LIMIT as a whole), and
+    for the ambiguities that `disks.py` lists.
     """
     root = _parse(xml, "domain")
     uuid = uuid_or_nothing("the domain's uuid", _child_text(root, "uuid"))
@@ -84,19 +84,19 @@ def read_domain(xml: str) -> tuple[str, tuple[Disk, ...]]:
 
 @refused_as(BadDomain)
 def localize_domain(xml: str, paths: Mapping[str, str]) -> str:
-    """`xml` with each disk that `paths` names (target name -> local path) being a raw block device there.
+    """`xml` with each disk in `paths` (target name -> local path) changed into a raw block device there.
 
-    What changes of such a disk: `type` is "block"; `<source>` has `dev`, no `file`, and keeps its children;
-    `<driver>` has `type="raw"`, and `io="native"` where its cache is "none" or "directsync"; what libvirt
-    accepts for qcow2 alone (_QCOW2_ATTRIBUTES, _QCOW2_CHILDREN) is removed.  With another
-    cache, or none named, io stays as it is: qemu does native I/O only past the host's page cache and refuses
-    to start otherwise ("aio=native was specified, but it requires cache.direct=on"); without a name qemu
-    uses the page cache.  The engine names the cache: "none", or a VM's property viodiskcache.  A disk
-    without `<driver>` is raw to libvirt and gets none.
+    Changes of such a disk: `type` becomes "block"; `<source>` gets `dev` instead of `file`, and keeps its
+    children; `<driver>` gets `type="raw"`, and `io="native"` if its cache is "none" or "directsync";
+    attributes and elements that libvirt accepts only for qcow2 (_QCOW2_ATTRIBUTES, _QCOW2_CHILDREN) are
+    removed.  With another value of cache, or without the attribute, `io` is not changed: qemu does native I/O
+    only if it bypasses the host's page cache, and else refuses to start ("aio=native was specified, but it
+    requires cache.direct=on"); without the attribute qemu uses the page cache.  The engine sets cache to
+    "none", or to a VM's property viodiskcache.  A disk without `<driver>` is raw to libvirt and gets none.
 
-    Everything else is the same to the byte.  Doing it twice is doing it once.  Raises BadDomain as
-    `read_domain`, and for a name that the domain does not have or a disk that cannot be made local: no disk,
-    neither file nor block, without source, or with the backing chain or mirror of a running VM.
+    Every other byte stays the same.  A second call with the same paths changes nothing.  Raises BadDomain as
+    `read_domain`, for a name that the domain does not have, and for a device that cannot be made local: it is
+    no disk, is neither file nor block, has no source, or has the backing chain or mirror of a running VM.
     """
     root = _parse(xml, "domain")
     disks = {disk.name: (element, disk) for element, disk in _disks(root)}
@@ -117,9 +117,9 @@ class Running:
 
     vm_id: str
     name: str
-    property_value: str  # of the custom property localdisk, "" where it has none
+    property_value: str  # of the custom property localdisk, "" if the VM does not have it
     disks: tuple[Disk, ...]
-    backing: tuple[tuple[str, str], ...]  # disk name and path of what is below its top layer, as qemu has it
+    backing: tuple[tuple[str, str], ...]  # disk name, and path of each layer that qemu uses below the top one
 
 
 @refused_as(BadDomain)
@@ -141,10 +141,10 @@ def read_running(xml: str) -> Running:
 
 @refused_as(BadDomain)
 def read_ran_from(xml: str, is_live: bool) -> tuple[tuple[str, str], ...]:
-    """Image id and path of each vdsm image that a VM has run from, by the domain XML that is left of it.
+    """Image id and path of each vdsm image that a VM has run from, by the domain XML of the stopped VM.
 
-    `is_live`: only what the XML shows to be of a VM that ran; vdsm hands over the engine's if a start was
-    refused.  An image that has no id that can be read is left out.  Raises BadDomain as `read_domain`.
+    `is_live`: only disks that have the marks of a VM that ran, because vdsm passes the engine's XML if a
+    start was refused.  A disk without a readable image id is left out.  Raises BadDomain as `read_domain`.
     """
     root = _parse(xml, "domain")
     return tuple(
@@ -159,8 +159,8 @@ def read_ran_from(xml: str, is_live: bool) -> tuple[tuple[str, str], ...]:
 def elsewhere(xmls: Iterable[str]) -> frozenset[tuple[str, str]]:
     """VM and image id of each vdsm image that is not on a local disk, by libvirt's definitions of VMs.
 
-    A VM that has stopped, and whose local disk is still there, ran from another volume in the end: a live
-    snapshot or live storage migration went past us.  Raises BadDomain.
+    If such a VM has stopped, and its local disk is still there, the VM ran from another volume when it
+    stopped: a live snapshot or live storage migration was not refused.  Raises BadDomain.
     """
     return frozenset(
         ((_parse(xml, "domain").findtext("uuid") or "").strip().lower(), image_id)
@@ -171,12 +171,12 @@ def elsewhere(xmls: Iterable[str]) -> frozenset[tuple[str, str]]:
 
 
 def _has_run(element: _Element) -> bool:
-    """libvirt numbers the sources of a domain that is active, and shows what is below them."""
+    """Whether the disk is of an active domain: libvirt numbers its source, or shows its backing chain."""
     return element.find("source[@index]") is not None or element.find("backingStore") is not None
 
 
 def _image_of(root: _Element, element: _Element) -> str:
-    """The image id of a disk from vdsm's metadata or, as vdsm makes it, its serial; "" if there is none."""
+    """The image id of a disk from vdsm's metadata, else from its serial, which vdsm sets to it; else ""."""
     name = _target(element)
     found = root.findall(f"metadata/{_VM}vm/{_VM}device[@devtype='disk']")
     texts = [device.findtext(f"{_VM}imageID") for device in found if device.get("name") == name]
@@ -194,8 +194,8 @@ def _backing(root: _Element) -> Iterator[tuple[str, str]]:
 def read_disk_element(xml: str) -> Disk:
     """The disk in the XML of `before_disk_hotplug` and `before_disk_hotunplug`, one `<disk>` element.
 
-    It comes without metadata.  A disk whose path ends in `/<image or storage domain>/<volume>` is a vdsm
-    image: its volume is the last part, its image is its serial, or where that is no UUID the part before.
+    The XML has no metadata.  A disk whose path ends in `/<image or storage domain>/<volume>` is a vdsm image:
+    the last part is its volume; its image is its serial or, if that is no UUID, the part before the last.
     """
     element = _parse(xml, "disk")
     disk, serial = _disk_from_xml(element, _NO_IDENTITY), _child_text(element, "serial")
@@ -312,7 +312,7 @@ def _target(element: _Element) -> str:
 
 
 def _shared_in_xml(element: _Element, identity: _Identity) -> str:
-    """libvirt's word for sharing where the disk has one, else vdsm's (a transient disk has only vdsm's)."""
+    """libvirt's word for sharing if the disk has one, else vdsm's (a transient disk has only vdsm's)."""
     if element.find("shareable") is not None:
         return "shared"
     return "transient" if element.find("transient") is not None else identity.shared
@@ -326,7 +326,7 @@ def _only(parent: _Element, tag: str) -> _Element | None:
 
 
 def _child_text(parent: _Element, tag: str) -> str:
-    """The text of the one child `tag`, "" where there is none; it holds no markup, not even comments."""
+    """The text of the one child `tag`, "" if there is none; refuses a child with markup, even comments."""
     child = _only(parent, tag)
     if child is None:
         return ""
@@ -340,7 +340,7 @@ def _local_name(tag: str) -> str:
 
 
 def _local_attributes(element: _Element, path: str) -> dict[_Element, _Attributes]:
-    """What changes of the disk `element`, so that it is the raw block device `path`."""
+    """The changes that make the disk `element` the raw block device `path`."""
     source, driver = _only(element, "source"), _only(element, "driver")
     if source is None:
         raise RefusedError(f"disk {_target(element)} has no source")
@@ -357,7 +357,7 @@ def _local_attributes(element: _Element, path: str) -> dict[_Element, _Attribute
 
 
 def _edited(xml: str, root: _Element, changes: Mapping[_Element, _Change]) -> str:
-    """`xml`, which was parsed to `root`, with some elements removed and the start tags of others changed."""
+    """`xml` with `changes`, which remove elements or change start tags; `root` is `xml` parsed."""
     pieces, end = [], 0
     start_tags = (markup for markup in _MARKUP.finditer(xml) if markup["name"])
     for element, tag in zip(root.iter("*"), start_tags):
@@ -373,7 +373,7 @@ def _edited(xml: str, root: _Element, changes: Mapping[_Element, _Change]) -> st
 
 
 def _end_of_element(tag: re.Match[str]) -> int:
-    """Where the element that begins with the start tag `tag` ends in the text."""
+    """The offset in the text at which the element with the start tag `tag` ends."""
     depth = 0
     for markup in _MARKUP.finditer(tag.string, tag.start()):
         if markup["end"]:
@@ -386,7 +386,7 @@ def _end_of_element(tag: re.Match[str]) -> int:
 
 
 def _with_attributes(tag: re.Match[str], changes: _Attributes) -> str:
-    """The start tag `tag` with attributes set in their places, or after the last one, or removed."""
+    """The start tag `tag` with attributes changed in their places, added after the last one, or removed."""
     text, end, new = tag.string, tag.end("name"), dict(changes)
     pieces = [text[tag.start() : end]]
     for attribute in _ATTRIBUTE.finditer(text, end, tag.end()):

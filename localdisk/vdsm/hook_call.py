@@ -1,11 +1,11 @@
 """The hook contract of vdsm: which point was called, for which VM, with what data, and the answer.
 
-vdsm describes a call in the environment: `vmId`, one variable per custom property, and either `_hook_json` or
-`_hook_domxml` with the path of a temporary file that it reads back after the last hook (vdsm
-`lib/vdsm/common/hooks.py`).  All of it is input: an administrator can allow custom properties of any name.
+vdsm describes a call in the environment: `vmId`, one variable for each custom property, and either
+`_hook_json` or `_hook_domxml` with the path of a temporary file, which vdsm reads after the last hook (vdsm
+`lib/vdsm/common/hooks.py`).  None of it is trusted: an administrator can allow custom properties of any name.
 
-Data is text here: the file is UTF-8, whatever an XML declaration in it says, because that is how vdsm writes
-and reads it.  Line ends are kept.  Standard library only: every hook run of a local VM imports this.
+Data is text: vdsm writes and reads the file as UTF-8, even if an XML declaration in it has another encoding.
+Line ends are kept.  Standard library only: every hook run of a local VM imports this.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PROPERTY = "localdisk"  # the VM custom property; older hook: the same name, val
 VALUES = ("lvm", "lvmthin", "on", "off")
 DATA_LIMIT = 16 * 1024 * 1024  # bytes; a large domain's XML is some 100 KiB
 
-# The daemon as its service starts it (vdsm `init/systemd/vdsmd.service.in`), and before vdsm 4.40.
+# The path of the daemon in its service (vdsm `init/systemd/vdsmd.service.in`), and its path before vdsm 4.40.
 _DAEMONS = frozenset({b"/usr/libexec/vdsm/vdsmd", b"/usr/share/vdsm/vdsmd"})
 
 JSON = "_hook_json"
@@ -31,7 +31,7 @@ DOMXML = "_hook_domxml"
 _DATA_OF_POINT = {
     "after_disk_prepare": JSON,
     "before_vm_start": DOMXML,
-    "before_vm_destroy": DOMXML,  # the file is empty, whatever vdsm's manual page says
+    "before_vm_destroy": DOMXML,  # the file is empty, although vdsm's manual page describes a content
     "after_vm_destroy": DOMXML,
     "before_vm_migrate_source": DOMXML,
     "before_vm_migrate_destination": DOMXML,
@@ -44,20 +44,20 @@ _DATA_OF_POINT = {
 POINTS = frozenset(_DATA_OF_POINT)
 BEGINNINGS = ("before_vm_start", "before_vm_migrate_destination")  # a VM begins to run on this host
 
-# At these points vdsm goes on when a hook fails (raiseError=False in vdsm's lib/vdsm/common/hooks.py); at all
-# others of ours it refuses the operation.
+# At these points vdsm continues when a hook fails (raiseError=False in vdsm's lib/vdsm/common/hooks.py); at
+# all other points of ours it refuses the operation.
 UNREFUSABLE = frozenset({"after_vm_destroy", "before_vdsm_start", "before_vm_destroy"})
 
 MESSAGE_LIMIT = 1000  # characters on standard error: the engine shows at most 4000, each escaped
-_PART_LIMIT = 400  # of what is wrong, and of what to do
+_PART_LIMIT = 400  # characters of "what is wrong", and of "what to do"
 
 
 @frozen
 class Call:
     """One call of a hook point.
 
-    At `before_vdsm_start`, which is no VM's, `vm_id` and `property_value` are "" and `data_path` is None.
-    Otherwise `vm_id` is a canonical UUID, `property_value` is one of VALUES ("off" also where the VM does not
+    `before_vdsm_start` belongs to no VM: `vm_id` and `property_value` are "" and `data_path` is None.  At all
+    other points `vm_id` is a canonical UUID, `property_value` is one of VALUES ("off" also if the VM does not
     have the property) and `data_path` is absolute.
     """
 
@@ -68,7 +68,7 @@ class Call:
 
 
 def is_running() -> bool:
-    """Whether vdsm's daemon runs: while before_vdsm_start is called it does not, and starts no VM."""
+    """Whether vdsm's daemon runs.  While before_vdsm_start runs, the daemon does not, and no VM can start."""
     return any(not _DAEMONS.isdisjoint(_command_line(pid)) for pid in os.listdir("/proc") if pid.isdigit())
 
 
@@ -81,12 +81,12 @@ def _command_line(pid: str) -> list[bytes]:
 
 
 def read_call(point: str, environ: Mapping[str, str]) -> Call:
-    """What vdsm asks at `point`, from the environment that it gave the hook.
+    """The call of `point`, from the environment that vdsm gave to the hook.
 
-    Raises BadHookCall where the point is unknown, `vmId` is no UUID (upper case is accepted), or the data
-    variable that the point demands is missing, relative, or accompanied by the other one: a custom property
-    could be named like it.  Raises BadProperty for a value that is none of VALUES, the empty one included.
-    At `before_vdsm_start` the environment is not looked at: vdsm sets `_hook_domxml` to an empty file there.
+    Raises BadHookCall if the point is unknown, `vmId` is no UUID (upper case is accepted), the data variable
+    of the point is missing or a relative path, or the other data variable is set, too: a custom property can
+    have its name.  Raises BadProperty for a value that is not in VALUES, also for an empty value.
+    At `before_vdsm_start` the environment is not read: vdsm sets `_hook_domxml` to an empty file there.
     """
     if point not in _DATA_OF_POINT:
         raise BadHookCall(problem=f"there is no hook point '{point}'")
@@ -97,10 +97,10 @@ def read_call(point: str, environ: Mapping[str, str]) -> Call:
 
 
 def exit_code(point: str, code: int) -> int:
-    """What a hook at `point` ends with instead of `code`.
+    """The exit code of a hook at `point`, for the program's exit code `code`.
 
-    2 makes vdsm leave out the hooks that come after ours, other products' too.  They have nothing to do where
-    vdsm refuses the operation, and must run where it goes on.
+    After 2, vdsm skips all later hooks, those of other products included.  If vdsm refuses the operation,
+    they have nothing to do; if vdsm continues, they must run.
     """
     return 1 if code == 2 and point in UNREFUSABLE else code
 
@@ -108,9 +108,9 @@ def exit_code(point: str, code: int) -> int:
 def shown(message: str) -> str:
     """`message` as one line for standard error: `localdisk: …` in ASCII, shorter than MESSAGE_LIMIT.
 
-    vdsm shows the bytes as Python writes them, b'...', so that anything but ASCII is unreadable.  The last
-    line of `message`, with what to do, stays at the end; of the lines before it (problems of a configuration)
-    the first are shown, and how many more there are.
+    vdsm shows the bytes as Python's b'...', so other characters would be unreadable.  The last line of
+    `message` has what to do, and is always shown, at the end.  Of the lines before it (problems of a
+    configuration), the first are shown, then the number of the others.
     """
     *problems, last = [line.replace("…", "...") for line in message.splitlines()]
     what, colon, fix = last.rpartition(" : ")
@@ -145,7 +145,7 @@ def local_vm(environ: Mapping[str, str]) -> str:
 def read_data(call: Call) -> str:
     """The text that vdsm handed to `call`.
 
-    Raises BadHookCall where there is none, the file is no regular file (a symbolic link is none), it holds
+    Raises BadHookCall if there is no file, it is no regular file (a symbolic link is refused, too), it has
     more than DATA_LIMIT bytes, or it is not UTF-8.
     """
     try:
@@ -159,13 +159,13 @@ def read_data(call: Call) -> str:
 
 
 def write_data(call: Call, text: str) -> None:
-    """Make `text` the content of the same file; vdsm reads it when the last hook has ended.
+    """Write `text` to the same file; vdsm reads it when the last hook has ended.
 
-    The file is emptied before it is written, not written over: killed in between, or on a full file system,
-    we leave nothing or a beginning of `text`, which is neither JSON nor XML, so that nobody can take it for
-    an answer.  (vdsm refuses the operation anyway when a hook is killed, at the points where we write.)
-    Writing over it could leave the head of the new text on the tail of the old; a new file renamed over the
-    old one could be left lying about.  Raises BadHookCall as `read_data` does.
+    The file is emptied before it is written.  If we are killed in between, or the file system is full, the
+    file is empty or has the beginning of `text`, which is neither JSON nor XML, so that nobody can take it
+    for an answer.  (At the points at which we write, vdsm refuses the operation anyway if a hook is killed.)
+    Without emptying it, the file could have the beginning of the new text and the end of the old one; a new
+    file that is renamed over the old one could be left behind.  Raises BadHookCall as `read_data` does.
     """
     try:
         data = text.encode("utf-8")
@@ -203,7 +203,7 @@ def _data_path(wanted: str, environ: Mapping[str, str]) -> str:
 
 
 def _open_data(call: Call, flags: int) -> int:
-    """A descriptor of `call`'s data file; O_NONBLOCK, so that a pipe in its place cannot hold us up."""
+    """A descriptor of `call`'s data file; O_NONBLOCK, so that we do not wait for a pipe in its place."""
     if call.data_path is None:
         raise BadHookCall(problem=f"{call.point} has no data")
     descriptor = os.open(call.data_path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)

@@ -1,1 +1,1 @@
-"""How the one file starts and is packed: standard library only, no disk, runs as whoever calls it."""
+"""How the one file starts and is packed: standard library only; runs as its caller, and touches no disk."""

@@ -1,16 +1,16 @@
-"""From the zipapp to the program: which extracted packages it runs from, and that nobody bends that.
+"""From the zipapp to the program: finds the extracted packages, and makes sure that nobody has changed them.
 
-Lies beside `__main__.py` (main.py) in the zipapp; standard library only.  shiv's own bootstrap is not
-there: it obeys the environment, trusts what it finds, and does not wait until what it extracts is on the
-disk.  A *tree* is what one build extracts for one Python:
+The zipapp has this file beside `__main__.py` (main.py); standard library only.  It replaces shiv's own
+bootstrap, which obeys the environment, trusts any files that it finds, and does not sync the files that it
+extracts.  A *tree* is the directory to which one build extracts its packages for one version of Python:
 
-    /var/cache/localdisk/<build id>-cpython-311/files             SIZE PATH of each of its files
-                                               /site-packages/…   what is imported
+    /var/cache/localdisk/<build id>-cpython-311/files             lines of SIZE PATH, one for each file
+                                               /site-packages/…   the packages that are imported
 """
 
 from __future__ import annotations
 
-import _signal  # type: ignore[import-not-found]  # what `signal` makes enumerations of, which are slow to import
+import _signal  # type: ignore[import-not-found]  # `signal` wraps it in enumerations, which are slow to import
 import fcntl
 import os
 import sys
@@ -21,23 +21,23 @@ if TYPE_CHECKING:
     from typing import NoReturn
 
 TREES = "/var/cache/localdisk"
-BUILD_ID = "@BUILD_ID@"  # build.sh puts a hash of everything that is in the zipapp here
+BUILD_ID = "@BUILD_ID@"  # build.sh writes a hash of the zipapp's whole content here
 FILES, PACKAGES = "files", "site-packages"
 
 _refused = 2
-_in_use: list[int] = []  # descriptors whose shared locks say that a tree is in use
+_in_use: list[int] = []  # descriptors; their shared locks mark trees as in use
 
 
 def main(called_by_vdsm: bool, refused: int = 2) -> None:
-    """Run the program from its extracted packages; extract them where that was not done.
+    """Run the program from its extracted packages; extract them first if necessary.
 
-    `refused` is the exit code where it cannot run (main.py).
+    `refused` is the exit code if the program cannot run (main.py).
     """
     global _refused
     _refused = refused
     clean(os.environ)
     os.umask(0o022)
-    # Inherited as ignored, it makes every command that fails look as if it had succeeded.
+    # If SIGCHLD is inherited as ignored, every command that fails seems to have succeeded.
     _signal.signal(_signal.SIGCHLD, _signal.SIG_DFL)
     user = os.geteuid()
     if user == 0:
@@ -55,9 +55,9 @@ def main(called_by_vdsm: bool, refused: int = 2) -> None:
 
 
 def clean(environ: os._Environ[str]) -> None:
-    """Take away what would make shiv or Python run something else, here or in what we start.
+    """Remove variables that would make shiv or Python run other code, here or in processes that we start.
 
-    vdsm puts a custom property of any name into our environment.
+    vdsm puts custom properties of any name into our environment.
     """
     for name in list(environ):
         if name.startswith(("SHIV_", "PYTHON")):
@@ -65,9 +65,9 @@ def clean(environ: os._Environ[str]) -> None:
 
 
 def ready(trees: str, user: int) -> str:
-    """The packages of this build's tree under `trees`, "" where it is not there, whole, and `user`'s alone.
+    """The packages of this build's tree under `trees`; "" if it is missing, damaged or not `user`'s alone.
 
-    A tree that is returned is in use until this process ends.
+    If the packages are returned, their tree is in use until this process ends.
     """
     tree = os.path.join(trees, tree_name())
     if not (is_alone(trees, user) and is_alone(tree, user)):
@@ -88,9 +88,10 @@ def tree_name() -> str:
 
 
 def _holds(fd: int) -> bool:
-    """Take the lock that keeps the tree; whoever removes it holds that for a moment, and removes the file.
+    """Take the lock that keeps the tree from removal; False if the tree was removed just now.
 
-    Everybody can read the file, and so lock it: nobody who holds on to it shall keep us from running.
+    A process that removes the tree locks the file for a moment, and removes it.  Everybody can read the file
+    and so lock it: a lock that somebody holds for longer must not stop us, so we wait for 0.4 seconds only.
     """
     for _ in range(20):
         try:
@@ -102,7 +103,7 @@ def _holds(fd: int) -> bool:
 
 
 def _is_whole(tree: str, fd: int) -> bool:
-    """Whether each file has its size; one that a failing disk has cut, or that somebody removed, has not."""
+    """Whether each file has its size; False if a failing disk has cut a file or somebody has removed it."""
     lines = os.pread(fd, os.fstat(fd).st_size, 0).decode(errors="replace").splitlines()
     try:
         for line in lines:
@@ -115,7 +116,7 @@ def _is_whole(tree: str, fd: int) -> bool:
 
 
 def have_root_unpack() -> None:
-    """Start the helper with nothing to do: vdsm may run it, and root extracts what it runs from."""
+    """Start the helper with nothing to do: vdsm may run it, and it extracts the packages as root."""
     null = os.open(os.devnull, os.O_RDWR)
     streams = [(os.POSIX_SPAWN_DUP2, null, number) for number in (0, 1, 2)]
     environ = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}
@@ -125,21 +126,21 @@ def have_root_unpack() -> None:
         )
         os.waitpid(child, 0)
     except OSError:
-        pass  # what it was for is looked at next
+        pass  # the caller checks next whether the packages are there
     os.close(null)
 
 
 def unpacked(trees: str, user: int) -> str:
-    """The packages of this build's tree under `trees`, which is made where it is missing or damaged."""
+    """The packages of this build's tree under `trees`; makes the tree if it is missing or damaged."""
     try:
         import extract  # type: ignore[import-not-found]
-    except Exception:  # noqa: BLE001 (an update came, whatever that looks like)
+    except Exception:  # noqa: BLE001 (an update of the file can show as any exception)
         replaced()
 
     try:
         os.makedirs(trees, mode=0o755, exist_ok=True)
         require_alone(trees, user)
-        with extract.alone(trees):  # of many that start at once, one extracts
+        with extract.alone(trees):  # if many processes start at once, one of them extracts
             if not ready(trees, user):
                 extract.unpack(program(), trees, tree_name(), BUILD_ID)
         packages = ready(trees, user)
@@ -153,7 +154,7 @@ def unpacked(trees: str, user: int) -> str:
 
 
 def replaced() -> NoReturn:
-    """A newer file took this one's place while it started."""
+    """A newer file replaced this one while it started."""
     refuse(f"{program()} was replaced while it started", "try again")
 
 
@@ -165,11 +166,11 @@ def own_trees() -> str:
 
 
 def require_trusted(path: str) -> None:
-    """Root runs nothing that anyone else could have written: the file, and each directory that it is in."""
+    """Refuse a file that anyone but root could have written: the file, and each directory above it."""
     parent = path
     while True:
         status = os.lstat(parent)
-        # In a sticky directory nobody removes what is root's.
+        # In a sticky directory nobody but root can remove root's files.
         sticky = parent != path and status.st_mode & 0o1000
         if status.st_uid != 0 or (status.st_mode & 0o022 and not sticky):
             fix = f"install -m 0755 {path} /usr/local/libexec/localdisk, and run that"
@@ -201,5 +202,5 @@ def refuse(what: str, fix: str) -> NoReturn:
 
 
 def program() -> str:
-    """The zipapp itself, whatever link it was called through."""
+    """The path of the zipapp itself, even if it was called through a link."""
     return os.path.realpath(sys.argv[0])

@@ -1,6 +1,6 @@
 """Extract the zipapp's packages for this Python, completely or not at all; standard library only.
 
-Lies beside `__main__.py` in the zipapp, for bootstrap.py, and in the package, for install.py.
+The zipapp has it twice: beside `__main__.py` for bootstrap.py, and in the package for install.py.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ def alone(trees: str) -> Iterator[None]:
 
 
 class Replaced(Exception):
-    """The archive is of another build than the code that reads it: an update came in between."""
+    """The archive is of another build than the code that reads it: the file was updated in between."""
 
 
 def unpack(archive: str, trees: str, name: str, build_id: str) -> None:
-    """Make the tree `name` from `archive`, in the place of whatever has that name.
+    """Make the tree `name` from `archive`; replaces a tree of that name.
 
-    It appears when all of it is on the disk.  The lock of `trees` is held, so that what another one has
-    begun is nobody's.  Raises OSError, Replaced.
+    The tree gets its name when all of it is on the disk.  The caller holds the lock of `trees`, so an
+    unfinished tree of another process was left by a killed one.  Raises OSError, Replaced.
     """
     for left in os.listdir(trees):
         if left.startswith(".new-"):
@@ -75,7 +75,7 @@ def _remove_unused(tree: str) -> bool:
         fd = os.open(os.path.join(tree, FILES), os.O_RDONLY | os.O_CLOEXEC)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.unlink(os.path.join(tree, FILES))  # from here on nobody takes it for whole
+            os.unlink(os.path.join(tree, FILES))  # without this file nobody uses the tree any more
         except BlockingIOError:
             return False
         finally:
@@ -90,14 +90,14 @@ def _fill(archive: str, new: str, tree: str, build_id: str) -> None:
             raise Replaced
         names = [name for name in packed.namelist() if name.startswith(f"{PACKAGES}/")]
         packed.extractall(new, [name for name in names if not _OTHER.search(name)])
-    # What is compiled is believed unseen: the tree changes as a whole only.
+    # Python does not compare compiled modules with their sources: the tree only changes as a whole.
     compileall.compile_dir(
         os.path.join(new, PACKAGES),
         quiet=2,
         invalidation_mode=PycInvalidationMode.UNCHECKED_HASH,
         stripdir=new,
         prependdir=tree,
-        legacy=True,  # beside the source, which needs not be there then
+        legacy=True,  # beside the source, which may then be removed
     )
     paths = sorted(os.path.join(directory, name) for directory, _, names in os.walk(new) for name in names)
     for path in paths:
@@ -107,7 +107,7 @@ def _fill(archive: str, new: str, tree: str, build_id: str) -> None:
     listed = "".join(f"{os.stat(path).st_size} {os.path.relpath(path, new)}\n" for path in paths)
     with open(os.path.join(new, FILES), "w", encoding="utf-8") as file:
         file.write(listed)
-    os.chmod(new, 0o755)  # noqa: S103 (mkdtemp made it its owner's alone)
+    os.chmod(new, 0o755)  # noqa: S103 (mkdtemp made it with mode 0700)
     for path in [*paths, os.path.join(new, FILES)]:
         _sync(path)
     for directory, _, _ in os.walk(new):

@@ -1,8 +1,8 @@
-"""The zipapp's `__main__`: the few lines that run for every VM, also for those that have no local disks.
+"""The zipapp's `__main__`: the few lines that run for every VM, also for VMs without local disks.
 
-build.sh puts this file in the place of shiv's own `__main__.py`, and bootstrap.py and extract.py beside
-it.  It is compiled anew in every run, so it is as short as can be and imports nothing that Python has not
-imported already.  Python 3.6 must be able to read it, too, to be told that it is the wrong one.
+build.sh replaces shiv's own `__main__.py` by this file, and puts bootstrap.py and extract.py beside it.
+Python compiles it in every run, so it is as short as possible and imports only what Python has imported
+already.  Python 3.6 must be able to read it, too, so that it can print that this is the wrong Python.
 """
 
 import os
@@ -22,7 +22,8 @@ POINTS_OF_A_VM = (
     "before_disk_hotunplug",
 )
 UNREFUSABLE = ("before_vdsm_start", "before_vm_destroy", "after_vm_destroy")
-# Where a VM begins to run here, and the files of the VMs that have kept disks here; kept.py makes them.
+# Hook points at which a VM begins to run here, and the directory with a file for each VM that has kept disks
+# here (kept.py makes the files).
 BEGINNINGS = ("before_vm_start", "before_vm_migrate_destination")
 KEPT = "/run/localdisk/kept/"
 PYTHONS = ((3, 9), (3, 10), (3, 11), (3, 12), (3, 13))  # build.sh packs for these
@@ -30,24 +31,24 @@ MACHINE = "x86_64"
 
 
 def called_point(argv):  # type: (list[str]) -> str
-    """The hook point of a VM that we are called for, by vdsm's link or by `hook POINT`; "" if none."""
+    """The hook point that was called, by vdsm's link or by `hook POINT`, if it is one of a VM; else ""."""
     named = named_point(argv)
     return named if named in POINTS_OF_A_VM else ""
 
 
 def named_point(argv):  # type: (list[str]) -> str
-    """The directory of the link that we are called by, or POINT of `hook POINT`."""
+    """The name of the link's directory, if vdsm calls us through its link, or POINT of `hook POINT`."""
     by_link = os.path.basename(os.path.dirname(argv[0]))
     return argv[2] if len(argv) == 3 and argv[1] == "hook" else by_link
 
 
 def refused(argv):  # type: (list[str]) -> int
-    """The exit code where we cannot run: 2 would keep the hooks that come after ours from running."""
+    """The exit code if we cannot run.  After 2, vdsm does not run the hooks that come after ours."""
     return 1 if named_point(argv) in UNREFUSABLE else 2
 
 
 def wrong_host(version, machine):  # type: (tuple[object, ...], str) -> str
-    """Why we cannot run here, in one line; "" where we can."""
+    """Why we cannot run here, in one line; "" if we can."""
     if tuple(version[:2]) in PYTHONS and machine == MACHINE:
         return ""
     here = f"Python {version[0]}.{version[1]} on {machine}"
@@ -56,9 +57,9 @@ def wrong_host(version, machine):  # type: (tuple[object, ...], str) -> str
 
 
 def is_done(argv, environ):  # type: (list[str], os._Environ[str]) -> bool
-    """Whether there is nothing to do, as for a VM without the property, which is a variable of its name.
+    """Whether there is nothing to do, as for a VM without the property (an environment variable of its name).
 
-    If it has kept disks here and begins to run, it does so without them, and they must be marked.
+    If such a VM has kept disks here and begins to run, it runs without them, so they must be marked as stale.
     """
     point = called_point(argv)
     if not point or environ.get("localdisk", "off") != "off":
@@ -74,7 +75,7 @@ if __name__ == "__main__" and not is_done(sys.argv, os.environ):
     try:
         import bootstrap  # type: ignore[import-not-found]
     except Exception:
-        # An update came between two looks at the file: Python opens it again for each import.
+        # Python opens the file again for each import: it was updated after Python had read this module.
         if len(os.environ.get("LOCALDISK_AGAIN", "")) > 50:
             raise
         os.environ["LOCALDISK_AGAIN"] = os.environ.get("LOCALDISK_AGAIN", "") + "x"

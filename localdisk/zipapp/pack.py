@@ -1,4 +1,4 @@
-"""Pack dist/localdisk from what shiv has made: our own start in the place of shiv's.  build.sh runs it.
+"""Pack dist/localdisk from shiv's zipapp, with our own start code instead of shiv's.  build.sh runs it.
 
     python3 pack.py SHIV_FILE TARGET
 
@@ -18,10 +18,10 @@ SHIVS = ("__main__.py", "_bootstrap/", "environment.json")
 
 
 def pack(made: Path, target: Path) -> None:
-    """Write the zipapp `target`, executable, with what is in shiv's zipapp `made`, times included.
+    """Write the executable zipapp `target` with the content of shiv's zipapp `made`; file times are kept.
 
-    What starts is stored: to read it, Python imports nothing.  Compiled modules, five sixths of the file, are
-    compressed with LZMA, everything else as shiv has it.
+    Our start code is not compressed, so that Python needs no import to read it.  Compiled modules, five
+    sixths of the file, are compressed with LZMA.  All other files are compressed as shiv does it.
     """
     with zipfile.ZipFile(made) as old, open(target, "wb") as file:
         file.write(_first_line(made))
