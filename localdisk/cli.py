@@ -78,10 +78,10 @@ def _run(words: Sequence[str]) -> int:
         return _hook(point)
     if list(words[1:]) == ["helper"]:
         return _helper()
-    if list(words[1:]) == ["rehearsal"]:  # `check` runs it as vdsm
+    if words[1:2] == ["rehearsal"]:  # `check` runs it as vdsm
         from localdisk.hook import rehearsal
 
-        print(rehearsal.rehearse())
+        print(rehearsal.rehearse(words[2:]))
         return GOOD
     if list(words[1:]) == ["--version"]:  # without what reads arguments, which is slow to import
         print(VERSION)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 from collections.abc import Iterable, Iterator
 
+from localdisk.errors import DeviceNotReady
 from localdisk.frozen import frozen
 from localdisk.ids import is_uuid
 
@@ -100,6 +102,42 @@ def holders(name: str) -> list[str]:
 def slaves(name: str) -> list[str]:
     """The kernel's names of the devices that the device of this name lies on."""
     return _related(name, "slaves")
+
+
+def is_read_only(path: str) -> bool:
+    """Whether the kernel lets nobody write to the block device at `path`; False if it cannot be looked at."""
+    try:
+        return _read(_at(os.stat(path).st_rdev), "ro") == "1"
+    except OSError:
+        return False
+
+
+_NO_NODE = (
+    "check that udev runs (systemctl status systemd-udevd), "
+    "then udevadm trigger --settle --subsystem-match=block"
+)
+_NOT_OURS = (
+    "localdisk install brings back its udev rule; if it is there, look for one that takes the device away "
+    "from vdsm (grep -rE 'OWNER|GROUP|MODE|chown|chmod' /etc/udev/rules.d)"
+)
+_IS_READ_ONLY = "take the volume group out of activation/read_only_volume_list in lvm.conf"
+
+
+def not_ready(path: str, error: OSError) -> DeviceNotReady:
+    """The error that the device node of a local disk cannot be opened, with what to do about it."""
+    if error.errno == errno.ENOENT:
+        fix = _NO_NODE
+    elif error.errno in (errno.EACCES, errno.EPERM):
+        fix = _IS_READ_ONLY if is_read_only(path) else _NOT_OURS
+    else:
+        fix = "look at the device in the system log of this host (dmesg)"
+    return DeviceNotReady(path=path, problem=error.strerror, fix=fix)
+
+
+def another_device(path: str, whose: str) -> DeviceNotReady:
+    """The error that the node of a local disk is that of another device; `whose` says more."""
+    problem = f"it is another device {whose}"
+    return DeviceNotReady(path=path, problem=problem, fix=_NO_NODE)
 
 
 def numbers_of(path: str) -> str:

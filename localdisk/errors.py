@@ -287,6 +287,11 @@ class NoVolumeGroup(Error):
     )
 
 
+class VolumeGroupHidden(NoVolumeGroup):
+    what = "volume group {vg} is hidden from LVM by its {how}, it is on {devices}"
+    fix = "{fix}"
+
+
 class VolumeGroupUnusable(Error):
     what = "volume group {vg} is {problem}"
     fix = "{fix}"
@@ -456,7 +461,7 @@ class NotLocal(Error):
 
 class DeviceNotReady(Error):
     what = "cannot write to {path} as this user: {problem}"
-    fix = "check that the udev rule of localdisk is installed, then udevadm control --reload"
+    fix = "{fix}"
 
 
 class LibvirtSilent(Error):

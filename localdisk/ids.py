@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+NOBODY = "00000000-0000-0000-0000-000000000000"  # no VM, image or volume has it
 _DASHES = (8, 13, 18, 23)
 _DIGITS = frozenset("0123456789abcdef")
 

@@ -16,6 +16,8 @@ The hook (`hook/client.py`, user vdsm) asks, the helper (`helper/session.py`, ro
     Drifted   which images the disks of the VM ran from when the VM stopped
     Release   the VM has stopped: remove or keep its disks
     Stale     the VM begins to run with these images on shared storage
+    Rehearse  make a tiny volume as a start of this VM would, for `check`                -> Tried
+    Rehearsed remove it
 
 A line is judged well-formed here and nowhere else: each field has one rule in _RULES, whoever writes it.  The
 helper trusts nothing of what the hook writes: UUIDs are canonical, integers and lists are bounded.
@@ -204,7 +206,21 @@ class Stale:
     images: tuple[str, ...]
 
 
-REQUESTS = (Look, Claim, Prepare, Prefetch, Fill, Uncached, Progress, Commit, Cancel, Drifted, Release, Stale)
+@frozen
+class Rehearse:
+    vm_id: str
+    property_value: str
+
+
+@frozen
+class Rehearsed:
+    pass
+
+
+STARTS = (Look, Claim, Prepare, Prefetch, Fill, Uncached, Progress, Commit, Cancel)
+STOPS = (Drifted, Release, Stale)
+TRIALS = (Rehearse, Rehearsed)
+REQUESTS = (*STARTS, *STOPS, *TRIALS)
 VERBS: Mapping[str, type] = {kind.__name__.lower(): kind for kind in REQUESTS}
 
 
@@ -260,6 +276,13 @@ class Fetched:
 
     is_ready: bool
     is_thin: bool
+
+
+@frozen
+class Tried:
+    """The tiny volume; None if there is no room for it but what a start would evict."""
+
+    device: Device | None
 
 
 # -- lines
@@ -433,4 +456,5 @@ _RULES: dict[str, Callable[[str, Any], Any]] = {
     "how": lambda _name, value: How(value),
     "target": _maybe(Target),
     "base_device": _maybe(Device),
+    "device": _maybe(Device),
 }

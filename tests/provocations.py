@@ -20,11 +20,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from localdisk import cli, config, counters, frozen, kept, libvirt, lock, run
+from localdisk import cli, config, counters, device_mapper, frozen, kept, libvirt, lock, run
 from localdisk.config import Config
 from localdisk.errors import CommandFailed, Error, Interrupted
 from localdisk.helper import cache, process
@@ -811,6 +812,7 @@ SESSION = {
     "replaced": case(replaced, REQUEST, "unfinished disk"),
     "property": case(session(lambda w: {**CLAIM, "property": w.evil()}), "property"),
     "order": case(session({"verb": "commit"}), REQUEST, "order"),
+    "order of a trial": case(session({"verb": "rehearsed"}), REQUEST, "order"),
     "order of prepare": case(session(PREPARE), REQUEST, "order"),
     "order of fill": case(session(CLAIM, FILL), REQUEST, "order"),
     "why uncached": case(
@@ -1116,7 +1118,7 @@ def blocked(world: World) -> object:
 
 
 HOST = {
-    "rehearsal": case(printed(lambda: facts._rehearse("/x/localdisk")), "/x/localdisk rehearsal", "evil"),
+    "rehearsal": case(printed(lambda: facts._rehearse("/x/localdisk", ())), "/x/localdisk rehearsal", "evil"),
     "unseen": case(asked_in_vain, "/evil", "ls -ld"),
     "version": case(printed(facts._lvm_version), "lvm version", "evil"),
     "report": case(printed(lambda: storage_facts._pools("vg", [])), "lvm lvs", "evil"),
@@ -1204,10 +1206,59 @@ def fills_up(world: World) -> None:
     gc.collect(config.parse(b"", "F"))
 
 
+def hidden(option: str) -> Provoke:
+    """LVM finds the group `other` only with this option, or with all filters off."""
+    listed = json.dumps(
+        {"report": [{"pv": [{"pv_name": "/dev/sda", "vg_name": "other", "pv_duplicate": ""}]}]}
+    )
+
+    def lvm_run(argv: list[str], **_: object) -> str:
+        if "fullreport" in argv:
+            raise CommandFailed(tuple(argv), 5, 'Volume group "other" not found')
+        return listed if option in argv else '{"report": [{"pv": []}]}'
+
+    def provoke(world: World) -> object:
+        world.patch.setattr(run, "run", lvm_run)
+        return VolumeGroup.read("other")
+
+    return provoke
+
+
+def lvm_says(said: str) -> Provoke:
+    def provoke(world: World) -> object:
+        world.raises(run, "run", CommandFailed(("lvm", "fullreport"), 5, f"WARNING: this.\n  {said}\n"))
+        return VolumeGroup.read("other")
+
+    return provoke
+
+
+def forgetful(world: World) -> None:
+    """A device that takes what is written and reads as zeros."""
+    fd = os.open("/dev/zero", os.O_RDWR)
+    world.patch.setattr(copy, "_opened", lambda *_: nullcontext(fd))
+    world.patch.setattr(os, "fsync", lambda _fd: None)
+    copy.rehearse(copy.Device("/dev/x", ""))
+
+
+def broken_node(world: World) -> None:
+    raise device_mapper.not_ready("/dev/x", OSError(errno.EIO, world.evil()))
+
+
 def group_report(world: World) -> object:
     text = report("empty").replace('"vg_size":"', f'"vg_size":"{world.word()}')
     return VolumeGroup.from_report(text)
 
+
+LVM_SAYS = {
+    "volume_list": ("Volume other/x is not active locally (volume_list activation filter?).", "add other"),
+    "twins": ("Multiple VGs found with the same name: skipping other", "vgrename"),
+    "another host's": ("Cannot access VG other with system ID x with local system ID y.", "vgchange"),
+    "a stranger's": (
+        "Cannot access VG other with system ID x with unknown local ID.",
+        "lvmlocal.conf",
+    ),
+    "duplicates": ("Cannot update volume group other with duplicate PV devices.", "pvs -a"),
+}
 
 LVM = {
     "no group": case(
@@ -1226,6 +1277,28 @@ LVM = {
     "threshold": case(thin(error=lambda _: "pool has reached threshold."), "ovirt-local/pool0"),
     "pool": case(thin(error=lambda w: f"{w.evil()}\npool reached threshold."), "ovirt-local/pool0", "evil"),
     "tags": case(printed(lambda: lvm.read_tags("vg", "lv", ["/dev/sda"])), "lvs lv", "not understood"),
+    "filter": case(hidden("--all"), "volume group other", "devices/filter", "/dev/sda"),
+    "devices file": case(hidden("--devicesfile"), "volume group other", "vgimportdevices other", "/dev/sda"),
+    "pvs": case(printed(lvm.physical_volumes), "lvm pvs", "evil"),
+    "volume_list": case(
+        lvm_says("Volume other/x is not active locally (volume_list activation filter?)."),
+        "other",
+        "add other",
+    ),
+    "twins": case(lvm_says("Multiple VGs found with the same name: skipping other"), "other", "vgrename"),
+    "another host's": case(
+        lvm_says("Cannot access VG other with system ID x with local system ID y."), "other", "vgchange"
+    ),
+    "another host's, unknown": case(
+        lvm_says("Cannot access VG other with system ID x with unknown local ID."),
+        "other",
+        "lvmlocal.conf",
+    ),
+    "duplicates": case(
+        lvm_says("Cannot update volume group other with duplicate PV devices."), "other", "pvs -a"
+    ),
+    "forgetful": case(forgetful, "/dev/x", "does not hold"),
+    "broken node": case(broken_node, "/dev/x", "dmesg"),
     "no node": case(node(lambda _: "", "/nonexistent/lv"), "/nonexistent/lv", "udev"),
     "another device": case(node(lambda w: w.evil(), os.devnull), os.devnull, "evil"),
 }

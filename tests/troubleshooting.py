@@ -66,8 +66,11 @@ BEHIND = {
     "RootNeeded": "LVM needs root. Without root, `status` shows what runs.",
     "NoVolumeGroup": "LVM does not list the group. On EL9 a group that is not in LVM's devices file"
     " does not exist for LVM; after a failed device it is gone.",
-    "VolumeGroupUnusable": "The group is exported, shared between hosts, or a physical volume is"
-    " missing. No disk is made or removed in it until that is mended.",
+    "VolumeGroupHidden": "LVM finds the group only without the filters of lvm.conf, or without its devices"
+    " file.",
+    "VolumeGroupUnusable": "The group is exported, shared between hosts or another host's, one of two of"
+    " that name, on devices that LVM sees twice, or left inactive by `activation/volume_list`; or a"
+    " physical volume is missing. No disk is made or removed in it until that is mended.",
     "NoSpace": "A preallocated disk takes its whole virtual size. What gc has set aside for an erase"
     " counts until it is erased. `localdisk status` shows who has the room.",
     "MetadataAreaFull": "LVM describes each volume in an area at the beginning of a device, 1 MiB by default,"
@@ -114,7 +117,8 @@ BEHIND = {
     "DiskDrifted": "[drifted.md](drifted.md) brings the data together. The VM is not started until then.",
     "NotLocal": "Between the preparation of the disks and the start of the VM, the local disk was"
     " removed or changed.",
-    "DeviceNotReady": "udev did not give the device to user vdsm in time, or another LV has the name by now.",
+    "DeviceNotReady": "udev did not make the device or give it to user vdsm in time, LVM has made it"
+    " read-only, or it is another device.",
     "LibvirtSilent": "If nobody can say which VMs run, no disk is removed and no kept disk is used.",
     "CopyFailed": "qemu-img could not read the source or write the local disk; its own words are in the"
     " message. The unfinished disk is removed.",

@@ -77,10 +77,10 @@ class Making:
         self.tell(WAITING, size)
         self._ticket = self._turn.enter_context(lock.turn(self.policy.copy.parallel, pause))
 
-    def create(
-        self, size: int, pause: Pause, room: Callable[[], VolumeGroup], make: Callable[[VolumeGroup], None]
-    ) -> Target:
-        """Make the volume; returns where it is and how it is to be filled.
+    def make(
+        self, pause: Pause, room: Callable[[], VolumeGroup], make: Callable[[VolumeGroup], None]
+    ) -> VolumeGroup:
+        """Make the volume; returns the group that `room` has seen.
 
         `room` looks at the volume group and raises where there is none; `make` creates the volume.
         """
@@ -90,6 +90,16 @@ class Making:
             self._dm_uuid = "?"
             make(vg)
         self._dm_uuid = vg.dm_uuid(self.lv_name)
+        return vg
+
+    def create(
+        self, size: int, pause: Pause, room: Callable[[], VolumeGroup], make: Callable[[VolumeGroup], None]
+    ) -> Target:
+        """Make the volume; returns where it is and how it is to be filled.
+
+        `room` and `make` are those of `make`.
+        """
+        vg = self.make(pause, room, make)
         self._began = self._moved = time.monotonic()
         self.tell(COPYING, size)
         log.event("copy starts", **self.who, bytes=size, backend=self.policy.backend)

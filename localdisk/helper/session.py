@@ -19,7 +19,8 @@ from localdisk.helper import start, start_from_template, stop
 from localdisk.helper.claim import Claim
 from localdisk.helper.new_volume import Making
 from localdisk.helper.start_from_template import TemplateInUse
-from localdisk.protocol import Claimed, Done, Fetched, How, Looks, Prepared
+from localdisk.helper.trial import Trial
+from localdisk.protocol import Claimed, Done, Fetched, How, Looks, Prepared, Tried
 from localdisk.volumes import stale
 from localdisk.volumes.filling import log_filling
 
@@ -39,6 +40,7 @@ class Session:
         self._starting = ""  # the VM whose disk is claimed, or is to be
         self._is_told = False  # the hook, that this VM was powered off
         self._claim: Claim | None = None
+        self._trial: Trial | None = None
         self._template = TemplateInUse()
         self._verbs: dict[type, Callable[[Any], object]] = {
             protocol.Look: self._look,
@@ -53,6 +55,8 @@ class Session:
             protocol.Drifted: self._drifted,
             protocol.Release: self._release,
             protocol.Stale: self._stale,
+            protocol.Rehearse: self._rehearse,
+            protocol.Rehearsed: self._rehearsed,
         }
 
     def serve(self, line: bytes) -> Answer:
@@ -67,8 +71,9 @@ class Session:
         except Error as error:
             who = self._who() or _asked(request)
             self.close()
-            log.problem("refused", **who, why=error)
-            counters.failed(error)
+            if not isinstance(request, protocol.TRIALS):  # no VM was refused
+                log.problem("refused", **who, why=error)
+                counters.failed(error)
             return {"error": str(error)}
 
     def end(self) -> None:
@@ -84,7 +89,10 @@ class Session:
     def close(self) -> None:
         """Remove what is unfinished, if anything, and let go of all locks."""
         claim, self._claim = self._claim, None
+        trial, self._trial = self._trial, None
         self._starting = ""
+        if trial:
+            trial.close()
         self._template.leave()
         if claim:
             claim.making.undo(claim.find)
@@ -188,6 +196,18 @@ class Session:
         spares = claim.replaced.spares if claim.replaced else ()
         target = start.create(claim, request, spares, self._pause)
         return Prepared(How.COPY, target.path, target)
+
+    def _rehearse(self, request: protocol.Rehearse) -> Tried:
+        self.close()
+        self._trial = Trial(self._policy(request), self._pause)
+        return Tried(self._trial.make())
+
+    def _rehearsed(self, _request: protocol.Rehearsed) -> Done:
+        if self._trial is None:
+            raise BadRequest(problem="the verbs come in the wrong order")
+        self._trial.remove()
+        self.close()
+        return Done()
 
     def _prefetch(self, request: protocol.Prefetch) -> Fetched:
         self.close()

@@ -14,7 +14,20 @@ from types import TracebackType
 
 from localdisk import protocol, run
 from localdisk.errors import HelperRefused, HelperUnavailable, how_it_ended, sudo_fix
-from localdisk.protocol import Base, Claimed, DiskIds, Done, Fetched, Looked, Looks, Prepared, RanFrom, Target
+from localdisk.protocol import (
+    Base,
+    Claimed,
+    Device,
+    DiskIds,
+    Done,
+    Fetched,
+    Looked,
+    Looks,
+    Prepared,
+    RanFrom,
+    Target,
+    Tried,
+)
 from localdisk.vdsm.disks import Disk
 
 TYPE_CHECKING = False
@@ -95,6 +108,14 @@ class Helper:
     def mark_stale(self, images: Sequence[str]) -> None:
         """The VM begins to run with these images, or `kept.EVERY`, on shared storage."""
         self._ask(protocol.Stale(self._vm[0], tuple(images)), Done)
+
+    def rehearse(self) -> Device | None:
+        """Have a tiny volume made as a start would; None if that would need what is in use."""
+        return self._ask(protocol.Rehearse(*self._vm), Tried).device
+
+    def rehearsed(self) -> None:
+        """Have it removed."""
+        self._ask(protocol.Rehearsed(), Done)
 
     def cancel(self) -> None:
         """The VM is powered off while it starts: end what other hooks prepare for it."""

@@ -20,7 +20,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 
 from localdisk import device_mapper, run
-from localdisk.errors import CommandMissing, CopyFailed, DeviceNotReady, Error, PoolFilledUp, how_it_ended
+from localdisk.errors import CommandMissing, CopyFailed, Error, PoolFilledUp, how_it_ended
 from localdisk.frozen import frozen
 from localdisk.hook import sources
 from localdisk.hook.sources import Layer, Source
@@ -32,6 +32,7 @@ HEARTBEAT = 1.0  # seconds between two calls of `on_progress`
 
 _BLKZEROOUT = 0x127F  # linux/fs.h; takes offset and length in bytes
 _ZERO_CHUNK = 64 << 20  # bytes a call; the ioctl can't be interrupted
+_BLOCK = b"localdisk check\n" * 256
 _PROGRESS = re.compile(rb"\((\d+(?:\.\d+)?)/100%\)")
 
 # The fraction done, 0 to 1, and the bytes written so far; raises to end the copy.
@@ -72,6 +73,24 @@ def apply(source: Source, target: Target, on_progress: OnProgress) -> None:
     Only what the layers above the base hold is read and written, zeros that hide the base's data included.
     """
     _fill(source, target, on_progress, [_layer(layer) for layer in reversed(source.above)])
+
+
+def rehearse(device: Device) -> None:
+    """Write a block to a volume, as a copy begins, and read it back from the device.
+
+    Raises DeviceNotReady.
+    """
+    with _opened(device, os.O_RDWR) as fd:
+        try:
+            os.pwrite(fd, _BLOCK, 0)
+            os.fsync(fd)
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            found = os.pread(fd, len(_BLOCK), 0)
+        except OSError as error:
+            raise device_mapper.not_ready(device.path, error) from None
+    if found != _BLOCK:
+        problem = "it does not hold what was written to it"
+        raise device_mapper.not_ready(device.path, OSError(errno.EIO, problem))
 
 
 @contextmanager
@@ -122,7 +141,9 @@ def _opened(device: Device, flags: int) -> Iterator[int]:
     fd = _open_when_ready(device.path, flags)
     try:
         if device_mapper.read_uuid(os.fstat(fd).st_rdev) != device.dm_uuid:
-            raise DeviceNotReady(path=device.path, problem="it is another device than the helper made")
+            raise device_mapper.another_device(device.path, "than the helper made")
+        if flags & os.O_RDWR and device_mapper.is_read_only(device.path):
+            raise device_mapper.not_ready(device.path, PermissionError(errno.EACCES, "it is read-only"))
         yield fd
     finally:
         os.close(fd)
@@ -135,7 +156,7 @@ def _open_when_ready(path: str, flags: int) -> int:
             return os.open(path, flags | os.O_CLOEXEC)
         except OSError as error:
             if time.monotonic() > deadline:
-                raise DeviceNotReady(path=path, problem=error.strerror) from None
+                raise device_mapper.not_ready(path, error) from None
         time.sleep(0.1)
 
 

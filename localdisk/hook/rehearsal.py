@@ -1,32 +1,52 @@
-"""What a start does before it copies anything, done as user vdsm and without a VM; `check` runs it.
+"""What a start does, done as user vdsm and without a VM; `check` runs it.
 
-It changes nothing: libvirt is asked about a VM that nobody has, and the helper, through sudo, about the disks
-of that VM.
+libvirt is asked about a VM that there is nowhere.  Through sudo, the helper makes a tiny volume as it makes
+a local disk; this half opens it, writes to it and reads it back; the helper removes it.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 
 from localdisk import libvirt
 from localdisk.errors import CommandMissing, Error, HelperUnavailable
+from localdisk.hook import copy
 from localdisk.hook.client import Helper
+from localdisk.ids import NOBODY
 
-NOBODY = "00000000-0000-0000-0000-000000000000"  # no VM, image or volume has it
+
+def rehearse(starts: Iterable[str]) -> str:
+    """Try these starts, each `VM=PROPERTY`: what a disk of such a VM with that property would meet.
+
+    Returns one JSON object, `{"sudo": "…", "libvirt": "…", "disks": ["…", …]}`: messages of errors, "" where
+    there is none.
+    """
+    found = {"sudo": "", "libvirt": _libvirt()}
+    disks: dict[str, None] = {}
+    for start in starts:
+        vm_id, _, value = start.partition("=")
+        try:
+            _disk(vm_id, value)
+        except (HelperUnavailable, CommandMissing) as error:
+            found["sudo"] = str(error)
+            break
+        except Error as error:
+            disks[str(error)] = None
+    return json.dumps({**found, "disks": list(disks)})
 
 
-def rehearse() -> str:
-    """One JSON object, `{"sudo": …, "helper": …, "libvirt": …}`: an error's message, "" if there is none."""
-    found = {"sudo": "", "helper": "", "libvirt": ""}
+def _libvirt() -> str:
     try:
         libvirt.state(NOBODY)
     except Error as error:
-        found["libvirt"] = str(error)
-    try:
-        with Helper(NOBODY, "on") as helper:
-            helper.look([])
-    except (HelperUnavailable, CommandMissing) as error:
-        found["sudo"] = str(error)
-    except Error as error:
-        found["helper"] = str(error)
-    return json.dumps(found)
+        return str(error)
+    return ""
+
+
+def _disk(vm_id: str, value: str) -> None:
+    with Helper(vm_id, value) as helper:
+        device = helper.rehearse()
+        if device:
+            copy.rehearse(device)
+            helper.rehearsed()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from localdisk.config import Config, Policy
 from localdisk.errors import VolumeGroupUnusable
@@ -17,11 +19,9 @@ from localdisk.volumes.lvm import LogicalVolume, VolumeGroup
 from localdisk.volumes.removal import pool_keeps_bytes
 
 
-def check_group(
-    group: Group, config: Config, settings: LvmSettings | None, program_time: float, now: float
-) -> Iterator[Finding]:
-    """Everything about one volume group; `program_time` and `now` in seconds since the epoch."""
-    yield from _devices(group)
+def check_group(group: Group, config: Config, settings: LvmSettings | None) -> Iterator[Finding]:
+    """Whether disks can be made in a volume group."""
+    yield from _devices(group, settings)
     if group.vg is None:
         if not group.hidden and not group.multipaths:
             yield _no_group(group)
@@ -31,8 +31,15 @@ def check_group(
         if not group.hidden:  # then it is only partial because of that
             yield unusable
         return
+    yield from _activation(group.name, settings)
     for pool in sorted(_pools_in_use(group, config)):
         yield from _pool(group, group.vg, pool, settings)
+
+
+def check_content(group: Group, config: Config, program_time: float, now: float) -> Iterator[Finding]:
+    """What is in a volume group that disks can be made in; times in seconds since the epoch."""
+    if group.vg is None or _unusable(group, group.vg):
+        return
     yield from dict.fromkeys(_caches(group.vg, config))
     yield from _discards(group, group.vg, config)
     yield from _nodes(group)
@@ -52,16 +59,66 @@ def _no_group(group: Group) -> Finding:
     )
 
 
-def _devices(group: Group) -> Iterator[Finding]:
+def _devices(group: Group, settings: LvmSettings | None) -> Iterator[Finding]:
     if group.hidden:
-        hidden = " ".join(map(shlex.quote, group.hidden))
+        yield _hidden(group, settings)
+    if group.duplicates:
+        yield _duplicates(group, settings)
+    for multipath in group.multipaths:
+        yield _multipath(group.name, multipath)
+
+
+def _hidden(group: Group, settings: LvmSettings | None) -> Finding:
+    hidden, why = " ".join(map(shlex.quote, group.hidden)), "so LVM does not see it"
+    if settings and settings.use_devices_file:
         fix = f"lvm vgimportdevices {group.name}"
         if group.vg:
             fix = f"for device in {hidden}; do lvm lvmdevices --adddev $device; done"
-        what = f"volume group {group.name} is not in LVM's devices file ({hidden})"
-        yield Finding(what, "so LVM does not see it", fix)
-    for multipath in group.multipaths:
-        yield _multipath(group.name, multipath)
+        return Finding(f"volume group {group.name} is not in LVM's devices file ({hidden})", why, fix)
+    accept = [f"a|^{_pattern(device)}$|" for device in group.hidden]
+    filters = settings.filters if settings else {}
+    fix = _append_command("devices", {name: (*accept, *rest) for name, rest in filters.items()})
+    return Finding(f"LVM's filter hides volume group {group.name} ({hidden})", why, fix)
+
+
+def _duplicates(group: Group, settings: LvmSettings | None) -> Finding:
+    copies = " ".join(map(shlex.quote, group.duplicates))
+    fix = f"for device in {copies}; do lvm lvmdevices --deldev $device; done"
+    if not (settings and settings.use_devices_file):
+        # A device is accepted if one of its names is: after a general "a" nothing would be rejected.
+        rest = settings.filters.get("global_filter", ()) if settings else ()
+        reject = [f"r|^{_pattern(device)}$|" for device in group.duplicates]
+        fix = _append_command(
+            "devices", {"global_filter": (*reject, *(word for word in rest if word != "a|.*|"))}
+        )
+    what = f"LVM sees physical volumes of volume group {group.name} twice (also on {copies})"
+    return Finding(what, "so it makes and removes nothing there", f"{fix} # or detach what is the copy")
+
+
+def _pattern(device: str) -> str:
+    """A pattern of a filter of LVM's that matches this path, and hardly any other."""
+    return re.sub(r"[^\w/-]", ".", device)
+
+
+def _append_command(section: str, lists: Mapping[str, Iterable[str]]) -> str:
+    """The command that adds lists to LVM's configuration of this host; the last of a name counts."""
+    words = (f"{name} = [ {', '.join(json.dumps(word) for word in each)} ]" for name, each in lists.items())
+    text = shlex.quote(f"{section} {{ {' '.join(words)} }}")
+    return f"printf '%s\\n' {text} >> /etc/lvm/lvmlocal.conf"
+
+
+def _activation(vg_name: str, settings: LvmSettings | None) -> Iterator[Finding]:
+    """Whether LVM activates volumes of the group, to be written to; lists with tags are left to the trial."""
+    wanted, unwanted = (settings.volume_list, settings.read_only_volume_list) if settings else (None, None)
+    if wanted is not None and vg_name not in wanted and not any(word.startswith("@") for word in wanted):
+        fix = _append_command("activation", {"volume_list": (*wanted, vg_name)})
+        what = f"LVM's activation/volume_list lacks volume group {vg_name}"
+        yield Finding(what, "so no local disk is active", fix)
+    if unwanted is not None and vg_name in unwanted:
+        rest = tuple(word for word in unwanted if word != vg_name)
+        fix = _append_command("activation", {"read_only_volume_list": rest})
+        what = f"LVM's activation/read_only_volume_list has volume group {vg_name}"
+        yield Finding(what, "so no local disk can be written to", fix)
 
 
 def _multipath(vg_name: str, multipath: Multipath) -> Finding:

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from localdisk.config import Config
 from localdisk.errors import CommandFailed, Error, LibvirtSilent, VolumeGroupUnusable
 from localdisk.host import files
-from localdisk.host.check_storage import check_group, unshare_command
-from localdisk.host.facts import PACKAGES, Entry, Host
+from localdisk.host.check_storage import check_content, check_group, unshare_command
+from localdisk.host.facts import PACKAGES, Entry, Host, Rehearsal
 from localdisk.host.finding import Finding
 from localdisk.vdsm.hook_call import POINTS
 
@@ -32,28 +32,35 @@ def check_host(config: Config, host: Host) -> Iterator[Finding]:
         yield finding
     if not has_cause:
         yield from _rehearsal(host)
+    yield from _others(config, host)
 
 
 def _causes(config: Config, host: Host) -> Iterator[Finding]:
+    """What keeps VMs from starting, and so explains why a rehearsed start fails."""
     yield from _tools(host)
     yield from _versions(config, host)
     yield from _accounts(host)
-    yield from _run_directory(host)
-    ways = tuple(_program(host))
+    directory, ways = tuple(_run_directory(host)), tuple(_program(host))
+    yield from directory
     yield from ways
     if not ways:
-        yield from _sudo(host)
-    yield from _hooks(host)
-    yield from _older_rules(host)
-    yield from _cron(host)
+        yield from _sudo(host, is_explained=bool(directory))
     yield from _udev(config, host)
-    yield from _scan_lvs(host)
-    yield from _clock(host)
     for group in host.groups:
-        yield from check_group(group, config, host.lvm_settings, _program_time(host), host.now)
+        yield from check_group(group, config, host.lvm_settings)
     for failure in host.failures:
         if not (ways and failure.fields.get("tool") == host.program):
             yield _failure(failure)
+
+
+def _others(config: Config, host: Host) -> Iterator[Finding]:
+    yield from _hooks(host)
+    yield from _older_rules(host)
+    yield from _cron(host)
+    yield from _scan_lvs(host)
+    yield from _clock(host)
+    for group in host.groups:
+        yield from check_content(group, config, _program_time(host), host.now)
     if not host.is_root:
         what = "volume groups, thin pools, local disks and the sudo rule were not looked at"
         yield Finding(what, "only root sees them", f"sudo {shlex.quote(host.program)} check", is_hint=True)
@@ -141,9 +148,10 @@ def _owned(entry: Entry) -> str:
     return f"{entry.path} (user {entry.uid}, mode {stat.S_IMODE(entry.mode):04o})"
 
 
-def _sudo(host: Host) -> Iterator[Finding]:
+def _sudo(host: Host, is_explained: bool) -> Iterator[Finding]:
+    """`is_explained`: another finding says why the helper ends without an answer."""
     problem = host.rehearsal.sudo if host.rehearsal else ""
-    if problem:
+    if problem and not is_explained:
         yield _no_helper(host, problem)
     elif host.sudoers and host.sudo_options is not None and not _has_our_rule(host):
         what = f"{files.SUDOERS} is not the rule that localdisk needs, no more and no less"
@@ -170,12 +178,13 @@ def _no_helper(host: Host, problem: str) -> Finding:
 
 def _rehearsal(host: Host) -> Iterator[Finding]:
     """What vdsm meets where a VM would start, if no other finding explains it."""
-    found = host.rehearsal
-    if found:
-        for who, message in (("its helper", found.helper), ("libvirt", found.libvirt)):
-            if message:
-                what, _, fix = message.partition(" : ")
-                yield Finding(f"user vdsm, through {who}: {what}", "so no VM can start from local disks", fix)
+    found = host.rehearsal or Rehearsal()
+    for message in (found.libvirt, *found.disks):
+        if message:
+            what, _, fix = message.partition(" : ")
+            yield Finding(
+                f"user vdsm tried what a start does: {what}", "so no VM can start from local disks", fix
+            )
 
 
 def _rules(text: str) -> set[str]:
@@ -308,7 +317,8 @@ def _failure(error: Error) -> Finding:
         fix = "systemctl restart virtqemud.socket || systemctl restart libvirtd"
     elif isinstance(error, VolumeGroupUnusable):
         why = "so no local disk can be made or changed"
-        fix = unshare_command(str(error.fields["vg"]))
+        if str(error.fields["problem"]).startswith("shared"):
+            fix = unshare_command(str(error.fields["vg"]))
     elif isinstance(error, CommandFailed) and error.argv:
         fix = f"{shlex.join(error.argv)} # shows the whole of it"
     return Finding(what, why, fix)

@@ -1,4 +1,6 @@
-"""The host as it is, for `check`: what is installed, who may do what.  Changes nothing.
+"""The host as it is, for `check`: what is installed, who may do what.
+
+Changes nothing but that vdsm makes a tiny volume in each group, which is removed at once (`rehearsal.py`).
 
 `look` gathers all of it into one frozen `Host`, with what `storage_facts.py` sees of volume groups; what
 cannot be asked is a failure in it.  Nothing is judged here, `check_system.py` and `check_storage.py` do that.
@@ -13,7 +15,7 @@ import pwd
 import re
 import stat
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 
 from localdisk import libvirt, lock, run
@@ -22,6 +24,7 @@ from localdisk.errors import CommandFailed, Error, Unseen
 from localdisk.frozen import frozen
 from localdisk.host import files, storage_facts, sudo_rule
 from localdisk.host.storage_facts import Group, LvmSettings
+from localdisk.ids import NOBODY
 from localdisk.volumes import lvm
 
 TYPE_CHECKING = False
@@ -88,9 +91,9 @@ class Accounts:
 class Rehearsal:
     """What user vdsm meets where a VM would start: a whole message each, "" if there is none."""
 
-    sudo: str  # why the helper does not run
-    helper: str  # why it refuses
-    libvirt: str
+    sudo: str = ""  # why the helper does not run
+    libvirt: str = ""
+    disks: tuple[str, ...] = ()  # why no disk can be made and written to
 
 
 @frozen
@@ -155,7 +158,7 @@ def look(config: Config, program: str) -> Host:
         run_directory=asked(partial(entry, lock.RUN)),
         lvm_settings=settings,
         groups=tuple(groups),
-        rehearsal=asked(partial(_rehearse, program))
+        rehearsal=asked(partial(_rehearse, program, starts(config, groups)))
         if is_root and "vdsm" in accounts.users and not missing
         else None,
         failures=tuple(asked.failures),
@@ -260,12 +263,33 @@ def _version(argv: list[str], out: str, pattern: str) -> Version:
     return tuple(map(int, found.groups()))
 
 
-def _rehearse(program: str) -> Rehearsal:
+def starts(config: Config, groups: Iterable[Group]) -> tuple[str, ...]:
+    """What vdsm tries: `VM=PROPERTY`, one for each volume group and backend that disks are or will be in.
+
+    A thin pool that is there counts for the backend, too: the property of a VM may ask for it.
+    """
+    pools = {
+        (group.name, lv.lv_name) for group in groups if group.vg for lv in group.vg.lvs if lv.is_thin_pool
+    }
+    found: dict[tuple[str, str, tuple[str, ...]], str] = {}
+    for vm_id, override in ((NOBODY, config.others), *config.vms.items()):
+        policy = override.policy
+        if not policy.enabled:
+            continue
+        if policy.backend == "lvm":
+            found.setdefault((policy.volume_group, "", policy.devices), f"{vm_id}=lvm")
+        has_pool = override.backend is None and (policy.volume_group, policy.thin_pool) in pools
+        if policy.backend == "lvmthin" or has_pool:
+            found.setdefault((policy.volume_group, policy.thin_pool, policy.devices), f"{vm_id}=lvmthin")
+    return tuple(found.values())
+
+
+def _rehearse(program: str, tried: tuple[str, ...]) -> Rehearsal:
     """Have vdsm do what a start does; the program itself is run, so that vdsm's rights to it count, too."""
-    argv = [program, "rehearsal"]
+    argv = [program, "rehearsal", *tried]
     out = run.run(argv, user="vdsm")
     try:
         found = json.loads(out)
-        return Rehearsal(str(found["sudo"]), str(found["helper"]), str(found["libvirt"]))
+        return Rehearsal(str(found["sudo"]), str(found["libvirt"]), tuple(map(str, found["disks"])))
     except (KeyError, TypeError, ValueError):
         raise CommandFailed(tuple(argv), 0, f"it printed {out[:80]!r}") from None

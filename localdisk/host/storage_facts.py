@@ -6,7 +6,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from localdisk import device_mapper
 from localdisk.errors import CommandFailed, NoVolumeGroup
@@ -29,6 +29,9 @@ class LvmSettings:
     use_devices_file: bool
     autoextend_threshold: int  # percent; 100: thin pools do not grow by themselves
     scan_lvs: bool = False  # whether LVM looks for volume groups inside of logical volumes
+    volume_list: tuple[str, ...] | None = None  # what it activates; None: everything
+    read_only_volume_list: tuple[str, ...] | None = None  # what it activates for reading
+    filters: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # devices/filter, global_filter
 
 
 @frozen
@@ -54,7 +57,8 @@ class Group:
     name: str
     devices: tuple[str, ...]
     vg: VolumeGroup | None
-    hidden: tuple[str, ...] = ()  # its physical volumes that are not in LVM's devices file
+    hidden: tuple[str, ...] = ()  # its physical volumes that LVM's devices file or filter leaves out
+    duplicates: tuple[str, ...] = ()  # further devices with what is on its physical volumes
     multipaths: tuple[Multipath, ...] = ()
     pools: Mapping[str, PoolWatch] = field(default_factory=dict)
     no_discard: tuple[str, ...] = ()  # its physical volumes that cannot discard
@@ -69,12 +73,19 @@ def settings() -> LvmSettings:
     """Raises CommandFailed, CommandTimeout."""
     # --mergedconfig: not only what the command itself is given.
     out = lvm.call(["lvm", "lvmconfig", "--typeconfig", "full", "--mergedconfig", "devices", "activation"])
-    values = dict(re.findall(r"^\s*(\w+)=(\d+)\s*$", out, re.M))
+    values = dict(re.findall(r"^\s*(\w+)=\[?(.*?)\]?\s*$", out, re.M))
     return LvmSettings(
         use_devices_file=values.get("use_devicesfile", "0") == "1",  # absent before LVM 2.03.12
         autoextend_threshold=int(values.get("thin_pool_autoextend_threshold", "100")),
         scan_lvs=values.get("scan_lvs", "1") == "1",  # absent before LVM 2.03, which does
+        volume_list=_list(values.get("volume_list")),
+        read_only_volume_list=_list(values.get("read_only_volume_list")),
+        filters={name: _list(values.get(name)) or () for name in ("filter", "global_filter")},
     )
+
+
+def _list(text: str | None) -> tuple[str, ...] | None:
+    return None if text is None else tuple(re.findall(r'"([^"]*)"', text))
 
 
 def look(name: str, devices: tuple[str, ...], uses_devices_file: bool, owner: Owner) -> Group:
@@ -87,8 +98,12 @@ def look(name: str, devices: tuple[str, ...], uses_devices_file: bool, owner: Ow
         vg = VolumeGroup.read(name, devices)
     except NoVolumeGroup:
         vg = None
-    seen = _physical_volumes(name, options)
-    there = _physical_volumes(name, ["--devicesfile", ""]) if uses_devices_file else seen
+    rows = lvm.physical_volumes(*options)
+    seen, there = _devices_of(name, rows), tuple[str, ...]()
+    if uses_devices_file:
+        there = _devices_of(name, lvm.physical_volumes("--devicesfile", ""))
+    elif not devices and (vg is None or vg.vg_partial):
+        there = _devices_of(name, lvm.physical_volumes(config=lvm.SEE_ALL))
     candidates = [*seen, *(device for device in devices if device not in seen)]
     multipaths = {found for device in candidates for found in _multipaths(device)}
     has_pools = vg is not None and any(lv.is_thin_pool for lv in vg.lvs)
@@ -97,6 +112,7 @@ def look(name: str, devices: tuple[str, ...], uses_devices_file: bool, owner: Ow
         devices=devices,
         vg=vg,
         hidden=tuple(device for device in there if device not in seen),
+        duplicates=_devices_of(name, rows, "duplicate"),
         multipaths=tuple(sorted(multipaths, key=lambda found: found.name)),
         pools=_pools(name, options) if has_pools else {},
         no_discard=tuple(device for device in seen if not device_mapper.can_discard(device)),
@@ -104,11 +120,10 @@ def look(name: str, devices: tuple[str, ...], uses_devices_file: bool, owner: Ow
     )
 
 
-def _physical_volumes(vg_name: str, options: list[str]) -> tuple[str, ...]:
-    """The devices of a group's physical volumes that LVM finds, with `options`."""
-    rows = _report(["lvm", "pvs", "--reportformat", "json", "-o", "pv_name,vg_name", *options], "pv")
-    names = (row["pv_name"] for row in rows if row["vg_name"] == vg_name)
-    return tuple(name for name in names if name.startswith("/"))  # a missing one is "[unknown]"
+def _devices_of(vg_name: str, rows: Iterable[Mapping[str, str]], duplicate: str = "") -> tuple[str, ...]:
+    """The devices of a group's physical volumes; with `duplicate` those that LVM does not use."""
+    found = (row["pv_name"] for row in rows if (row["vg_name"], row["pv_duplicate"]) == (vg_name, duplicate))
+    return tuple(name for name in found if name.startswith("/"))  # a missing one is "[unknown]"
 
 
 def _pools(vg_name: str, options: list[str]) -> dict[str, PoolWatch]:

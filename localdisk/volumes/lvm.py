@@ -17,12 +17,12 @@ from localdisk.errors import (
     CommandFailed,
     CommandMissing,
     CommandTimeout,
-    DeviceNotReady,
     Error,
     MetadataAreaFull,
     NoVolumeGroup,
     ThinPoolAtThreshold,
     ThinPoolUnusable,
+    VolumeGroupHidden,
     VolumeGroupUnusable,
 )
 from localdisk.frozen import frozen
@@ -59,6 +59,46 @@ SETTINGS = (
     'pvs_sort_full="pv_name" segs_sort_full="lv_uuid,seg_start" pvsegs_sort_full="pv_uuid,pvseg_start"}'
 )
 SELECT = {"seg": "segtype=thin-pool", "pv": "pv_name=none", "pvseg": "pv_name=none"}
+SEE_ALL = 'devices{filter=["a|.*|"] global_filter=["a|.*|"]}'  # whatever filters the host has
+_HIDING = {
+    "filter": (
+        (),
+        SEE_ALL,
+        "let devices/filter and devices/global_filter accept it (lvmconfig devices shows them)",
+    ),
+    "devices file": (("--devicesfile", ""), "", "vgimportdevices {vg}"),
+}
+
+# Why LVM does nothing in a group: its message, what that means, and what to do.
+_LEFT_INACTIVE = (
+    "left inactive by LVM, whose activation/volume_list lacks it",
+    "add {vg} to volume_list (lvmconfig activation/volume_list shows it, lvm.conf or lvmlocal.conf has it)",
+)
+_TWINS = (
+    "one of several of that name, of which LVM uses none",
+    "vgs -o vg_name,vg_uuid,pv_name, then vgrename UUID NEW_NAME for the other one",
+)
+_ANOTHERS = (
+    "another host's, its system ID is {id}",
+    "if no other host uses it: "
+    """vgchange -y --config 'local{{extra_system_ids=["{id}"]}}' --systemid {own} {vg}""",
+)
+_ANOTHERS_HERE_NONE = (
+    "another host's, its system ID is {id} and this host has none",
+    'if no other host uses it: set global/system_id_source = "lvmlocal" in lvm.conf and '
+    'local/system_id = "{id}" in lvmlocal.conf',
+)
+_DUPLICATES = (
+    "on a physical volume that LVM sees on several devices",
+    "hide the copy from LVM (pvs -a -o +pv_duplicate): lvmdevices --deldev DEVICE, or devices/global_filter",
+)
+_REASONS = (
+    (r"(?:Volume|thin pool) (?P<vg>[^\s/]+)/.*volume_list", _LEFT_INACTIVE),
+    (r"with the same name: skipping (?P<vg>\S+)", _TWINS),
+    (r"VG (?P<vg>\S+) with system ID (?P<id>\S+) with local system ID (?P<own>[^\s.]+)", _ANOTHERS),
+    (r"VG (?P<vg>\S+) with system ID (?P<id>\S+) with unknown local", _ANOTHERS_HERE_NONE),
+    (r"(?:VG|volume group) (?P<vg>\S+) (?:while PVs appear on|with) duplicate", _DUPLICATES),
+)
 
 
 @frozen
@@ -141,11 +181,11 @@ class VolumeGroup:
             text = call([*argv, *_devices(devices), vg_name])
         except CommandFailed as error:
             if f'Volume group "{vg_name}" not found' in error.stderr:
-                raise NoVolumeGroup(vg=vg_name) from None
+                raise _not_found(vg_name) from None
             shared = re.search(r"with lock type (\w+) that requires lvmlockd", error.stderr)
             if shared:
                 raise _shared(vg_name, shared[1]) from None
-            raise
+            raise _explained(error) from None
         return cls.from_report(text, devices)
 
     @classmethod
@@ -258,7 +298,10 @@ class VolumeGroup:
         # by LVM 2.03.16); --ignoreactivationskip: but activate it now.
         argv = ["lvcreate", "--quiet", "--yes", "--name", lv_name]
         argv += ["--setactivationskip", "y", "--ignoreactivationskip"]
-        call([*argv, *_repeat("--addtag", tags), *_devices(self.devices), *rest])
+        try:
+            call([*argv, *_repeat("--addtag", tags), *_devices(self.devices), *rest])
+        except CommandFailed as error:
+            raise _explained(error) from None
 
     def change_tags(self, *lv_names: str, add: Iterable[str] = (), remove: Iterable[str] = ()) -> None:
         """Add and remove tags, one commit a volume; removing an absent tag is no error."""
@@ -267,7 +310,10 @@ class VolumeGroup:
 
     def activate(self, lv_name: str) -> None:
         argv = ["lvchange", "--quiet", "--activate", "y", "--ignoreactivationskip"]
-        call([*argv, *_devices(self.devices), self._full_name(lv_name)])
+        try:
+            call([*argv, *_devices(self.devices), self._full_name(lv_name)])
+        except CommandFailed as error:
+            raise _explained(error) from None
 
     def set_read_only(self, lv_name: str) -> None:
         """Let nobody write to a volume any more, whoever activates it."""
@@ -303,29 +349,43 @@ class VolumeGroup:
         """The device-mapper UUID of an active volume's node, checked to be of this very group.
 
         `LVM-` and the UUIDs of group and volume without dashes (lvm2, lib/activate/dev_manager.c).
-        Raises DeviceNotReady.
+        Raises DeviceNotReady; VolumeGroupUnusable if LVM has not activated the volume, without a word.
         """
         path = self.path(lv_name)
         try:
             uuid = device_mapper.read_uuid(os.stat(path).st_rdev)
         except OSError as error:
-            raise DeviceNotReady(path=path, problem=error.strerror) from None
+            self._require_active(lv_name)
+            raise device_mapper.not_ready(path, error) from None
         if not uuid.startswith("LVM-" + self.vg_uuid.replace("-", "")):
-            raise DeviceNotReady(path=path, problem=f"it is another device ({uuid})")
+            raise device_mapper.another_device(path, f"({uuid})")
         return uuid
+
+    def _require_active(self, lv_name: str) -> None:
+        """Raise VolumeGroupUnusable if a volume that was to be activated is not active.
+
+        `lvchange --activate y`, and `lvcreate` of a thin volume in an active pool, end with 0 and print
+        nothing if activation/volume_list leaves the group out (LVM 2.03.16).
+        """
+        try:
+            lv = VolumeGroup.read(self.vg_name, self.devices).find(lv_name)
+        except Error:  # the missing node is what is told
+            return
+        if lv and not lv.lv_active:
+            raise _unusable({"vg": self.vg_name}, _LEFT_INACTIVE)
 
     def _full_name(self, lv_name: str) -> str:
         return f"{self.vg_name}/{lv_name}"
 
 
-def call(argv: Sequence[str]) -> str:
-    """Run a command of LVM's with SETTINGS and return its standard output.
+def call(argv: Sequence[str], config: str = "") -> str:
+    """Run a command of LVM's with SETTINGS and `config` and return its standard output.
 
     `argv` begins with two words, the second without a value: `lvm fullreport`, `lvs --readonly`.
     Raises CommandFailed, with `argv` as it could be typed; MetadataAreaFull, CommandTimeout, CommandMissing.
     """
     try:
-        return run.run([*argv[:2], "--config", SETTINGS, *argv[2:]])
+        return run.run([*argv[:2], "--config", f"{SETTINGS} {config}".strip(), *argv[2:]])
     except CommandFailed as error:
         full = _METADATA_FULL.search(error.stderr)
         if full:
@@ -408,6 +468,48 @@ def _at_threshold(error: CommandFailed, vg_name: str, pool: str) -> Error:
     if why:
         return ThinPoolUnusable(vg=vg_name, pool=pool, said=why[0])
     return ThinPoolAtThreshold(vg=vg_name, pool=pool)
+
+
+def _explained(error: CommandFailed) -> Error:
+    """VolumeGroupUnusable if LVM's message has one of _REASONS, else the same error."""
+    for pattern, reason in _REASONS:
+        match = re.search(pattern, error.stderr)
+        if match:
+            return _unusable(match.groupdict(), reason)
+    return error
+
+
+def _unusable(names: Mapping[str, str], reason: tuple[str, str]) -> VolumeGroupUnusable:
+    problem, fix = (text.format(**names) for text in reason)
+    return VolumeGroupUnusable(vg=names["vg"], problem=problem, fix=fix)
+
+
+def _not_found(vg_name: str) -> NoVolumeGroup:
+    """VolumeGroupHidden if LVM does not see the group because of a filter or its devices file."""
+    for how, (options, config, fix) in _HIDING.items():
+        try:
+            rows = physical_volumes(*options, config=config)
+        except (CommandFailed, CommandTimeout):  # LVM before 2.03.12 has no devices file
+            continue
+        devices = " ".join(row["pv_name"] for row in rows if row["vg_name"] == vg_name)
+        if devices:
+            return VolumeGroupHidden(vg=vg_name, how=how, devices=devices, fix=fix.format(vg=vg_name))
+    return NoVolumeGroup(vg=vg_name)
+
+
+def physical_volumes(*options: str, config: str = "") -> list[dict[str, str]]:
+    """All physical volumes that LVM finds with `options`: rows of pv_name, vg_name, pv_duplicate.
+
+    Raises CommandFailed, CommandTimeout.
+    """
+    columns = "pv_name,vg_name,pv_duplicate"
+    argv = ["lvm", "pvs", "--reportformat", "json", "--all", "-o", columns, *options]
+    text = call(argv, config)
+    try:
+        rows: list[dict[str, str]] = json.loads(text)["report"][0]["pv"]
+        return [row for row in rows if row["vg_name"]]
+    except (ValueError, KeyError, IndexError, TypeError):
+        raise CommandFailed(tuple(argv), 0, f"it printed {text[:80]!r}") from None
 
 
 def _shared(vg_name: str, lock_type: str) -> VolumeGroupUnusable:

@@ -62,7 +62,8 @@ def without_settings(argv: Sequence[str]) -> list[str]:
     """A command without the settings that each of LVM's must carry."""
     words = list(argv)
     if words[0].startswith(("lv", "vg", "pv")):
-        assert words[2:4] == ["--config", lvm.SETTINGS], words
+        assert words[2] == "--config", words
+        assert words[3] in (lvm.SETTINGS, f"{lvm.SETTINGS} {lvm.SEE_ALL}"), words
         del words[2:4]
     assert "--config" not in words
     return words
@@ -328,6 +329,9 @@ class FakeHost:
         return answer
 
     def _lvm(self, argv: list[str]) -> str:
+        if argv[1] == "pvs":
+            rows = [{"pv_name": "/dev/sda", "vg_name": self.vg["vg_name"], "pv_duplicate": ""}]
+            return json.dumps({"report": [{"pv": rows}]})
         assert " ".join(argv[:-1]) == FULLREPORT
         if argv[-1] != self.vg["vg_name"]:
             missing = f'  Volume group "{argv[-1]}" not found\n  Cannot process volume group {argv[-1]}\n'

@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
+import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,9 +21,11 @@ import pytest
 
 from tests.bed import host, libvirt
 from tests.bed.failing import FailingDevice, failing_device
+from tests.bed.player import run_point
 from tests.bed.shell import attempt, run
 from tests.bed.storage import FileStorage, new_id
-from tests.kernel.steps import CONFIG, LOCKS, MIB, configure, localdisk, refused_disk
+from tests.bed.vm import Disk, disk_json
+from tests.kernel.steps import CONFIG, LOCKS, MIB, THICK, THIN, configure, helpers, localdisk, one_line, stop
 
 NAME = "bed-check"  # a volume group of these tests' own
 POINT = host.HOOKS / "after_disk_prepare"
@@ -483,10 +487,10 @@ def test_a_thin_pool_that_grows() -> None:
     finally:
         LVM_LOCAL.write_text(before)
         host.remove(host.THIN_POOL)
-        stop("dmeventd")
+        stop_daemon("dmeventd")
 
 
-def stop(daemon: str) -> None:
+def stop_daemon(daemon: str) -> None:
     """End the daemon, by the process id that it wrote down."""
     file = Path(f"/run/{daemon}.pid")
     if file.exists():
@@ -507,14 +511,31 @@ def later_rule(text: str) -> Iterator[None]:
         path.unlink(missing_ok=True)
 
 
-def start_meets(*words: str) -> None:
+def start_meets(*words: str, custom: Mapping[str, str] = THICK) -> None:
     """A start is refused with one line that has these words."""
-    storage = FileStorage()
+    storage, vm_id = FileStorage(), new_id()
+    image = storage.template(8 * MIB, seed=1)
+    libvirt.define_placeholder(vm_id)
     try:
-        line = refused_disk(storage.template(8 * MIB, seed=1))
+        result = run_point("after_disk_prepare", vm_id, disk_json(Disk("vda", image)), custom)
+        line = one_line(result)
         for word in words:
             assert word in line
     finally:
+        libvirt.undefine(vm_id)
+        storage.remove()
+
+
+def start_works(custom: Mapping[str, str] = THICK) -> None:
+    storage, vm_id = FileStorage(), new_id()
+    image = storage.template(8 * MIB, seed=1)
+    libvirt.define_placeholder(vm_id)
+    try:
+        result = run_point("after_disk_prepare", vm_id, disk_json(Disk("vda", image)), custom)
+        assert result.rc == 0, result.stderr
+        stop(vm_id, image, custom=custom)
+    finally:
+        libvirt.undefine(vm_id)
         storage.remove()
 
 
@@ -556,7 +577,7 @@ def test_a_later_rule_forbids_the_helper_to_run_lvm() -> None:
     """The fix shows the rule; somebody must remove it."""
     with later_rule(f"vdsm ALL=(root) NOPASSWD: NOEXEC: {host.PROGRAM} helper"):
         start_meets("lvm cannot be run, although the mode of /usr/sbin/lvm allows it", "sudo -l -U vdsm")
-        named("user vdsm, through its helper: lvm cannot be run")
+        named("user vdsm tried what a start does: lvm cannot be run")
     good()
 
 
@@ -574,8 +595,145 @@ def test_libvirt_is_not_for_vdsm() -> None:
     virsh = Path("/usr/bin/virsh")
     virsh.chmod(0o750)
     try:
-        (fix,) = named("user vdsm, through libvirt: libvirt does not say which VMs run: virsh cannot be run")
+        (fix,) = named(
+            "user vdsm tried what a start does: libvirt does not say which VMs run: virsh cannot be run"
+        )
         assert fix == "check that libvirt runs (virsh -r list)"
     finally:
         virsh.chmod(0o755)
     good()
+
+
+# -- a tiny volume goes the way of a local disk
+
+
+def failures() -> dict[str, int]:
+    """What metrics count as starts and stops that failed."""
+    try:
+        found = json.loads((LOCKS / "counters").read_text())
+    except FileNotFoundError:
+        return {}
+    return dict(found["failures"])
+
+
+def lvm_says(text: str) -> None:
+    LVM_LOCAL.write_text(text)
+
+
+@pytest.fixture
+def lvm_local() -> Iterator[None]:
+    before = LVM_LOCAL.read_text() if LVM_LOCAL.exists() else ""
+    yield
+    LVM_LOCAL.write_text(before)
+
+
+def test_a_full_group() -> None:
+    """The fix is the operator's choice: here something else makes room."""
+    run("lvcreate", "-y", "-Wn", "-Zn", "-l", "100%FREE", "-n", "full", host.VOLUME_GROUP)
+    before = failures()
+    (fix,) = named("user vdsm tried what a start does: volume group ovirt-local lacks 4 MiB")
+    assert fix.startswith("remove local disks (localdisk gc), extend the volume group")
+    assert failures() == before, "no start has failed"
+    host.remove("full")
+    good()
+
+
+def test_what_a_killed_check_leaves_is_removed_by_gc() -> None:
+    words = ["sudo", "-n", str(host.PROGRAM), "helper"]
+    asked = {"verb": "rehearse", "vm": new_id(), "property": "lvm"}
+    with subprocess.Popen(
+        words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, user="vdsm", text=True
+    ) as helper:
+        assert helper.stdin
+        assert helper.stdout
+        print(json.dumps(asked), file=helper.stdin, flush=True)
+        path = Path(json.loads(helper.stdout.readline())["device"]["path"])
+        assert (path.stat().st_uid, path.stat().st_gid) == (36, 107)
+        (pid,) = helpers()
+        os.kill(pid, signal.SIGKILL)
+    assert path.name in host.logical_volumes()
+    assert path.name in localdisk("gc")
+    assert path.name not in host.logical_volumes()
+
+
+def test_another_udev_rule_takes_the_devices_away() -> None:
+    """The fix shows the rule; somebody must remove it."""
+    rule = Path("/etc/udev/rules.d/94-storage-team.rules")
+    rule.write_text('ENV{DM_VG_NAME}=="ovirt-local", RUN+="/usr/bin/chown root:disk $env{DEVNAME}"\n')
+    run("udevadm", "control", "--reload")
+    try:
+        (fix,) = named("user vdsm tried what a start does: cannot write to /dev/ovirt-local/")
+        command = fix.partition("(")[2].rpartition(")")[0]
+        assert str(rule) in run("sh", "-c", command)
+    finally:
+        rule.unlink()
+        run("udevadm", "control", "--reload")
+    good()
+
+
+@pytest.mark.usefixtures("throwaway", "lvm_local")
+def test_lvm_leaves_the_group_inactive() -> None:
+    """In a pool that is active, LVM makes inactive disks and prints nothing; its reason is found."""
+    host.thin_pool("64m")
+    full = f"{host.VOLUME_GROUP}/{host.THIN_POOL}"
+    run("lvchange", "--errorwhenfull", "y", full)
+    run("lvcreate", "-y", "-V", "4m", "-T", full, "-n", "other")
+    for custom in (THICK, THIN):
+        lvm_says('activation {\n\tvolume_list = [ "other" ]\n}\n')
+        start_meets("left inactive by LVM", "add ovirt-local to volume_list", custom=custom)
+        fixed("LVM's activation/volume_list lacks volume group ovirt-local")
+        start_works(custom)
+    lvm_says('activation { volume_list = [ "@nobody" ] }\n')
+    named("user vdsm tried what a start does: volume group ovirt-local is left inactive by LVM")
+    lvm_says('activation { read_only_volume_list = [ "ovirt-local" ] }\n')
+    start_meets("cannot write to /dev/ovirt-local/", "read_only_volume_list", custom=THICK)
+    fixed("LVM's activation/read_only_volume_list has volume group ovirt-local")
+    host.remove("other", host.THIN_POOL)
+
+
+@pytest.mark.usefixtures("throwaway", "lvm_local")
+def test_lvm_has_a_reason_against_the_group() -> None:
+    """Each start names the cause, each fix is run, and then a start works."""
+    with (
+        failing_device("bed-a", 64 * MIB) as one,
+        failing_device("bed-b", 64 * MIB) as two,
+        group_on(one.path),
+    ):
+        local = os.environ["LOCALDISK_BED_LOCAL"]
+        lvm_says(f'devices {{ filter = [ "a|^{local}$|", "r|.*|" ] }}\n')
+        start_meets("hidden from LVM by its filter", str(one.path), "devices/filter")
+        fixed(f"LVM's filter hides volume group {NAME} ({one.path})")
+        start_works()
+        lvm_says("")
+
+        only_two = f'devices {{ filter = [ "a|^{two.path}$|", "r|.*|" ] }}'
+        run("vgcreate", "-y", "-s", "1m", "--config", only_two, NAME, str(two.path))
+        start_meets(f"volume group {NAME} is one of several of that name", "vgrename UUID NEW_NAME")
+        (fix,) = named(f"volume group {NAME} is one of several of that name")
+        shown = run("sh", "-c", fix.partition(", then ")[0])
+        (uuid,) = (line.split()[1] for line in shown.splitlines() if str(two.path) in line)
+        run("vgrename", uuid, "bed-twin")
+        good()
+        start_works()
+        run("vgremove", "-y", "bed-twin")
+
+        run("dd", f"if={one.path}", f"of={two.path}", "bs=1M")
+        start_meets(f"volume group {NAME} is on a physical volume that LVM sees on several devices")
+        fixed(f"LVM sees physical volumes of volume group {NAME} twice (also on ")
+        start_works()
+        lvm_says("")
+        run("wipefs", "-qa", str(two.path))
+
+        run("vgchange", "-y", "--systemid", "stranger", NAME)
+        start_meets(
+            f"volume group {NAME} is another host's, its system ID is stranger and this host has none"
+        )
+        named(f"volume group {NAME} is another host's")
+        lvm_says('global { system_id_source = "lvmlocal" }\nlocal { system_id = "stranger" }\n')
+        good()
+        lvm_says('global { system_id_source = "lvmlocal" }\nlocal { system_id = "mine" }\n')
+        start_meets(f"volume group {NAME} is another host's, its system ID is stranger")
+        (fix,) = named(f"volume group {NAME} is another host's")
+        paste(fix.partition(": ")[2])
+        good()
+        start_works()

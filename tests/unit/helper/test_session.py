@@ -14,11 +14,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from localdisk import counters, lock
+from localdisk import counters, ids, lock
 from localdisk.counters import Counters
 from localdisk.errors import CommandFailed, CommandTimeout
 from localdisk.frozen import replace
 from localdisk.volumes import gc, progress, template
+from localdisk.volumes.disk import State, local_disks
 from localdisk.volumes.lvm import VolumeGroup
 from localdisk.volumes.progress import Progress
 from tests.fakes import (
@@ -988,8 +989,66 @@ def test_a_node_that_does_not_come(host: FakeHost, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(VolumeGroup, "dm_uuid", REAL_DM_UUID)
     hook = Hook(host)
     hook.ask(CLAIM)
-    assert "check that the udev rule" in hook.refused(PREPARE)
+    assert "check that udev runs" in hook.refused(PREPARE)
     assert VOLUME not in host.volumes
+
+
+def test_a_volume_that_lvm_leaves_inactive(host: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with activation/volume_list: the commands end with 0."""
+    monkeypatch.setattr(VolumeGroup, "dm_uuid", REAL_DM_UUID)
+
+    def leave_inactive(_argv: object) -> None:
+        for volume in host.volumes.values():
+            volume.lv_active = ""
+
+    host.before["lvm"] = leave_inactive
+    hook = Hook(host)
+    hook.ask(CLAIM)
+    assert "volume group ovirt-local is left inactive by LVM" in hook.refused(PREPARE)
+    assert VOLUME not in host.volumes
+
+
+REHEARSE = {"verb": "rehearse", "vm": VM, "property": "lvm"}
+
+
+@pytest.mark.parametrize("backend", ["lvm", "lvmthin"])
+def test_a_trial(host: FakeHost, backend: str) -> None:
+    """As a start's disk it is made, found by gc if it is left, and it is removed."""
+    hook = Hook(host)
+    device = hook.ask(REHEARSE, property=backend)["device"]
+    name = device["path"].rpartition("/")[2]
+    assert device == {"path": f"/dev/ovirt-local/{name}", "dm_uuid": host.dm_uuid(name)}
+    (found,) = local_disks(VolumeGroup.from_report(host.report()))
+    assert (found.volume_id, found.state, found.vm_id) == (name, State.UNFINISHED, ids.NOBODY)
+    assert found.backend == backend
+    assert locks() == [f"{name}.lock"]
+    assert hook.ask({"verb": "rehearsed"}) == {}
+    assert (name in host.volumes, locks()) == (False, [])
+    hook.ask(REHEARSE, property=backend)
+    hook.session.end()
+    assert (set(host.volumes), locks()) == ({"pool0"}, [])
+    assert not counters.read().failures
+
+
+def test_a_trial_that_fails_is_no_start_that_failed(host: FakeHost) -> None:
+    host.vg["vg_free"] = "0"
+    assert "lacks 4 MiB" in Hook(host).refused(REHEARSE)
+    host.vg["vg_free"] = str(1 << 30)
+    host.fail("lvcreate", "  nothing works\n", 2)
+    assert "nothing works" in Hook(host).refused(REHEARSE)
+    hook = Hook(host)
+    assert "wrong order" in hook.refused({"verb": "rehearsed"})
+    assert (counters.read().failures, set(host.volumes), locks()) == ({}, {"pool0"}, [])
+
+
+def test_a_trial_evicts_nothing(host: FakeHost) -> None:
+    """A start would find room by evicting template LVs."""
+    host.vg["vg_free"] = "0"
+    name = template.lv_name(OTHER_VOLUME, FINGERPRINT, "lvm", "pool0")
+    host.add(name, template.new_tags(OTHER_VOLUME, FINGERPRINT, 4096), EXTENT)
+    hook = Hook(host)
+    assert hook.ask(REHEARSE) == {"device": None}
+    assert name in host.volumes
 
 
 def test_close_removes_the_unfinished_disk(host: FakeHost) -> None:
@@ -1981,6 +2040,7 @@ VERBS = {"look": "vm property disks", "claim": "vm property image volume", "rele
 VERBS.update({"prepare": "size fingerprint writes base", "progress": "done written", "commit": ""})
 VERBS.update({"prefetch": "backend base", "fill": "writes"})
 VERBS.update({"cancel": "vm property", "drifted": "vm property disks"})
+VERBS.update({"rehearse": "vm property", "rehearsed": ""})
 FROM_BASE = {**PREPARE, "base": BASE}
 FILL = {"verb": "fill", "writes": 512}
 PREFETCH = {"verb": "prefetch", "backend": "lvmthin", "base": BASE}

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import random
 import signal
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from localdisk import protocol, run
+from localdisk import device_mapper, protocol, run
 from localdisk.errors import CopyFailed, DeviceNotReady
 from localdisk.hook import copy, sources
 from localdisk.hook.sources import Layer, Source
@@ -245,8 +246,39 @@ def test_no_descriptor_is_left(device: Device, chain: Source) -> None:
 
 
 def test_a_node_that_never_comes(device: Device, chain: Source) -> None:
-    with pytest.raises(DeviceNotReady, match="No such file or directory : check that the udev rule"):
+    with pytest.raises(DeviceNotReady, match="No such file or directory : check that udev runs"):
         copy.copy(chain, device.target(path="/nonexistent/lv"), silent)
+
+
+def test_a_node_that_is_not_for_this_user(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: str, *_: object, **__: object) -> int:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(DeviceNotReady, match="Permission denied : localdisk install brings back its udev"):
+        copy.rehearse(device.target())
+
+
+def test_a_device_that_is_read_only(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with activation/read_only_volume_list: opened for writing it is, and nothing can be written."""
+    monkeypatch.setattr(device_mapper, "is_read_only", lambda path: path == str(device.path))
+    with pytest.raises(DeviceNotReady, match="take the volume group out of activation/read_only_volume_list"):
+        copy.rehearse(device.target())
+
+
+def test_a_trial(device: Device) -> None:
+    copy.rehearse(device.target())
+    assert device.path.read_bytes() == b"localdisk check\n" * 256 + (OLD * 4 * MIB)[4096:]
+    assert device.events == ["fsync"]
+
+
+def test_a_trial_on_a_device_that_fails(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "pread", lambda *_: b"\0" * 4096)
+    with pytest.raises(DeviceNotReady, match="does not hold what was written to it : look at the device"):
+        copy.rehearse(device.target())
+    monkeypatch.setattr(os, "pwrite", lambda *_: os.close(-1))
+    with pytest.raises(DeviceNotReady, match="Bad file descriptor : look at the device in the system log"):
+        copy.rehearse(device.target())
 
 
 def test_a_node_that_comes_late(device: Device, chain: Source) -> None:

@@ -35,6 +35,7 @@ from localdisk.host.check_system import check_host
 from localdisk.host.facts import Accounts, Entry, Hook, Host, Rehearsal
 from localdisk.host.finding import Finding, write_command
 from localdisk.host.storage_facts import Group, LvmSettings, Multipath, PoolWatch
+from localdisk.ids import NOBODY
 from localdisk.vdsm.hook_call import POINTS
 from localdisk.volumes.lvm import VolumeGroup
 from tests.fakes import OTHER_VM, VM, VOLUME, FakeHost, report, tags, without_settings
@@ -92,7 +93,7 @@ GOOD = Host(
     run_directory=a_directory(lock.RUN),
     lvm_settings=SETTINGS,
     groups=(a_group(),),
-    rehearsal=Rehearsal("", "", ""),
+    rehearsal=Rehearsal(),
     failures=(),
 )
 
@@ -237,7 +238,7 @@ def test_a_program_that_is_not_where_install_puts_it() -> None:
 
 
 def no_helper(problem: str) -> Rehearsal:
-    return Rehearsal(str(HelperUnavailable(problem=problem, fix=sudo_fix(problem, PROGRAM))), "", "")
+    return Rehearsal(str(HelperUnavailable(problem=problem, fix=sudo_fix(problem, PROGRAM))))
 
 
 @pytest.mark.parametrize(
@@ -255,13 +256,13 @@ def test_what_keeps_sudo_from_running(said: str, fix: str) -> None:
 
 
 def test_what_only_vdsm_meets() -> None:
-    found = lines(rehearsal=Rehearsal("", "no report : do this", "no libvirt : do that"))
+    found = lines(rehearsal=Rehearsal("", "no libvirt : do that", ("no report : do this",)))
     assert found == [
-        "user vdsm, through its helper: no report, so no VM can start from local disks : do this",
-        "user vdsm, through libvirt: no libvirt, so no VM can start from local disks : do that",
+        "user vdsm tried what a start does: no libvirt, so no VM can start from local disks : do that",
+        "user vdsm tried what a start does: no report, so no VM can start from local disks : do this",
     ]
     group = a_group(vg=None)
-    assert len(lines(rehearsal=Rehearsal("", "no report : do this", ""), groups=(group,))) == 1
+    assert len(lines(rehearsal=Rehearsal(disks=("no report : do this",)), groups=(group,))) == 1
 
 
 def test_sudo() -> None:
@@ -495,7 +496,54 @@ def test_udev_rule_of_several_groups() -> None:
     ],
 )
 def test_volume_groups(changes: dict[str, object], line: str) -> None:
-    assert lines(groups=(a_group(**changes),)) == [line]  # type: ignore[arg-type]
+    settings = replace(SETTINGS, use_devices_file="hidden" in changes)
+    assert lines(groups=(a_group(**changes),), lvm_settings=settings) == [line]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("settings", "changes", "line"),
+    [
+        (
+            {"filters": {"filter": ("a|.*|",), "global_filter": ("r|/dev/a|", "a|.*|")}},
+            {"vg": None, "hidden": ("/dev/a",)},
+            "LVM's filter hides volume group ovirt-local (/dev/a), so LVM does not see it : printf '%s\\n'"
+            """ 'devices { filter = [ "a|^/dev/a$|", "a|.*|" ]"""
+            """ global_filter = [ "a|^/dev/a$|", "r|/dev/a|", "a|.*|" ] }' >> /etc/lvm/lvmlocal.conf""",
+        ),
+        (
+            {"filters": {"filter": (), "global_filter": ("a|.*|",)}},
+            {"duplicates": ("/dev/b",)},
+            "LVM sees physical volumes of volume group ovirt-local twice (also on /dev/b), so it makes and"
+            """ removes nothing there : printf '%s\\n' 'devices { global_filter = [ "r|^/dev/b$|" ] }'"""
+            " >> /etc/lvm/lvmlocal.conf # or detach what is the copy",
+        ),
+        (
+            {"use_devices_file": True},
+            {"duplicates": ("/dev/b",)},
+            "LVM sees physical volumes of volume group ovirt-local twice (also on /dev/b), so it makes and"
+            " removes nothing there : for device in /dev/b; do lvm lvmdevices --deldev $device; done"
+            " # or detach what is the copy",
+        ),
+        (
+            {"volume_list": ("other",)},
+            {},
+            "LVM's activation/volume_list lacks volume group ovirt-local, so no local disk is active : "
+            """printf '%s\\n' 'activation { volume_list = [ "other", "ovirt-local" ] }'"""
+            " >> /etc/lvm/lvmlocal.conf",
+        ),
+        (
+            {"read_only_volume_list": ("ovirt-local", "x")},
+            {},
+            "LVM's activation/read_only_volume_list has volume group ovirt-local, so no local disk can be"
+            """ written to : printf '%s\\n' 'activation { read_only_volume_list = [ "x" ] }'"""
+            " >> /etc/lvm/lvmlocal.conf",
+        ),
+    ],
+)
+def test_lvms_configuration(settings: dict[str, Any], changes: dict[str, object], line: str) -> None:
+    settings_of = replace(SETTINGS, **settings)
+    assert lines(groups=(a_group(**changes),), lvm_settings=settings_of) == [line]  # type: ignore[arg-type]
+    assert lines(lvm_settings=replace(SETTINGS, volume_list=("@local",))) == ["this host: good"]
 
 
 @pytest.mark.parametrize("changes", [{}, {"vg": None}])
@@ -909,9 +957,9 @@ PVS = json.dumps(
         "report": [
             {
                 "pv": [
-                    {"pv_name": "/dev/sda", "vg_name": "ovirt-local"},
-                    {"pv_name": "[unknown]", "vg_name": "ovirt-local"},
-                    {"pv_name": "/dev/sdx", "vg_name": "other"},
+                    {"pv_name": "/dev/sda", "vg_name": "ovirt-local", "pv_duplicate": ""},
+                    {"pv_name": "[unknown]", "vg_name": "ovirt-local", "pv_duplicate": ""},
+                    {"pv_name": "/dev/sdx", "vg_name": "other", "pv_duplicate": ""},
                 ]
             }
         ]
@@ -945,7 +993,7 @@ def fixture_door(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Door:
             "qemu-img --version": "qemu-img version 7.2.22 (Debian 1:7.2)\nCopyright\n",
             "visudo": "",
             "virsh": f"{VM}\n\n",
-            f"{PROGRAM} rehearsal": json.dumps({"sudo": "", "helper": "", "libvirt": ""}),
+            f"{PROGRAM} rehearsal": json.dumps({"sudo": "", "libvirt": "", "disks": []}),
         }
     )
     monkeypatch.setattr(run, "run", door.run)
@@ -980,14 +1028,16 @@ def test_looking(door: Door) -> None:
     assert seen.failures == ()
     assert (seen.lvm_version, seen.qemu_img_version) == ((2, 3, 16), (7, 2))
     assert (seen.accounts, seen.known_vms) == (ACCOUNTS, frozenset({VM}))
-    assert seen.rehearsal == Rehearsal("", "", "")
+    assert seen.rehearsal == Rehearsal()
     assert (seen.hooks, seen.cron, seen.udev_rules, seen.run_directory) == ((), None, (), None)
-    assert seen.lvm_settings == LvmSettings(False, autoextend_threshold=80, scan_lvs=False)
+    assert seen.lvm_settings == LvmSettings(
+        False, autoextend_threshold=80, filters={"filter": (), "global_filter": ()}
+    )
     (group,) = seen.groups
     assert group.vg
     assert (group.hidden, group.multipaths, group.pools) == ((), (), {"pool0": PoolWatch(True, False)})
     assert began <= seen.now <= time.time()
-    assert door.commands[-1] == f"{PROGRAM} rehearsal"
+    assert door.commands[-1] == f"{PROGRAM} rehearsal {NOBODY}=lvm {NOBODY}=lvmthin"
 
 
 def test_looking_as_an_ordinary_user(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1034,9 +1084,9 @@ def test_a_report_that_is_not_understood(door: Door, answer: str) -> None:
 
 
 def test_sudo_is_tried(door: Door) -> None:
-    said = {"sudo": "s : t", "helper": "h : i", "libvirt": "l : m"}
+    said = {"sudo": "s : t", "libvirt": "l : m", "disks": ["h : i"]}
     door.answers[f"{PROGRAM} rehearsal"] = json.dumps(said)
-    assert look().rehearsal == Rehearsal("s : t", "h : i", "l : m")
+    assert look().rehearsal == Rehearsal("s : t", "l : m", ("h : i",))
     for answer in ("", "[]", "{}", CommandMissing(tool=PROGRAM)):
         door.answers[f"{PROGRAM} rehearsal"] = answer
         seen = look()
@@ -1066,7 +1116,7 @@ def test_files(door: Door, tmp_path: Path) -> None:
     (point / "20_directory").mkdir()
     (tmp_path / "cron").write_text("text\n")
     (tmp_path / "run").mkdir()
-    door.answers[str(program)] = json.dumps({"sudo": "", "helper": "", "libvirt": ""})
+    door.answers[str(program)] = json.dumps({"sudo": "", "libvirt": "", "disks": []})
     seen = look(program=str(program))
     assert seen.hooks == (Hook("before_vm_start", str(point / "50_localdisk"), str(program)),)
     assert [entry.path for entry in seen.way] == [str(program), *map(str, program.parents)]
@@ -1101,13 +1151,14 @@ def test_a_group_that_is_not_there(door: Door) -> None:
 
 def test_a_group_outside_of_the_devices_file(door: Door) -> None:
     door.answers["lvm lvmconfig"] = "use_devicesfile=1\n"
-    door.answers["lvm pvs --reportformat json -o pv_name,vg_name"] = '{"report": [{"pv": []}]}'
-    door.answers["lvm pvs --reportformat json -o pv_name,vg_name --devicesfile ''"] = PVS
+    pvs = "lvm pvs --reportformat json --all -o pv_name,vg_name,pv_duplicate"
+    door.answers[pvs] = '{"report": [{"pv": []}]}'
+    door.answers[f"{pvs} --devicesfile ''"] = PVS
     (group,) = look().groups
     assert group.hidden == ("/dev/sda",)
     (group,) = look("devices: [/dev/sda]\n").groups
     assert group.hidden == (), "devices of the configuration are used whatever the file says"
-    assert "lvm pvs --reportformat json -o pv_name,vg_name --devices /dev/sda" in door.commands
+    assert f"{pvs} --devices /dev/sda" in door.commands
 
 
 def mapping(tmp_path: Path, name: str, uuid: str, **relations: str) -> None:

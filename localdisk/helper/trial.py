@@ -1,0 +1,85 @@
+"""A tiny volume that is made as a start makes a disk, for `check`: root's half.  `rehearsal.py` writes to it.
+
+It has the tags of an unfinished disk of a VM that there is nowhere, under a lock: gc removes one that a
+killed `check` has left, as it does with every unfinished disk.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack
+
+from localdisk import lock
+from localdisk.config import Policy
+from localdisk.errors import NoSpace, ThinPoolAtThreshold, ThinPoolFull
+from localdisk.helper.new_volume import Making
+from localdisk.ids import NOBODY, new_uuid
+from localdisk.protocol import Device
+from localdisk.volumes import disk as life
+from localdisk.volumes import template
+from localdisk.volumes.disk import LocalDisk
+from localdisk.volumes.lvm import VolumeGroup
+from localdisk.volumes.removal import take_away
+
+SIZE = 1 << 20  # bytes; LVM makes one extent of it
+_NO_FINGERPRINT = "0" * 32
+
+
+class Trial:
+    """The volume of one trial, of the volume group and backend of a policy."""
+
+    def __init__(self, policy: Policy, pause: lock.Pause) -> None:
+        self._policy = policy
+        self._pause = pause
+        name = new_uuid()
+        with ExitStack() as stack:
+            held = stack.enter_context(lock.holding(lock.disk_lock(name), pause))
+            self._making = Making(name, policy, held, stack.pop_all(), vm=NOBODY, image=NOBODY)
+        self._making.tell()
+
+    def make(self) -> Device | None:
+        """Make it.
+
+        None where there is no room but template LVs, which a start would evict for it and a trial does not.
+        Raises what a start would.
+        """
+        name, policy = self._making.lv_name, self._policy
+        try:
+            vg = self._making.make(self._pause, self._room, self._create)
+        except (NoSpace, ThinPoolFull, ThinPoolAtThreshold):
+            if template.in_place(self._read(), policy.thin_pool if policy.backend == "lvmthin" else ""):
+                return None
+            raise
+        return Device(vg.path(name), vg.dm_uuid(name))
+
+    def _room(self) -> VolumeGroup:
+        vg = self._read()
+        life.require_room(vg, self._policy, SIZE, SIZE)
+        return vg
+
+    def _create(self, vg: VolumeGroup) -> None:
+        name, tags = self._making.lv_name, life.new_tags(NOBODY, NOBODY, _NO_FINGERPRINT, SIZE)
+        if self._policy.backend == "lvm":
+            vg.create_thick(name, SIZE, tags)
+        else:
+            vg.create_thin(name, SIZE, self._policy.thin_pool, tags)
+
+    def remove(self) -> None:
+        """Remove it.  Raises DiskBusy, CommandFailed."""
+        vg = self._read()
+        found = self._find(vg)
+        if found and self._making.is_ours(vg, found.lv):
+            take_away(vg, found, "none", time.sleep)
+        self._making.finished()
+
+    def close(self) -> None:
+        """Remove what is left of it, and let go of its lock; what cannot be removed now is gc's."""
+        self._making.undo(self._find)
+        self._making.release()
+
+    def _read(self) -> VolumeGroup:
+        return VolumeGroup.read(self._policy.volume_group, self._policy.devices)
+
+    def _find(self, vg: VolumeGroup) -> LocalDisk | None:
+        lv = vg.find(self._making.lv_name)
+        return LocalDisk.from_lv(lv) if lv else None
