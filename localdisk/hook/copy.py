@@ -31,6 +31,7 @@ MEMORY = 4 << 30  # bytes of address space; the tables of 64 layers take at most
 HEARTBEAT = 1.0  # seconds between two calls of `on_progress`
 
 _BLKZEROOUT = 0x127F  # linux/fs.h; takes offset and length in bytes
+_LARGEST_SECTOR = 4096  # bytes
 _ZERO_CHUNK = 64 << 20  # bytes a call; the ioctl can't be interrupted
 _BLOCK = b"localdisk check\n" * 256
 _PROGRESS = re.compile(rb"\((\d+(?:\.\d+)?)/100%\)")
@@ -166,6 +167,13 @@ def _zero_tail(fd: int, begin: int, on_progress: OnProgress) -> int:
     Returns how many bytes.
     """
     start, end = begin, os.lseek(fd, 0, os.SEEK_END)
+    # The guest's view is whole sectors of 512 bytes, the device's may be larger: the kernel refuses to zero a
+    # part of one.  Written and on the device before qemu-img writes around the page cache.
+    rest = min(-start % _LARGEST_SECTOR, end - start)
+    if rest > 0:
+        os.pwrite(fd, bytes(rest), start)
+        os.fsync(fd)
+        start += rest
     while start < end:
         size = min(_ZERO_CHUNK, end - start)
         fcntl.ioctl(fd, _BLKZEROOUT, struct.pack("QQ", start, size))

@@ -127,6 +127,25 @@ def test_a_raw_volume_that_is_not_whole(device: Device, tmp_path: Path, size: in
     assert device.path.read_bytes() == content.ljust(4 * MIB, b"\0")
 
 
+@pytest.mark.parametrize("size", [512, 4608, 8192 - 512])
+def test_a_disk_that_ends_inside_a_sector_of_4096_bytes(
+    device: Device, tmp_path: Path, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel zeroes whole sectors of the device only."""
+    real = device._ioctl
+
+    def whole_sectors(fd: int, request: int, argument: bytes) -> int:
+        assert not any(number % 4096 for number in struct.unpack("QQ", argument))
+        return real(fd, request, argument)
+
+    monkeypatch.setattr(fcntl, "ioctl", whole_sectors)
+    content = os.urandom(size)
+    with raw_source(tmp_path, content) as source:
+        copy.copy(source, device.target(), silent)
+    assert device.path.read_bytes() == content.ljust(4 * MIB, b"\0")
+    assert device.events[0] == "fsync", "before qemu-img writes beside the page cache"
+
+
 def test_a_disk_without_a_tail(device: Device, tmp_path: Path) -> None:
     content = os.urandom(4 * MIB)
     with raw_source(tmp_path, content) as source:

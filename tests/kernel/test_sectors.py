@@ -1,0 +1,75 @@
+"""A volume group on a device whose sectors have 4096 bytes: copied, cached, erased, booted from.
+
+Guests and images count in sectors of 512 bytes, so a disk may end in the middle of one of the device's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.bed import host, libvirt, vdsm
+from tests.bed.shell import run
+from tests.bed.storage import FileStorage, new_id
+from tests.bed.vm import Disk, Vm, boot_sector
+from tests.kernel.steps import MIB, THICK, THIN, configure, device, equals_source, localdisk, start, stop
+
+ODD = 20 * MIB + 3 * 512
+ASIDE = "bed-aside"
+
+pytestmark = pytest.mark.usefixtures("libvirt", "sectors")
+
+
+@pytest.fixture
+def sectors() -> Iterator[None]:
+    """The volume group is another one, on a device with sectors of 4096 bytes, with a thin pool."""
+    host.remove(*host.logical_volumes())
+    run("vgrename", host.VOLUME_GROUP, ASIDE)
+    backing = host.SCRATCH / "bed-sectors.img"
+    with open(backing, "wb") as file:
+        file.truncate(512 * MIB)
+    loop = run("losetup", "--sector-size", "4096", "--find", "--show", str(backing)).strip()
+    try:
+        run("vgcreate", "-y", host.VOLUME_GROUP, loop)
+        host.thin_pool("128m")
+        run("lvchange", "--errorwhenfull", "y", f"{host.VOLUME_GROUP}/{host.THIN_POOL}")
+        yield
+    finally:
+        run("vgremove", "-ff", "-y", host.VOLUME_GROUP)
+        run("losetup", "--detach", loop)
+        backing.unlink()
+        run("vgrename", ASIDE, host.VOLUME_GROUP)
+        configure()
+
+
+@pytest.mark.parametrize("custom", [THICK, THIN])
+def test_a_device_with_large_sectors(file_storage: FileStorage, custom: dict[str, str]) -> None:
+    """From layers and a single volume, by way of a template LV, erased with zeros, and `check` is content."""
+    configure("retention: {erase: zero}\ncache: {templates: on}\n")
+    localdisk("check")
+    template = file_storage.template(ODD - 4096, seed=1)
+    images = [file_storage.clone(template, layers=2, seed=seed, size=ODD) for seed in (2, 3)]
+    images.append(file_storage.template(ODD, seed=4))
+    for image in images:
+        vm_id = start(image, custom)
+        assert run("blockdev", "--getss", str(device(image))).strip() == "4096"
+        assert equals_source(image)
+        stop(vm_id, image, custom=custom)
+    localdisk("gc")
+    left = [tags for name, tags in host.logical_volumes().items() if name != host.THIN_POOL]
+    assert len(left) == 2, "the template LVs"
+    assert all(any(tag.startswith("TEMPLATE_") for tag in tags) for tags in left)
+
+
+def test_a_vm_boots_from_large_sectors(file_storage: FileStorage) -> None:
+    image = file_storage.template(ODD, seed=5, boot=boot_sector("hello"))
+    serial = host.SCRATCH / "serial-sectors"
+    serial.unlink(missing_ok=True)
+    vm = vdsm.start(Vm(new_id(), (Disk("vda", image, 1),), serial), THICK)
+    try:
+        assert libvirt.serial_line(serial) == "hello"
+    finally:
+        libvirt.destroy(vm.id)
+        libvirt.undefine(vm.id)
+        stop(vm.id, image)
