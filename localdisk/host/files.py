@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 
 PROGRAM = "/usr/local/libexec/localdisk"  # where install puts it; any place that is root's alone will do
 TREES = "/var/cache/localdisk"  # bootstrap.py's
+TREES_BESIDE = f"{PROGRAM}.extracted"  # bootstrap.py's, if TREES is mounted noexec
 HOOKS = "/usr/libexec/vdsm/hooks"
 HOOKS_ASIDE = "/usr/libexec/vdsm/hooks.aside"  # for another program's hooks; vdsm does not look there
 LINK = "50_localdisk"

@@ -180,7 +180,7 @@ def _hooks(root: str) -> Iterator[Change]:
 def _trees(root: str) -> Iterator[Change]:
     """What other builds have extracted; our own tree is there, for root runs nothing without."""
     trees, keep = os.path.split(_up(__file__, 4))
-    if not root and trees == files.TREES:
+    if not root and trees in (files.TREES, files.TREES_BESIDE):
         found = [name for name in sorted(os.listdir(trees)) if name != keep and not name.startswith(".")]
         unused = tuple(name for name in found if not _is_used(os.path.join(trees, name)))
         if unused:

@@ -139,7 +139,7 @@ def _older_back(path: str) -> Iterator[Change]:
 
 def _state(root: str) -> Iterator[Change]:
     """What localdisk makes while it runs; last, for our own lock is in it."""
-    for path in (files.TREES, lock.RUN):
+    for path in (files.TREES, files.TREES_BESIDE, lock.RUN):
         yield from _removed(root + path)
 
 

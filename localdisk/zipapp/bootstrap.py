@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from typing import NoReturn
 
 TREES = "/var/cache/localdisk"
+BESIDE = ".extracted"  # after the program's name: the directory of its packages if TREES is mounted noexec
 BUILD_ID = "@BUILD_ID@"  # build.sh writes a hash of the zipapp's whole content here
 FILES, PACKAGES = "files", "site-packages"
 
@@ -42,16 +43,42 @@ def main(called_by_vdsm: bool, refused: int = 2) -> None:
     user = os.geteuid()
     if user == 0:
         require_trusted(program())
-    packages = ready(TREES, 0)
+    trees = trees_of_root()
+    packages = ready(trees, 0)
     if not packages and user != 0 and called_by_vdsm:
         have_root_unpack()
-        packages = ready(TREES, 0)
+        packages = ready(trees, 0)
     if not packages:
-        packages = unpacked(TREES if user == 0 else own_trees(), user)
+        packages = unpacked(trees if user == 0 else own_trees(), user)
     sys.path.insert(0, packages)
     from localdisk.cli import main as run
 
     sys.exit(run())
+
+
+def trees_of_root() -> str:
+    """Where root extracts what everybody runs from: TREES, or beside the program if TREES is mounted noexec.
+
+    The kernel maps no compiled module from such a mount.  The program can be run, so its own mount is none.
+    """
+    return f"{program()}{BESIDE}" if is_noexec(TREES) else TREES
+
+
+def is_noexec(path: str) -> bool:
+    """Whether nothing can be executed at `path`, or where it will be made."""
+    try:
+        return bool(os.statvfs(path).f_flag & os.ST_NOEXEC)
+    except FileNotFoundError:
+        return path != "/" and is_noexec(os.path.dirname(path))
+    except OSError:
+        return False
+
+
+def mount_of(path: str) -> str:
+    """The mount point that `path` is on, or will be."""
+    while not os.path.ismount(path):
+        path = os.path.dirname(path)
+    return path
 
 
 def clean(environ: os._Environ[str]) -> None:
@@ -137,6 +164,9 @@ def unpacked(trees: str, user: int) -> str:
     except Exception:  # noqa: BLE001 (an update of the file can show as any exception)
         replaced()
 
+    if is_noexec(trees):
+        what = f"{trees} is on a file system that is mounted noexec, no compiled module is loaded from there"
+        refuse(what, f"mount -o remount,exec {mount_of(trees)}")
     try:
         os.makedirs(trees, mode=0o755, exist_ok=True)
         require_alone(trees, user)
@@ -147,7 +177,10 @@ def unpacked(trees: str, user: int) -> str:
     except extract.Replaced:
         replaced()
     except OSError as error:
-        refuse(f"cannot extract to {trees}, {error.strerror}", f"make room, or run {program()} once as root")
+        fix = f"make room, or run {program()} once as root"
+        if is_noexec(TREES):
+            fix = f"mount -o remount,exec {mount_of(TREES)}"
+        refuse(f"cannot extract to {trees}, {error.strerror}", fix)
     if not packages:
         refuse(f"what was extracted to {trees} is damaged", f"look for a failing disk, rm -r {trees}")
     return packages

@@ -197,6 +197,27 @@ def test_vms_start_while_it_is_updated(volume_group: str, file_storage: FileStor
     other.unlink()
 
 
+@pytest.mark.usefixtures("throwaway")
+def test_var_is_mounted_noexec(volume_group: str, file_storage: FileStorage) -> None:
+    """As hardening guides want it: every hook point works, from packages that are beside the program."""
+    beside = Path(f"{host.PROGRAM}.extracted")
+    image = file_storage.template(4 * MIB, seed=90)
+    run("mount", "-t", "tmpfs", "-o", "mode=755,noexec", "noexec", str(host.TREES.parent))
+    try:
+        vm_id = start(image)
+        assert equals_source(image)
+        stop(vm_id, image)
+        assert not host.logical_volumes()
+        assert localdisk("check") == f"{CONFIG}: good\nthis host: good\n"
+        assert [path.name for path in beside.iterdir() if not path.name.startswith(".")]
+        assert not host.TREES.exists()
+        localdisk("uninstall")
+        assert not beside.exists()
+    finally:
+        run("umount", str(host.TREES.parent))
+    run(str(NEW), "install")
+
+
 def test_the_older_hook() -> None:
     older = host.HOOKS / "after_disk_prepare/localdisk"
     older.write_text("#!/bin/sh\nexit 1\n")

@@ -83,9 +83,9 @@ def fixture_visudo(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What visudo was asked about; it says yes."""
     judged: list[str] = []
 
-    def fake_run(argv: tuple[str, ...]) -> str:
+    def fake_run(argv: tuple[str, ...], text: str = "") -> str:
         assert tuple(argv[:2]) == ("visudo", "-cf"), "nothing else runs for another root directory"
-        judged.append(Path(argv[2]).read_text())
+        judged.append(text if argv[2] == "-" else Path(argv[2]).read_text())
         return ""
 
     monkeypatch.setattr(run, "run", fake_run)
@@ -111,6 +111,7 @@ def fixture_image(tmp_path: Path, program: str, visudo: list[str]) -> Image:
 
 def test_places_are_what_others_use() -> None:
     assert (files.TREES, files.CONFIG) == (bootstrap.TREES, config.DEFAULT_PATH)
+    assert files.TREES_BESIDE == files.PROGRAM + bootstrap.BESIDE
     assert [os.path.basename(path) for path in files.UDEV_RULES] == [
         "12-localdisk.rules",
         "58-localdisk.rules",
@@ -410,8 +411,8 @@ def test_what_an_older_sudo_does_not_know_is_left_out(
     came_with = {"1.8.29": 0, "1.9.5p2": 3, "1.9.13p3": 5, "1.9.15p5": 5}
     unknown = files.NEWER_SUDO_OPTIONS[came_with[version] :]
 
-    def judge(argv: Sequence[str]) -> str:
-        text = Path(argv[2]).read_text()
+    def judge(argv: Sequence[str], text: str = "") -> str:
+        text = text if argv[2] == "-" else Path(argv[2]).read_text()
         if any(option in text for option in unknown):
             raise CommandFailed(tuple(argv), 1, f"{argv[2]}:19:40: unknown defaults entry")
         return ""
@@ -433,7 +434,7 @@ TAGS = "EXEC: NOSETENV: NOLOG_INPUT: NOLOG_OUTPUT:"
 def test_a_refused_sudo_rule_leaves_the_old_one(image: Image, monkeypatch: pytest.MonkeyPatch) -> None:
     image.write(files.SUDOERS, "old", 0o440)
 
-    def refuse(argv: tuple[str, ...]) -> str:
+    def refuse(argv: tuple[str, ...], **_: str) -> str:
         raise CommandFailed(tuple(argv), 1, "syntax error")
 
     monkeypatch.setattr(run, "run", refuse)
@@ -509,6 +510,7 @@ def test_links_that_stay_in_the_image(image: Image) -> None:
 def test_uninstall(image: Image) -> None:
     image.install()
     image.write(f"{files.TREES}/x/files", "")
+    image.write(f"{files.TREES_BESIDE}/x/files", "")
     image.write(f"{lock.RUN}/x.lock", "")
     lines = image.uninstall()
     assert image.files().keys() == {files.CONFIG}
@@ -530,6 +532,7 @@ def fixture_live(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, image: Image) 
         "CRON",
         "PROGRAM",
         "TREES",
+        "TREES_BESIDE",
         "UDEV_RULE_BEFORE",
         "OLDER_SUDOERS",
         "OLDER_UDEV_RULE",
@@ -542,7 +545,7 @@ def fixture_live(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, image: Image) 
     for module in (install, uninstall):
         monkeypatch.setattr(module, "LOCK", str(tmp_path / "run/install.lock"))
     monkeypatch.setattr(log, "event", lambda _line: None)
-    monkeypatch.setattr(run, "run", lambda argv: commands.append(" ".join(argv)))
+    monkeypatch.setattr(run, "run", lambda argv, **_: commands.append(" ".join(argv)))
     monkeypatch.setattr(
         VolumeGroup, "read", lambda _name, devices=(): VolumeGroup.from_report(fake.report(), devices)
     )

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ast
+import errno
 import fcntl
 import os
 import shutil
@@ -10,6 +11,7 @@ import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -339,6 +341,58 @@ def test_a_damaged_tree_is_noticed_and_replaced(trees: Path, damage: str) -> Non
     assert b"NAME" in (packages / "some/module.pyc").read_bytes()
     assert sorted(path.name for path in trees.iterdir()) == [".lock", NAME]
     assert sorted(path.name for path in (trees / NAME).iterdir()) == ["files", "site-packages"]
+
+
+@pytest.fixture(name="noexec")
+def fixture_noexec(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """The paths that exist and are on a mount with noexec; all others exist and are not."""
+    paths: set[str] = set()
+
+    def statvfs(path: str) -> SimpleNamespace:
+        return SimpleNamespace(f_flag=os.ST_NOEXEC if path in paths else 0)
+
+    monkeypatch.setattr(os, "statvfs", statvfs)
+    return paths
+
+
+def test_packages_on_a_mount_with_noexec(
+    trees: Path, noexec: set[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    beside = trees.with_name("localdisk.extracted")
+    assert bootstrap.trees_of_root() == str(trees)
+    noexec.add(str(trees))
+    assert bootstrap.trees_of_root() == str(beside)
+    packages = bootstrap.unpacked(str(beside), ME)
+    assert packages == str(beside / NAME / "site-packages") == bootstrap.ready(str(beside), ME)
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == str(trees.parent))
+    assert refused(capsys, lambda: bootstrap.unpacked(str(trees), ME)) == (
+        f"localdisk: {trees} is on a file system that is mounted noexec, no compiled module is loaded from"
+        f" there : mount -o remount,exec {trees.parent}"
+    )
+
+    def read_only(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(os, "makedirs", read_only)
+    assert refused(capsys, lambda: bootstrap.unpacked(str(beside), ME)) == (
+        f"localdisk: cannot extract to {beside}, Read-only file system : mount -o remount,exec {trees.parent}"
+    )
+
+
+def test_where_there_is_no_directory_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def statvfs(path: str) -> SimpleNamespace:
+        seen.append(path)
+        if path != str(tmp_path):
+            raise FileNotFoundError
+        return SimpleNamespace(f_flag=os.ST_NOEXEC | os.ST_RDONLY)
+
+    monkeypatch.setattr(os, "statvfs", statvfs)
+    assert bootstrap.is_noexec(str(tmp_path / "a/b"))
+    assert seen == [str(tmp_path / "a/b"), str(tmp_path / "a"), str(tmp_path)]
+    monkeypatch.setattr(os, "statvfs", lambda _path: os.close(-1))
+    assert not bootstrap.is_noexec(str(tmp_path))
 
 
 def refused(capsys: pytest.CaptureFixture[str], call: Callable[[], object]) -> str:
