@@ -469,6 +469,10 @@ class LibvirtSilent(Error):
     fix = "check that libvirt runs (virsh -r list)"
 
 
+class VirshUnusable(LibvirtSilent):
+    fix = "{fix}"
+
+
 class CopyFailed(Error):
     what = "copying {volume} to {path} failed: {problem}"
     fix = "look at the source storage and the local device in the system log, then start the VM again"

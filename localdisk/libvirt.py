@@ -11,7 +11,7 @@ import enum
 from collections.abc import Iterable
 
 from localdisk import run
-from localdisk.errors import CommandFailed, CommandMissing, CommandTimeout, LibvirtSilent
+from localdisk.errors import CommandFailed, CommandMissing, CommandTimeout, LibvirtSilent, VirshUnusable
 from localdisk.frozen import frozen
 from localdisk.ids import is_uuid
 
@@ -161,4 +161,7 @@ def _uuids(words: Iterable[str]) -> list[str]:
 
 
 def _silent(error: Exception | None) -> LibvirtSilent:
-    return LibvirtSilent(problem=str(error).partition(" : ")[0])
+    problem, _, fix = str(error).partition(" : ")
+    if isinstance(error, CommandMissing):
+        return VirshUnusable(problem=problem, fix=fix)
+    return LibvirtSilent(problem=problem)

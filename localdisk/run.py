@@ -44,13 +44,23 @@ Process = subprocess.Popen  # what `start` returns, for annotations elsewhere
 class Begun:
     """A tool that runs while its caller does something else; `output` waits for its end."""
 
-    def __init__(self, argv: Sequence[str], pass_fds: Iterable[int] = (), user: str = "") -> None:
+    def __init__(
+        self, argv: Sequence[str], pass_fds: Iterable[int] = (), user: str = "", text: str = ""
+    ) -> None:
         self._argv = argv
         if is_spent():
             raise self._timeout(0)
+        self._input = text.encode() or None
         # In a session of its own, so that a signal to our process group ends us, who then tidy up, and not
         # the tool in the middle.
-        self._process = start(argv, stdout=subprocess.PIPE, pass_fds=pass_fds, new_session=True, user=user)
+        self._process = start(
+            argv,
+            stdin=subprocess.PIPE if text else subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            pass_fds=pass_fds,
+            new_session=True,
+            user=user,
+        )
 
     def output(self, deadline: float = DEADLINE) -> str:
         """Its standard output, when it has ended, at most `deadline` seconds from now.
@@ -59,7 +69,7 @@ class Begun:
         """
         process, argv = self._process, self._argv
         try:
-            out, err = process.communicate(timeout=_within_budget(deadline))
+            out, err = process.communicate(self._input, timeout=_within_budget(deadline))
         except subprocess.TimeoutExpired:
             end(process)
             raise self._timeout(deadline) from None
@@ -104,15 +114,20 @@ def begin(argv: Sequence[str]) -> Begun:
 
 
 def run(
-    argv: Sequence[str], *, deadline: float = DEADLINE, pass_fds: Iterable[int] = (), user: str = ""
+    argv: Sequence[str],
+    *,
+    deadline: float = DEADLINE,
+    pass_fds: Iterable[int] = (),
+    user: str = "",
+    text: str = "",
 ) -> str:
     """Run `argv` to its end, at most `deadline` seconds, and return its standard output.
 
-    Root can run it as `user`, with that user's groups and no capability.
+    Root can run it as `user`, with that user's groups and no capability.  `text` is its standard input.
 
     Raises CommandFailed, CommandTimeout, CommandMissing.
     """
-    return Begun(argv, pass_fds, user).output(deadline)
+    return Begun(argv, pass_fds, user, text).output(deadline)
 
 
 def start(

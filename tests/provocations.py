@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from localdisk import cli, config, counters, device_mapper, frozen, kept, libvirt, lock, run
 from localdisk.config import Config
-from localdisk.errors import CommandFailed, Error, Interrupted
+from localdisk.errors import CommandFailed, CommandMissing, Error, Interrupted
 from localdisk.helper import cache, process
 from localdisk.hook import copy, prefetch, sources
 from localdisk.hook.client import Helper
@@ -927,6 +927,11 @@ def no_list(world: World) -> object:
     return libvirt.active()
 
 
+def no_virsh(world: World) -> object:
+    world.raises(run, "begin", CommandMissing(tool="virsh"))
+    return libvirt.active()
+
+
 @dataclass(frozen=True)
 class Printed:
     """A tool that has printed this."""
@@ -972,6 +977,7 @@ def unread_vm(world: World) -> object:
 
 GC = {
     "in vain": case(in_vain, "libvirt", "virsh"),
+    "no virsh": case(no_virsh, "virsh is not installed", "install the package"),
     "no list": case(no_list, "evil", "virsh"),
     "no names": case(lambda w: libvirt.read_names(w.evil()), "evil", "virsh"),
     "no state": case(no_state("evil"), "evil", "virsh"),

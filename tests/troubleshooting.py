@@ -120,6 +120,7 @@ BEHIND = {
     "DeviceNotReady": "udev did not make the device or give it to user vdsm in time, LVM has made it"
     " read-only, or it is another device.",
     "LibvirtSilent": "If nobody can say which VMs run, no disk is removed and no kept disk is used.",
+    "VirshUnusable": "virsh is not installed, or user vdsm may not run it.",
     "CopyFailed": "qemu-img could not read the source or write the local disk; its own words are in the"
     " message. The unfinished disk is removed.",
     "PoolFilledUp": "VMs of the pool wrote more while the copy ran than the margin had left.",

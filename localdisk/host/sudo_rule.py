@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Sequence
 
 from localdisk import run
@@ -23,12 +21,8 @@ def known_options() -> tuple[str, ...]:
 
 
 def _accepts(options: Sequence[str]) -> bool:
-    with tempfile.NamedTemporaryFile("w", prefix="localdisk-sudoers-") as file:
-        file.write(files.sudoers(files.PROGRAM, options))
-        file.flush()
-        os.fchmod(file.fileno(), 0o440)
-        try:
-            run.run(["visudo", "-cf", file.name])
-        except CommandFailed:
-            return False
+    try:
+        run.run(["visudo", "-cf", "-"], text=files.sudoers(files.PROGRAM, options))
+    except CommandFailed:
+        return False
     return True

@@ -24,7 +24,7 @@ from tests.bed.failing import FailingDevice, failing_device
 from tests.bed.player import run_point
 from tests.bed.shell import attempt, run
 from tests.bed.storage import FileStorage, new_id
-from tests.bed.vm import Disk, disk_json
+from tests.bed.vm import Disk, Vm, disk_json, domain_xml
 from tests.kernel.steps import CONFIG, LOCKS, MIB, THICK, THIN, configure, helpers, localdisk, one_line, stop
 
 NAME = "bed-check"  # a volume group of these tests' own
@@ -591,17 +591,21 @@ def test_a_later_rule_wants_a_password() -> None:
 
 
 @pytest.mark.usefixtures("throwaway")
-def test_libvirt_is_not_for_vdsm() -> None:
+def test_libvirt_is_not_for_vdsm(file_storage: FileStorage) -> None:
     virsh = Path("/usr/bin/virsh")
     virsh.chmod(0o750)
     try:
         (fix,) = named(
             "user vdsm tried what a start does: libvirt does not say which VMs run: virsh cannot be run"
         )
-        assert fix == "check that libvirt runs (virsh -r list)"
+        vm = Vm(new_id(), (Disk("vda", file_storage.template(4 * MIB)),))
+        line = one_line(run_point("before_vm_start", vm.id, domain_xml(vm), THICK))
+        assert "virsh cannot be run by this user" in line
+        assert line.endswith(f" : {fix}")
+        paste(fix)
+        good()
     finally:
         virsh.chmod(0o755)
-    good()
 
 
 # -- a tiny volume goes the way of a local disk

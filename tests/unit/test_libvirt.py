@@ -3,7 +3,14 @@ from __future__ import annotations
 import pytest
 
 from localdisk import libvirt, run
-from localdisk.errors import CommandFailed, CommandMissing, CommandTimeout, Error, LibvirtSilent
+from localdisk.errors import (
+    CommandFailed,
+    CommandForbidden,
+    CommandMissing,
+    CommandTimeout,
+    Error,
+    LibvirtSilent,
+)
 from localdisk.libvirt import DomainState
 from tests.fakes import OTHER_VM, VM
 
@@ -29,6 +36,17 @@ class Libvirt:
         return self.out
 
 
+def test_a_virsh_that_cannot_be_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    forbidden = CommandForbidden(tool="virsh", path="/usr/bin/virsh", uid=0, gid=0, mode="0750")
+    for error, fix in (
+        (CommandMissing(tool="virsh"), "install the package"),
+        (forbidden, "chmod o.rx /usr/b"),
+    ):
+        Libvirt(monkeypatch, error=error)
+        with pytest.raises(LibvirtSilent, match=f"virsh .* : {fix}"):
+            libvirt.active()
+
+
 # Output of virsh 9.0 (captured): one UUID a line, then an empty line; without a VM, an empty line.
 @pytest.mark.parametrize(
     ("out", "found"),
@@ -51,7 +69,6 @@ def test_what_is_no_list_is_no_answer(monkeypatch: pytest.MonkeyPatch, out: str)
 @pytest.mark.parametrize(
     ("error", "said"),
     [
-        (CommandMissing(tool="virsh"), "virsh is not installed"),
         (CommandTimeout(tool="virsh --readonly", seconds=30), "virsh --readonly did not end within 30 s"),
         (
             CommandFailed(("virsh",), 1, "error: failed to connect to the hypervisor\nerror: no socket\n"),
