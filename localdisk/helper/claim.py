@@ -62,7 +62,7 @@ class Claim:
 
     def replacing(self, disks: Sequence[LocalDisk], pause: Pause) -> Replaced:
         """These disks of the claim as disks that a start replaces."""
-        return Replaced(disks, self.policy, pause, self.resources)
+        return Replaced(disks, self.vg, self.policy, pause, self.resources)
 
 
 def with_others(claim: Claim, pause: Pause) -> Claim:

@@ -20,7 +20,7 @@ from localdisk.helper.cache import Spare
 from localdisk.ids import new_uuid
 from localdisk.lock import Pause
 from localdisk.volumes.disk import LocalDisk, require_alone
-from localdisk.volumes.lvm import VolumeGroup
+from localdisk.volumes.lvm import LogicalVolume, VolumeGroup
 from localdisk.volumes.removal import take_away
 
 
@@ -28,9 +28,15 @@ class Replaced:
     """Kept disks of one image, whose locks are held by `resources`."""
 
     def __init__(
-        self, disks: Sequence[LocalDisk], policy: Policy, pause: Pause, resources: ExitStack
+        self,
+        disks: Sequence[LocalDisk],
+        vg: VolumeGroup,
+        policy: Policy,
+        pause: Pause,
+        resources: ExitStack,
     ) -> None:
         self._disks = disks
+        self._vg = vg  # in which they were found
         self._policy = policy
         self._pause = pause
         self._resources = resources
@@ -51,7 +57,9 @@ class Replaced:
         """What can be removed for room, if there is none otherwise."""
         pool = self._policy.thin_pool if self._policy.backend == "lvmthin" else ""
         in_place = [disk for disk in self._disks if disk.lv.pool_lv == pool]
-        return tuple(Spare(_takes(disk), partial(self._remove_for_room, disk)) for disk in in_place)
+        return tuple(
+            Spare(_takes(self._vg, disk.lv), partial(self._remove_for_room, disk)) for disk in in_place
+        )
 
     def remove(self) -> None:
         """The new disk is complete.  What cannot be removed is left to the next start, or to gc."""
@@ -77,6 +85,16 @@ class Replaced:
                 yield vg, found
 
 
-def _takes(disk: LocalDisk) -> int:
-    """Bytes of the group or of the thin pool, as far as LVM reports them."""
-    return round(disk.lv.lv_size * (disk.lv.data_percent or 0) / 100) if disk.lv.pool_lv else disk.lv.lv_size
+def _takes(vg: VolumeGroup, lv: LogicalVolume) -> int:
+    """Bytes of the group or of the thin pool that are free once it is removed, as far as LVM reports them.
+
+    What a thin volume may have in common with the template LV that it started from stays with that.
+    """
+    if not lv.pool_lv:
+        return lv.lv_size
+    origin = vg.find(lv.origin) if lv.origin else None
+    return max(0, _mapped(lv) - (_mapped(origin) if origin else 0))
+
+
+def _mapped(lv: LogicalVolume) -> int:
+    return round(lv.lv_size * (lv.data_percent or 0) / 100)

@@ -121,6 +121,7 @@ class LogicalVolume:
     zero: bool  # thin pool: new blocks read as zeros
     chunk_size: int = 0  # thin pool: bytes that it provides at once; 0 of others
     dependents: tuple[str, ...] = ()  # what LVM would remove or change along with it
+    origin: str = ""  # what it is a snapshot of, as long as that is there
 
     @classmethod
     def from_report(
@@ -145,6 +146,7 @@ class LogicalVolume:
             zero=pool is not None and pool["zero"] == "zero",
             chunk_size=_bytes(pool["chunk_size"]) if pool else 0,
             dependents=dependents,
+            origin=row["origin"],
         )
 
     @property

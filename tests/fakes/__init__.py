@@ -373,6 +373,7 @@ class FakeHost:
             assert origin.pool_lv, "only thin volumes are cloned"
             size = f"{origin.lv_size}b"
             fields = {"lv_layout": "thin,sparse", "pool_lv": origin.pool_lv, "data_percent": "1.00"}
+            fields |= {"lv_role": "public,snapshot,thinsnapshot", "origin": origin.lv_name}
             content = self.content[origin.lv_uuid]
         else:
             assert rest == [self.vg["vg_name"]]
@@ -443,6 +444,8 @@ class FakeHost:
                 self._in_use(argv, volume)
         for volume in volumes:
             self.removed.append(self.volumes.pop(volume.lv_name))
+            for each in self.volumes.values():
+                each.origin = "" if each.origin == volume.lv_name else each.origin
             if not volume.pool_lv:
                 self.vg["vg_free"] = str(int(self.vg["vg_free"]) + volume.lv_size)
             elif volume.pool_lv in self.volumes:

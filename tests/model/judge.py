@@ -249,7 +249,8 @@ def _may_go(before: State, after: State, disk: LocalDisk, call: Call, ended: End
         return False
     if call.what == "after_vm_destroy":
         return policy.on_stop == "delete"
-    is_kept = disk.state == STOPPED and ended.is_refused and not ended.trouble
+    is_refused = call.what == "after_disk_prepare" and ended.is_refused and not ended.trouble
+    is_kept = disk.state == STOPPED and is_refused
     return call.what in (*STARTS, "before copy", "before fill") and _does_replace(policy) and not is_kept
 
 

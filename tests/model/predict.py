@@ -572,7 +572,7 @@ def _find_room(
     p.state, is_good = shelf.with_room(p.state, policy, is_room, but)
     spares = [k for k in replaced if k in p.state.disks and p.state.disks[k].is_thin == shelf.is_thin(policy)]
     spares = [k for k in spares if not p.state.is_open(k)]
-    takes = sum(map(_takes, (p.state.disks[k] for k in spares)))
+    takes = sum(_takes(p.state, p.state.disks[k]) for k in spares)
     if not (is_good or is_room(p.state, takes)):  # template LVs first, as they are only copies
         p.state, is_good = shelf.with_room(p.state, policy, is_room, but, beside=takes)
     if is_good or not is_room(p.state, takes):
@@ -585,9 +585,11 @@ def _find_room(
     return is_good
 
 
-def _takes(disk: LocalDisk) -> int:
-    """What LVM reports that it takes."""
-    return disk.writes + disk.shared[1] if disk.is_thin else disk.size
+def _takes(state: State, disk: LocalDisk) -> int:
+    """What is free once it is removed, as far as LVM reports it."""
+    if not disk.is_thin:
+        return disk.size
+    return disk.writes + (0 if disk.shared[0] in state.cached else disk.shared[1])
 
 
 def _free_name(p: Prediction, image_id: str, making: Making) -> None:

@@ -965,6 +965,25 @@ def test_what_is_replaced_makes_the_room_that_template_lvs_did_not_make(host: Fa
     assert host.removed == [old]
 
 
+@pytest.mark.parametrize("room", [EXTENT // 2, 5 * EXTENT // 4])
+def test_what_a_kept_disk_shares_with_its_template_lv_is_no_room(host: FakeHost, room: int) -> None:
+    """8 MiB of its 10 stay with the template LV: it goes only if the other 2 are enough."""
+    base = add_template(host, "lvmthin")
+    thin = {"pool_lv": "pool0", "lv_layout": "thin,sparse", "lv_role": "public,snapshot,thinsnapshot"}
+    old_tags = tags("STOPPED_5", fingerprint=OTHER_FINGERPRINT)
+    fields = {"data_percent": "25.00", "lv_active": "", "origin": base.lv_name, **thin}
+    old = host.add(OTHER_VOLUME, old_tags, SIZE, **fields)
+    room_for(host, "lvmthin", room)
+    hook = Hook(host, "{cache: {templates: on}, retention: {on_stop: keep, on_source_change: recopy}}")
+    hook.ask(CLAIM, property="lvmthin")
+    if room > EXTENT:
+        assert hook.ask(WITH_BASE, writes=3 * EXTENT // 2)["how"] == "layers"
+        assert host.removed == [old]
+    else:
+        assert "thin_data" in hook.refused(WITH_BASE, writes=3 * EXTENT // 2)
+        assert host.removed == []
+
+
 # -- cache.max_size
 
 
