@@ -300,6 +300,9 @@ def _become_stale(p: Prediction, vm_id: str, images: set[str]) -> None:
 
 def _look(p: Prediction, vm_id: str) -> None:
     """before_vm_start to begin with: whether the VM was powered off, and whose disks they are."""
+    volumes = [p.state.sources[image_id].volume for image_id in p.state.vms[vm_id].images]
+    if p.state.vms[vm_id].using != "off" and len({*volumes}) < len(volumes):  # a twin came back by a merge
+        raise Refused
     if _local_images(p.state, vm_id) and p.state.is_cancelled(vm_id):
         _settle(p, vm_id)
         raise Refused
