@@ -142,7 +142,7 @@ def _rules(root: str) -> Iterator[Change]:
     else:
         groups = config.parse(example, settings).volume_groups
         yield Write(settings, example, 0o644)
-    sudoers = files.sudoers(files.PROGRAM, sudo_rule.known_options()).encode()
+    sudoers = files.sudoers(_called(root), sudo_rule.known_options()).encode()
     yield from _file(Write(f"{root}{files.SUDOERS}", sudoers, 0o440, judge=("visudo", "-cf")))
     rule = files.udev_rule(groups).encode()
     udev = [change for path in files.UDEV_RULES for change in _file(Write(root + path, rule, 0o644))]
@@ -153,6 +153,14 @@ def _rules(root: str) -> Iterator[Change]:
     collectors = [path for path in files.COLLECTORS if os.path.isdir(root + path)]
     yield from _file(Write(f"{root}{files.CRON}", files.cron(files.PROGRAM, collectors).encode(), 0o644))
     yield from _older(f"{root}{files.OLDER_SUDOERS}")
+
+
+def _called(root: str) -> str:
+    """The path by which hooks call the program through sudo, without links: /usr/local may be one.
+
+    What links mean on a host whose files are in `root` is not known here.
+    """
+    return files.PROGRAM if root else os.path.realpath(files.PROGRAM)
 
 
 def _older(path: str) -> Iterator[Change]:
@@ -242,7 +250,7 @@ def is_ours(path: str) -> bool:
     """Whether it is a link to our program, on the host that it is for."""
     if not os.path.islink(path):
         return False
-    return os.readlink(path) == files.PROGRAM or os.path.realpath(path) == files.PROGRAM
+    return os.readlink(path) == files.PROGRAM or os.path.realpath(path) == os.path.realpath(files.PROGRAM)
 
 
 def _may_run(path: str) -> bool:

@@ -665,3 +665,12 @@ def test_trees_of_other_builds(live: tuple[Image, FakeHost], monkeypatch: pytest
             "all of localdisk is in its place, nothing was changed"
         ]
     assert sorted(os.listdir(trees)) == [".lock", "ours", "used"]
+
+
+def test_the_rule_names_the_program_as_hooks_call_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """/usr/local is a link on some hosts; check compares with where the program really is."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "local").symlink_to("real")
+    monkeypatch.setattr(files, "PROGRAM", str(tmp_path / "local" / "localdisk"))
+    assert install._called("") == str(tmp_path / "real" / "localdisk")
+    assert install._called(str(tmp_path)) == files.PROGRAM
