@@ -1,6 +1,6 @@
-"""The hook's side of the privileged helper: one `sudo … helper` for one hook run, JSON lines both ways.
+"""The hook's end of the pipe to the helper: one `sudo … helper` for each hook run, JSON lines both ways.
 
-`helper/session.py` is the other side; `protocol.py` has what both write.
+`helper/session.py` is the other end; `protocol.py` has the requests and answers.
 """
 
 from __future__ import annotations
@@ -43,11 +43,12 @@ _OURS = "localdisk: "  # before each error that cli.py prints
 class Helper:
     """A running helper; leaving the context ends it, and with it an unfinished disk.
 
-    All methods raise HelperRefused (it says why not) and HelperUnavailable (it is not there, or is gone).
+    All methods raise HelperRefused (with the helper's reason) and HelperUnavailable (the helper could not be
+    started, or has ended).
     """
 
     def __init__(self, vm_id: str = "", property_value: str = "") -> None:
-        """Of one VM and its custom property; without them only to prefetch."""
+        """Start the helper for one VM and its custom property; without them it can only prefetch."""
         self._program = os.path.realpath(sys.argv[0])
         self._vm = vm_id, property_value
         self._process = run.start_talking(["sudo", "-n", self._program, "helper"])
@@ -63,7 +64,7 @@ class Helper:
         run.end(self._process)
 
     def look(self, disks: Iterable[Disk]) -> tuple[Looked, ...]:
-        """How the local copies of `disks` are, in their order; locks and changes nothing."""
+        """The state of the local copies of `disks`, in their order; locks and changes nothing."""
         asked = tuple(DiskIds(disk.image_id, disk.volume_id) for disk in disks)
         looked = self._ask(protocol.Look(*self._vm, asked), Looks).looked
         with self._understood():
@@ -76,18 +77,19 @@ class Helper:
         return self._ask(protocol.Claim(*self._vm, disk.image_id, disk.volume_id), Claimed)
 
     def prepare(self, virtual_size: int, fingerprint: str, writes: int, base: Base | None = None) -> Prepared:
-        """Have the claimed disk made or taken back; waits for a turn to copy.
+        """Have the helper make the claimed disk or use a kept disk again; waits for a turn to copy.
 
-        `writes` are the bytes of data that will be written to it; `base` is what it may start from.
+        `writes` is the number of bytes that a copy will write; `base` is the template that the disk may
+        start from.
         """
         return self._ask(protocol.Prepare(virtual_size, fingerprint, writes, base), Prepared)
 
     def prefetch(self, backend: str, template: Base) -> Fetched:
-        """Hold this template's lock until the end and see whether it is in the cache."""
+        """Hold this template's lock until the helper ends, and return whether the template is cached."""
         return self._ask(protocol.Prefetch(backend, template), Fetched)
 
     def fill(self, writes: int) -> Target | None:
-        """Have the template LV made that is missing; None if the cache does not take it."""
+        """Have the helper make the missing template LV; None if the cache has no room for it."""
         return self._ask(protocol.Fill(writes), Prepared).target
 
     def uncached(self, reason: str) -> None:
@@ -95,9 +97,9 @@ class Helper:
         self._ask(protocol.Uncached(reason), Done)
 
     def progress(self, done: int, written: int) -> None:
-        """Report how many bytes of the guest's view are done and how many the disk has got.
+        """Report how many bytes of the guest's view are done, and how many were written to the disk.
 
-        It also notices that the helper is gone.
+        Raises HelperUnavailable if the helper has ended, as all methods do.
         """
         self._ask(protocol.Progress(done, written), Done)
 
@@ -106,7 +108,7 @@ class Helper:
         self._ask(protocol.Commit(), Done)
 
     def mark_stale(self, images: Sequence[str]) -> None:
-        """The VM begins to run with these images, or `kept.EVERY`, on shared storage."""
+        """Report that the VM begins to run with these images, or `kept.EVERY`, on shared storage."""
         self._ask(protocol.Stale(self._vm[0], tuple(images)), Done)
 
     def rehearse(self) -> Device | None:
@@ -118,11 +120,11 @@ class Helper:
         self._ask(protocol.Rehearsed(), Done)
 
     def cancel(self) -> None:
-        """The VM is powered off while it starts: end what other hooks prepare for it."""
+        """The VM is powered off while it starts: end the preparation of its disks in other hooks."""
         self._ask(protocol.Cancel(*self._vm), Done)
 
     def drifted(self, ran_from: Iterable[tuple[str, str]]) -> None:
-        """The VM has stopped; in the end it ran not from its local disks but from these: image id, path."""
+        """The VM has stopped on other volumes than its local disks: image id and path of each."""
         self._ask(protocol.Drifted(*self._vm, tuple(RanFrom(*disk) for disk in ran_from)), Done)
 
     def release(self) -> None:
@@ -145,7 +147,7 @@ class Helper:
 
     @contextmanager
     def _understood(self) -> Iterator[None]:
-        """Whatever is not as `process.py` answers was not said by it."""
+        """Raise HelperUnavailable for an answer that `process.py` cannot have written."""
         try:
             yield
         except (AttributeError, KeyError, TypeError, ValueError):

@@ -1,16 +1,16 @@
-"""What changes when a volume on shared storage does.
+"""The identity of a volume on shared storage: a text that changes if the volume's content changes.
 
-A file has a time of change.  A block device has none, so bytes of it are read, 2.3 MiB and the tables of a
+A file has a modification time.  A block device has none, so 2.3 MiB of its data are read, and the tables of a
 qcow2 image:
 
-- where headers and partition tables are, and where the first partition begins, which guests write to as soon
-  as they mount it;
-- 512 blocks of 4 KiB, spread evenly over the device.  Bytes that are changed in one place are noticed if they
-  are more than a 512th of it.  If a share s of all its blocks is changed here and there, that is noticed with
-  the odds 1 - (1 - s)^512: 40 % for a thousandth, 92 % for half a hundredth, 99.4 % for a hundredth;
-- of qcow2, the tables that say where each cluster is: L1, all L2, refcounts.  So whatever is written to a
-  cluster that had no data before is noticed for certain.  At most 128 MiB of tables are read, those of 800
-  GiB of data in clusters of 64 KiB; of more tables, some that are spread evenly.
+- the first 256 KiB, with headers and partition tables, and 64 KiB at the usual beginning of the first
+  partition, to which guests write as soon as they mount it;
+- 512 blocks of 4 KiB, spread evenly over the device.  A change in one place is always noticed if it is longer
+  than a 512th of the device.  If a share s of all blocks is changed here and there, the probability to notice
+  that is 1 - (1 - s)^512: 40 % for a thousandth, 92 % for half a hundredth, 99.4 % for a hundredth;
+- of qcow2, the tables that map each cluster: L1, all L2, refcounts.  So a write to a cluster that had no data
+  before is always noticed.  At most 128 MiB of tables are read, enough for 800 GiB of data in clusters of
+  64 KiB; if there are more tables, a part of them, spread evenly.
 
 qcow2: docs/interop/qcow2.txt of QEMU.
 """
@@ -34,7 +34,7 @@ SAMPLES, SAMPLE = 512, 4096  # blocks, and bytes of each
 _HEADS = ((0, 256 << 10), (1 << 20, 64 << 10))  # offset, length
 _MAX_L1, _MAX_REFCOUNTS = 32 << 20, 8 << 20  # bytes; QEMU refuses more
 _OFFSET = 0x00FFFFFFFFFFFE00  # of an entry of either table
-_AHEAD = 256  # pieces that the kernel reads at once
+_AHEAD = 256  # pieces that the kernel is asked to read at the same time
 
 Piece = tuple[int, int]  # offset, length
 
@@ -49,10 +49,10 @@ class Tables:
 
 
 def read_identity(fd: int, start: bytes, tables: Tables | None) -> str:
-    """What changes when the volume that is open does; `start` are its first 64 KiB, for a file.
+    """The identity of the open volume; `start` is its first 64 KiB, used for a file; `tables` are qcow2's.
 
-    A file: its inode, size and time of last change of content.  A block device: its LVM UUID and size, and
-    the bytes that are named above.  `tables` of a qcow2 image.  Raises OSError.
+    Of a file: inode, size, modification time and a digest of `start`.  Of a block device: its device-mapper
+    UUID, its size, and a digest of the bytes that the module's docstring lists.  Raises OSError.
     """
     status = os.fstat(fd)
     size = os.lseek(fd, 0, os.SEEK_END)
@@ -66,7 +66,7 @@ def read_identity(fd: int, start: bytes, tables: Tables | None) -> str:
 
 
 def read_sample(fd: int, size: int, tables: Tables | None) -> str:
-    """A digest of the bytes that are named above, of a device of `size` bytes.  Raises OSError."""
+    """A digest of the bytes that the module lists, of a device of `size` bytes.  Raises OSError."""
     forget_pages(fd)
     digest = hashlib.sha256()
     for data in _read(fd, [*_HEADS, *_spread(size)]):
@@ -77,13 +77,13 @@ def read_sample(fd: int, size: int, tables: Tables | None) -> str:
 
 
 def is_empty(fd: int, tables: Tables) -> bool:
-    """Whether a qcow2 image holds nothing, so that it shows what it stands on.  Raises OSError."""
+    """Whether a qcow2 image maps no cluster, so that it shows its backing file.  Raises OSError."""
     length = tables.l1[1]
     return 0 < length <= _MAX_L1 and _read_table(fd, tables.l1, _MAX_L1) == bytes(length)
 
 
 def forget_pages(fd: int) -> None:
-    """Other hosts write to a block device: what this one has read of it before may be old."""
+    """Drop the cached pages of a block device: other hosts write to it, so they may be old."""
     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
@@ -93,7 +93,7 @@ def _spread(size: int) -> Iterator[Piece]:
 
 
 def _read_tables(fd: int, tables: Tables) -> Iterator[bytes]:
-    """The tables with offsets, then the tables that they lead to."""
+    """The L1 and refcount tables, then the tables at the offsets in them."""
     l1 = _read_table(fd, tables.l1, _MAX_L1)
     refcounts = _read_table(fd, tables.refcounts, _MAX_REFCOUNTS)
     yield from (l1, refcounts)
@@ -104,7 +104,7 @@ def _read_tables(fd: int, tables: Tables) -> Iterator[bytes]:
 
 
 def _read_table(fd: int, table: Piece, most: int) -> bytes:
-    """At most so many bytes; nothing where a forged header says that it is where no image has an end."""
+    """At most `most` bytes of a table; b"" if a forged header has an offset beyond any image."""
     offset, length = table
     return os.pread(fd, min(length, most), offset) if offset <= _OFFSET else b""
 
@@ -117,14 +117,14 @@ def _offsets(table: bytes) -> Iterator[int]:
 
 
 def _some(offsets: Sequence[int], most: int) -> Iterable[int]:
-    """All of them, or as many as may be, spread evenly."""
+    """All offsets, or `most` of them, spread evenly."""
     if len(offsets) <= most:
         return offsets
     return (offsets[number * len(offsets) // most] for number in range(most))
 
 
 def _read(fd: int, pieces: Iterable[Piece]) -> Iterator[bytes]:
-    """What is there; the kernel reads many pieces side by side."""
+    """The bytes of each piece; the kernel reads many pieces at the same time."""
     left = iter(pieces)
     while batch := list(islice(left, _AHEAD)):
         for offset, length in batch:

@@ -1,6 +1,6 @@
-"""The mode prefetch: bring a template's volume into the cache before the first VM needs it.
+"""The mode prefetch: caches a template's volume before the first VM needs it.
 
-Reads as user vdsm, as hooks do: root often cannot read shared storage, and never runs qemu-img.
+It reads as user vdsm, as hooks do: root often cannot read shared storage, and root must never run qemu-img.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from localdisk.ids import is_uuid
 from localdisk.protocol import Base
 from localdisk.units import format_size
 
-# Where vdsm mounts storage domains of files: MOUNT/DOMAIN/images, on Gluster glusterSD/MOUNT/DOMAIN/images.
+# Image directories of file storage domains: MOUNT/DOMAIN/images, on Gluster glusterSD/MOUNT/DOMAIN/images.
 MOUNTS = ("/rhev/data-center/mnt/*/*/images", "/rhev/data-center/mnt/*/*/*/images")
 
 _BAR = 30  # columns
@@ -26,7 +26,7 @@ _FORMATS = {"RAW": "raw", "COW": "qcow2"}
 
 
 def become_vdsm() -> None:
-    """Give up root for good.  Raises UsageError where there is no user vdsm."""
+    """Become user vdsm, for good, if we are root.  Raises UsageError if there is no user vdsm."""
     if os.geteuid() != 0:
         return
     try:
@@ -39,9 +39,9 @@ def become_vdsm() -> None:
 
 
 def prefetch(name: str, backend: str, show: OnProgress | None = None) -> str:
-    """Cache the template whose volume is `name`, a path or a volume's id; returns what came of it, in a line.
+    """Cache the template whose volume is `name`, a path or a volume's id; returns the result as one line.
 
-    Raises NoTemplate, SourceRefused, CacheOff, CacheFull, NoSpace and what else can be wrong with a copy.
+    Raises NoTemplate, SourceRefused, CacheOff, CacheFull, NoSpace and the other errors of a copy.
     """
     path = name if "/" in name else _find(name)
     if not is_uuid(os.path.basename(path)):
@@ -67,7 +67,7 @@ def prefetch(name: str, backend: str, show: OnProgress | None = None) -> str:
 
 
 def bar(fraction: float, written: int) -> str:
-    """How far the copy is, to be drawn over what was drawn before."""
+    """The progress of the copy as a bar that is drawn over the bar before."""
     done = round(_BAR * fraction)
     return f"\r[{'#' * done}{'.' * (_BAR - done)}] {fraction:4.0%} {format_size(written)}\033[K"
 
@@ -76,7 +76,7 @@ NO_BAR = "\r\033[K"
 
 
 def _find(volume_id: str) -> str:
-    """The path of a volume on file storage that is a template's.  Raises UsageError, NoTemplate."""
+    """The path of the template's volume `volume_id` on file storage.  Raises UsageError, NoTemplate."""
     if not is_uuid(volume_id):
         raise UsageError(problem=f"{volume_id!r} is neither a path nor the id of a volume")
     paths = sorted(path for mount in MOUNTS for path in glob.glob(f"{mount}/*/{volume_id}"))

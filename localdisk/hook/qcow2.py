@@ -1,4 +1,4 @@
-"""What the header of a qcow2 image says, read by our own code: nothing is probed.
+"""Reads the header of a qcow2 image with our own code: no tool probes the image.
 
 The format is docs/interop/qcow2.txt of QEMU.
 """
@@ -26,13 +26,13 @@ _REFUSED_FEATURES = {
     1 << 1: ("it is marked corrupt", "repair it with qemu-img check -f qcow2 -r all, or restore it"),
     1 << 2: ("it has an external data file", _CONVERT),
 }
-# What this program does not know, the host's qemu-img often does not open, either, and then converts nothing.
+# If we do not know a feature, the host's qemu-img often cannot open the image, either, and so not convert it.
 _UNKNOWN = f"restore it; if qemu-img info opens it, or a newer one elsewhere does, {_CONVERT}"
 
 
 @frozen
 class Header:
-    """What a qcow2 header says; `virtual_size` in bytes, names "" where there are none."""
+    """The fields of a qcow2 header that we use; `virtual_size` in bytes; absent names are ""."""
 
     virtual_size: int
     backing_name: str
@@ -41,7 +41,7 @@ class Header:
 
     @classmethod
     def parse(cls, data: bytes) -> Header:
-        """From the first 64 KiB of an image.  Raises ValueError with (problem, fix)."""
+        """The header in the first 64 KiB of an image.  Raises ValueError with (problem, fix)."""
         if len(data) < _FIXED.size or not data.startswith(_MAGIC):
             raise ValueError("it is no qcow2 image, but vdsm or its child says so", "restore the volume")
         fields = _FIXED.unpack_from(data)
@@ -98,7 +98,7 @@ def _backing_name(data: bytes, offset: int, size: int, cluster: int) -> str:
 
 
 def _backing_format(data: bytes, offset: int, end: int) -> str:
-    """The backing format header extension between `offset` and `end`, "" where there is none."""
+    """The value of the backing format's header extension between `offset` and `end`, "" if there is none."""
     while offset + _EXTENSION.size <= min(end, len(data)):
         kind, length = _EXTENSION.unpack_from(data, offset)
         offset += _EXTENSION.size

@@ -1,9 +1,9 @@
-"""The source of a local disk: its layers, opened once, and what a guest would see of them.
+"""The source of a local disk: its layers, opened once, and the guest's view of them.
 
-Nothing is probed.  The format of the leaf is what vdsm says; the format and name of each parent is what
-the qcow2 header of its child says (`qcow2.py`), and the parent must be a volume that vdsm
-named.  Each layer is opened once; header, fingerprint and copy all go through that descriptor, so a file
-that is swapped in between changes nothing.  qemu-img gets the layers as an explicit node tree.
+No format is probed.  vdsm names the format of the leaf; the qcow2 header of each layer (`qcow2.py`) names its
+parent and the parent's format, and the parent must be a volume that vdsm has named.  Each layer is opened
+once: header, fingerprint and copy use the same descriptor, so nobody can replace the file in between.
+qemu-img gets the layers as an explicit tree of nodes.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ MAX_LAYERS = 64
 
 _REPLACED = "find out who put it there (ls -l, readlink -f), then restore the volume"
 _MEASURED = 64 * 1024  # the cluster size that qemu-img measure assumes
-# A forged image can make a tool eat memory or spin.
+# A forged image can make a tool use memory or processor time without end.
 _BOUNDED = ("prlimit", "--as=2147483648", "--cpu=600", "--core=0", "--")
 
 
 @frozen
 class Layer:
-    """One opened volume of the chain; `virtual_size` in bytes, as the guest sees this layer."""
+    """One opened volume of the chain; `virtual_size` is its size in bytes as a guest would see it."""
 
     path: str
     format: str  # raw | qcow2, qemu's words
@@ -48,7 +48,7 @@ class Layer:
     virtual_size: int
     identity: str  # changes when the volume's content may have changed
     tables: Tables | None = None  # of a qcow2 layer
-    is_empty: bool = False  # it shows what it stands on
+    is_empty: bool = False  # it has no data, and shows the layer below it
 
     @property
     def node(self) -> dict[str, Any]:
@@ -57,16 +57,16 @@ class Layer:
 
     @property
     def dm_name(self) -> str:
-        """The name that device-mapper has for a block volume, "" for another."""
+        """The device-mapper name of a block volume; "" for a file."""
         return device_mapper.read_name(os.fstat(self.fd).st_rdev) if self.is_block else ""
 
     @property
     def fingerprint(self) -> str:
-        """32 hexadecimal digits over its identity."""
+        """A hash of its identity: 32 hexadecimal digits."""
         return _fingerprint(self)
 
     def is_unchanged(self) -> bool:
-        """Whether it is what it was when it was opened, as far as its identity tells."""
+        """Whether its identity is still the same as when it was opened."""
         try:
             return read_identity(self.fd, _read(self.fd, HEADER_BYTES), self.tables) == self.identity
         except OSError:
@@ -81,7 +81,7 @@ class Source:
 
     @property
     def virtual_size(self) -> int:
-        """Bytes of the disk that the guest sees."""
+        """The size of the guest's view in bytes."""
         return self.layers[0].virtual_size
 
     @property
@@ -90,9 +90,9 @@ class Source:
 
     @property
     def fingerprint(self) -> str:
-        """32 hexadecimal digits over the identity of every layer that a guest sees something of.
+        """A hash of the identities of the layers: 32 hexadecimal digits.
 
-        A snapshot puts an empty layer upon the others: it changes nothing of what the guest sees.
+        Empty layers at the top are left out: a snapshot adds one, and does not change the guest's view.
         """
         layers = self.layers
         while len(layers) > 1 and layers[0].is_empty and layers[0].virtual_size == layers[1].virtual_size:
@@ -114,7 +114,7 @@ class Source:
 
     @property
     def grows(self) -> bool:
-        """Whether no layer is smaller than what it stands on: a smaller one hides the end of it."""
+        """Whether no layer is smaller than the layer below it; a smaller layer would hide the end of it."""
         sizes = [layer.virtual_size for layer in self.layers]
         return sizes == sorted(sizes, reverse=True)
 
@@ -124,8 +124,8 @@ class Source:
         return _filename(self.layers, None)
 
     def filename_on(self, base_fd: int) -> str:
-        """The chain with a block device in the place of its base, which has the same content."""
-        size = self.base.virtual_size  # the device may be larger, and what is behind it is not the base's
+        """The chain with its base replaced by a block device of the same content."""
+        size = self.base.virtual_size  # the device may be larger; bytes after this size are not the base's
         return _filename(self.above, {"driver": "raw", "size": size, "file": _file_node(base_fd, True)})
 
     @property
@@ -133,19 +133,19 @@ class Source:
         return all(_opens_direct(layer.fd) for layer in self.layers)
 
     def writes(self, leaves_out_zeros: bool) -> int:
-        """Bytes that a copy writes: all of them, or only data.  Reads the mapping, not the data.
+        """The number of bytes that a copy writes: all, or only data.  Reads the mapping, not the data.
 
         Raises CommandFailed, CommandMissing.
         """
         if not leaves_out_zeros:
             return self.virtual_size
-        # Measured for qcow2: raw_measure() of QEMU counts every byte, zeros too.
+        # Measured for qcow2, because QEMU's raw_measure() counts zeros, too.
         argv = [*_BOUNDED, "qemu-img", "measure", "--output", "json", "-O", "qcow2", self.filename]
         measure = ("qemu-img", "measure", self.layers[0].path)
         try:
             out = run.run(argv, deadline=3600, pass_fds=self.fds)
         except CommandFailed as error:
-            if error.returncode in (126, 127):  # what prlimit says where it cannot run it
+            if error.returncode in (126, 127):  # prlimit could not run qemu-img
                 raise CommandMissing(tool="qemu-img") from None
             raise CommandFailed(measure, error.returncode, error.stderr) from None
         try:
@@ -155,19 +155,19 @@ class Source:
                 raise ValueError
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             raise CommandFailed(measure, 0, f"it printed {out[:80]!r}") from None
-        # Both count the last cluster, of 64 KiB, as a whole.
+        # Both numbers count the last cluster of 64 KiB as a whole.
         return max(0, min(self.virtual_size, -(-self.virtual_size // _MEASURED) * _MEASURED - left_out))
 
     def writes_above(self) -> int:
-        """Bytes that the layers above the base hold or hide; a copy writes them all.  Reads their mapping.
+        """The number of bytes in the layers above the base: data and explicit zeros.  A copy writes them all.
 
-        Raises CommandFailed, CommandMissing.
+        Reads the mapping of the layers.  Raises CommandFailed, CommandMissing.
         """
         return sum(map(_held_by, self.above))
 
 
 def _held_by(layer: Layer) -> int:
-    """Bytes of data and of explicit zeros in one layer alone.  Raises CommandFailed, CommandMissing."""
+    """The number of bytes of data and explicit zeros in one layer.  Raises CommandFailed, CommandMissing."""
     with alone(layer) as (filename, fds):
         argv = ["timeout", "3600", *_BOUNDED, "qemu-img", "map", "--output", "json", filename]
         process = run.start_reporting(argv, fds)
@@ -185,7 +185,7 @@ def _held_by(layer: Layer) -> int:
 
 
 def _held(line: bytes, path: str) -> int:
-    """Of one line of `qemu-img map`, an extent: its length where this layer says what is there.
+    """The length of the extent in one line of `qemu-img map`, if the layer itself defines it; else 0.
 
     Raises CommandFailed.
     """
@@ -199,14 +199,15 @@ def _held(line: bytes, path: str) -> int:
 
 @contextmanager
 def alone(layer: Layer) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """One qcow2 layer as a `json:` file name, with the descriptors it needs; what it does not hold stays so.
+    """One qcow2 layer as a `json:` file name, with the descriptors that it needs.
 
-    Below it is a file without data.  Without anything below, qemu takes for zeros what a layer does not hold.
+    An empty file is its backing file: with none, qemu would report ranges that the layer does not define as
+    zeros of the layer.
     """
     below = os.memfd_create("below")
     try:
         os.ftruncate(below, layer.virtual_size)
-        # tmpfs, where it lies, may know no O_DIRECT; nothing of it is read
+        # The file is on tmpfs, which may not support O_DIRECT; nothing is read from it.
         node = {"driver": "raw", "file": {**_file_node(below, False), "cache": {"direct": False}}}
         yield _filename((layer,), node), (layer.fd, below)
     finally:
@@ -214,9 +215,9 @@ def alone(layer: Layer) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def _filename(layers: tuple[Layer, ...], node: dict[str, Any] | None) -> str:
-    """Layers, leaf first, upon a block node, as a `json:` file name for qemu-img."""
+    """Layers, leaf first, on top of a block node, as a `json:` file name for qemu-img."""
     for layer in reversed(layers):
-        # A qcow2 layer without a parent says so: qemu would follow the name in its header.
+        # A qcow2 layer without a parent gets "backing": null, or qemu would follow the name in its header.
         backing = {"backing": node} if layer.format == "qcow2" else {}
         node = {**layer.node, **backing}
     return "json:" + json.dumps(node)
@@ -233,7 +234,7 @@ def _fingerprint(*layers: Layer) -> str:
 
 @contextmanager
 def opened_alone(path: str, image_format: str) -> Iterator[Source]:
-    """Open one `raw` or `qcow2` volume that stands on no other.  Raises SourceRefused."""
+    """Open one `raw` or `qcow2` volume that has no backing file.  Raises SourceRefused."""
     volume_id = os.path.basename(path)
     disk = Disk("", "disk", path, "", "file", "", volume_id, "none", ())
     with ExitStack() as stack:
@@ -245,13 +246,13 @@ def opened_alone(path: str, image_format: str) -> Iterator[Source]:
 
 @contextmanager
 def opened(disk: Disk) -> Iterator[Source]:
-    """Open the chain of `disk`, which vdsm has prepared.  Raises SourceRefused; closes it at the end."""
+    """Open the chain of `disk`, which vdsm has prepared; it is closed at the end.  Raises SourceRefused."""
     with ExitStack() as stack:
         yield Source(tuple(_chain(disk, stack)))
 
 
 def _chain(disk: Disk, stack: ExitStack) -> Iterator[Layer]:
-    """Leaf to base."""
+    """The layers from leaf to base."""
     parents = _Parents(disk)
     path, image_format = disk.path, {"raw": "raw", "cow": "qcow2"}[disk.format]
     volume_id = disk.volume_id
@@ -264,20 +265,21 @@ def _chain(disk: Disk, stack: ExitStack) -> Iterator[Layer]:
 
 
 class _Parents:
-    """The volumes of the chain that may be a parent: those that vdsm named, each once."""
+    """The volumes that may be a parent in the chain: the volumes that vdsm named, each once."""
 
     def __init__(self, disk: Disk) -> None:
         self._image_id = disk.image_id
         self._paths = {volume.volume_id: volume.path for volume in disk.volumes}
         self._leaf_directory = os.path.dirname(disk.path)
-        # Without a chain from vdsm (before_vm_start of older versions): the image's own directory, where
-        # vdsm puts nothing else.  A storage domain's directory of devices holds other VMs' volumes too.
+        # Older versions of vdsm name no chain at before_vm_start.  Then every volume in the image's own
+        # directory may be a parent: vdsm puts nothing else there.  But the device directory of a storage
+        # domain has volumes of other VMs, too.
         is_images_own = os.path.basename(self._leaf_directory) == disk.image_id
         self._any_sibling = not self._paths and is_images_own
         self._seen = {disk.volume_id}
 
     def next(self, child: str, header: Header) -> tuple[str, str, str]:
-        """Volume id, path and format of the parent that `header`, read from `child`, names."""
+        """Volume id, path and format of the parent that `header`, the header of `child`, names."""
         volume_id = self._volume_id(header.backing_name)
         if not is_uuid(volume_id):
             raise SourceRefused(
@@ -304,9 +306,9 @@ class _Parents:
         return volume_id, path, header.backing_format
 
     def _volume_id(self, backing_name: str) -> str:
-        """`backing_name` without the way into the image's own directory, which vdsm wrote until 2016.
+        """`backing_name` without the prefix `../IMAGE/`, which vdsm wrote until 2016.
 
-        libvirt of that time wrote it once more at each live merge (bugzilla.redhat.com 1333627).
+        libvirt of that time added the prefix once more at each live merge (bugzilla.redhat.com 1333627).
         """
         own, name = f"../{self._image_id}/", backing_name
         while name.startswith(own):
@@ -326,7 +328,7 @@ def _open_layer(
     _require_is_volume(disk, path, volume_id, fd, status)
     file_size = os.lseek(fd, 0, os.SEEK_END)
     try:
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)  # no more than is asked for; qemu-img opens it anew
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)  # no read-ahead here; qemu-img opens it again
         if is_block:
             forget_pages(fd)
         start = _read(fd, HEADER_BYTES)
@@ -346,7 +348,10 @@ def _open_layer(
 
 
 def _require_is_volume(disk: Disk, path: str, volume_id: str, fd: int, status: os.stat_result) -> None:
-    """Whoever can write to shared storage can put a link in a volume's place, to what else vdsm can read."""
+    """Refuse a file or device that is not the volume.
+
+    A user who can write to shared storage could replace a volume by a link to any file that vdsm can read.
+    """
     if stat.S_ISBLK(status.st_mode):
         is_volume = _is_volume_name(device_mapper.read_name(status.st_rdev), disk.domain_id, volume_id)
     else:
@@ -356,19 +361,19 @@ def _require_is_volume(disk: Disk, path: str, volume_id: str, fd: int, status: o
 
 
 def _is_volume_name(dm_name: str, domain_id: str, volume_id: str) -> bool:
-    """A block volume is a logical volume of its name, in the volume group of its storage domain's name.
+    """Whether this is the device of the logical volume `volume_id` in the volume group `domain_id`.
 
-    device-mapper joins the two names with a dash and doubles those that they have.
+    device-mapper joins the two names with a dash, and doubles each dash inside of them.
     """
     vg, lv = (name.replace("-", "--") for name in (domain_id, volume_id))
     return dm_name == f"{vg}-{lv}" if domain_id else dm_name.endswith(f"-{lv}")
 
 
 def _is_volume_file(real: str, disk: Disk, path: str, volume_id: str) -> bool:
-    """A file volume is a file of its name in the directory that vdsm names, which is its image's.
+    """Whether `real` is the file of the volume, in the image's directory that vdsm names.
 
-    vdsm's own links lead to the directory of the image in its storage domain: from the domain's place in
-    /rhev/data-center/POOL/ and the image's in /run/vdsm/storage/DOMAIN/.
+    vdsm's own links lead to this directory: a link to the storage domain in /rhev/data-center/POOL/, and a
+    link to the image in /run/vdsm/storage/DOMAIN/.
     """
     directory = os.path.realpath(os.path.dirname(path))
     if real != os.path.join(directory, volume_id):
@@ -382,7 +387,7 @@ def _is_volume_file(real: str, disk: Disk, path: str, volume_id: str) -> bool:
 
 
 def _open(path: str) -> int:
-    # Not even opened: a link in a file volume's place.  vdsm's links to volumes lead to devices.
+    # A link in the place of a file volume is not even opened; vdsm's own links to volumes lead to devices.
     if os.path.islink(path) and not os.path.realpath(path).startswith("/dev/"):
         raise SourceRefused(path, "it is a link to another file", _REPLACED)
     try:
@@ -406,7 +411,7 @@ def _read(fd: int, size: int) -> bytes:
 
 
 def _opens_direct(fd: int) -> bool:
-    """Whether O_DIRECT works there: tmpfs and some network file systems refuse it."""
+    """Whether the file can be opened with O_DIRECT: tmpfs and some network file systems refuse it."""
     try:
         os.close(os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC))
     except OSError as error:

@@ -1,10 +1,12 @@
-"""Which volumes are templates', by what the storage domain itself says; in doubt, none.
+"""Whether a volume is a template's, by the storage domain's own metadata; on any doubt it is not.
 
-File storage: beside each volume lies its metadata, `<volume>.meta`, lines of KEY=VALUE with `EOF` as the last
-(vdsm, storage/volumemetadata.py).  A template's says VOLTYPE=SHARED, and IMAGE, the template's image; every
-image made from it has hard links to the volume and its metadata.  A snapshot that may be merged is INTERNAL.
-Block storage: the tag IU_ of a volume names the image it was made for (vdsm, storage/blockVolume.py).  Only
-root can read tags; `cache.py` does.
+File storage: beside each volume is its metadata file `<volume>.meta`, with lines KEY=VALUE and a last line
+`EOF` (vdsm, storage/volumemetadata.py).  A template's volume has VOLTYPE=SHARED, and IMAGE is the template's
+image; images made from the template have hard links to the volume and its metadata file.  A snapshot, which
+may be merged later, has VOLTYPE=INTERNAL.
+
+Block storage: the tag IU_ of a volume names the image for which it was made (vdsm, storage/blockVolume.py).
+Only root can read tags; `helper/cache.py` does.
 """
 
 from __future__ import annotations
@@ -45,19 +47,19 @@ def why_no_template(layer: Layer) -> str:
 
 
 def domain_of(layer: Layer) -> str:
-    """The storage domain of a block volume: its volume group, "" where the name is none of vdsm's."""
+    """The storage domain of a block volume, which is its volume group; "" if the names are not vdsm's."""
     domain_id, separator, volume_id = layer.dm_name.replace("--", "/").partition("-")
     ids = [each.replace("/", "-") for each in (domain_id, volume_id)]
     return ids[0] if separator and all(map(is_uuid, ids)) else ""
 
 
 def read_metadata(path: str) -> dict[str, str]:
-    """What stands in the metadata of the file volume `path`; {} where there is none, or it is cut off."""
+    """The metadata of the file volume `path`; {} if there are none, or the file is incomplete."""
     return _parse(_read(f"{path}.meta") or b"") or {}
 
 
 def _read(path: str) -> bytes | None:
-    """What is in a file, its beginning if it is too long; None if it is none, or cannot be read."""
+    """The first _LIMIT bytes of a file; None if it is no regular file, or cannot be read."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
     except OSError:
@@ -71,7 +73,7 @@ def _read(path: str) -> bytes | None:
 
 
 def _parse(data: bytes) -> dict[str, str] | None:
-    """The keys of volume metadata and their values; None if it is cut off or has a key twice."""
+    """The keys of volume metadata and their values; None if the text is incomplete or has a key twice."""
     lines = data.decode(errors="replace").splitlines()
     found = [_LINE.fullmatch(line) for line in lines]
     keys = [match[1] for match in found if match]
