@@ -34,10 +34,10 @@ def read_disk(text: str) -> Disk:
     """The disk in the JSON of `after_disk_prepare`.
 
     The JSON object is the disk itself, as vdsm sends it, or has a single key `disk` whose value is the disk,
-    as vdsm's manual page describes.  Raises BadDiskData for text that is not one JSON object, has a key twice,
-    nests too deeply, or has a number that is not finite or has more than DIGITS digits; for values of the
-    wrong type; for IDs that are no UUIDs (upper case is accepted); and for the ambiguities that `disks.py`
-    lists.
+    as vdsm's manual page describes.  Raises BadDiskData for text that is not one JSON object, has a key
+    twice, nests too deeply, or has a number that is not finite or has more than DIGITS digits; for values of
+    the wrong type; for IDs that are no UUIDs (upper case is accepted); and for the ambiguities that
+    `disks.py` lists.
     """
     return _disk_from_json(_disk_object(_load(text)))
 

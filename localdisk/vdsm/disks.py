@@ -119,7 +119,7 @@ def check_size(text: str) -> None:
 
 
 def check_disk(disk: Disk, serial: str, images: Iterable[str] = ()) -> None:
-    """Refuse a disk with one of the two ids, or that looks like an image; `images` are all known image ids."""
+    """Refuse a disk that has only one of the ids or looks like an image; `images` are all known ids."""
     if bool(disk.image_id) != bool(disk.volume_id):
         raise RefusedError(f"disk {disk.name} has only one of imageID and volumeID")
     if disk.is_vdsm_image:
