@@ -1,6 +1,6 @@
-"""Replaces a file so that whoever reads it finds the old bytes or the new ones, never a part.
+"""Replaces a file so that a reader finds either the old bytes or the new bytes, never a part.
 
-A replacement that is killed leaves at most `temporary_name(path)`, which the next one replaces.
+A process that is killed in between leaves at most `temporary_name(path)`; the next replacement removes it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 
 
 def temporary_name(path: str) -> str:
-    """Beside `path`; neither sudo, cron, udev nor the textfile collector reads such a name."""
+    """A name beside `path` that sudo, cron, udev and the textfile collector ignore."""
     directory, name = os.path.split(path)
     return f"{directory}/.{name}.new"
 
@@ -19,9 +19,9 @@ def temporary_name(path: str) -> str:
 def replace(
     path: str, data: bytes, mode: int, owner: tuple[int, int], judge: Callable[[str], None] | None = None
 ) -> None:
-    """Make `path` a regular file of these bytes, this mode and this owner, on the disk when this returns.
+    """Make `path` a regular file with these bytes, mode and owner; it is synced when this returns.
 
-    `judge` looks at the temporary file first, and raises to refuse it.  Raises OSError.
+    `judge` gets the path of the temporary file first, and raises an error to refuse it.  Raises OSError.
     """
     temporary = temporary_name(path)
     with removed_on_failure(temporary):
@@ -38,9 +38,9 @@ def replace(
 
 
 def new_file(path: str) -> int:
-    """A descriptor of a file that nobody else has open, in the place of what a killed run left.
+    """A descriptor of a new file that nobody else has open; a file of a killed run is removed first.
 
-    The directory may be another user's, who must not choose what root writes to.
+    The directory may belong to another user, who must not choose to which file root writes.
     """
     unlink(path)
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
@@ -62,7 +62,7 @@ def unlink(path: str) -> None:
 
 
 def sync(directory: str) -> None:
-    """Have what was renamed or removed in a directory on the disk."""
+    """Sync a directory, so that a rename or removal in it survives a crash."""
     fd = os.open(directory or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)

@@ -1,24 +1,25 @@
-"""VMs that are powered off while vdsm starts them: one empty file for each in /run/localdisk.
+"""VMs that are powered off while vdsm starts them: one empty file for each VM in /run/localdisk.
 
     <vm id>.destroying   before_vm_destroy has been called: vdsm powers off a VM that it is starting
-    <vm id>.destroyed    then after_vm_destroy, too
+    <vm id>.destroyed    after_vm_destroy has been called, too
 
-A helper that prepares a disk of the VM looks for the file whenever it waits, and ends if it is there; so
-nobody has to find that helper, and a helper that began too late to be found ends as well.
+A helper that prepares a disk of the VM looks for the file whenever it waits, and ends if the file is there.
+So nobody has to find that helper, and a helper that is started a moment later ends as well.
 
-What vdsm still calls for such a start, and when (vdsm `lib/vdsm/virt/vm.py`: `_preparePathsForDrives`,
+vdsm still calls these hook points for such a start (vdsm `lib/vdsm/virt/vm.py`: `_preparePathsForDrives`,
 `doDestroy`, `releaseVm`):
 
-- after_disk_prepare for a further disk, if that begins before vdsm notes that the VM is to be destroyed,
-  right after before_vm_destroy; never after after_vm_destroy, which waits for the disk's preparation;
-- before_vm_start, once, at any time: also after after_vm_destroy, also for a start that has waited all along
-  for one of vdsm's four places.
+- after_disk_prepare for a further disk, if the call begins before vdsm notes that the VM is to be destroyed;
+  vdsm notes that right after before_vm_destroy.  It never calls it after after_vm_destroy, which waits until
+  the disk is prepared;
+- before_vm_start, once, at any time: even after after_vm_destroy, and even for a start that has waited until
+  then for one of vdsm's four places.
 
-A new start calls after_disk_prepare first, after after_vm_destroy of the old one: this removes the file.
-Processes that are killed in between, or a second power-off, leave a file that ends at most one start:
-`destroying` counts for SETTLED seconds at after_disk_prepare, before_vm_start removes what it has met, gc
-removes old files, and before_vdsm_start all of them.  A VM of which nothing is local is never ended: a resume
-comes to before_vm_start without a start before it.
+The next start of the VM calls after_disk_prepare first, and only after after_vm_destroy of the start before.
+This call removes the file.  If a process is killed in between, or the VM is powered off twice, a file is left
+and ends at most one start: `destroying` counts for SETTLED seconds at after_disk_prepare, before_vm_start
+removes a file that it finds, gc removes old files, and before_vdsm_start removes all files.  A VM without
+local disks is never ended: when it resumes, vdsm calls before_vm_start without a start before it.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ _DESTROYING, _DESTROYED = ".destroying", ".destroyed"
 
 
 def destroying(vm_id: str) -> None:
-    """vdsm powers off this VM, which it is starting: end what is prepared for it.  Raises RunUnwritable."""
+    """Note that vdsm powers off this VM while it starts: its disks' preparation ends.  Raises RunUnwritable."""
     if _age(_path(vm_id, _DESTROYED)) < SETTLED:  # powered off twice: no further after_vm_destroy comes
         return
     fd = lock.make(_path(vm_id, _DESTROYING))
@@ -47,32 +48,32 @@ def destroying(vm_id: str) -> None:
 
 
 def destroyed(vm_id: str) -> None:
-    """vdsm has powered off this VM."""
+    """Note that vdsm has powered off this VM."""
     with contextlib.suppress(FileNotFoundError):
         os.rename(_path(vm_id, _DESTROYING), _path(vm_id, _DESTROYED))
 
 
 def is_cancelled(vm_id: str) -> bool:
-    """Whether the start of this VM that is under way is to end."""
+    """Whether the present start of this VM must end."""
     return any(os.path.lexists(_path(vm_id, ending)) for ending in (_DESTROYING, _DESTROYED))
 
 
 def require_start(vm_id: str) -> None:
-    """At after_disk_prepare: raise StartCancelled if it is of a start that was ended; else a start begins."""
+    """At after_disk_prepare: raise StartCancelled if its start was powered off; else a new start begins."""
     if _age(_path(vm_id, _DESTROYING)) < SETTLED:
         raise StartCancelled(vm=vm_id)
     settle(vm_id)
 
 
 def require_started(vm_id: str) -> None:
-    """At before_vm_start: raise StartCancelled, once, if the start was ended."""
+    """At before_vm_start: raise StartCancelled, once, if the start was powered off."""
     if is_cancelled(vm_id):
         settle(vm_id)
         raise StartCancelled(vm=vm_id)
 
 
 def sweep(may_start: bool) -> None:
-    """Remove the files that end no start any more; all of them if vdsm cannot be starting VMs."""
+    """Remove files that are too old to end a start; remove all files if vdsm cannot be starting VMs."""
     for name in _names():
         path = os.path.join(lock.RUN, name)
         if not may_start or _age(path) > KEEP_FOR:
@@ -80,7 +81,7 @@ def sweep(may_start: bool) -> None:
 
 
 def settle(vm_id: str) -> None:
-    """A start begins.  What was powered off does not count any more; a power-off that comes just now does."""
+    """A start begins: remove the file of a power-off before it, but not the file of a recent one."""
     _remove(_path(vm_id, _DESTROYED))
     if SETTLED <= _age(_path(vm_id, _DESTROYING)) < float("inf"):
         _remove(_path(vm_id, _DESTROYING))
@@ -99,7 +100,7 @@ def _path(vm_id: str, ending: str) -> str:
 
 
 def _age(path: str) -> float:
-    """Seconds since the file was written, whichever way the clock was set; infinite if there is none."""
+    """Seconds between now and the time of the file, in either direction; infinite if there is no file."""
     try:
         return abs(time.time() - os.lstat(path).st_mtime)
     except FileNotFoundError:

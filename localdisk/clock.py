@@ -1,7 +1,7 @@
-"""The time by two clocks: one has the date and can be set, the other counts seconds from the boot.
+"""The time by two clocks: one has the date and can be set, the other counts seconds since the boot.
 
-A host without a battery boots in 1970 or 2001, and its date is corrected minutes later.  So the age of a mark
-that was made since the boot is measured by the clock that nobody sets.
+A host whose clock has no battery boots with a date such as 1970 or 2001, which is corrected minutes later.
+So the age of a mark that was made since the boot is measured by the second clock, which nobody can set.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ BOOT_ID = "/proc/sys/kernel/random/boot_id"
 
 @frozen
 class Moment:
-    epoch: float  # seconds, as the date says
-    boot_id: str = ""  # "" where the kernel has none
-    uptime: float = 0.0  # seconds since the boot, time asleep included
+    epoch: float  # the date, in seconds since the epoch
+    boot_id: str = ""  # "" if the kernel has none
+    uptime: float = 0.0  # seconds since the boot, suspended time included
 
 
 def now() -> Moment:

@@ -1,10 +1,10 @@
-"""The configuration that was found good last, so that it is not validated again while it stays the same.
+"""The last valid configuration, so that it is not validated again as long as it does not change.
 
-Validating costs a helper more than half of its time, mostly for importing what validates.  The memory is
-one file in /run/localdisk that only root writes and everybody reads: `<CRC-32 of the rest>`, a new line,
-then JSON with the text of the configuration file, the program that validated it, and the values that it
-found.  It holds for the same text and the same program alone.  It is written in place: a process that
-reads it while it is written, or after its writer was killed, finds a wrong checksum, and validates.
+Validation takes more than half of a helper's time, mostly to import the validator.  The memory is one file in
+/run/localdisk, which only root writes and everybody may read: `<CRC-32 of the rest>`, a new line, then JSON
+with the text of the configuration file, the program that validated it, and the resulting values.  It is used
+only for the same text and the same program.  The file is written in place: if a process reads it while it is
+written, or after its writer was killed, the checksum is wrong, and the process validates the configuration.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _LIMIT = 1 << 20  # bytes; a configuration file has at most 64 KiB
 
 
 def recall(text: bytes) -> dict[str, Any] | None:
-    """The values of the configuration file `text`, if this program found them good before."""
+    """The values of the configuration file `text`, if this program has validated it before."""
     try:
         fd = os.open(_path(), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
@@ -40,7 +40,7 @@ def recall(text: bytes) -> dict[str, Any] | None:
 
 
 def remember(text: bytes, values: dict[str, Any]) -> None:
-    """Root has found `values`, the contents of `text`, good.  What goes wrong here is of no consequence."""
+    """Remember `values`, which root has read from the valid text `text`.  Failures are ignored."""
     if os.geteuid() != 0:
         return
     record = json.dumps({"of": _origin(text), "values": values}).encode()
@@ -54,7 +54,7 @@ def remember(text: bytes, values: dict[str, Any]) -> None:
         os.ftruncate(fd, 0)
         os.pwrite(fd, _checksum(record) + b"\n" + record, 0)
     except OSError:
-        pass  # another one writes, or /run is full: the next run validates again
+        pass  # another process writes, or /run is full: the next run validates again
     finally:
         os.close(fd)
 
@@ -78,7 +78,7 @@ def _values(written: bytes, text: bytes) -> dict[str, Any] | None:
 
 
 def _origin(text: bytes) -> list[object]:
-    """What the values are made from: the text, and this program, whose tree is named by its contents."""
+    """The origin of the values: the text, and this program, whose directory is named by its content."""
     ours = os.stat(__file__)
     return [text.decode("latin-1"), __file__, ours.st_mtime_ns, ours.st_size]
 

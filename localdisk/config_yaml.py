@@ -1,7 +1,7 @@
-"""One YAML file as plain values, with the place of each; what localdisk refuses of YAML is noted.
+"""Reads a YAML file as plain values, with line and column of each; features that we refuse become problems.
 
-It reads the events of PyYAML's parser.  PyYAML's composer would follow aliases and recurse as deep as
-the file wants, and its constructor would make numbers of `1:30` and lose all places.
+It reads the events of PyYAML's parser.  PyYAML's composer would follow aliases and recurse to any depth, and
+its constructor would make a number of `1:30` and lose lines and columns.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ LIST_LIMIT = 256
 
 @frozen
 class Place:
-    """Where a key or value begins, counted from 1, and how it is written if it is a scalar."""
+    """Where a key or value begins, counted from 1, and its text in the file if it is a scalar."""
 
     line: int
     column: int
@@ -45,14 +45,14 @@ class Problem:
 
 
 class Refused:
-    """Stands for a value that has a problem already, so that what surrounds it can still be checked."""
+    """Replaces a value that has a problem already, so that the rest of the file can still be checked."""
 
 
 @frozen
 class Tree:
     """`value` is made of dict with text keys, list, str, int, bool, None and Refused.
 
-    `keys` and `values` have the places by path: of the first, where a key is doubled.
+    `keys` and `values` have the places by path; if a mapping has a key twice, that of the first.
     """
 
     value: Any
@@ -62,7 +62,7 @@ class Tree:
 
 
 def read_tree(data: bytes) -> Tree:
-    """The tree of a YAML file; the value of one that is no YAML, or too large or deep, is Refused."""
+    """The tree of a YAML file; if the file is no YAML, or too large or deep, its value is Refused."""
     reader = _Reader()
     try:
         value = reader.read(data)
@@ -81,7 +81,7 @@ class _UnreadableError(Exception):
 
 
 class _Reader:
-    """Goes through the events of one file, and notes places and problems as it goes."""
+    """Reads the events of one file, and notes places and problems."""
 
     def __init__(self) -> None:
         self.keys: dict[Path, Place] = {}
@@ -166,7 +166,7 @@ class _Reader:
         return values
 
     def _read_key(self, path: Path) -> str:
-        """The next key as it is written, also where YAML would make `on` or `1` of it; empty: refused."""
+        """The next key as the file has it, even if YAML would read it as a switch or number; "": refused."""
         import yaml
 
         event = self._loader.peek_event()
@@ -185,7 +185,7 @@ class _Reader:
         return ""
 
     def _read_sequence(self, path: Path) -> list[Any]:
-        """The list, cut one item after LIST_LIMIT: comparing thousands of them would take minutes."""
+        """The list, cut one item after LIST_LIMIT: comparing thousands of items would take minutes."""
         import yaml
 
         values: list[Any] = []
@@ -217,7 +217,7 @@ class _Reader:
         return Refused()
 
     def _is_plain(self, event: Any, path: Path) -> bool:
-        """Whether the value says all by itself: no alias, anchor or tag."""
+        """Whether the value has no alias, anchor or tag."""
         import yaml
 
         if isinstance(event, yaml.AliasEvent):
@@ -240,7 +240,7 @@ class _Reader:
         self.problems.append(Problem.at(_place(event), path, what))
 
     def _unreadable(self, before: str, what: str) -> _UnreadableError:
-        """Notes a problem of the whole file that shows after the text `before`."""
+        """Note a problem of the whole file that was found after the text `before`."""
         line, column = before.count("\n") + 1, len(before) - before.rfind("\n")
         self.problems.append(Problem(line, column, (), what))
         return _UnreadableError()

@@ -14,9 +14,9 @@ from localdisk.ids import is_uuid
 
 BLOCK = "/sys/block"
 NUMBERS = "/sys/dev/block"
-NAMES = "/sys/class/block"  # with partitions, which BLOCK has not
-_SECTOR = 512  # bytes; `size` counts these, whatever the device's own are
-_TARGET_NAME = re.compile(r"((?:[^-]|--)+)-((?:[^-]|--)+)")  # VG-LV, dashes inside doubled
+NAMES = "/sys/class/block"  # with partitions, which BLOCK does not have
+_SECTOR = 512  # bytes; the unit of `size`, even if the device has other sectors
+_TARGET_NAME = re.compile(r"((?:[^-]|--)+)-((?:[^-]|--)+)")  # VG-LV; dashes inside of names are doubled
 
 
 @frozen
@@ -27,7 +27,7 @@ class Volume:
 
 
 def logical_volumes(vg_names: Iterable[str]) -> Iterator[Volume]:
-    """Those of the volume groups that have a UUID as their name."""
+    """The active logical volumes of these volume groups that have a UUID as their name."""
     wanted = frozenset(vg_names)
     try:
         devices = sorted(name for name in os.listdir(BLOCK) if name.startswith("dm-"))
@@ -37,7 +37,7 @@ def logical_volumes(vg_names: Iterable[str]) -> Iterator[Volume]:
         try:
             match = _TARGET_NAME.fullmatch(_read(device, "dm", "name"))
             size = int(_read(device, "size")) * _SECTOR
-        except (OSError, ValueError):  # it has just gone
+        except (OSError, ValueError):  # the device was just removed
             continue
         if match:
             vg_name, lv_name = (part.replace("--", "-") for part in match.groups())
@@ -46,7 +46,7 @@ def logical_volumes(vg_names: Iterable[str]) -> Iterator[Volume]:
 
 
 def can_discard(path: str) -> bool:
-    """Whether the block device at `path` discards what it is told to; False if it cannot be looked at."""
+    """Whether the block device at `path` supports discards; False if it cannot be read."""
     try:
         device = os.stat(path).st_rdev
         place = os.path.realpath(_at(device))
@@ -59,13 +59,13 @@ def can_discard(path: str) -> bool:
 
 
 def read_uuid(device: int) -> str:
-    """The UUID that device-mapper has for a device number.  Raises OSError if it has no such device."""
+    """The device-mapper UUID of a device number.  Raises OSError if device-mapper has no such device."""
     with open(f"{_at(device)}/dm/uuid", encoding="ascii") as file:
         return file.read().strip()
 
 
 def read_name(device: int) -> str:
-    """The name that device-mapper has for a device number; "" if it has no such device."""
+    """The device-mapper name of a device number; "" if device-mapper has no such device."""
     try:
         with open(f"{_at(device)}/dm/name", encoding="ascii") as file:
             return file.read().strip()
@@ -74,7 +74,7 @@ def read_name(device: int) -> str:
 
 
 def devices_below(path: str) -> list[str]:
-    """The paths of the devices that the device at `path` lies on.  Raises OSError."""
+    """The paths of the devices directly below the device at `path`.  Raises OSError."""
     return [f"/dev/{name}" for name in os.listdir(f"{_at(os.stat(path).st_rdev)}/slaves")]
 
 
@@ -87,7 +87,7 @@ def multipath_devices() -> Iterator[str]:
 
 
 def name_and_uuid(name: str) -> tuple[str, str]:
-    """Name and UUID of device-mapper for the device named `name`, such as dm-3; "" twice if it has none."""
+    """Device-mapper name and UUID of the device that the kernel calls `name`, such as dm-3; else "" twice."""
     try:
         return _read(name, "dm", "name", under=NAMES), _read(name, "dm", "uuid", under=NAMES)
     except OSError:
@@ -95,12 +95,12 @@ def name_and_uuid(name: str) -> tuple[str, str]:
 
 
 def holders(name: str) -> list[str]:
-    """The kernel's names of the devices that lie on the device of this name."""
+    """The kernel's names of the devices directly above the device of this name."""
     return _related(name, "holders")
 
 
 def slaves(name: str) -> list[str]:
-    """The kernel's names of the devices that the device of this name lies on."""
+    """The kernel's names of the devices directly below the device of this name."""
     return _related(name, "slaves")
 
 

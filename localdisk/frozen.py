@@ -1,8 +1,8 @@
-"""Classes of named fields that are compared by value and never change, as frozen dataclasses are.
+"""Classes of named fields that are compared by value and never change, like frozen dataclasses.
 
-Hooks and their helper are started for every disk of every VM.  To import `dataclasses` takes two thirds of
-the time in which a bare interpreter starts (it imports `inspect`, with Python's parser and disassembler), and
-it compiles code for each class.  To a type checker these are dataclasses.
+A hook and a helper are started for every disk of every VM.  The import of `dataclasses` takes two thirds of
+the time that a bare interpreter needs to start: it imports `inspect`, with Python's parser and disassembler.
+It also compiles code for each class.  A type checker takes the classes of this module for dataclasses.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ else:
 
 
 class _Options:
-    """The options of a field, in the place of its default."""
+    """The options of a field; stands where the field's default would be."""
 
     def __init__(self, **options: Any) -> None:
         self.options = options
@@ -30,20 +30,20 @@ class _Options:
 def field(**options: Any) -> Any:
     """A field with options, each optional.
 
-    default           its value where none is given
-    default_factory   makes that value, anew for each object
-    compare=False     objects that differ in it alone are equal
-    repr=False        it is not shown
+    default           the value if none is given
+    default_factory   a function that makes this value for each object
+    compare=False     the field is ignored when objects are compared
+    repr=False        the field is not shown
     """
     return _Options(**options)
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(field,))
 def frozen(cls: type[T]) -> type[T]:
-    """The fields of the class are what it annotates, after those of a class of this kind that it extends.
+    """Make `cls` a frozen class: its fields are those of its frozen base class, then its own annotations.
 
-    They are given by position or by name.  Where one is missing or unknown, TypeError is raised; where one
-    is to be changed, AttributeError.
+    Values are given by position or by name.  A missing or unknown field raises TypeError; changing a field
+    raises AttributeError.
     """
     options = {**getattr(cls, "_options", {}), **_own_options(cls)}
     members: dict[str, Any] = {
@@ -67,7 +67,7 @@ def frozen(cls: type[T]) -> type[T]:
 
 
 def replace(old: T, **changes: Any) -> T:
-    """An object like `old`, but for `changes`."""
+    """A copy of `old` with `changes`."""
     return type(old)(**{**values(old), **changes})
 
 
@@ -84,7 +84,7 @@ def names(kind: type) -> tuple[str, ...]:
 
 
 def plain_values(found: Any) -> Any:
-    """`found` for JSON: a dictionary for each such object in it, a list for each sequence."""
+    """`found` for JSON: a dictionary for each frozen object in it, a list for each sequence."""
     if hasattr(type(found), "_names"):
         return {name: plain_values(value) for name, value in values(found).items()}
     if isinstance(found, dict):

@@ -1,4 +1,4 @@
-"""UUIDs as oVirt writes them, the only names of local disks, and fingerprints of volumes."""
+"""UUIDs as oVirt writes them, which are the names of local disks, and fingerprints of volumes."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ _DIGITS = frozenset("0123456789abcdef")
 
 
 def new_uuid() -> str:
-    """A random one."""
-    import uuid  # slow to import, and most who come here make none
+    """A random UUID."""
+    import uuid  # slow to import, and most users of this module make no UUID
 
     return str(uuid.uuid4())
 
 
 def uuid_of(name: str, namespace: str) -> str:
-    """Always the same one for this name in this namespace, which is a UUID itself."""
+    """The UUID of this name in this namespace, which is a UUID itself: always the same."""
     import uuid
 
     return str(uuid.uuid5(uuid.UUID(namespace), name))

@@ -1,9 +1,9 @@
-"""Which VMs may have kept disks on this host: one file a VM in /run/localdisk/kept.
+"""Which VMs may have kept disks on this host: one file for each VM in /run/localdisk/kept.
 
-`main.py` lets a VM without the custom property through at once, unless its file is there.  What counts is in
-the tags of the disks; the files are there before a disk is complete, and gc makes them anew from the tags,
-also after a boot, before vdsm starts any VM.  A file that holds text names the images whose disks are about
-to be marked as stale: if that is broken off, the next start or gc marks them.
+For a VM without the custom property, `main.py` ends at once, unless the VM has a file here.  The tags of the
+disks are what counts.  A file is made before its VM's first disk is complete, and gc makes all files again
+from the tags, also after a boot, before vdsm starts any VM.  The text of a file names the images whose disks
+are about to be marked as stale: if the marking is interrupted, the next start or gc marks them.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ def path(vm_id: str) -> str:
 
 
 def note(vm_id: str) -> None:
-    """The VM has, or is about to have, a disk that may be kept.  A record never refuses a start or a stop."""
+    """Note that the VM has, or will have, a disk that may be kept.  A failure is only logged."""
     _write(vm_id, os.O_CREAT, "")
 
 
 def doubt(vm_id: str, images: Iterable[str]) -> None:
-    """Kept disks of these images are about to be marked as stale."""
+    """Note that kept disks of these images are about to be marked as stale."""
     _write(vm_id, os.O_CREAT | os.O_TRUNC, "\n".join(images))
 
 
 def settle(vm_id: str) -> None:
-    """They are marked."""
+    """Note that these disks are marked."""
     _write(vm_id, os.O_CREAT | os.O_TRUNC, "")
 
 
@@ -46,7 +46,7 @@ def doubted(vm_id: str) -> tuple[str, ...]:
 
 
 def noted() -> Mapping[str, tuple[str, ...]]:
-    """All VMs that have a file, with what is in it."""
+    """All VMs that have a file, with the images in it."""
     try:
         names = sorted(filter(is_uuid, os.listdir(os.path.dirname(path("")))))
     except OSError:
@@ -55,7 +55,10 @@ def noted() -> Mapping[str, tuple[str, ...]]:
 
 
 def renew(vm_ids: frozenset[str], is_all: bool) -> None:
-    """These VMs have kept disks; `is_all`: and no others, so that the files of others are removed."""
+    """Make the files of these VMs, which have kept disks; if `is_all`, remove the files of all other VMs.
+
+    A file that still names images is not removed.
+    """
     for vm_id in vm_ids:
         note(vm_id)
     for vm_id, images in noted().items():

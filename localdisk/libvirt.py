@@ -1,8 +1,8 @@
 """Which VMs libvirt knows, asked through `virsh --readonly`.
 
-virsh and not libvirt's Python binding: the binding is compiled for the distribution's own Python and is
-not in a zipapp; virsh is on every oVirt host, and its read-only socket needs no password.  The URI names
-the system's libvirt, which is found behind a modular daemon (virtqemud) as behind a monolithic libvirtd.
+We do not use libvirt's Python binding: it is compiled for the distribution's own Python, so it cannot be part
+of the zipapp.  virsh is on every oVirt host, and its read-only socket needs no password.  The URI names the
+system's libvirt, and works with the modular daemon (virtqemud) and with the monolithic libvirtd.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _BOTH_LISTS = f"list --all --uuid; echo {_RULE}; list --uuid"
 
 
 class DomainState(enum.Enum):
-    """What libvirt has of a VM."""
+    """The state of a VM in libvirt."""
 
     UNKNOWN = "unknown"
     PLACEHOLDER = "placeholder"  # inactive, without disks: vdsm prepares the disks of a start (vm.py, `_run`)
@@ -33,7 +33,7 @@ class DomainState(enum.Enum):
 
 @frozen
 class Domains:
-    """The UUIDs of all VMs that libvirt knows in any state, and of those that run, paused ones included."""
+    """The UUIDs of all VMs that libvirt knows in any state, and of running VMs, paused VMs included."""
 
     known: frozenset[str]
     active: frozenset[str]
@@ -41,13 +41,13 @@ class Domains:
 
 @frozen
 class Question:
-    """virsh under way."""
+    """A running virsh command."""
 
     _begun: run.Begun | None
     _failure: CommandMissing | CommandTimeout | None = None
 
     def text(self) -> str:
-        """What it printed.  Raises LibvirtSilent."""
+        """The output of virsh.  Raises LibvirtSilent."""
         try:
             if self._begun:
                 return self._begun.output(DEADLINE)
@@ -61,7 +61,7 @@ class Question:
 
 
 def active() -> frozenset[str]:
-    """The UUIDs of VMs that run, paused ones included.  Raises LibvirtSilent."""
+    """The UUIDs of running VMs, paused VMs included.  Raises LibvirtSilent."""
     return _list().answer()
 
 
@@ -74,7 +74,7 @@ def known() -> frozenset[str]:
 
 
 def ask_domains() -> Question:
-    """Which VMs there are and run; `read_domains` reads the answer."""
+    """Ask which VMs there are, and which of them run; `read_domains` reads the answer."""
     return _ask(_BOTH_LISTS)
 
 
@@ -85,7 +85,7 @@ def read_domains(text: str) -> Domains:
 
 
 def state(vm_id: str) -> DomainState:
-    """What libvirt has of one VM, a canonical UUID.  Raises LibvirtSilent."""
+    """The state in libvirt of one VM, a canonical UUID.  Raises LibvirtSilent."""
     # The lists come last: if libvirt does not answer, the last command fails, and with it virsh.
     text = _ask(f"domblklist {vm_id}; echo {_RULE}; {_BOTH_LISTS}").text()
     parts = text.rsplit(f"{_RULE}\n", 2)  # from the right: a disk's path may hold anything
@@ -101,13 +101,13 @@ def state(vm_id: str) -> DomainState:
 
 
 def ask_names() -> Question:
-    """The VMs that run, then all that libvirt knows, with their names; `read_names` reads the answer."""
-    # What can hold anything, the names, comes last: a name that ends in the rule ends nothing.
+    """Ask for the UUIDs of running VMs, then for all UUIDs and names; `read_names` reads the answer."""
+    # Names can have any text, so they come last: a name that ends in the rule ends nothing.
     return _ask(f"list --uuid; echo {_RULE}; list --all --uuid --name")
 
 
 def read_names(text: str) -> tuple[dict[str, str], frozenset[str]]:
-    """Names by UUID of all VMs, and the UUIDs of those that run, from what `ask_names` printed.
+    """Names by UUID of all VMs, and the UUIDs of running VMs, from the answer to `ask_names`.
 
     Raises LibvirtSilent.
     """
@@ -121,21 +121,21 @@ def read_names(text: str) -> tuple[dict[str, str], frozenset[str]]:
 
 
 def xmls(vm_ids: Iterable[str]) -> tuple[str, ...]:
-    """The domain XML of VMs that run, asked with one command; without that of a VM that has ended meanwhile.
+    """The domain XML of running VMs, from one command; VMs that have ended meanwhile are left out.
 
     Raises LibvirtSilent.
     """
     asked = sorted(filter(is_uuid, vm_ids))
     if not asked:
         return ()
-    # virsh goes on after a command that failed, and fails itself only where the last one did.
+    # virsh continues after a command that failed, and fails itself only if the last command failed.
     out = _ask("; ".join([*(f"dumpxml {vm_id}" for vm_id in asked), "echo"])).text()
-    *texts, _ = out.split(f"\n{_END}\n")  # what is inside is indented
+    *texts, _ = out.split(f"\n{_END}\n")  # lines inside of a domain are indented
     return tuple(f"{text.lstrip()}\n{_END}\n" for text in texts)
 
 
 def _has_disks(table: str) -> bool:
-    """Whether `domblklist` printed any; a heading, a rule and an empty line stand around them."""
+    """Whether `domblklist` printed any disks; it also prints a heading, a rule and an empty line."""
     heading, *rows = table.splitlines() or [""]
     if heading.split() != ["Target", "Source"]:
         raise LibvirtSilent(problem=f"virsh domblklist printed {table[:80]!r}")

@@ -1,8 +1,8 @@
-"""Locks and turns in /run/localdisk: who works on which disk, and who may copy now.
+"""Locks and turns in /run/localdisk: which process works on which disk, and which processes may copy now.
 
-A lock is a file that is flocked by the process that holds it, so that it ends with that process whatever
-happens; the file's text is the progress of the copy.  All files are root's alone: an ordinary user who
-could open one could also lock it.  Waiting is done by calling `pause(seconds)`, which may raise to give up.
+A lock is a file with a flock of the process that holds it, so the lock always ends with that process.  The
+file's text is the progress of the copy.  Only root can open the files: an ordinary user who could open a file
+could also lock it.  To wait, these functions call `pause(seconds)`, which may raise an error to end the wait.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ class Lock:
         self._fd = fd
 
     def write(self, text: str) -> None:
-        """Replace the text in one write, padded so that a shorter text leaves no rest of a longer one.
+        """Replace the text in one write; it is padded, so that nothing of a longer text is left.
 
         Raises OSError: /run may be full.
         """
         os.pwrite(self._fd, text.encode().ljust(512), 0)
 
     def release(self) -> None:
-        """Remove the file, then let go: whoever waits sees that its file is gone and makes a new one.
+        """Remove the file, then unlock it.  A waiting process detects that, and makes a new file.
 
-        Somebody else may have removed it (`uninstall --force`); then it is another process's by now.
+        If somebody else has removed the file (`uninstall --force`), a new file of this name is not ours.
         """
         with contextlib.suppress(OSError):
             if _is_still(self.path, self._fd):
@@ -53,7 +53,7 @@ def disk_lock(volume_id: str) -> str:
 
 
 def try_hold(path: str) -> Lock | None:
-    """Take the lock, or return None at once where another process has it.  Raises RunUnwritable."""
+    """Take the lock; None, without waiting, if another process holds it.  Raises RunUnwritable."""
     while True:
         fd = make(path)
         try:
@@ -62,7 +62,7 @@ def try_hold(path: str) -> Lock | None:
             os.close(fd)
             return None
         if _is_still(path, fd):
-            os.ftruncate(fd, 0)  # what a killed holder wrote is not about us
+            os.ftruncate(fd, 0)  # remove the text of a holder that was killed
             return Lock(path, fd)
         os.close(fd)
 
@@ -77,7 +77,7 @@ def make(path: str) -> int:
 
 
 def hold(path: str, pause: Pause) -> Lock:
-    """Take the lock, waiting for it as long as `pause` lets."""
+    """Take the lock; waits until `pause` raises."""
     while True:
         lock = try_hold(path)
         if lock:
@@ -96,7 +96,7 @@ def holding(path: str, pause: Pause) -> Iterator[Lock]:
 
 @contextmanager
 def trying(path: str) -> Iterator[Lock | None]:
-    """The lock for as long as the context lasts, None where another process has it."""
+    """The lock for as long as the context lasts; None if another process holds it."""
     lock = try_hold(path)
     try:
         yield lock
@@ -111,7 +111,7 @@ def held() -> frozenset[str]:
 
 
 def names() -> list[str]:
-    """The names of all lock files and tickets, sorted; some may be nobody's."""
+    """The names of all lock files and tickets, sorted; some may be held by no process."""
     try:
         found = os.listdir(RUN)
     except FileNotFoundError:
@@ -120,12 +120,12 @@ def names() -> list[str]:
 
 
 def is_held(path: str) -> bool:
-    """Whether a living process holds the lock.  Leaves nothing behind."""
+    """Whether a living process holds the lock.  Makes no file."""
     return read_held(path) is not None
 
 
 def read_held(path: str) -> str | None:
-    """The text of a held lock; None where nobody holds it."""
+    """The text of a held lock; None if no process holds it."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     except FileNotFoundError:
@@ -141,13 +141,13 @@ def read_held(path: str) -> str | None:
 
 @contextmanager
 def turn(parallel: int, pause: Pause) -> Iterator[str]:
-    """Wait for one of `parallel` turns on this host, first come first served; it is given back at the end.
+    """Wait for one of `parallel` turns on this host, first come first served; the turn ends with the context.
 
-    Yields the path of the ticket: who gave a turn back and needs it again takes it with `holding`, as old as
-    it was, so that later ones wait for it.
+    Yields the path of the ticket.  A process that gave its turn back and needs it again takes the same ticket
+    with `holding`: the ticket is as old as before, so later processes wait.
 
-    Every process that copies or waits holds a ticket, a lock whose name sorts by the time it was drawn.
-    It may go when fewer than `parallel` older tickets are held.
+    Every process that copies or waits holds a ticket: a lock whose name sorts by the time it was made.  A
+    process may copy if fewer than `parallel` older tickets are held.
     """
     queue = os.path.join(RUN, "queue.lock")
     with holding(queue, pause):
@@ -162,18 +162,18 @@ def turn(parallel: int, pause: Pause) -> Iterator[str]:
 
 
 def _older_tickets(mine: str) -> int:
-    """How many tickets older than `mine` are held; those that nobody holds are removed."""
+    """How many tickets older than `mine` are held; removes older tickets that no process holds."""
     older = (name for name in names() if name.endswith(".turn") and name < os.path.basename(mine))
     return sum(not _swept(os.path.join(RUN, name)) for name in older)
 
 
 def sweep() -> int:
-    """Remove the lock files and tickets that nobody holds (a process was killed); returns how many."""
+    """Remove lock files and tickets that no process holds (it was killed); returns how many."""
     return sum(_swept(os.path.join(RUN, name)) for name in names())
 
 
 def _swept(path: str) -> bool:
-    """Remove a lock file that nobody holds; False where somebody does."""
+    """Remove a lock file that no process holds; False if a process holds it."""
     lock = try_hold(path)
     if lock:
         lock.release()
@@ -181,7 +181,7 @@ def _swept(path: str) -> bool:
 
 
 def _is_still(path: str, fd: int) -> bool:
-    """Whether `path` is still the file that `fd` has open: its last holder removes it."""
+    """Whether `path` is still the open file `fd`: the holder before us may have removed it."""
     try:
         return os.path.samestat(os.stat(path, follow_symlinks=False), os.fstat(fd))
     except FileNotFoundError:

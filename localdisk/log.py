@@ -15,7 +15,7 @@ def event(what: str, **fields: object) -> None:
 
 
 def problem(what: str, **fields: object) -> None:
-    """As `event`, at warning level."""
+    """Log as `event` does, at warning level."""
     _write(syslog.LOG_WARNING, what, fields)
 
 
@@ -25,5 +25,5 @@ def _write(level: int, what: str, fields: dict[str, object]) -> None:
 
 
 def _shown(value: object) -> str:
-    """An error's fields are bounded each: as a whole, what to do would be cut off."""
+    """A value as bounded text.  An error's fields are bounded already, so its advice is never cut off."""
     return str(value).splitlines()[-1] if isinstance(value, Error) else plain(value)

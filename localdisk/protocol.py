@@ -1,26 +1,26 @@
-"""What the two halves write to each other: requests of the hook, answers of the helper, lines of JSON.
+"""What hook and helper write to each other, as lines of JSON: requests of the hook, answers of the helper.
 
-The hook (`hook/client.py`, user vdsm) asks, the helper (`helper/session.py`, root) answers.  A request is the
-`verb` of its class and its fields.  An answer is the fields of its class, none for most, or
-`{"error": "why"}` if the request is refused.  The fields' names on the line are those of WIRE.
+The hook (`hook/client.py`, user vdsm) asks, the helper (`helper/session.py`, root) answers.  A request has
+the name of its class, as `verb`, and the fields of its class.  An answer has the fields of its class (most
+have none), or is `{"error": "why"}` if the request is refused.  WIRE has the fields' names on the line.
 
-    Look      how the local copies of these disks are; locks and changes nothing      -> Looks
-    Claim     take the disk's lock, see whether the disk is in use                     -> Claimed
-    Prepare   make the claimed disk, or take a kept one back                           -> Prepared
-    Prefetch  take a template's lock, see whether the template is cached               -> Fetched
-    Fill      make the template LV that was missing                                    -> Prepared
+    Look      the state of the local copies of these disks; locks and changes nothing  -> Looks
+    Claim     take the disk's lock, and check whether the disk is in use               -> Claimed
+    Prepare   make the claimed disk, or use a kept disk again                          -> Prepared
+    Prefetch  take a template's lock, and check whether the template is cached         -> Fetched
+    Fill      make the missing template LV                                             -> Prepared
     Uncached  why the claimed disk is copied without a template LV
-    Progress  bytes of the guest's view, and bytes written to the volume, so far
-    Commit    the copy is complete: what was made is ready
+    Progress  how many bytes of the guest's view are done, and how many were written to the volume
+    Commit    the copy is complete: make the disk or template LV ready
     Cancel    the VM is powered off while it starts: end its start
-    Drifted   which images the disks of the VM ran from when the VM stopped
+    Drifted   the volumes from which the VM's disks ran when the VM stopped
     Release   the VM has stopped: remove or keep its disks
     Stale     the VM begins to run with these images on shared storage
     Rehearse  make a tiny volume as a start of this VM would, for `check`                -> Tried
     Rehearsed remove it
 
-A line is judged well-formed here and nowhere else: each field has one rule in _RULES, whoever writes it.  The
-helper trusts nothing of what the hook writes: UUIDs are canonical, integers and lists are bounded.
+Lines are validated only here: each field has one rule in _RULES, for requests and answers.  The helper trusts
+nothing that the hook writes: UUIDs must be canonical, and integers and lists have limits.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ MAX_DISKS = 256
 PROPERTY_VALUES = ("lvm", "lvmthin", "on")
 BACKENDS = ("lvm", "lvmthin")
 
-# Names on the line, if they are not the attributes' own.
+# Names on the line, if they differ from the attributes' names.
 WIRE = {
     "vm_id": "vm",
     "image_id": "image",
@@ -68,7 +68,7 @@ WIRE = {
 class How(Enum):
     """What the hook does with a disk that the helper has prepared."""
 
-    KEPT = "kept"  # nothing: a kept disk was taken back
+    KEPT = "kept"  # nothing: a kept disk is used again
     COPY = "copy"  # copy all of it
     MISSING = "missing"  # fill the template LV, commit that, then ask again
     LAYERS = "layers"  # copy the layers above the base: the disk is a clone of the template LV
@@ -76,12 +76,12 @@ class How(Enum):
     UNCACHED = "uncached"  # ask again without base
 
 
-# -- what both use
+# -- parts of requests and answers
 
 
 @frozen
 class Device:
-    """An active logical volume, as the helper knows it."""
+    """An active logical volume."""
 
     path: str
     dm_uuid: str
@@ -89,9 +89,9 @@ class Device:
 
 @frozen
 class Target(Device):
-    """The logical volume to fill, as the helper made it."""
+    """The logical volume that the helper has made, and the hook fills."""
 
-    zeroed: bool  # reads as zeros where nothing is written
+    zeroed: bool  # blocks that are not written read as zeros
     bandwidth: int | None  # bytes per second
     nice: int  # absolute
 
@@ -116,7 +116,7 @@ class DiskIds:
 
 @frozen
 class RanFrom:
-    """Where a disk of a VM was when the VM stopped; the path is compared and logged, nothing else."""
+    """Where a disk of a VM was when the VM stopped; the path is only compared and logged."""
 
     image_id: str
     path: str
@@ -142,7 +142,7 @@ class Claim:
 
 @frozen
 class Prepare:
-    """`size` bytes of the guest's view; `writes` bytes of data are written; it may start from `base`."""
+    """`size` of the guest's view and `writes` of a copy in bytes; `base` is what the disk may start from."""
 
     size: int
     fingerprint: str
@@ -234,7 +234,7 @@ class Done:
 
 @frozen
 class Looked:
-    """What the helper sees of one disk; `path` is where it is or would be."""
+    """The state of one disk; `path` is the path that its local disk has or would have."""
 
     is_local: bool  # by the policy of this host, it must run from a local disk
     is_kept: bool  # the VM has a complete local disk of its image
@@ -245,24 +245,24 @@ class Looked:
 
 @frozen
 class Looks:
-    """One for each disk that was asked about, in their order."""
+    """A Looked for each disk of the request, in the same order."""
 
     looked: tuple[Looked, ...]
 
 
 @frozen
 class Claimed:
-    """If the disk neither stays nor has a path, it is to be prepared."""
+    """If `stays` is false and `path` is "", the disk must be prepared."""
 
-    stays: bool  # leave the disk where it is
+    stays: bool  # the path of the disk is left as it is
     path: str  # the running VM's local disk, "" if there is none
     is_thin: bool  # a new local disk would be thin
-    is_cached: bool  # it would start from a local copy of its template
+    is_cached: bool  # the template cache is on
 
 
 @frozen
 class Prepared:
-    """The local disk's path, "" if it is not made yet, and what must be copied to where."""
+    """The local disk's path, "" if it is not made yet; what the hook must copy, and to which device."""
 
     how: How
     path: str = ""
@@ -294,7 +294,7 @@ def write_request(request: object) -> bytes:
 
 
 def read_request(line: bytes) -> Any:
-    """The request in a line: an object of one of REQUESTS.  Raises BadRequest."""
+    """The request in a line: an object of a class in REQUESTS.  Raises BadRequest."""
     try:
         data = json.loads(line)
     except (ValueError, RecursionError):
@@ -317,7 +317,7 @@ def write_answer(answer: object) -> dict[str, Any]:
 
 
 def read_answer(kind: type[T], data: object) -> T:
-    """The answer of this class.  Raises ValueError if it is none."""
+    """The answer of this class in `data`.  Raises ValueError if `data` is no such answer."""
     return _read(kind, data)
 
 

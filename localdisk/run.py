@@ -1,8 +1,8 @@
 """The one door to subprocesses: every tool that localdisk runs is started here.
 
-Tools get an argument list (no shell), the C locale, a fixed PATH, a closed standard input and none of
-our descriptors.  Nothing here ever sends SIGKILL: an LVM command that is killed in a critical section
-can leave devices suspended (SIGTERM is held back by LVM until it is safe).
+Tools get an argument list (no shell), the C locale, a fixed PATH, a closed standard input and none of our
+descriptors.  This module never sends SIGKILL: an LVM command that is killed in a critical section can leave
+devices suspended.  LVM delays SIGTERM until it is safe.
 """
 
 from __future__ import annotations
@@ -51,8 +51,7 @@ class Begun:
         if is_spent():
             raise self._timeout(0)
         self._input = text.encode() or None
-        # In a session of its own, so that a signal to our process group ends us, who then tidy up, and not
-        # the tool in the middle.
+        # The tool has its own session.  So a signal to our process group ends only us, and we end the tool.
         self._process = start(
             argv,
             stdin=subprocess.PIPE if text else subprocess.DEVNULL,
@@ -106,7 +105,7 @@ def _within_budget(deadline: float) -> float:
 
 
 def begin(argv: Sequence[str]) -> Begun:
-    """Start `argv`, whose output is short: nobody reads it until it is asked for.
+    """Start `argv`; its output must be short, as it is read only at the end.
 
     Raises CommandMissing, CommandTimeout.
     """
@@ -157,7 +156,7 @@ def start(
 
 
 def _cannot_run(tool: str) -> CommandMissing:
-    """The error that names why `tool` could not be run."""
+    """The error with the reason why `tool` could not be run."""
     places = (os.path.join(directory, tool) for directory in ENVIRONMENT["PATH"].split(":"))
     path = next(filter(os.path.isfile, places), "")
     if not path:
@@ -178,14 +177,14 @@ def _identity(user: str) -> dict[str, Any]:
 
 
 def start_talking(argv: Sequence[str]) -> Process[bytes]:
-    """Start `argv` with pipes for standard input and output, to talk with it."""
+    """Start `argv` with pipes for standard input and output; `ask` uses them."""
     return start(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
 
 def ask(process: Process[bytes], line: bytes) -> bytes:
     """Send one line to a tool started by `start_talking`; returns its answer, b"" if it has ended.
 
-    Raises OSError where it no longer listens.
+    Raises OSError if the tool has closed its standard input.
     """
     if process.stdin is None or process.stdout is None:
         return b""
@@ -217,7 +216,7 @@ def tool_exists(tool: str) -> bool:
 
 
 def close_input(process: Process[bytes]) -> None:
-    """Close a tool's standard input; it may be gone already."""
+    """Close a tool's standard input; the tool may have ended already."""
     if process.stdin is not None:
         with contextlib.suppress(OSError):
             process.stdin.close()
@@ -226,7 +225,7 @@ def close_input(process: Process[bytes]) -> None:
 def read_errors(process: Process[bytes]) -> str:
     """Wait for a tool to end and return the last line that it wrote to standard error, "" if none.
 
-    sudo says the reason first, and "a password is required" after it: of sudo, all lines in one.
+    sudo prints the reason first and "a password is required" last, so its lines are all returned, as one.
     """
     said = process.stderr.read() if process.stderr else b""
     process.wait()

@@ -1,7 +1,7 @@
-"""Sizes, amounts, percentages and durations: from the configuration's words, and to the operator's.
+"""Sizes, amounts, percentages and durations: parses the configuration's texts, and formats values for people.
 
-Sizes are bytes in binary units, durations are whole seconds.  What the configuration may say is
-decided by the patterns in `schema/localdisk.schema.json`; everything they allow is parsed here.
+Sizes are bytes in binary units, durations are whole seconds.  The patterns in `schema/localdisk.schema.json`
+decide which texts the configuration may have; this module parses all of them.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import re
 
 from localdisk.frozen import frozen
 
-MAX_DISK = 64 << 40  # bytes; the largest virtual disk that is taken on, far beyond what LVM is used for here
+MAX_DISK = 64 << 40  # bytes; the largest virtual disk that is accepted, far larger than real local disks
 
 _SIZE_UNITS = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
 _DURATION_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -23,7 +23,7 @@ _DURATION = re.compile(r"([0-9]{1,9})([smhd])")
 
 
 def parse_size(text: str | int) -> int:
-    """Bytes, from a number of them or from `4KiB`, `512MiB`, `10GiB`, `1TiB`; else ValueError."""
+    """Bytes, from a number of bytes or from `4KiB`, `512MiB`, `10GiB`, `1TiB`; else ValueError."""
     match = _SIZE.fullmatch(str(text))
     if not match:
         raise ValueError(f"'{text}' is not a size: give bytes, or a number with KiB, MiB, GiB or TiB")
@@ -48,23 +48,23 @@ def parse_duration(text: str) -> int:
 
 @frozen
 class Amount:
-    """So many bytes, or so many percent of something: exactly one of the two is set."""
+    """A number of bytes, or a percentage of something: exactly one of the two is set."""
 
     bytes: int | None = None
     percent: float | None = None
 
     @classmethod
     def parse(cls, text: str | int) -> Amount:
-        """From what `parse_size` or `parse_percentage` takes; else ValueError."""
+        """The amount in a text that `parse_size` or `parse_percentage` accepts; else ValueError."""
         if isinstance(text, str) and text.endswith("%"):
             return cls(percent=parse_percentage(text))
         return cls(bytes=parse_size(text))
 
     def of(self, total: int) -> int:
-        """The amount in bytes, where 100% is `total` bytes; a fraction of a byte counts as one."""
+        """The amount in bytes, if 100% is `total` bytes; rounded up to whole bytes."""
         if self.percent is None:
             return self.bytes or 0
-        # Whole thousandths of a percent: float arithmetic would be off by bytes for a large total.
+        # In whole thousandths of a percent: for a large total, float arithmetic would be wrong by some bytes.
         return -(-total * round(self.percent * 1000) // 100_000)
 
 
