@@ -35,6 +35,7 @@ from localdisk.hook.sources import Layer, Source
 from localdisk.host import facts, files, install, storage_facts, uninstall
 from localdisk.host.file_changes import Write
 from localdisk.libvirt import DomainState
+from localdisk.protocol import Device
 from localdisk.status import libvirt_vms, metrics
 from localdisk.vdsm import hook_call
 from localdisk.vdsm.disk_json import localize_disk, read_disk
@@ -1243,7 +1244,7 @@ def forgetful(world: World) -> None:
     fd = os.open("/dev/zero", os.O_RDWR)
     world.patch.setattr(copy, "_opened", lambda *_: nullcontext(fd))
     world.patch.setattr(os, "fsync", lambda _fd: None)
-    copy.rehearse(copy.Device("/dev/x", ""))
+    copy.rehearse(Device("/dev/x", ""))
 
 
 def broken_node(world: World) -> None:

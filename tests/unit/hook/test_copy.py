@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import random
 import signal
+import struct
 import subprocess
 import tempfile
 import time
