@@ -38,7 +38,7 @@ _DESTROYING, _DESTROYED = ".destroying", ".destroyed"
 
 
 def destroying(vm_id: str) -> None:
-    """Note that vdsm powers off this VM while it starts: it ends making disks.  Raises RunUnwritable."""
+    """Note that vdsm powers off this VM while it starts; helpers then end.  Raises RunUnwritable."""
     if _age(_path(vm_id, _DESTROYED)) < SETTLED:  # powered off twice: no further after_vm_destroy comes
         return
     fd = lock.make(_path(vm_id, _DESTROYING))

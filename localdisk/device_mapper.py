@@ -105,7 +105,7 @@ def slaves(name: str) -> list[str]:
 
 
 def is_read_only(path: str) -> bool:
-    """Whether the kernel lets nobody write to the block device at `path`; False if it cannot be looked at."""
+    """Whether the block device at `path` is read-only for the kernel; False if that cannot be read."""
     try:
         return _read(_at(os.stat(path).st_rdev), "ro") == "1"
     except OSError:

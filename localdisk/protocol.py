@@ -16,8 +16,8 @@ have none), or is `{"error": "why"}` if the request is refused.  WIRE has the fi
     Drifted   the volumes from which the VM's disks ran when the VM stopped
     Release   the VM has stopped: remove or keep its disks
     Stale     the VM begins to run with these images on shared storage
-    Rehearse  make a tiny volume as a start of this VM would, for `check`                -> Tried
-    Rehearsed remove it
+    Rehearse  make a tiny volume as a start of this VM would, for `check`              -> Tried
+    Rehearsed remove the tiny volume
 
 Lines are validated only here: each field has one rule in _RULES, for requests and answers.  The helper trusts
 nothing that the hook writes: UUIDs must be canonical, and integers and lists have limits.
@@ -280,7 +280,7 @@ class Fetched:
 
 @frozen
 class Tried:
-    """The tiny volume; None if there is no room for it but what a start would evict."""
+    """The tiny volume; None if it would fit only after an eviction, which a start would do."""
 
     device: Device | None
 

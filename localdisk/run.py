@@ -86,7 +86,7 @@ class Begun:
 
 @contextmanager
 def within(seconds: float) -> Iterator[None]:
-    """Give all tools together so many seconds from now on; whatever is started later times out at once."""
+    """Limit all tools together to so many seconds from now; tools started later time out at once."""
     global _budget
     before, _budget = _budget, (time.monotonic() + seconds, seconds)
     try:

@@ -112,11 +112,11 @@ class Helper:
         self._ask(protocol.Stale(self._vm[0], tuple(images)), Done)
 
     def rehearse(self) -> Device | None:
-        """Have a tiny volume made as a start would; None if that would need what is in use."""
+        """Have the helper make a tiny volume as a start would; None if that would need an eviction."""
         return self._ask(protocol.Rehearse(*self._vm), Tried).device
 
     def rehearsed(self) -> None:
-        """Have it removed."""
+        """Have the helper remove the tiny volume."""
         self._ask(protocol.Rehearsed(), Done)
 
     def cancel(self) -> None:

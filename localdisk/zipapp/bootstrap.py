@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from typing import NoReturn
 
 TREES = "/var/cache/localdisk"
-BESIDE = ".extracted"  # after the program's name: the directory of its packages if TREES is mounted noexec
+BESIDE = ".extracted"  # if TREES is mounted noexec, packages are in a directory named PROGRAM.extracted
 BUILD_ID = "@BUILD_ID@"  # build.sh writes a hash of the zipapp's whole content here
 FILES, PACKAGES = "files", "site-packages"
 
@@ -57,15 +57,15 @@ def main(called_by_vdsm: bool, refused: int = 2) -> None:
 
 
 def trees_of_root() -> str:
-    """Where root extracts what everybody runs from: TREES, or beside the program if TREES is mounted noexec.
+    """Where root extracts packages for everybody: TREES, or beside the program if TREES is mounted noexec.
 
-    The kernel maps no compiled module from such a mount.  The program can be run, so its own mount is none.
+    The kernel maps no compiled module from a noexec mount.  The program runs, so its own mount is not noexec.
     """
     return f"{program()}{BESIDE}" if is_noexec(TREES) else TREES
 
 
 def is_noexec(path: str) -> bool:
-    """Whether nothing can be executed at `path`, or where it will be made."""
+    """Whether `path`, or the directory in which it will be made, is mounted noexec."""
     try:
         return bool(os.statvfs(path).f_flag & os.ST_NOEXEC)
     except FileNotFoundError:
@@ -75,7 +75,7 @@ def is_noexec(path: str) -> bool:
 
 
 def mount_of(path: str) -> str:
-    """The mount point that `path` is on, or will be."""
+    """The mount point of `path`, which need not exist yet."""
     while not os.path.ismount(path):
         path = os.path.dirname(path)
     return path
