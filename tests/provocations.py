@@ -1324,9 +1324,31 @@ def erases(how: str, **fields: str) -> Provoke:
         assert disk
         there.fail("lvremove", f"Logical volume {LV} in use.", times=99)
         world.patch.setattr(VolumeGroup, "path", lambda _vg, _name: "/nonexistent/lv")
-        removal.erase_and_remove(vg, disk, how, lambda _seconds: None)
+        removal.erase_and_remove(vg, disk, how, removal.Pace(None, lambda _seconds: None))
 
     return provoke
+
+
+def gc_cannot_erase_the_rest(world: World) -> None:
+    """Another gc has set a disk aside meanwhile, which cannot be discarded."""
+    there = world.host()
+    there.add(VOLUME, aside("discard", VOLUME), EXTENT)
+    there.cannot_discard = {f"/dev/ovirt-local/{OTHER_VOLUME}"}
+
+    def another(_argv: list[str]) -> None:
+        there.before.clear()
+        there.add(OTHER_VOLUME, aside("discard", OTHER_VOLUME), EXTENT)
+
+    there.before["blkdiscard"] = another
+    gc.collect(config.parse(b"", "F"))
+
+
+def gc_finds_in_use(world: World) -> object:
+    """LVM calls a disk in use that gc removes."""
+    there = world.host()
+    there.add(VOLUME, tags("DELETING"), EXTENT)
+    there.fail("lvremove", f"Logical volume {LV} in use.", times=99)
+    return collects(world, there)
 
 
 def depended_on(world: World) -> object:
@@ -1382,6 +1404,8 @@ REMOVAL = {
     "stops, depended on": case(stops_depended_on, "evil", VOLUME),
     "stays open": case(erases("none", lv_device_open="open"), LV, "fuser"),
     "in use": case(erases("none"), LV, "fuser"),
+    "gc erases the rest": case(gc_cannot_erase_the_rest, OTHER_VOLUME, "cannot discard"),
+    "gc finds it in use": case(gc_finds_in_use, LV, "fuser"),
     "not erased": case(erases("zero", pool_lv="pool0", lv_layout="thin"), "/nonexistent/lv", "gc"),
 }
 RUN = {

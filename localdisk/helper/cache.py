@@ -375,17 +375,7 @@ def remove_now(policy: Policy, vg: VolumeGroup, disk: LocalDisk, pause: Pause) -
     removal.require_erasable(vg, disk, erase)
     aside = take_away(vg, disk, erase, pause)
     if aside:
-        _finish(policy, aside, pause)
-
-
-def _finish(policy: Policy, aside: str, pause: Pause) -> None:
-    """Erase and remove what was set aside, unless somebody is at it by now."""
-    with lock.trying(lock.disk_lock(aside)) as held:
-        vg = _read(policy)
-        lv = vg.find(aside)
-        found = LocalDisk.from_lv(lv) if lv else None
-        if held and found and found.is_aside:
-            removal.finish(vg, found, policy.retention.erase, pause)
+        removal.erase_aside(vg, aside, policy, pause)
 
 
 def removable(vg: VolumeGroup, name: str) -> LocalDisk | None:

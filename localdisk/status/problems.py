@@ -18,12 +18,12 @@ from localdisk.status.libvirt_vms import Vms
 from localdisk.units import format_duration, format_size
 from localdisk.vdsm.disks import Disk
 from localdisk.vdsm.domain_xml import Running
-from localdisk.volumes import filling, gc, progress
+from localdisk.volumes import filling, progress
 from localdisk.volumes.disk import LocalDisk, State, is_left_alone
-from localdisk.volumes.gc import Action
 from localdisk.volumes.lvm import LogicalVolume, VolumeGroup
 from localdisk.volumes.progress import Progress
 from localdisk.volumes.template import Template
+from localdisk.volumes.verdict import Action, decide, witnesses_for
 
 NEAR = 0.9  # of a limit
 
@@ -205,8 +205,8 @@ def _uncertain(
     if vms is None:
         return
     name = f"local disk {vg.vg_name}/{disk.volume_id}"
-    witnesses = gc.witnesses_for(disk, False, vms.domains, held)
-    verdict = gc.decide(disk, witnesses, config.policy(disk.vm_id), now)
+    witnesses = witnesses_for(disk, False, vms.domains, held)
+    verdict = decide(disk, witnesses, config.policy(disk.vm_id), now)
     if not verdict.is_certain and disk.lv.dependents:
         yield depended_on(vg, disk)
     elif not verdict.is_certain:

@@ -20,12 +20,12 @@ from localdisk.status import libvirt_vms, problems
 from localdisk.status.libvirt_vms import Vms
 from localdisk.status.problems import Problem
 from localdisk.units import format_duration
-from localdisk.volumes import filling, gc, lvm, progress, template
+from localdisk.volumes import filling, lvm, progress, template
 from localdisk.volumes.disk import LocalDisk, State, is_left_alone, local_disks, silent_pool
-from localdisk.volumes.gc import Action, Verdict
 from localdisk.volumes.lvm import LogicalVolume, VolumeGroup
 from localdisk.volumes.progress import Progress
 from localdisk.volumes.template import Template
+from localdisk.volumes.verdict import Action, Verdict, decide, decide_template, witnesses_for
 
 
 @frozen
@@ -335,7 +335,7 @@ class _View:
         if found.is_open or is_locked:
             return Next("keep", None, "kept while in use")
         is_wanted, keep_for = self.config.caches_templates(vg.vg_name), self.config.cache.keep_for
-        verdict = gc.decide_template(found, is_locked, is_wanted, is_too_much, keep_for, self.now)
+        verdict = decide_template(found, is_locked, is_wanted, is_too_much, keep_for, self.now)
         return _removal(verdict, self.config.retention.erase != "none", self.now)
 
     def _has_it_open(self, disk: LocalDisk) -> bool:
@@ -358,8 +358,8 @@ class _View:
         if disk.is_open:
             return Next("keep", None, "kept while open")
         found = self.vms.domains if self.vms else None
-        witnesses = gc.witnesses_for(disk, disk.volume_id in self.held, found, self.held)
-        verdict = gc.decide(disk, witnesses, policy, self.moment)
+        witnesses = witnesses_for(disk, disk.volume_id in self.held, found, self.held)
+        verdict = decide(disk, witnesses, policy, self.moment)
         if verdict.action is Action.MARK and disk.unneeded is None and witnesses.vm_is_defined:
             return Next("keep", None, "VM starts")
         coming = _by_gc(verdict, disk, policy, self.now)

@@ -149,6 +149,11 @@ class LocalDisk:
         return not self.vm_id
 
     @property
+    def waits_for_erase(self) -> bool:
+        """Set aside, and under the name for that: no start asks for it."""
+        return self.is_aside and self.aside_name == self.volume_id
+
+    @property
     def idle_tags(self) -> frozenset[str]:
         """Those that say since when no VM uses it."""
         return self._tags("STOPPED_", "UNNEEDED_", "BOOT_")

@@ -1,91 +1,78 @@
 """Remove what no VM needs: unfinished copies, disks marked for removal, kept ones past their time, and
 disks whose VM has stopped unseen.
 
-`decide` is a pure function of what was seen; `collect` looks, decides and acts, one disk at a time, each
-under its lock and after looking at it again.  In doubt a disk stays.
+Local disks and template LVs go the same way.  All are judged by one report of their volume group.  Those that
+change are taken in batches: locked, judged again by a second report, and changed by one LVM command for each
+kind of change.  What must be erased first is set aside there, and erased when no lock of a batch is held any
+more.  `verdict.py` decides; in doubt a disk is kept.
 """
 
 from __future__ import annotations
 
-import enum
 import json
+import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
 
 from localdisk import cancel, clock, counters, kept, libvirt, lock, log, run
 from localdisk.clock import Moment
-from localdisk.config import Config, Policy
-from localdisk.errors import Error, LibvirtSilent
+from localdisk.config import Config
+from localdisk.errors import CommandFailed, Error, LibvirtSilent
 from localdisk.frozen import frozen, replace
 from localdisk.libvirt import Domains
-from localdisk.units import format_duration, format_size
-from localdisk.volumes import lvm, progress, stale, template
+from localdisk.units import format_size
+from localdisk.volumes import lvm, progress, removal, stale, template
 from localdisk.volumes.disk import (
-    HOW_TO_DECIDE,
-    Age,
     LocalDisk,
     State,
-    age_of,
     drifted_tag,
-    is_clock_wrong,
-    is_left_alone,
     local_disks,
     stopped_tags,
     unneeded_tags,
 )
 from localdisk.volumes.filling import log_filling
-from localdisk.volumes.lvm import LogicalVolume, VolumeGroup
-from localdisk.volumes.progress import Progress
-from localdisk.volumes.removal import finish, take_away
-from localdisk.volumes.template import Template
+from localdisk.volumes.lvm import VolumeGroup
+from localdisk.volumes.verdict import (
+    Action,
+    Elsewhere,
+    Verdict,
+    decide,
+    decide_template,
+    has_run,
+    witnesses_for,
+)
 
-Elsewhere = frozenset["tuple[str, str]"]  # VM and image id
+BATCH = 50  # volumes that are changed, and locked, at once; a start that wants one of them waits for all
+GAP = 0.5  # seconds between two erases
+ERASING = "gc.lock"  # held by the gc that erases what is set aside
 
-
-class Action(enum.Enum):
-    KEEP = "keep"
-    REMOVE = "remove"
-    MARK = "mark"  # as unneeded since now
-    UNMARK = "unmark"  # it is needed after all
-    STOP = "stop"  # mark as stopped, as the missed stop would have
-    DRIFT = "drift"  # mark as drifted, as the missed stop would have
-    REST = "rest"  # deactivate a template LV that nobody reads
-
-
-@frozen
-class Witnesses:
-    """What speaks for a disk."""
-
-    is_locked: bool  # a process works on it
-    vm_runs: bool | None  # or is paused; None: libvirt could not be asked
-    may_start: bool  # vdsm may be starting its VM just now
-    vm_is_defined: bool = (
-        False  # in libvirt, but does not run: vdsm may have prepared this disk for its start
-    )
-    vm_is_prepared: bool = False  # a process works on another disk of its VM
-    ran_elsewhere: bool | None = (
-        False  # by libvirt's definition of its VM, which does not run; None: not known
-    )
-
-
-@frozen
-class Verdict:
-    action: Action
-    reason: str
-    is_certain: bool = True  # False: a witness could not be asked, or the clock is wrong
-    due: float | None = None  # seconds since the epoch; kept until then as far as can be seen now
-    age: float = 0  # of the mark that is made, in seconds
+_LATER = Verdict(Action.KEEP, "left to the next gc: vdsm waits no longer")
+_Tags = frozenset[str]
 
 
 @frozen
 class Finding:
-    """One disk, what was decided, and what came of it."""
+    """One local disk or template LV, what was decided, and what came of it."""
 
     vg_name: str
-    disk: LocalDisk
+    disk: LocalDisk  # of a template LV: it as what can be removed
     verdict: Verdict
     failure: str = ""  # why it could not be done
     template: str = ""  # the volume that a template LV is a copy of, "" for a disk
+
+    @property
+    def name(self) -> str:
+        """Of the logical volume."""
+        return self.disk.volume_id
+
+    @property
+    def who(self) -> Mapping[str, str]:
+        """What the log calls it."""
+        if self.template:
+            return {"template": self.template, "lv": self.name}
+        return {"vm": self.disk.vm_id, "disk": self.name}
 
     @property
     def is_problem(self) -> bool:
@@ -102,210 +89,6 @@ class Collection:
     @property
     def is_problem(self) -> bool:
         return bool(self.problems) or any(finding.is_problem for finding in self.findings)
-
-
-# -- deciding
-
-
-def decide(disk: LocalDisk, witnesses: Witnesses, policy: Policy, now: Moment) -> Verdict:
-    """What to do with `disk`.
-
-    Never removed: what is open, locked, or of a VM that runs, is being prepared, or cannot be asked about;
-    what other volumes depend on; an older hook's disk about which the operator has not decided.
-
-    A VM that libvirt knows and that does not run needs nothing: vdsm leaves its placeholder behind if it is
-    restarted during a start, and the domain of a VM that is shut off until the engine destroys it.  But vdsm
-    may be starting it.  So a complete disk of such a VM, and one that nothing says to be given up, is not
-    removed on one look: the first marks it, one that is at least `grace` later removes it, unless no VM can
-    be starting: then vdsm waits for us, and what must be erased is left to the next gc.
-    """
-    if disk.is_open:
-        return _needed(disk, "in use, its device is open")
-    if witnesses.is_locked:
-        return Verdict(Action.KEEP, "a process works on it")
-    if disk.state is State.DRIFTED:
-        return Verdict(Action.KEEP, "it has data of its VM that shared storage lacks, see localdisk status")
-    if witnesses.vm_runs is None:
-        return Verdict(Action.KEEP, "libvirt cannot be asked about its VM", is_certain=False)
-    if witnesses.vm_runs:
-        return _needed(disk, "its VM runs")
-    if witnesses.vm_is_prepared:
-        return _needed(disk, "another disk of its VM is being prepared")
-    if has_run(disk) and witnesses.vm_is_defined and witnesses.ran_elsewhere is not False:
-        return _drifted(witnesses.ran_elsewhere)
-    if is_left_alone(disk, policy.retention):
-        return Verdict(Action.KEEP, f"an older hook's disk; {HOW_TO_DECIDE}")
-    return _unless_others_depend(disk.lv, _decide_idle(disk, witnesses, policy, now))
-
-
-def has_run(disk: LocalDisk) -> bool:
-    """Whether its VM may have run from it last, and no stop has been seen since."""
-    return disk.state is State.READY and not disk.is_stale
-
-
-def _drifted(is_certain: bool | None) -> Verdict:
-    """The VM stopped unseen, as when the host crashed; libvirt has its definition until vdsm destroys it."""
-    if is_certain:
-        return Verdict(Action.DRIFT, "its VM ran from another volume, see localdisk status")
-    return Verdict(Action.KEEP, "libvirt cannot be asked what its VM ran from", is_certain=False)
-
-
-def _unless_others_depend(lv: LogicalVolume, verdict: Verdict) -> Verdict:
-    """Whatever LVM would remove or deactivate along with ours is not ours."""
-    if lv.dependents and verdict.action is Action.REST:
-        return replace(verdict, action=Action.KEEP)
-    if verdict.action is not Action.REMOVE or not lv.dependents:
-        return verdict
-    why = f"{verdict.reason}, but LVM would remove {', '.join(lv.dependents)} along with it"
-    return Verdict(Action.KEEP, why, is_certain=False)
-
-
-def _decide_idle(disk: LocalDisk, witnesses: Witnesses, policy: Policy, now: Moment) -> Verdict:
-    if disk.state is State.UNFINISHED:
-        return Verdict(Action.REMOVE, "unfinished copy that nobody works on")
-    if disk.is_aside and not witnesses.may_start:
-        return Verdict(Action.KEEP, "set aside, the next gc erases it: vdsm does not wait for that")
-    if disk.is_aside:
-        return Verdict(Action.REMOVE, "set aside to be erased")
-    if disk.state is State.DELETING:
-        return Verdict(Action.REMOVE, "marked for removal when its VM stopped")
-    if disk.state is State.STOPPED:
-        verdict = _decide_stopped(disk, policy, now)
-    else:
-        verdict = _decide_ready(disk, witnesses, policy, now)
-    is_final = verdict.action is Action.REMOVE or (
-        verdict.action is Action.STOP and disk.stopped is None  # not one that is only marked anew
-    )
-    if is_final and witnesses.vm_is_defined and witnesses.may_start:
-        return _after_grace(disk, policy, now, verdict)
-    return verdict
-
-
-def witnesses_for(
-    disk: LocalDisk,
-    is_locked: bool,
-    found: Domains | None,
-    prepared: Mapping[str, Progress | None],
-    may_start: bool = True,
-    elsewhere: Elsewhere | None = frozenset(),
-) -> Witnesses:
-    """What speaks for `disk`.
-
-    `found` is what libvirt knows, None if it does not say; `prepared` is `progress.read_all`; `elsewhere` are
-    the images that their VMs, which do not run, have not on a local disk by libvirt's definition.
-    """
-    if disk.is_aside:
-        return Witnesses(is_locked, False, may_start)
-    if found is None:
-        return Witnesses(is_locked, None, may_start)
-    others = {record.vm for volume, record in prepared.items() if record and volume != disk.volume_id}
-    return Witnesses(
-        is_locked,
-        disk.vm_id in found.active,
-        may_start,
-        vm_is_defined=disk.vm_id in found.known,
-        vm_is_prepared=disk.vm_id in others,
-        ran_elsewhere=None if elsewhere is None else (disk.vm_id, disk.image_id) in elsewhere,
-    )
-
-
-def _needed(disk: LocalDisk, why: str) -> Verdict:
-    return Verdict(Action.KEEP if disk.unneeded is None else Action.UNMARK, why)
-
-
-def _decide_stopped(disk: LocalDisk, policy: Policy, now: Moment) -> Verdict:
-    age, keep_for = age_of(disk.boot, disk, disk.stopped or 0, now), policy.retention.keep_for
-    if age.doubt:
-        return _in_doubt(disk, Action.STOP, f"stopped in {age.doubt}", keep_for, now)
-    left = keep_for - age.seconds
-    if left <= 0:
-        return Verdict(Action.REMOVE, f"stopped {format_duration(int(age.seconds))} ago, past keep_for")
-    why = f"kept for another {format_duration(int(left))}"
-    return _kept(age, Action.STOP, why, now.epoch + left)
-
-
-def _kept(age: Age, again: Action, why: str, due: float) -> Verdict:
-    """Not removed yet; the mark is made anew where the clock has been set forward since."""
-    if age.is_late:
-        return Verdict(again, f"{why}; the clock was set since it was marked", due=due, age=age.seconds)
-    return Verdict(Action.KEEP, why, due=due)
-
-
-def _in_doubt(disk: LocalDisk, again: Action, why: str, wait: int, now: Moment) -> Verdict:
-    """Kept.  A mark that is too early is made anew, as of now: that only keeps the disk longer.
-
-    One in the future is not, nor is any while the clock is wrong: the new mark would be too early once it is
-    right again.
-    """
-    mark = disk.stopped if again is Action.STOP else disk.unneeded
-    if (mark or 0) > now.epoch or is_clock_wrong(disk, now):
-        return Verdict(Action.KEEP, why, is_certain=False)
-    why = f"{why}; marked anew, kept for {format_duration(wait)} from now"
-    return Verdict(again, why, is_certain=False, due=now.epoch + wait)
-
-
-def _decide_ready(disk: LocalDisk, witnesses: Witnesses, policy: Policy, now: Moment) -> Verdict:
-    """A complete copy, closed, that is not marked as stopped: its VM stopped unseen, or is just starting."""
-    if policy.retention.on_stop == "keep":
-        kept = format_duration(policy.retention.keep_for)
-        why = f"its VM does not run, kept for {kept} from now"
-        return Verdict(Action.STOP, why, due=now.epoch + policy.retention.keep_for)
-    if not witnesses.may_start:
-        return Verdict(Action.REMOVE, "its VM stopped while vdsm did not run")
-    return _after_grace(disk, policy, now, Verdict(Action.REMOVE, ""))
-
-
-def _after_grace(disk: LocalDisk, policy: Policy, now: Moment, then: Verdict) -> Verdict:
-    """Mark the disk, and `grace` later do `then`."""
-    grace = policy.retention.grace
-    if disk.unneeded is None:
-        done = "marked as stopped" if then.action is Action.STOP else "removed"
-        why = f"no VM needs it; {done} if that is so after {format_duration(grace)}"
-        return Verdict(Action.MARK, why, due=now.epoch + grace)
-    age = age_of(disk.unneeded_boot, disk, disk.unneeded, now)
-    if age.doubt:
-        return _in_doubt(disk, Action.MARK, f"unneeded since {age.doubt}", grace, now)
-    since = format_duration(int(age.seconds))
-    if age.seconds < grace:
-        why = f"no VM needs it since {since}, of {format_duration(grace)} (grace)"
-        return _kept(age, Action.MARK, why, now.epoch + grace - age.seconds)
-    return replace(then, reason=then.reason or f"no VM needs it since {since}, past grace")
-
-
-def decide_template(
-    found: Template, is_locked: bool, is_wanted: bool, is_too_much: bool, keep_for: int, now: float
-) -> Verdict:
-    """What to do with a template LV; `keep_for` in seconds since its last use.
-
-    Never removed: what is open or locked, or what other volumes depend on.  No disk needs one: it only saves
-    the next start a copy.
-    """
-    if found.is_open:
-        return Verdict(Action.KEEP, "in use, its device is open")
-    if is_locked:
-        return Verdict(Action.KEEP, "a process works on it")
-    verdict = _decide_idle_template(found, is_wanted, is_too_much, keep_for, now)
-    return _unless_others_depend(found.lv, verdict)
-
-
-def _decide_idle_template(
-    found: Template, is_wanted: bool, is_too_much: bool, keep_for: int, now: float
-) -> Verdict:
-    if not found.is_ready:
-        return Verdict(Action.REMOVE, "unfinished copy that nobody works on")
-    if not found.is_as_made:
-        return Verdict(Action.REMOVE, "writable, or without its tags: no disk would start from it")
-    if not is_wanted:
-        return Verdict(Action.REMOVE, "cache.templates is off")
-    if is_too_much:
-        return Verdict(Action.REMOVE, "the cache is larger than cache.max_size, and others were used later")
-    since = now - found.used
-    if since < 0:
-        return Verdict(Action.KEEP, "used in the future, the clock went backwards", is_certain=False)
-    if since >= keep_for:
-        return Verdict(Action.REMOVE, f"not used for {format_duration(int(since))}, past cache.keep_for")
-    left = f"kept for another {format_duration(int(keep_for - since))}"
-    return Verdict(Action.REST if found.lv.lv_active else Action.KEEP, left, due=found.used + keep_for)
 
 
 # -- looking and acting
@@ -329,7 +112,7 @@ def collect(
     findings = tuple(
         finding
         for vg in groups
-        for finding in _Group(config, vg, found_domains, may_start, dry_run, elsewhere).collect()
+        for finding in _Group(config, vg, may_start, elsewhere).collect(found_domains, dry_run)
     )
     failures = [*failed, *([silence] if silence and any(not f.verdict.is_certain for f in findings) else [])]
     found = Collection(findings, tuple(map(str, failures)))
@@ -406,128 +189,220 @@ class _Group:
 
     config: Config
     vg: VolumeGroup
-    domains: Domains | None
     may_start: bool
-    dry_run: bool
     elsewhere: Elsewhere | None
 
-    def collect(self) -> Iterator[Finding]:
-        held, prepared = lock.held(), progress.read_all()
-        for disk in local_disks(self.vg):
-            verdict = self._judge(disk, lock.disk_lock(disk.volume_id) in held, self.domains, prepared)
-            if verdict.action is Action.KEEP or self.dry_run:
-                yield Finding(self.vg.vg_name, disk, verdict)
-            elif run.is_spent():
-                yield Finding(self.vg.vg_name, disk, _LATER)
-            else:
-                yield self._act(disk, verdict)
-        too_many = template.too_many(self.vg, self.config.cache)
-        for found in template.templates(self.vg):
-            verdict = self._judge_template(found, lock.disk_lock(found.name) in held, too_many)
-            if verdict.action is Action.KEEP or self.dry_run:
-                yield self._template(found, verdict)
-            elif run.is_spent():
-                yield self._template(found, _LATER)
-            else:
-                yield self._act_on_template(found, verdict, too_many)
+    def collect(self, known: Domains | None, dry_run: bool) -> Iterable[Finding]:
+        """What came of each volume; `known` is what libvirt knows, None if it does not say."""
+        first = list(self._judge(self.vg, known, lock.held()))
+        due = [found for found in first if found.verdict.action is not Action.KEEP]
+        if dry_run:
+            return first
+        done: dict[str, Finding] = {}
+        waiting: dict[str, str] = {}  # names, by the first name, of what is set aside and not erased yet
+        for start in range(0, len(due), BATCH):
+            if run.is_spent():
+                done.update((found.name, replace(found, verdict=_LATER)) for found in due[start:])
+                break
+            batch = _Batch(self, due[start : start + BATCH])
+            done.update(batch.carry_out())
+            waiting.update(batch.aside)
+        if self.may_start:
+            done.update(self._erase(waiting, done))
+        return [done.get(found.name, found) for found in first]
 
-    def _judge_template(self, found: Template, is_locked: bool, too_many: frozenset[str]) -> Verdict:
-        is_wanted = self.config.caches_templates(self.vg.vg_name)
-        keep_for = self.config.cache.keep_for
-        return decide_template(found, is_locked, is_wanted, found.name in too_many, keep_for, time.time())
+    def read(self) -> VolumeGroup:
+        """The group as it is now."""
+        return VolumeGroup.read(self.vg.vg_name, self.vg.devices)
 
-    def _template(self, found: Template, verdict: Verdict, failure: str = "") -> Finding:
-        return Finding(self.vg.vg_name, found.disk, verdict, failure, found.volume_id)
+    def judge_again(self, vg: VolumeGroup, known: Domains | None) -> Mapping[str, Finding]:
+        """Every volume, by name, as if no other process worked on it: for those whose locks are held."""
+        return {found.name: found for found in self._judge(vg, known, frozenset())}
 
-    def _act_on_template(self, found: Template, verdict: Verdict, too_many: frozenset[str]) -> Finding:
-        """Do what was decided if the template LV still is what it was."""
-        aside = ""
-        try:
-            with lock.trying(lock.disk_lock(found.name)) as held:
-                if not held:
-                    return self._template(found, Verdict(Action.KEEP, "a process works on it"))
-                vg = VolumeGroup.read(self.vg.vg_name, self.vg.devices)
-                lv = vg.find(found.name)
-                again = Template.from_lv(lv) if lv else None
-                if again is None:  # somebody else has just removed it
-                    return self._template(found, verdict)
-                verdict = self._judge_template(again, False, too_many)
-                if verdict.action is Action.REST:
-                    vg.require_usable()
-                    vg.deactivate(found.name)
-                elif verdict.action is Action.REMOVE:
-                    vg.require_usable()
-                    aside = take_away(vg, again.disk, self.config.retention.erase, time.sleep)
-                    if again.is_ready:
-                        counters.template_evicted()
-                log.event(f"gc: {verdict.action.value}", template=found.volume_id, why=verdict.reason)
-            if aside and self.may_start:
-                self._finish(aside)
-        except Error as error:
-            log.problem("gc could not finish", template=found.volume_id, why=error)
-            return self._template(found, verdict, str(error))
-        return self._template(found, verdict)
+    def _judge(self, vg: VolumeGroup, known: Domains | None, held: frozenset[str]) -> Iterator[Finding]:
+        prepared, now = progress.read_all(), clock.now()
+        for disk in local_disks(vg):
+            is_locked = lock.disk_lock(disk.volume_id) in held
+            witnesses = witnesses_for(disk, is_locked, known, prepared, self.may_start, self.elsewhere)
+            verdict = decide(disk, witnesses, self.config.policy(disk.vm_id), now)
+            yield Finding(vg.vg_name, disk, verdict)
+        is_wanted, keep_for = self.config.caches_templates(vg.vg_name), self.config.cache.keep_for
+        too_many = template.too_many(vg, self.config.cache)
+        for each in template.templates(vg):
+            is_locked, is_too_much = lock.disk_lock(each.name) in held, each.name in too_many
+            verdict = decide_template(each, is_locked, is_wanted, is_too_much, keep_for, now.epoch)
+            yield Finding(vg.vg_name, each.disk, verdict, template=each.volume_id)
 
-    def _judge(
-        self, disk: LocalDisk, is_locked: bool, found: Domains | None, prepared: Mapping[str, Progress | None]
-    ) -> Verdict:
-        witnesses = witnesses_for(disk, is_locked, found, prepared, self.may_start, self.elsewhere)
-        return decide(disk, witnesses, self.config.policy(disk.vm_id), clock.now())
+    def _erase(self, waiting: Mapping[str, str], done: Mapping[str, Finding]) -> Mapping[str, Finding]:
+        """Erase and remove what is set aside, unless another gc erases at this moment."""
+        if not waiting:
+            return {}
+        with lock.trying(os.path.join(lock.RUN, ERASING)) as ours:
+            if ours:
+                failed = dict(self._erase_each(waiting, done))
+                self._erase_rest({*waiting.values()})
+                return failed
+        left = Verdict(
+            Action.KEEP, "set aside; the gc that erases at this moment, or the next one, erases it"
+        )
+        return {name: replace(done[name], verdict=left) for name in waiting}
 
-    def _act(self, disk: LocalDisk, verdict: Verdict) -> Finding:
-        """Do what was decided if the disk still is what it was."""
-        name = self.vg.vg_name
-        try:
-            with lock.trying(lock.disk_lock(disk.volume_id)) as held:
-                if not held:
-                    return Finding(name, disk, Verdict(Action.KEEP, "a process works on it"))
-                vg, again = self._look_again(disk.volume_id)
-                if again is None:  # somebody else has just removed it
-                    return Finding(name, disk, verdict)
-                # Libvirt, too, is asked again: since the first look, the VM may have taken the disk.
-                found, prepared = _answer(libvirt.ask_domains())[0], progress.read_all()
-                disk, verdict = again, self._judge(again, False, found, prepared)
-                aside = self._carry_out(vg, disk, verdict)
-            if aside and self.may_start:
-                self._finish(aside)
-        except Error as error:
-            log.problem("gc could not finish", disk=disk.volume_id, action=verdict.action.value, why=error)
-            return Finding(name, disk, verdict, failure=str(error))
-        return Finding(name, disk, verdict)
+    def _erase_each(
+        self, waiting: Mapping[str, str], done: Mapping[str, Finding]
+    ) -> Iterator[tuple[str, Finding]]:
+        """What came of those that could not be erased and removed."""
+        for number, (name, aside) in enumerate(waiting.items()):
+            if number:
+                time.sleep(GAP)  # a start that waits for room comes first
+            try:
+                removal.erase_aside(self.vg, aside, self.config, time.sleep)
+            except Error as error:
+                yield name, _failed(done[name], error)
 
-    def _look_again(self, volume_id: str) -> tuple[VolumeGroup, LocalDisk | None]:
-        vg = VolumeGroup.read(self.vg.vg_name, self.vg.devices)
-        lv = vg.find(volume_id)
-        return vg, LocalDisk.from_lv(lv) if lv else None
+    def _erase_rest(self, tried: set[str]) -> None:
+        """Erase what other gcs have set aside meanwhile and left to this one."""
+        while True:
+            rest = [
+                disk for disk in local_disks(self.read()) if disk.is_aside and disk.volume_id not in tried
+            ]
+            free = [disk for disk in rest if not (disk.is_open or disk.lv.dependents)]
+            if not free:
+                return
+            for disk in free:
+                tried.add(disk.volume_id)
+                try:
+                    removal.erase_aside(self.vg, disk.volume_id, self.config, time.sleep)
+                except Error as error:
+                    log.problem("gc could not finish", disk=disk.volume_id, why=error)
 
-    def _carry_out(self, vg: VolumeGroup, disk: LocalDisk, verdict: Verdict) -> str:
-        """Do it; returns the name of a volume that is left to be erased, "" for none."""
-        if verdict.action is Action.KEEP:
-            return ""
-        vg.require_usable()
-        aside = ""
-        if verdict.action is Action.REMOVE and disk.aside_name == disk.volume_id:
-            finish(vg, disk, self.config.retention.erase, time.sleep)
-        elif verdict.action is Action.REMOVE:
-            aside = take_away(vg, disk, self.config.policy(disk.vm_id).retention.erase, time.sleep)
-        else:
-            now = clock.now()
-            add, remove = {
-                Action.MARK: (unneeded_tags(disk, now, verdict.age), disk.unneeded_tags),
-                Action.STOP: (stopped_tags(now, verdict.age), disk.idle_tags),
-                Action.UNMARK: (frozenset[str](), disk.unneeded_tags),
-                Action.DRIFT: (frozenset({drifted_tag(now.epoch)}), disk.idle_tags),
-            }[verdict.action]
-            vg.change_tags(disk.volume_id, add=add, remove=remove - add)
-        log.event(f"gc: {verdict.action.value}", vm=disk.vm_id, disk=disk.volume_id, why=verdict.reason)
-        return aside
 
-    def _finish(self, volume_id: str) -> None:
-        """Erase and remove what was just set aside, unless another gc is at it by now."""
-        with lock.trying(lock.disk_lock(volume_id)) as held:
-            vg, disk = self._look_again(volume_id)
-            if held and disk and disk.is_aside:
-                finish(vg, disk, self.config.retention.erase, time.sleep)
+class _Batch:
+    """Volumes of a group that are changed at once."""
+
+    def __init__(self, group: _Group, due: Sequence[Finding]) -> None:
+        self._group = group
+        self._due = due
+        self.aside: dict[str, str] = {}  # the names, by the first name, under which volumes wait to be erased
+
+    def carry_out(self) -> Mapping[str, Finding]:
+        """Do what was decided with those that still are what they were; what came of each, by name."""
+        busy = Verdict(Action.KEEP, "a process works on it")
+        done = {found.name: replace(found, verdict=busy) for found in self._due}
+        with ExitStack() as locks:
+            locked = [found for found in self._due if _try_hold(found.name, locks)]
+            done.update((found.name, found) for found in locked)
+            try:
+                done.update(self._change(locked) if locked else {})
+            except Error as error:
+                done.update((found.name, _failed(found, error)) for found in locked)
+        return done
+
+    def _change(self, locked: Sequence[Finding]) -> Mapping[str, Finding]:
+        # Libvirt, too, is asked again: since the first look, a VM may have taken its disk.
+        asked = libvirt.ask_domains()
+        vg = self._group.read()
+        again = self._group.judge_again(vg, _answer(asked)[0])
+        # What is not there any more, or is something else, somebody has just removed.
+        due = [again[found.name] for found in locked if _is_same(found, again.get(found.name))]
+        changed = [found for found in due if found.verdict.action is not Action.KEEP]
+        if changed:
+            vg.require_usable()
+        failures = {
+            **self._remove(vg, [found for found in changed if found.verdict.action is Action.REMOVE]),
+            **_all_or_each(
+                vg.deactivate, [found.name for found in changed if found.verdict.action is Action.REST]
+            ),
+            **_change_tags(vg, changed, clock.now()),
+        }
+        for found in changed:
+            if found.name not in failures:
+                _record(found)
+        failed = {found.name: _failed(found, failures[found.name]) for found in due if found.name in failures}
+        return {**{found.name: found for found in due}, **failed}
+
+    def _remove(self, vg: VolumeGroup, due: Sequence[Finding]) -> Mapping[str, Error]:
+        """Remove at once what need not be erased, set aside the rest; why some could not be."""
+        erase = {found.name: self._erase_mode(found) for found in due}
+        at_once = [found.disk for found in due if erase[found.name] == "none"]
+        failures = dict(removal.remove_all(vg, at_once, time.sleep))
+        for found in due:
+            if erase[found.name] != "none":
+                try:
+                    self.aside[found.name] = removal.set_aside(vg, found.disk, erase[found.name], time.sleep)
+                except Error as error:
+                    failures[found.name] = error
+        return failures
+
+    def _erase_mode(self, found: Finding) -> str:
+        """How it is erased; one that is set aside and has its name, as was decided then."""
+        disk, config = found.disk, self._group.config
+        if disk.waits_for_erase:
+            return disk.erase or "none"
+        general = config.retention if found.template else config.policy(disk.vm_id).retention
+        return disk.erase or general.erase
+
+
+def _is_same(old: Finding, new: Finding | None) -> bool:
+    return new is not None and new.template == old.template
+
+
+def _record(found: Finding) -> None:
+    log.event(f"gc: {found.verdict.action.value}", **found.who, why=found.verdict.reason)
+    if found.template and found.verdict.action is Action.REMOVE and found.disk.state is State.READY:
+        counters.template_evicted()
+
+
+def _try_hold(name: str, locks: ExitStack) -> bool:
+    held = lock.try_hold(lock.disk_lock(name))
+    if held:
+        locks.callback(held.release)
+    return held is not None
+
+
+def _change_tags(vg: VolumeGroup, due: Iterable[Finding], now: Moment) -> Mapping[str, Error]:
+    """Make and remove marks, one command for all that get and lose the same."""
+    changes: dict[tuple[_Tags, _Tags], list[str]] = {}
+    for found in due:
+        change = _marks(found, now)
+        if change:
+            changes.setdefault(change, []).append(found.name)
+    failures: dict[str, Error] = {}
+    for (add, remove), names in changes.items():
+        failures.update(_all_or_each(partial(vg.change_tags, add=add, remove=remove), names))
+    return failures
+
+
+def _marks(found: Finding, now: Moment) -> tuple[_Tags, _Tags] | None:
+    """The tags that a volume gets and loses, None if its verdict is not about them."""
+    disk, verdict = found.disk, found.verdict
+    if verdict.action is Action.MARK:
+        add = unneeded_tags(disk, now, verdict.age)
+        return add, disk.unneeded_tags - add
+    if verdict.action is Action.STOP:
+        add = stopped_tags(now, verdict.age)
+        return add, disk.idle_tags - add
+    if verdict.action is Action.DRIFT:
+        return frozenset({drifted_tag(now.epoch)}), disk.idle_tags
+    return (frozenset(), disk.unneeded_tags) if verdict.action is Action.UNMARK else None
+
+
+def _all_or_each(act: Callable[..., None], names: Sequence[str]) -> Mapping[str, Error]:
+    """Change volumes by one command, or, if LVM refuses that, each by its own; why some were not changed."""
+    try:
+        if names:
+            act(*names)
+    except CommandFailed as error:
+        if len(names) == 1:
+            return {names[0]: error}
+        return {name: why for each in names for name, why in _all_or_each(act, [each]).items()}
+    except Error as error:
+        return dict.fromkeys(names, error)
+    return {}
+
+
+def _failed(found: Finding, error: Error) -> Finding:
+    log.problem("gc could not finish", **found.who, action=found.verdict.action.value, why=error)
+    return replace(found, failure=str(error))
 
 
 # -- what the operator sees

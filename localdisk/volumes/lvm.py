@@ -47,7 +47,7 @@ _METADATA_FULL = re.compile(
 )
 _ORIGINS = {"thickorigin", "multithickorigin", "extthinorigin", "multiextthinorigin"}
 _NO_QUESTIONS = ("--wipesignatures", "n")  # of old signatures; lvcreate refuses it for snapshots
-# What shapes the messages and reports that are read here (lvm.conf(5), "log" and "report").
+# What shapes the messages and reports that are read here (lvm.conf(5), "log" and "report"), and a bound.
 # `--config` takes the place of each of these keys and of nothing else: what an administrator sets of
 # devices, filters, locking and activation stays as it is.
 SETTINGS = (
@@ -56,7 +56,10 @@ SETTINGS = (
     'separator=" " list_item_separator="," prefixes=0 quoted=1 columns_as_rows=0 binary_values_as_numeric=0 '
     'time_format="%s" mark_hidden_devices=1 two_word_unknown_device=0 '  # times in seconds since the epoch
     'lvs_sort="vg_name,lv_name" pvs_sort="pv_name" vgs_sort_full="vg_name" lvs_sort_full="vg_name,lv_name" '
-    'pvs_sort_full="pv_name" segs_sort_full="lv_uuid,seg_start" pvsegs_sort_full="pv_uuid,pvseg_start"}'
+    'pvs_sort_full="pv_name" segs_sort_full="lv_uuid,seg_start" pvsegs_sort_full="pv_uuid,pvseg_start"} '
+    # LVM archives a group's metadata before each change, and keeps all archives of 30 days: with a thousand
+    # disks 3 files of 600 KB for each start and stop.  These are of the group that is changed alone.
+    "backup{retain_min=50 retain_days=0}"
 )
 SELECT = {"seg": "segtype=thin-pool", "pv": "pv_name=none", "pvseg": "pv_name=none"}
 SEE_ALL = 'devices{filter=["a|.*|"] global_filter=["a|.*|"]}'  # whatever filters the host has
@@ -198,6 +201,7 @@ class VolumeGroup:
             (vg,) = report["vg"]
             pools = {row["lv_name"]: row for row in report["seg"]}
             rows = report["lv"]
+            snapshots = _by_origin(rows)
             return cls(
                 vg_name=vg["vg_name"],
                 vg_uuid=vg["vg_uuid"],
@@ -210,7 +214,11 @@ class VolumeGroup:
                 vg_mda_size=_bytes(vg["vg_mda_size"]),
                 vg_mda_free=_bytes(vg["vg_mda_free"]),
                 lvs=tuple(
-                    LogicalVolume.from_report(row, pools.get(row["lv_name"]), tuple(_dependents(row, rows)))
+                    LogicalVolume.from_report(
+                        row,
+                        pools.get(row["lv_name"]),
+                        tuple(_dependents(row, snapshots.get(row["lv_name"], ()))),
+                    )
                     for row in rows
                 ),
                 devices=devices,
@@ -341,11 +349,17 @@ class VolumeGroup:
     def rename(self, lv_name: str, new_name: str) -> None:
         call(["lvrename", "--quiet", *_devices(self.devices), self.vg_name, lv_name, new_name])
 
-    def discard(self, lv_name: str) -> None:
-        run.run(["blkdiscard", self.path(lv_name)], deadline=3600)
+    def discard(self, lv_name: str, start: int, length: int) -> None:
+        """Discard so many bytes of an active volume."""
+        self._blkdiscard(lv_name, start, length)
 
-    def zero(self, lv_name: str) -> None:
-        run.run(["blkdiscard", "--zeroout", self.path(lv_name)], deadline=24 * 3600)
+    def zero(self, lv_name: str, start: int, length: int) -> None:
+        """Write zeros over so many bytes of an active volume, on the device when it returns."""
+        self._blkdiscard(lv_name, start, length, "--zeroout")
+
+    def _blkdiscard(self, lv_name: str, start: int, length: int, *options: str) -> None:
+        place = ["--offset", str(start), "--length", str(length), self.path(lv_name)]
+        run.run(["blkdiscard", *options, *place], deadline=3600)
 
     def dm_uuid(self, lv_name: str) -> str:
         """The device-mapper UUID of an active volume's node, checked to be of this very group.
@@ -438,18 +452,27 @@ def read_tags(vg_name: str, lv_name: str, devices: Iterable[str]) -> frozenset[s
         raise CommandFailed(("lvs", lv_name), 0, f"its report is not understood ({error})") from None
 
 
-def _dependents(row: dict[str, str], rows: Iterable[dict[str, str]]) -> Iterator[str]:
+def _dependents(row: dict[str, str], snapshots: Iterable[dict[str, str]]) -> Iterator[str]:
     """The volumes that `lvremove --yes` removes along with the one of `row`, without a question.
 
-    Tried with LVM 2.03.16: copy-on-write snapshots, of thin volumes too; thin snapshots of an external
-    origin, which is not in their pool; the cache.  A thin snapshot in the same pool is independent.
+    `snapshots` are the rows of those that have it as their origin.  Tried with LVM 2.03.16: copy-on-write
+    snapshots, of thin volumes too; thin snapshots of an external origin, which is not in their pool; the
+    cache.  A thin snapshot in the same pool is independent.
     """
-    names = [each["lv_name"] for each in rows if each["origin"] == row["lv_name"] and _depends(each, row)]
+    names = [each["lv_name"] for each in snapshots if _depends(each, row)]
     yield from names
     if _words(row["lv_layout"]) & {"cache", "writecache"}:
         yield row["pool_lv"].strip("[]")
     if not names and _words(row["lv_role"]) & _ORIGINS:  # lvconvert --merge hides the snapshot
         yield "a snapshot that is being merged"
+
+
+def _by_origin(rows: Iterable[dict[str, str]]) -> Mapping[str, list[dict[str, str]]]:
+    found: dict[str, list[dict[str, str]]] = {}
+    for row in rows:
+        if row["origin"]:
+            found.setdefault(row["origin"], []).append(row)
+    return found
 
 
 def _depends(snapshot: dict[str, str], origin: dict[str, str]) -> bool:

@@ -11,18 +11,30 @@ import fcntl
 import mmap
 import os
 import struct
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-from localdisk import device_mapper, holders
-from localdisk.errors import CannotDiscard, CommandFailed, EraseFailed
+from localdisk import device_mapper, holders, lock
+from localdisk.config import Settings
+from localdisk.errors import (
+    CannotDiscard,
+    CommandFailed,
+    DependentVolumes,
+    EraseFailed,
+    Error,
+)
+from localdisk.frozen import frozen, replace
 from localdisk.ids import new_uuid
 from localdisk.volumes.disk import LocalDisk, aside_tags, busy, require_alone
 from localdisk.volumes.lvm import LogicalVolume, VolumeGroup
 
 TRIES = 20  # a writer that was just killed, or udev, may have it open for a moment
 PAUSE = 0.5  # seconds
+ERASER = "erase.lock"  # held by the process that erases
 
-_STEP = 64 << 20  # bytes that are given back at once
+_MIB = 1 << 20
+_STEP = 64 * _MIB  # bytes that are zeroed at once
+_DISCARDED = 1024 * _MIB  # bytes that are discarded at once
 _BLKDISCARD = 0x1277  # linux/fs.h; takes offset and length in bytes
 _BLOCK = 64 << 10  # bytes; the smallest block of a thin pool, so that no hole beside data is filled
 
@@ -36,40 +48,40 @@ def take_away(vg: VolumeGroup, disk: LocalDisk, erase: str, pause: Pause) -> str
     to `erase_and_remove`, "" where nothing is left.  LVM refuses to remove what is open; a moment's use by
     others is waited out with `pause(seconds)`.  Raises DependentVolumes, DiskBusy, CommandFailed.
     """
-    _wait_until_free(vg, disk, pause)
     erase = disk.erase or erase
-    if erase == "none":
-        _remove(vg, disk, pause)
-        return ""
-    return _set_aside(vg, disk, erase)
-
-
-def erase_and_remove(vg: VolumeGroup, disk: LocalDisk, erase: str, pause: Pause) -> None:
-    """Erase and remove a disk that was set aside and whose lock is held; it may have begun before.
-
-    Raises DependentVolumes, DiskBusy, CommandFailed, CannotDiscard, EraseFailed.
-    """
-    _wait_until_free(vg, disk, pause)
     if erase != "none":
-        if disk.lv.lv_permissions == "read-only":  # a template LV; the kernel discards and zeroes none
-            vg.set_writable(disk.volume_id)
-        vg.activate(disk.volume_id)
-        _erase(vg, disk, erase)
+        return set_aside(vg, disk, erase, pause)
+    _wait_until_free(vg, disk, pause)
     _remove(vg, disk, pause)
+    return ""
 
 
-def finish(vg: VolumeGroup, disk: LocalDisk, configured: str, pause: Pause) -> None:
-    """`erase_and_remove` as was promised when the disk was set aside.
+def remove_all(vg: VolumeGroup, disks: Sequence[LocalDisk], pause: Pause) -> Mapping[str, Error]:
+    """Remove disks whose locks are held and that need no erase, with one command if LVM lets.
 
-    If it was to be discarded and that would do nothing, zeros do it once `configured`, the value of
-    `retention.erase`, is zero.
+    Returns why some are still there, by name.  One that fails keeps no other: LVM removes none at all if one
+    of them is in use (tried with 2.03.16), so that those that are closed are tried again without it.
     """
+    failures: dict[str, Error] = {}
+    left: dict[str, LocalDisk] = {}
+    for disk in disks:
+        try:
+            require_alone(disk, vg.vg_name)
+            left[disk.volume_id] = disk
+        except DependentVolumes as error:
+            failures[disk.volume_id] = error
     try:
-        erase_and_remove(vg, disk, disk.erase or "none", pause)
-    except CannotDiscard:
-        if configured != "zero":
-            raise
-        erase_and_remove(vg, disk, "zero", pause)
+        for _ in range(TRIES):
+            failures.update(_remove_closed(vg, left))
+            left = {name: disk for name, disk in left.items() if name not in failures}
+            if not left:
+                return failures
+            pause(PAUSE)
+            vg = VolumeGroup.read(vg.vg_name, vg.devices)
+            left = dict(_still_there(vg, left.values()))
+    except Error as error:
+        return {**failures, **dict.fromkeys(left, error)}
+    return {**failures, **{name: holders.busy(busy(disk, vg.vg_name)) for name, disk in left.items()}}
 
 
 def require_erasable(vg: VolumeGroup, disk: LocalDisk, erase: str) -> None:
@@ -86,24 +98,145 @@ def require_erasable(vg: VolumeGroup, disk: LocalDisk, erase: str) -> None:
         raise
 
 
-def _set_aside(vg: VolumeGroup, disk: LocalDisk, erase: str) -> str:
-    """Killed between the two commits, it is nobody's under its old name; whoever comes next renames it."""
-    name = disk.aside_name or new_uuid()
-    if not (disk.is_aside and disk.aside_name):
+def _remove_closed(vg: VolumeGroup, left: dict[str, LocalDisk]) -> Mapping[str, Error]:
+    """Remove those of `left` that are closed, and take them out of it; why others never can be removed.
+
+    What something has opened since is still in it.
+    """
+    names = [name for name, disk in left.items() if not disk.is_open]
+    try:
+        if names:
+            vg.remove(*names)
+    except CommandFailed as error:
+        if _is_in_use(error):
+            return {}
+        if len(names) == 1:
+            return {names[0]: error}
+        return _remove_each(vg, left, names)
+    for name in names:
+        del left[name]
+    return {}
+
+
+def _remove_each(vg: VolumeGroup, left: dict[str, LocalDisk], names: Iterable[str]) -> Mapping[str, Error]:
+    failures: dict[str, Error] = {}
+    there = dict(_still_there(VolumeGroup.read(vg.vg_name, vg.devices), left.values()))
+    for name in names:
+        one = {name: there[name]} if name in there else {}
+        failures.update(_remove_closed(vg, one))
+        if not one:
+            del left[name]
+    return failures
+
+
+def _still_there(vg: VolumeGroup, disks: Iterable[LocalDisk]) -> Iterator[tuple[str, LocalDisk]]:
+    """These disks as they are now, those that are there, by name."""
+    lvs = {lv.lv_uuid: lv for lv in vg.lvs}
+    for disk in disks:
+        lv = lvs.get(disk.lv.lv_uuid)
+        if lv and lv.lv_name == disk.volume_id:
+            yield disk.volume_id, replace(disk, lv=lv)
+
+
+def _is_in_use(error: CommandFailed) -> bool:
+    return "in use" in error.stderr or "used by another device" in error.stderr
+
+
+def set_aside(vg: VolumeGroup, disk: LocalDisk, erase: str, pause: Pause) -> str:
+    """Give back owner and name of a disk that must be erased; returns the name under which it waits for that.
+
+    Killed between the two commits, it is nobody's under its old name; the next start or gc renames it.
+    Raises DependentVolumes, DiskBusy, CommandFailed.
+    """
+    name = disk.aside_name if disk.is_aside else ""
+    if name == disk.volume_id:
+        return name
+    _wait_until_free(vg, disk, pause)
+    if not name:
+        name = new_uuid()
         add, remove = aside_tags(disk, erase, name)
         vg.change_tags(disk.volume_id, add=add, remove=remove)
     vg.rename(disk.volume_id, name)
     return name
 
 
-def _erase(vg: VolumeGroup, disk: LocalDisk, erase: str) -> None:
+def erase_aside(vg: VolumeGroup, name: str, settings: Settings, pause: Pause) -> bool:
+    """Erase and remove a disk that is set aside under `name`; False if another process works on it.
+
+    One process of this host erases at a time; the others wait for it with `pause(seconds)`.
+    Raises as `erase_and_remove`.
+    """
+    eraser = lock.holding(os.path.join(lock.RUN, ERASER), pause)
+    with eraser, lock.trying(lock.disk_lock(name)) as held:
+        now = VolumeGroup.read(vg.vg_name, vg.devices)
+        lv = now.find(name)
+        disk = LocalDisk.from_lv(lv) if lv else None
+        if held and disk and disk.waits_for_erase:
+            finish(now, disk, settings, pause)
+        return held is not None
+
+
+def finish(vg: VolumeGroup, disk: LocalDisk, settings: Settings, pause: Pause) -> None:
+    """`erase_and_remove` as was promised when the disk was set aside.
+
+    If it was to be discarded and that would do nothing, zeros do it once `retention.erase` is zero.
+    """
+    pace = Pace(settings.copy.bandwidth, pause)
+    try:
+        erase_and_remove(vg, disk, disk.erase or "none", pace)
+    except CannotDiscard:
+        if settings.retention.erase != "zero":
+            raise
+        erase_and_remove(vg, disk, "zero", pace)
+
+
+@frozen
+class Pace:
+    """How fast zeros are written: `bandwidth` in bytes per second, None: as fast as the device goes."""
+
+    bandwidth: int | None
+    pause: Pause
+
+    @property
+    def step(self) -> int:
+        """Bytes to write at once: at most what a second has room for, in whole MiB."""
+        return min(_STEP, max(_MIB, (self.bandwidth or _STEP) // _MIB * _MIB))
+
+    def keep(self, written: int, began: float) -> None:
+        """Wait as long as it should have taken to write so many bytes since `began`, time.monotonic()."""
+        left = written / self.bandwidth - (time.monotonic() - began) if self.bandwidth else 0
+        if left > 0:
+            self.pause(left)
+
+
+def erase_and_remove(vg: VolumeGroup, disk: LocalDisk, erase: str, pace: Pace) -> None:
+    """Erase and remove a disk that was set aside and whose lock is held; it may have begun before.
+
+    It is erased step by step: what is told to end, ends after a step.  Only zeros are written, so only they
+    have a pace.  Raises DependentVolumes, DiskBusy, CommandFailed, CannotDiscard, EraseFailed.
+    """
+    _wait_until_free(vg, disk, pace.pause)
+    if erase != "none":
+        if disk.lv.lv_permissions == "read-only":  # a template LV; the kernel discards and zeroes none
+            vg.set_writable(disk.volume_id)
+        vg.activate(disk.volume_id)
+        _erase(vg, disk, erase, pace)
+    _remove(vg, disk, pace.pause)
+
+
+def _erase(vg: VolumeGroup, disk: LocalDisk, erase: str, pace: Pace) -> None:
+    size = disk.lv.lv_size
     if erase == "discard":
         _require_discard(vg, disk)
-        vg.discard(disk.volume_id)
+        for start in range(0, size, _DISCARDED):
+            vg.discard(disk.volume_id, start, min(_DISCARDED, size - start))
     elif disk.backend == "lvm":
-        vg.zero(disk.volume_id)
+        for start in range(0, size, pace.step):
+            began, length = time.monotonic(), min(pace.step, size - start)
+            vg.zero(disk.volume_id, start, length)
+            pace.keep(length, began)
     else:
-        _zero_what_is_not(vg.path(disk.volume_id))
+        _zero_what_is_not(vg.path(disk.volume_id), pace)
 
 
 def _require_discard(vg: VolumeGroup, disk: LocalDisk) -> None:
@@ -128,7 +261,7 @@ def pool_keeps_bytes(pool: LogicalVolume) -> str:
     return f"thin pool {pool.lv_name} passes no discards to its device ({how})"
 
 
-def _zero_what_is_not(path: str) -> None:
+def _zero_what_is_not(path: str, pace: Pace) -> None:
     """Write zeros over the data of a thin volume, and give the blocks back as it goes.
 
     Zeros everywhere would make the pool provide a block for every hole, and could fill it; so could zeros
@@ -138,28 +271,31 @@ def _zero_what_is_not(path: str) -> None:
         fd = os.open(path, os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC)
         try:
             size = os.lseek(fd, 0, os.SEEK_END)
-            for start in range(0, size, _STEP):
-                if _zero_data(fd, start, min(start + _STEP, size)):
+            for start in range(0, size, pace.step):
+                began, length = time.monotonic(), min(pace.step, size - start)
+                written = _zero_data(fd, start, start + length)
+                if written:
                     os.fsync(fd)
                     with contextlib.suppress(OSError):  # a pool may ignore discards
-                        fcntl.ioctl(fd, _BLKDISCARD, struct.pack("QQ", start, min(_STEP, size - start)))
+                        fcntl.ioctl(fd, _BLKDISCARD, struct.pack("QQ", start, length))
+                    pace.keep(written, began)
         finally:
             os.close(fd)
     except OSError as error:
         raise EraseFailed(path=path, problem=error.strerror) from None
 
 
-def _zero_data(fd: int, start: int, end: int) -> bool:
-    """Write zeros over what is not zero from `start` to `end`; False where all of it was."""
+def _zero_data(fd: int, start: int, end: int) -> int:
+    """Write zeros over what is not zero from `start` to `end`; returns how many bytes."""
     zeros, buffer = bytes(_BLOCK), mmap.mmap(-1, _BLOCK)  # page-aligned, as O_DIRECT wants it
-    offset, any_data = start, False
+    offset, written = start, 0
     while offset < end and (size := os.preadv(fd, [buffer], offset)):  # 0: it has become smaller
         if buffer[:size] != zeros[:size]:
             buffer[:size] = zeros[:size]
             size = os.pwritev(fd, [memoryview(buffer)[:size]], offset)
-            any_data = True
+            written += size
         offset += size
-    return any_data
+    return written
 
 
 def _remove(vg: VolumeGroup, disk: LocalDisk, pause: Pause) -> None:
@@ -168,7 +304,7 @@ def _remove(vg: VolumeGroup, disk: LocalDisk, pause: Pause) -> None:
             vg.remove(disk.volume_id)
             return
         except CommandFailed as error:
-            if "in use" not in error.stderr and "used by another device" not in error.stderr:
+            if not _is_in_use(error):
                 raise
         pause(PAUSE)
     raise holders.busy(busy(disk, vg.vg_name))

@@ -21,7 +21,7 @@ from localdisk import clock, device_mapper, lock, run
 from localdisk.clock import Moment
 from localdisk.errors import CommandFailed, CommandTimeout, Error
 from localdisk.helper import cache
-from localdisk.volumes import lvm, removal
+from localdisk.volumes import gc, lvm, removal
 
 if TYPE_CHECKING:
     import pytest
@@ -193,6 +193,7 @@ class FakeHost:
         self.before: dict[str, Callable[[list[str]], None]] = {}
         self.removed: list[Volume] = []
         self.erased: set[str] = set()
+        self.erased_to: dict[str, int] = {}  # bytes, by UUID
         self.content: dict[str, str] = {}
         self.opened: dict[int, Volume] = {}  # by file descriptor
         self.domain_tags: dict[str, set[str]] = {}  # of volumes on block storage, by DOMAIN/VOLUME
@@ -207,6 +208,7 @@ class FakeHost:
         monkeypatch.setattr(lock, "RUN", str(tmp_path / "run"))
         monkeypatch.setattr(lock, "POLL", 0)
         monkeypatch.setattr(removal, "PAUSE", 0)
+        monkeypatch.setattr(gc, "GAP", 0.001)
         monkeypatch.setattr(os, "open", self._open)
         monkeypatch.setattr(os, "close", self._close)
         monkeypatch.setattr(cache, "_sample", self._sample)
@@ -490,7 +492,14 @@ class FakeHost:
         assert volume.lv_permissions == "writeable", "the kernel refuses this with EPERM"
         assert not volume.lv_device_open, "erased under whoever has it open"
         assert f"ASIDE_{volume.lv_name}" in volume.lv_tags, "erased under a name that a start may ask for"
-        self.erased.add(volume.lv_uuid)
+        _, options, _ = _parse(argv, flags="--zeroout", options="--offset --length")
+        ((start,), (length,)) = options["--offset"], options["--length"]
+        assert int(start) == self.erased_to.get(volume.lv_uuid, 0) or int(start) == 0, "a step was left out"
+        self.erased_to[volume.lv_uuid] = end = int(start) + int(length)
+        assert int(length) > 0
+        assert end <= volume.lv_size
+        if end == volume.lv_size:
+            self.erased.add(volume.lv_uuid)
         return ""
 
     def _virsh(self, argv: list[str]) -> str:

@@ -24,7 +24,7 @@ from localdisk.hook.qcow2 import Header
 from localdisk.status import output, snapshot
 from localdisk.vdsm import disk_json, disks, domain_xml
 from localdisk.vdsm.disks import Disk
-from localdisk.volumes import gc, progress, template
+from localdisk.volumes import progress, template, verdict
 from localdisk.volumes.disk import LocalDisk, local_disks
 from localdisk.volumes.lvm import VolumeGroup
 from tests.fakes import IMAGE, OTHER_VM, OTHER_VOLUME, REPORTS, VM, VOLUME, FakeHost, tags
@@ -204,13 +204,10 @@ _caching: _Helper | None = None
 def _report(data: bytes) -> None:
     vg = VolumeGroup.from_report(_text(data))
     for disk in local_disks(vg):
-        verdict = gc.decide(
-            disk, gc.Witnesses(False, False, True), config.parse(b"", "F").others.policy, Moment(1e9)
-        )
-        assert verdict.reason
+        policy = config.parse(b"", "F").others.policy
+        assert verdict.decide(disk, verdict.Witnesses(False, False, True), policy, Moment(1e9)).reason
     for found in template.templates(vg):
-        verdict = gc.decide_template(found, False, True, False, 5, 1e9)
-        assert verdict.reason
+        assert verdict.decide_template(found, False, True, False, 5, 1e9).reason
         assert not LocalDisk.from_lv(found.lv)
     template.too_many(vg, config.parse(b"", "F").cache)
     with ExitStack() as stack:

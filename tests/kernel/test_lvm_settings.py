@@ -103,6 +103,31 @@ def status_of(volume: str) -> bool:
     return volume in {row["volume"] for row in shown["disks"]}
 
 
+# -- what LVM keeps of each change
+
+
+def archives(group: str) -> list[Path]:
+    return sorted(Path("/etc/lvm/archive").glob(f"{group}_[0-9]*-[0-9]*.vg"))
+
+
+def test_archives_of_metadata_are_bounded(file_storage: FileStorage) -> None:
+    """S3: LVM keeps all of 30 days, three for each start and stop.  What it keeps of others stays."""
+    others = ("fedora", f"{host.VOLUME_GROUP}_2", host.VOLUME_GROUP[:-1])
+    for number in range(80):
+        for group in (host.VOLUME_GROUP, *others):
+            Path(f"/etc/lvm/archive/{group}_{number:05}-123.vg").write_text("# old, or of just now\n")
+    image = file_storage.image(image_id := new_id(), file_storage.new_volume(image_id, RAW, SIZE))
+    before = len(archives(host.VOLUME_GROUP))
+    vm_id = start(image)
+    newest = archives(host.VOLUME_GROUP)
+    stop(vm_id, image)
+    assert before >= 80
+    assert 50 <= len(newest) <= 51
+    assert 50 <= len(archives(host.VOLUME_GROUP)) <= 51
+    assert "lvcreate" in newest[-2].read_text() + newest[-1].read_text(), "the newest are not kept"
+    assert [len(archives(group)) for group in others] == [80] * 3
+
+
 # -- a pool that does not fit LVM's metadata
 
 

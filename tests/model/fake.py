@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -414,7 +415,8 @@ class FakeWorld:
             (run, "read_errors", lambda _helper: ""),
             (run, "end", lambda _helper: None),
             (lock, "Lock", TrackedLock),
-            (removal, "_zero_what_is_not", lambda path: self._zero(path)),
+            (removal, "_zero_what_is_not", lambda path, _pace: self._zero(path)),
+            (gc, "time", SimpleNamespace(sleep=self._sleep)),
         ):
             monkeypatch.setattr(module, attribute, value)
         for name, tags in STRANGERS.items():
@@ -789,6 +791,13 @@ class FakeWorld:
         assert process.trouble
         self._befall(process, process.trouble.kind, is_hook=False)
         raise Dead
+
+    def _sleep(self, seconds: float) -> None:
+        """gc waits, for the process that erases."""
+        if seconds == lock.POLL:
+            self.running.stop("waiting")
+            if self.running.is_helper_dead or self.running.is_hook_dead:
+                raise Dead
 
     def pause(self, _seconds: float) -> None:
         """The helper waits, and notices that its hook is gone."""

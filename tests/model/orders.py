@@ -139,8 +139,8 @@ def _passing_over(state: State, call: Call, paused: Call) -> Iterator[Prediction
     whole = predict(state, call)
     yield whole
     changed = [key for key in whole.stages if key in state.disks]
-    if paused.what == "gc":  # one after the other
-        locks = [frozenset({key}) for key in changed]
+    if paused.what == "gc":  # many at once, then those that are erased one after the other
+        locks = [frozenset(changed), *(frozenset({key}) for key in changed)]
     else:
         images = state.vms[paused.vm_id].images if paused.vm_id else ()
         names = {state.sources[image_id].volume for image_id in images}

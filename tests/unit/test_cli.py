@@ -33,8 +33,9 @@ from localdisk.status.snapshot import Snapshot
 from localdisk.vdsm.hook_call import POINTS
 from localdisk.volumes import gc, remove
 from localdisk.volumes.disk import LocalDisk
-from localdisk.volumes.gc import Action, Collection, Finding, Verdict
+from localdisk.volumes.gc import Collection, Finding
 from localdisk.volumes.lvm import VolumeGroup
+from localdisk.volumes.verdict import Action, Verdict
 from tests.bed.player import RAISING_POINTS
 from tests.fakes import VM, VOLUME, FakeHost, report, tags
 

@@ -18,7 +18,7 @@ from localdisk import counters, ids, lock
 from localdisk.counters import Counters
 from localdisk.errors import CommandFailed, CommandTimeout
 from localdisk.frozen import replace
-from localdisk.volumes import gc, progress, template
+from localdisk.volumes import gc, progress, template, verdict
 from localdisk.volumes.disk import State, local_disks
 from localdisk.volumes.lvm import VolumeGroup
 from localdisk.volumes.progress import Progress
@@ -494,7 +494,7 @@ def test_nobody_gets_the_name_of_a_disk_that_was_set_aside(host: FakeHost) -> No
     before = host.add(VOLUME, aside("zero", VOLUME), SIZE).row
     hook = Hook(host)
     assert hook.ask(CLAIM) == TO_PREPARE
-    assert "lvrename" in hook.refused(PREPARE)
+    assert "already exists" in hook.refused(PREPARE)
     assert host.volumes[VOLUME].row == before
     assert locks() == []
 
@@ -1590,7 +1590,7 @@ def test_a_disk_that_its_vm_did_not_run_from_in_the_end_is_kept(
     assert lv_tags(host) == tags(DRIFT_TAG)
     assert lv_tags(host, OTHER_VOLUME) == tags(vm=OTHER_VM)
     (finding,) = (f for f in gc.collect(parsed(""), may_start=False).findings if f.disk.volume_id == VOLUME)
-    assert (finding.verdict.action, finding.is_problem) == (gc.Action.KEEP, False)
+    assert (finding.verdict.action, finding.is_problem) == (verdict.Action.KEEP, False)
     assert locks() == []
 
 
@@ -1727,7 +1727,7 @@ def test_a_remove_that_takes_too_long_leaves_marked_disks(host: FakeHost) -> Non
     assert host.tools == ["fullreport", "fullreport", "lvchange", "lvremove"]
     assert lv_tags(host) == tags("DELETING", image=VOLUME)
     host.before = {}
-    assert {f.verdict.action for f in gc.collect(parsed("")).findings} == {gc.Action.REMOVE}
+    assert {f.verdict.action for f in gc.collect(parsed("")).findings} == {verdict.Action.REMOVE}
     assert set(host.volumes) == {"pool0"}
 
 

@@ -17,14 +17,15 @@ from hypothesis import strategies as st
 from localdisk import cli, clock, config, counters, frozen, lock
 from localdisk.clock import Moment
 from localdisk.config import Config, Policy
-from localdisk.errors import CommandFailed, Interrupted, NoVolumeGroup
+from localdisk.errors import CommandFailed, CommandTimeout, Interrupted, NoVolumeGroup
 from localdisk.helper.session import Session
-from localdisk.volumes import gc
+from localdisk.volumes import gc, removal
 from localdisk.volumes.disk import FIRST, LocalDisk, unneeded_tags
-from localdisk.volumes.gc import Action, Collection, Verdict, Witnesses
+from localdisk.volumes.gc import Collection
 from localdisk.volumes.lvm import VolumeGroup
 from localdisk.volumes.progress import Progress
 from localdisk.volumes.template import Template
+from localdisk.volumes.verdict import Action, Verdict, Witnesses, decide, decide_template
 from tests.fakes import (
     FINGERPRINT,
     FULLREPORT,
@@ -98,7 +99,7 @@ class Case(NamedTuple):
         runs = None if self.vm is None else self.vm == "runs"
         is_defined, is_prepared = self.vm in ("defined", "prepared"), self.vm == "prepared"
         witnesses = Witnesses(self.is_locked, runs, self.may_start, is_defined, is_prepared)
-        return gc.decide(self.disk, witnesses, policy(f"retention: {{on_stop: {self.on_stop}}}"), Moment(NOW))
+        return decide(self.disk, witnesses, policy(f"retention: {{on_stop: {self.on_stop}}}"), Moment(NOW))
 
     @property
     def disk(self) -> LocalDisk:
@@ -185,8 +186,7 @@ def test_decide_does_what_the_design_says() -> None:
 )
 def test_reasons(lv_tags: set[str], text: str, may_start: bool, reason: str) -> None:
     assert (
-        gc.decide(disk(lv_tags), Witnesses(False, False, may_start), policy(text), Moment(NOW)).reason
-        == reason
+        decide(disk(lv_tags), Witnesses(False, False, may_start), policy(text), Moment(NOW)).reason == reason
     )
 
 
@@ -204,7 +204,7 @@ def test_reasons(lv_tags: set[str], text: str, may_start: bool, reason: str) -> 
 )
 def test_reasons_for_a_vm_that_is_only_defined(more: tuple[str, ...], text: str, reason: str) -> None:
     witnesses = Witnesses(False, False, may_start=True, vm_is_defined=True)
-    assert gc.decide(disk(tags(*more)), witnesses, policy(text), Moment(NOW)).reason == reason
+    assert decide(disk(tags(*more)), witnesses, policy(text), Moment(NOW)).reason == reason
 
 
 @pytest.mark.parametrize(
@@ -219,7 +219,7 @@ def test_reasons_for_a_vm_that_is_only_defined(more: tuple[str, ...], text: str,
 )
 def test_reasons_to_keep(is_open: bool, is_locked: bool, runs: bool | None, reason: str) -> None:
     witnesses = Witnesses(is_locked, runs, may_start=True, vm_is_prepared=True)
-    assert gc.decide(disk(tags("UPDATING"), is_open), witnesses, policy(), Moment(NOW)).reason == reason
+    assert decide(disk(tags("UPDATING"), is_open), witnesses, policy(), Moment(NOW)).reason == reason
 
 
 # -- deciding: what never happens
@@ -251,7 +251,7 @@ def test_decide_never_breaks_a_promise(
     more: frozenset[str], ours: bool, is_open: bool, witnesses: Witnesses, its: Policy, now: int
 ) -> None:
     found = disk(tags(*more, ours=ours), is_open)
-    verdict = gc.decide(found, witnesses, its, Moment(now))
+    verdict = decide(found, witnesses, its, Moment(now))
     if verdict.action is Action.REMOVE:
         assert not is_open
         assert not witnesses.is_locked
@@ -279,7 +279,7 @@ def test_a_clock_that_went_backwards_never_deletes(sightings: list[tuple[int, in
     for seconds, behind in sightings:
         true_time += seconds
         found = disk(lv_tags)
-        verdict = gc.decide(found, Witnesses(False, False, True), policy(), Moment(true_time - behind))
+        verdict = decide(found, Witnesses(False, False, True), policy(), Moment(true_time - behind))
         if verdict.action is Action.REMOVE:
             assert true_time - NOW >= GRACE
             return
@@ -302,7 +302,7 @@ KINDS = pytest.mark.parametrize(
 
 
 def decided(text: str, lv_tags: set[str], now: Moment) -> Verdict:
-    return gc.decide(disk(lv_tags), Witnesses(False, False, True), policy(text), now)
+    return decide(disk(lv_tags), Witnesses(False, False, True), policy(text), now)
 
 
 @KINDS
@@ -470,7 +470,7 @@ def test_a_discard_that_would_do_nothing_is_an_error_until_zeros_are_configured(
     assert "cannot discard" in found.findings[0].failure
     assert not host.erased
     assert outcome(gc.collect(parsed("retention: {erase: zero}"))) == {"1": "remove"}
-    assert host.commands[-2] == f"blkdiscard --zeroout /dev/{NAME}"
+    assert host.commands[-3] == f"blkdiscard --zeroout --offset 0 --length {SIZE} /dev/{NAME}"
     assert host.removed == [volume]
 
 
@@ -553,15 +553,14 @@ def test_collect(host: FakeHost) -> None:
     assert lock.names() == []
 
 
-def test_collect_is_one_look_for_all_and_one_for_each_that_is_changed(host: FakeHost) -> None:
-    for digit in "125":
-        host.add(name(digit), POPULATION[digit], SIZE)
+def test_what_changes_is_looked_at_again_and_changed_together(host: FakeHost) -> None:
+    for digit in "12357e":
+        host.add(name(digit), POPULATION[digit if digit != "e" else "1"], SIZE)
     gc.collect(parsed())
-    again = [LOOK, LIST]
     assert host.commands == [
-        *(LIST, LOOK),
-        *(*again, f"lvchange --quiet --addtag UNNEEDED_{NOW} {NAME}"),
-        *(*again, f"lvremove --quiet --yes ovirt-local/{name('2')}"),
+        *(LIST, LOOK) * 2,
+        f"lvremove --quiet --yes {' '.join(f'ovirt-local/{name(digit)}' for digit in '237')}",
+        f"lvchange --quiet --addtag UNNEEDED_{NOW} {NAME} ovirt-local/{name('e')}",
     ]
 
 
@@ -808,7 +807,7 @@ def test_a_disk_that_is_gone_after_the_look(host: FakeHost) -> None:
     host.add(VOLUME, tags("UPDATING"), SIZE)
     host.before_command(2, lambda: host.volumes.clear())
     assert not gc.collect(parsed()).is_problem
-    assert host.commands == [LIST, LOOK, LOOK]
+    assert host.commands == [LIST, LOOK] * 2
 
 
 def test_a_volume_that_is_not_ours_any_more_after_the_look(host: FakeHost) -> None:
@@ -821,7 +820,7 @@ def test_a_volume_that_is_not_ours_any_more_after_the_look(host: FakeHost) -> No
 def test_a_failure_does_not_stop_the_others(host: FakeHost) -> None:
     for volume in (VOLUME, OTHER_VOLUME):
         host.add(volume, tags("DELETING"), SIZE)
-    host.fail("lvremove", "  Cannot change VG\n", when=VOLUME)
+    host.fail("lvremove", "  Cannot change VG\n", when=VOLUME, times=2)
     first, second = gc.collect(parsed()).findings
     assert "Cannot change VG" in first.failure
     assert (first.is_problem, second.is_problem) == (True, False)
@@ -914,7 +913,7 @@ def test_a_vms_own_erase(host: FakeHost, erase: str) -> None:
     ours = host.add(VOLUME, tags("DELETING"), SIZE)
     other = host.add(OTHER_VOLUME, tags("DELETING", vm=OTHER_VM), SIZE)
     gc.collect(parsed(text))
-    assert host.removed == [ours, other]
+    assert {*map(id, host.removed)} == {id(ours), id(other)}
     assert host.erased == {other.lv_uuid if erase == "none" else ours.lv_uuid}
     assert all("--zeroout" in command for command in host.commands if "blkdiscard" in command) == (
         erase == "zero"
@@ -924,8 +923,8 @@ def test_a_vms_own_erase(host: FakeHost, erase: str) -> None:
 # -- erasing
 
 
-LOOKS = ("virsh", "fullreport", "fullreport", "virsh")  # for all, then for the one
-FINISH = ("fullreport", "lvchange", "blkdiscard", "lvremove")
+LOOKS = ("virsh", "fullreport") * 2  # then again, under the locks
+FINISH = ("fullreport", "lvchange", "blkdiscard", "lvremove", "fullreport")  # then what others left
 
 
 @pytest.mark.parametrize("erase", ["discard", "zero"])
@@ -943,7 +942,7 @@ def test_a_disk_gives_its_name_back_before_it_is_erased(host: FakeHost, erase: s
 def test_one_that_has_its_new_name_is_only_erased(host: FakeHost) -> None:
     volume = host.add(VOLUME, ASIDE, SIZE)
     assert outcome(gc.collect(parsed())) == {"1": "remove"}
-    assert host.tools == [*LOOKS, *FINISH[1:]]
+    assert host.tools == [*LOOKS, *FINISH]
     assert (host.removed, host.erased) == ([volume], {volume.lv_uuid})
 
 
@@ -953,7 +952,7 @@ def test_one_that_was_not_renamed_is_renamed_first(host: FakeHost, text: str) ->
     assert outcome(gc.collect(parsed(text))) == {"1": "remove"}
     assert host.tools == [*LOOKS, "lvrename", *FINISH]
     assert host.commands[4] == f"lvrename --quiet ovirt-local {VOLUME} {OTHER_VOLUME}"
-    assert host.commands[-2] == f"blkdiscard /dev/ovirt-local/{OTHER_VOLUME}"
+    assert host.commands[-3] == f"blkdiscard --offset 0 --length {SIZE} /dev/ovirt-local/{OTHER_VOLUME}"
     assert (host.removed, host.erased) == ([volume], {volume.lv_uuid})
 
 
@@ -983,7 +982,7 @@ def test_a_start_does_not_wait_for_an_erase(host: FakeHost, lv_tags: set[str], t
 
     host.before[tool] = act
     assert outcome(gc.collect(parsed(ERASE))) == {"1": "remove"}
-    assert seen == [old.lv_name, [f"{old.lv_name}.lock"], True]
+    assert seen == [old.lv_name, sorted([f"{old.lv_name}.lock", "erase.lock", "gc.lock"]), True]
     assert host.volumes[VOLUME].lv_tags == tags()
     assert (host.removed, host.erased) == ([old], {old.lv_uuid})
     assert lock.names() == []
@@ -999,7 +998,7 @@ def test_an_erase_that_fails_is_finished_by_the_next_gc(host: FakeHost) -> None:
         assert lock.names() == []
     (finding,) = gc.collect(parsed("retention: {erase: zero}")).findings
     assert not finding.failure
-    assert host.commands[-2].startswith("blkdiscard /dev/")  # as it was to be when it was set aside
+    assert "--zeroout" not in host.commands[-3]  # as it was to be when it was set aside
     assert host.tools.count("lvrename") == 1
     assert host.removed == [volume]
 
@@ -1096,7 +1095,7 @@ def test_one_that_is_gone_before_it_is_erased(host: FakeHost) -> None:
     host.add(VOLUME, tags("DELETING"), SIZE)
     host.before_command(6, host.volumes.clear)
     assert not gc.collect(parsed(ERASE)).is_problem
-    assert host.tools == [*LOOKS, "lvchange", "lvrename", "fullreport"]
+    assert host.tools == [*LOOKS, "lvchange", "lvrename", "fullreport", "fullreport"]
 
 
 def test_what_is_no_longer_aside_is_not_erased(host: FakeHost) -> None:
@@ -1104,6 +1103,126 @@ def test_what_is_no_longer_aside_is_not_erased(host: FakeHost) -> None:
     host.before_command(6, lambda: vars(volume).update(lv_tags=tags()))
     gc.collect(parsed(ERASE))
     assert (host.removed, host.erased) == ([], set())
+
+
+# -- many at once
+
+
+def many(host: FakeHost, count: int, *more: str) -> list[Volume]:
+    numbers = (f"{number:08x}" + VOLUME[8:] for number in range(count))
+    return [host.add(number, tags(*more), SIZE) for number in numbers]
+
+
+def test_many_disks_are_changed_with_few_commands(host: FakeHost) -> None:
+    """S5: it was a report, a question to libvirt and a command for each disk."""
+    count = 2 * gc.BATCH + 1
+    volumes = many(host, count, "DELETING")
+    found = gc.collect(parsed())
+    assert [finding.verdict.action for finding in found.findings] == [Action.REMOVE] * count
+    assert not found.is_problem
+    assert host.removed == volumes
+    assert host.tools == ["virsh", "fullreport", *["virsh", "fullreport", "lvremove"] * 3]
+    many(host, 30)
+    host.commands.clear()
+    assert {finding.verdict.action for finding in gc.collect(parsed()).findings} == {Action.MARK}
+    assert host.tools == ["virsh", "fullreport"] * 2 + ["lvchange"]
+
+
+def test_one_that_is_opened_meanwhile_keeps_no_other(host: FakeHost) -> None:
+    """LVM removes none of them then."""
+    first, busy, last = many(host, 3, "DELETING")
+    host.before["lvremove"] = lambda _argv: vars(busy).update(lv_device_open="open")
+    found = gc.collect(parsed())
+    assert [finding.failure.partition(" : ")[0] for finding in found.findings] == [
+        "",
+        f"local disk ovirt-local/{busy.lv_name} is deleting and still open by something that neither /proc nor /sys shows",
+        "",
+    ]
+    assert host.removed == [first, last]
+    assert host.tools.count("lvremove") == 2
+    assert "is deleting and still open" in gc.as_lines(found, dry_run=False)
+    assert lock.names() == []
+
+
+def test_what_lvm_removed_before_it_failed_is_removed(host: FakeHost) -> None:
+    """A pool's thin volumes go one by one."""
+    volumes = many(host, 3, "DELETING")
+
+    def fail(argv: list[str]) -> None:
+        if len(argv) > 4:
+            host.removed.append(host.volumes.pop(volumes[0].lv_name))
+            raise CommandFailed(tuple(argv), 5, "  Failed to suspend pool0.\n")
+
+    host.before["lvremove"] = fail
+    assert not gc.collect(parsed()).is_problem
+    assert host.removed == volumes
+
+
+def test_a_removal_that_takes_too_long_is_a_failure_of_all(host: FakeHost) -> None:
+    many(host, 3, "DELETING")
+
+    def stall(_argv: list[str]) -> None:
+        raise CommandTimeout(tool="lvremove", seconds=120)
+
+    host.before["lvremove"] = stall
+    found = gc.collect(parsed())
+    assert ["did not end within 120 s" in finding.failure for finding in found.findings] == [True] * 3
+    assert host.tools.count("lvremove") == 1
+
+
+def test_one_mark_that_cannot_be_made_keeps_no_other(host: FakeHost) -> None:
+    volumes = many(host, 3)
+    host.fail("lvchange", "  Failed to write VG\n", when=volumes[1].lv_name, times=2)
+    found = gc.collect(parsed())
+    assert [bool(finding.failure) for finding in found.findings] == [False, True, False]
+    assert [volume.lv_tags == tags(f"UNNEEDED_{NOW}") for volume in volumes] == [True, False, True]
+
+
+def test_a_gc_leaves_the_erase_to_another_that_erases(host: FakeHost) -> None:
+    """Runs of cron do not pile up behind one that erases for hours."""
+    volume = host.add(VOLUME, tags("DELETING"), SIZE)
+    with lock.holding(os.path.join(lock.RUN, gc.ERASING), lambda _: None):
+        found = gc.collect(parsed(ERASE))
+    assert (outcome(found), found.is_problem) == ({"1": "keep"}, False)
+    assert "the gc that erases" in found.findings[0].verdict.reason
+    assert volume.lv_tags == aside("discard", volume.lv_name)
+    assert outcome(gc.collect(parsed(ERASE))) == {volume.lv_name[0]: "remove"}
+
+
+def test_a_gc_erases_what_others_have_left_to_it(host: FakeHost) -> None:
+    first, second = host.add(VOLUME, tags("DELETING"), SIZE), host.add(OTHER_VOLUME, tags(), SIZE)
+    inner: list[Collection] = []
+
+    def another(_argv: list[str]) -> None:
+        host.before.clear()
+        second.lv_tags.add("DELETING")
+        inner.append(gc.collect(parsed(ERASE)))
+
+    host.before["blkdiscard"] = another
+    assert outcome(gc.collect(parsed(ERASE)))["1"] == "remove"
+    assert "keep" in outcome(inner[0]).values()
+    assert host.removed == [first, second]
+    assert host.erased == {first.lv_uuid, second.lv_uuid}
+    assert lock.names() == []
+
+
+def test_one_process_erases_at_a_time(host: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    """gc waits for a start that erases for its room."""
+    host.add(VOLUME, tags("DELETING"), SIZE)
+    held = lock.try_hold(os.path.join(lock.RUN, removal.ERASER))
+    assert held
+    waited: list[float] = []
+
+    def wait(seconds: float) -> None:
+        waited.append(seconds)
+        assert not host.erased
+        if len(waited) == 3:
+            held.release()
+
+    monkeypatch.setattr(time, "sleep", wait)
+    assert outcome(gc.collect(parsed(ERASE))) == {"1": "remove"}
+    assert len(waited) == 3
+    assert len(host.erased) == 1
 
 
 # -- at the same time
@@ -1440,9 +1559,7 @@ class TemplateCase(NamedTuple):
         )
         found = Template.from_lv(lv)
         assert found
-        return gc.decide_template(
-            found, self.is_locked, self.is_wanted, self.is_too_much, CACHE_KEEP_FOR, NOW
-        )
+        return decide_template(found, self.is_locked, self.is_wanted, self.is_too_much, CACHE_KEEP_FOR, NOW)
 
 
 TEMPLATE_CASES = [
@@ -1545,7 +1662,7 @@ def test_decide_template_never_breaks_a_promise(
     )
     found = Template.from_lv(lv)
     assert found
-    verdict = gc.decide_template(found, is_locked, is_wanted, is_too_much, keep_for, now)
+    verdict = decide_template(found, is_locked, is_wanted, is_too_much, keep_for, now)
     if verdict.action is Action.REMOVE:
         assert not is_open
         assert not is_locked
@@ -1593,9 +1710,8 @@ def test_collect_templates(host: FakeHost) -> None:
         *(False, False, True)
     ]
     assert [command for command in host.lvm_commands if not command.startswith("lvm ")] == [
-        f"lvremove --quiet --yes ovirt-local/{LV_OF_IT.replace('c', '3')}",
+        "lvremove --quiet --yes " + " ".join("ovirt-local/" + LV_OF_IT.replace("c", digit) for digit in "32"),
         f"lvchange --quiet --activate n ovirt-local/{LV_OF_IT.replace('c', '4')}",
-        f"lvremove --quiet --yes ovirt-local/{LV_OF_IT.replace('c', '2')}",
     ]
     assert lock.names() == []
 
@@ -1753,7 +1869,7 @@ def test_a_template_whose_lock_is_taken_meanwhile(host: FakeHost) -> None:
 def test_a_template_that_cannot_be_removed_is_a_problem(host: FakeHost) -> None:
     add_template(host, "1", NOW - CACHE_KEEP_FOR)
     add_template(host, "3", NOW - CACHE_KEEP_FOR)
-    host.fail("lvremove", "  Cannot change VG\n", when=LV_OF_IT.replace("c", "1"))
+    host.fail("lvremove", "  Cannot change VG\n", when=LV_OF_IT.replace("c", "1"), times=2)
     collection = gc.collect(parsed("cache: {templates: on}"))
     assert of_templates(collection) == {"1": "failed", "3": "remove"}
     assert collection.is_problem

@@ -262,8 +262,8 @@ def test_argument_lists(monkeypatch: pytest.MonkeyPatch) -> None:
     vg.deactivate("a", "b")
     vg.remove("a", "b")
     vg.rename("a", "b")
-    vg.discard("a")
-    vg.zero("a")
+    vg.discard("a", 0, EXTENT)
+    vg.zero("a", EXTENT, 2 * EXTENT)
     vg.create_snapshot("c", "b", {"y", "x"})
     vg.extend("c", EXTENT + 1)
     vg.set_read_only("b")
@@ -278,8 +278,8 @@ def test_argument_lists(monkeypatch: pytest.MonkeyPatch) -> None:
         "lvchange --quiet --activate n ovirt-local/a ovirt-local/b",
         "lvremove --quiet --yes ovirt-local/a ovirt-local/b",
         "lvrename --quiet ovirt-local a b",
-        "blkdiscard /dev/ovirt-local/a",
-        "blkdiscard --zeroout /dev/ovirt-local/a",
+        f"blkdiscard --offset 0 --length {EXTENT} /dev/ovirt-local/a",
+        f"blkdiscard --zeroout --offset {EXTENT} --length {2 * EXTENT} /dev/ovirt-local/a",
         f"{create} c {skip} --addtag x --addtag y --permission rw --snapshot ovirt-local/b",
         f"lvextend --quiet --size {EXTENT + 512}b ovirt-local/c",
         "lvchange --quiet --permission r ovirt-local/b",

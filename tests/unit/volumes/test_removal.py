@@ -5,6 +5,7 @@ import os
 import struct
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from tests.fakes import FULLREPORT, OTHER_VOLUME, VOLUME, FakeHost, Killed, asid
 NAME = f"ovirt-local/{VOLUME}"
 REMOVE = f"lvremove --quiet --yes {NAME}"
 ACTIVATE = f"lvchange --quiet --activate y --ignoreactivationskip {NAME}"
+BLKDISCARD = f"blkdiscard --offset 0 --length {64 << 20} /dev/{NAME}"
 LOOK = f"{FULLREPORT} ovirt-local"
 ASIDE = aside("zero", VOLUME)
 NOT_RENAMED = aside("zero", OTHER_VOLUME)
@@ -51,7 +53,11 @@ def call(step: Step, host: FakeHost, erase: str = "none", closes_after: int = 10
     return step(vg, disk, erase, pause), len(pauses)
 
 
-STEPS = [removal.take_away, removal.erase_and_remove]
+def erase_and_remove(vg: VolumeGroup, disk: LocalDisk, erase: str, pause: removal.Pause) -> None:
+    removal.erase_and_remove(vg, disk, erase, removal.Pace(None, pause))
+
+
+STEPS: list[Step] = [removal.take_away, erase_and_remove]
 
 
 # -- without erasing
@@ -206,19 +212,19 @@ def test_one_that_lost_its_new_name_gets_another(host: FakeHost, erase: str, nam
 
 @pytest.mark.parametrize(
     ("erase", "command"),
-    [("discard", f"blkdiscard /dev/{NAME}"), ("zero", f"blkdiscard --zeroout /dev/{NAME}")],
+    [("discard", BLKDISCARD), ("zero", BLKDISCARD.replace(" ", " --zeroout ", 1))],
 )
 def test_erase_and_remove(host: FakeHost, erase: str, command: str) -> None:
     host.add(VOLUME, ASIDE, lv_active="")
-    call(removal.erase_and_remove, host, erase)
+    call(erase_and_remove, host, erase)
     assert host.commands == [ACTIVATE, command, REMOVE]
 
 
 def test_a_thin_disk_is_discarded_like_any_other(host: FakeHost) -> None:
     host.add(VOLUME, ASIDE, pool_lv="pool0", lv_layout="thin,sparse")
-    call(removal.erase_and_remove, host, "discard")
+    call(erase_and_remove, host, "discard")
     look = f"{FULLREPORT} ovirt-local"  # whether the pool passes it down
-    assert host.commands == [ACTIVATE, look, f"blkdiscard /dev/{NAME}", REMOVE]
+    assert host.commands == [ACTIVATE, look, BLKDISCARD, REMOVE]
 
 
 @pytest.mark.parametrize("number", [0, 1, 2])
@@ -226,9 +232,9 @@ def test_an_erase_can_be_begun_again(host: FakeHost, number: int) -> None:
     volume = host.add(VOLUME, ASIDE, lv_active="")
     host.kill_before(number)
     with pytest.raises(Killed):
-        call(removal.erase_and_remove, host, "zero")
+        call(erase_and_remove, host, "zero")
     host.before = {}
-    call(removal.erase_and_remove, host, "zero")
+    call(erase_and_remove, host, "zero")
     assert host.removed == [volume]
     assert host.erased == {volume.lv_uuid}
 
@@ -238,7 +244,7 @@ def test_nothing_is_removed_that_could_not_be_erased(host: FakeHost, erase: str)
     host.add(VOLUME, ASIDE)
     host.fail("blkdiscard", "blkdiscard: /dev/x: BLKDISCARD ioctl failed: Operation not supported\n")
     with pytest.raises(CommandFailed, match="Operation not supported"):
-        call(removal.erase_and_remove, host, erase)
+        call(erase_and_remove, host, erase)
     assert VOLUME in host.volumes
 
 
@@ -293,7 +299,7 @@ def test_data_becomes_zeros_and_holes_stay(
     host: FakeHost, thin_disk: Path, size: int, data: dict[int, bytes]
 ) -> None:
     blocks = write(thin_disk, size, data)
-    call(removal.erase_and_remove, host, "zero")
+    call(erase_and_remove, host, "zero")
     assert thin_disk.read_bytes() == bytes(size)
     assert os.stat(thin_disk).st_blocks == blocks
     assert VOLUME not in host.volumes
@@ -302,7 +308,7 @@ def test_data_becomes_zeros_and_holes_stay(
 def test_no_more_is_provided_than_there_is(host: FakeHost, thin_disk: Path) -> None:
     """A thin pool's blocks can be as small as 64 KiB."""
     blocks = write(thin_disk, 64 * BLOCK, {8 * n * BLOCK: b"x" * BLOCK for n in range(8)})
-    call(removal.erase_and_remove, host, "zero")
+    call(erase_and_remove, host, "zero")
     assert os.stat(thin_disk).st_blocks == blocks
 
 
@@ -318,13 +324,13 @@ def test_a_device_that_writes_less_than_it_got(
 
     monkeypatch.setattr(os, "preadv", lambda fd, buffers, at: preadv(fd, half(buffers), at))
     monkeypatch.setattr(os, "pwritev", lambda fd, buffers, at: pwritev(fd, half(buffers), at))
-    call(removal.erase_and_remove, host, "zero")
+    call(erase_and_remove, host, "zero")
     assert thin_disk.read_bytes() == bytes(4 * BLOCK)
 
     write(thin_disk, 4 * BLOCK, {0: b"x" * 4 * BLOCK})
     monkeypatch.setattr(os, "preadv", preadv)
     host.add(VOLUME, ASIDE, pool_lv="pool0", lv_layout="thin,sparse")
-    call(removal.erase_and_remove, host, "zero")
+    call(erase_and_remove, host, "zero")
     assert thin_disk.read_bytes() == bytes(4 * BLOCK)
 
 
@@ -342,7 +348,7 @@ def test_a_device_that_becomes_smaller(
         return preadv(fd, buffers, at)
 
     monkeypatch.setattr(os, "preadv", shrink)
-    call(removal.erase_and_remove, host, "zero")
+    call(erase_and_remove, host, "zero")
     assert thin_disk.read_bytes() == bytes(2 * BLOCK)
 
 
@@ -350,7 +356,7 @@ def test_an_erase_that_fails_names_the_device(host: FakeHost, thin_disk: Path) -
     with pytest.raises(
         EraseFailed, match=rf"erasing {thin_disk} failed: No such file or directory : look at"
     ):
-        call(removal.erase_and_remove, host, "zero")
+        call(erase_and_remove, host, "zero")
     assert VOLUME in host.volumes
 
 
@@ -364,7 +370,7 @@ def test_a_write_error_is_an_error(host: FakeHost, thin_disk: Path, monkeypatch:
         with monkeypatch.context() as patch:
             patch.setattr(os, call_, fail)
             with pytest.raises(EraseFailed, match="Input/output error"):
-                call(removal.erase_and_remove, host, "zero")
+                call(erase_and_remove, host, "zero")
     assert VOLUME in host.volumes
 
 
@@ -440,7 +446,7 @@ def test_blocks_are_given_back_step_by_step(
     ranges: list[tuple[int, int]],
 ) -> None:
     write(thin_disk, size, data)
-    call(removal.erase_and_remove, host, "zero")
+    call(erase_and_remove, host, "zero")
     assert discards.ranges == ranges
     assert thin_disk.read_bytes() == bytes(size)
     assert VOLUME not in host.volumes
@@ -451,7 +457,7 @@ def test_a_clone_never_takes_more_than_a_step_of_its_own(
 ) -> None:
     """What it shares with its template is provided anew when it is written, which must not fill the pool."""
     blocks = write(thin_disk, 32 * BLOCK, {0: b"x" * 32 * BLOCK})
-    call(removal.erase_and_remove, host, "zero")
+    call(erase_and_remove, host, "zero")
     assert len(discards.ranges) == 8
     assert discards.most <= blocks
     assert os.stat(thin_disk).st_blocks == 0
@@ -460,10 +466,56 @@ def test_a_clone_never_takes_more_than_a_step_of_its_own(
 def test_a_pool_that_ignores_discards(host: FakeHost, thin_disk: Path, discards: Discards) -> None:
     discards.is_refused = True
     write(thin_disk, 16 * BLOCK, {0: b"x" * 16 * BLOCK})
-    call(removal.erase_and_remove, host, "zero")
+    call(erase_and_remove, host, "zero")
     assert len(discards.ranges) == 4
     assert thin_disk.read_bytes() == bytes(16 * BLOCK)
     assert VOLUME not in host.volumes
+
+
+# -- in steps
+
+
+def test_zeros_are_written_in_steps_at_the_pace_of_copies(
+    host: FakeHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """S5: it was one call of the kernel for a whole device, which nothing could end."""
+    volume = host.add(VOLUME, ASIDE, 20 << 20)
+    vg = VolumeGroup.from_report(host.report())
+    disk = next(filter(None, map(LocalDisk.from_lv, vg.lvs)))
+    now, slept = [0.0], list[float]()
+
+    def pause(seconds: float) -> None:
+        slept.append(seconds)
+        now[0] += seconds
+
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    host.before["blkdiscard"] = lambda _argv: now.append(now.pop() + 0.25)
+    removal.erase_and_remove(vg, disk, "zero", removal.Pace(8 << 20, pause))
+    assert [command.split()[2:6] for command in host.commands if "--zeroout" in command] == [
+        ["--offset", "0", "--length", str(8 << 20)],
+        ["--offset", str(8 << 20), "--length", str(8 << 20)],
+        ["--offset", str(16 << 20), "--length", str(4 << 20)],
+    ]
+    assert slept == [0.75, 0.75, 0.25]
+    assert (host.erased, host.removed) == ({volume.lv_uuid}, [volume])
+
+
+@pytest.mark.parametrize(("bandwidth", "step"), [(None, 64), (1 << 40, 64), (5 << 19, 2), (1, 1)])
+def test_steps_are_whole_and_no_longer_than_a_second(bandwidth: int | None, step: int) -> None:
+    assert removal.Pace(bandwidth, lambda _: None).step == step << 20
+
+
+def test_zeros_on_a_thin_disk_have_a_pace_by_what_is_written(
+    host: FakeHost, thin_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(thin_disk, 4 << 20, {2 << 20: b"x" * BLOCK})
+    slept: list[float] = []
+    vg = VolumeGroup.from_report(host.report())
+    disk = next(filter(None, map(LocalDisk.from_lv, vg.lvs)))
+    monkeypatch.setattr(time, "monotonic", lambda: 0.0)
+    removal.erase_and_remove(vg, disk, "zero", removal.Pace(1 << 20, slept.append))
+    assert slept == [BLOCK / (1 << 20)]
+    assert thin_disk.read_bytes() == bytes(4 << 20)
 
 
 # -- template LVs
@@ -473,12 +525,12 @@ def test_a_pool_that_ignores_discards(host: FakeHost, thin_disk: Path, discards:
 def test_what_nobody_may_write_is_made_writable_to_be_erased(host: FakeHost, erase: str) -> None:
     """The kernel answers EPERM otherwise, and it would never go."""
     host.add(VOLUME, aside(erase, VOLUME), lv_active="", lv_permissions="read-only")
-    call(removal.erase_and_remove, host, erase)
-    command = f"blkdiscard {'--zeroout ' if erase == 'zero' else ''}/dev/{NAME}"
+    call(erase_and_remove, host, erase)
+    command = BLKDISCARD.replace(" ", " --zeroout ", 1) if erase == "zero" else BLKDISCARD
     assert host.commands == [f"lvchange --quiet --permission rw {NAME}", ACTIVATE, command, REMOVE]
 
 
 def test_what_is_not_erased_stays_read_only(host: FakeHost) -> None:
     host.add(VOLUME, aside("none", VOLUME), lv_active="", lv_permissions="read-only")
-    call(removal.erase_and_remove, host)
+    call(erase_and_remove, host)
     assert host.commands == [REMOVE]
