@@ -1135,7 +1135,8 @@ def test_one_that_is_opened_meanwhile_keeps_no_other(host: FakeHost) -> None:
     found = gc.collect(parsed())
     assert [finding.failure.partition(" : ")[0] for finding in found.findings] == [
         "",
-        f"local disk ovirt-local/{busy.lv_name} is deleting and still open by something that neither /proc nor /sys shows",
+        f"local disk ovirt-local/{busy.lv_name} is deleting and still open"
+        " by something that neither /proc nor /sys shows",
         "",
     ]
     assert host.removed == [first, last]
