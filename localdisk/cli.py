@@ -421,7 +421,9 @@ def parser() -> argparse.ArgumentParser:
     hook_mode.add_argument("point", nargs="?", choices=sorted(POINTS), metavar="POINT")
     gc_mode = mode("gc", _gc_mode, "remove what no VM needs, and say why (cron, root)")
     gc_mode.add_argument("--dry-run", action="store_true", help="only say what would be removed")
-    gc_mode.add_argument("--json", action="store_true", help="print JSON")
+    gc_mode.add_argument(
+        "--json", action="store_true", help="print JSON, as schema/gc.schema.json describes it"
+    )
     status_mode = mode(
         "status", _status_mode, "show what is local, for whom, in what state, and what is wrong"
     )

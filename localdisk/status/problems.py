@@ -216,7 +216,7 @@ def _uncertain(
         return
     elif disk.state is State.READY and disk.vm_id not in vms.names:
         due = f"removes it in {format_duration(max(0, int((verdict.due or now.epoch) - now.epoch)))}"
-        kept = verdict.action is Action.STOP
+        kept = verdict.action is Action.MARK_STOPPED
         what = f"{name} is of VM {disk.vm_id}, which libvirt does not know"
         yield Problem(UNKNOWN_VM, what, "localdisk gc keeps it as stopped" if kept else f"localdisk gc {due}")
 

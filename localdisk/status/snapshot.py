@@ -360,7 +360,7 @@ class _View:
         found = self.vms.domains if self.vms else None
         witnesses = witnesses_for(disk, disk.volume_id in self.held, found, self.held)
         verdict = decide(disk, witnesses, policy, self.moment)
-        if verdict.action is Action.MARK and disk.unneeded is None and witnesses.vm_is_defined:
+        if verdict.action is Action.MARK_UNNEEDED and disk.unneeded is None and witnesses.vm_is_defined:
             return Next("keep", None, "VM starts")
         coming = _by_gc(verdict, disk, policy, self.now)
         return replace(coming, text=f"stale, {coming.text}") if disk.is_stale and disk.is_complete else coming
@@ -422,7 +422,7 @@ def _when_closed(disk: LocalDisk, policy: Policy) -> Next:
 
 def _by_gc(verdict: Verdict, disk: LocalDisk, policy: Policy, now: float) -> Next:
     """What gc, of which `verdict` is what it would say just now, will come to."""
-    if verdict.action is Action.STOP:
+    if verdict.action is Action.MARK_STOPPED:
         return Next("keep", None, f"kept {format_duration(policy.retention.keep_for)} by gc")
     is_kept = verdict.action is not Action.REMOVE and verdict.due is None and verdict.is_certain
     if is_kept and disk.state is State.READY:

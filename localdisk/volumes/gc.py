@@ -310,7 +310,7 @@ class _Batch:
         failures = {
             **self._remove(vg, [found for found in changed if found.verdict.action is Action.REMOVE]),
             **_all_or_each(
-                vg.deactivate, [found.name for found in changed if found.verdict.action is Action.REST]
+                vg.deactivate, [found.name for found in changed if found.verdict.action is Action.DEACTIVATE]
             ),
             **_change_tags(vg, changed, clock.now()),
         }
@@ -347,7 +347,7 @@ def _is_same(old: Finding, new: Finding | None) -> bool:
 
 
 def _record(found: Finding) -> None:
-    log.event(f"gc: {found.verdict.action.value}", **found.who, why=found.verdict.reason)
+    log.event(f"gc: {found.verdict.action.words}", **found.who, why=found.verdict.reason)
     if found.template and found.verdict.action is Action.REMOVE and found.disk.state is State.READY:
         counters.template_evicted()
 
@@ -375,15 +375,15 @@ def _change_tags(vg: VolumeGroup, due: Iterable[Finding], now: Moment) -> Mappin
 def _marks(found: Finding, now: Moment) -> tuple[_Tags, _Tags] | None:
     """The tags that a volume gets and loses, None if its verdict is not about them."""
     disk, verdict = found.disk, found.verdict
-    if verdict.action is Action.MARK:
+    if verdict.action is Action.MARK_UNNEEDED:
         add = unneeded_tags(disk, now, verdict.age)
         return add, disk.unneeded_tags - add
-    if verdict.action is Action.STOP:
+    if verdict.action is Action.MARK_STOPPED:
         add = stopped_tags(now, verdict.age)
         return add, disk.idle_tags - add
-    if verdict.action is Action.DRIFT:
+    if verdict.action is Action.MARK_DRIFTED:
         return frozenset({drifted_tag(now.epoch)}), disk.idle_tags
-    return (frozenset(), disk.unneeded_tags) if verdict.action is Action.UNMARK else None
+    return (frozenset(), disk.unneeded_tags) if verdict.action is Action.CLEAR_MARK else None
 
 
 def _all_or_each(act: Callable[..., None], names: Sequence[str]) -> Mapping[str, Error]:
@@ -401,7 +401,7 @@ def _all_or_each(act: Callable[..., None], names: Sequence[str]) -> Mapping[str,
 
 
 def _failed(found: Finding, error: Error) -> Finding:
-    log.problem("gc could not finish", **found.who, action=found.verdict.action.value, why=error)
+    log.problem("gc could not finish", **found.who, action=found.verdict.action.words, why=error)
     return replace(found, failure=str(error))
 
 
@@ -426,16 +426,16 @@ def _line(finding: Finding, dry_run: bool) -> str:
 _DONE = {
     Action.KEEP: "kept",
     Action.REMOVE: "removed",
-    Action.MARK: "marked as unneeded",
-    Action.UNMARK: "unmarked",
-    Action.STOP: "marked as stopped",
-    Action.DRIFT: "marked as drifted",
-    Action.REST: "deactivated",
+    Action.MARK_UNNEEDED: "marked as unneeded",
+    Action.CLEAR_MARK: "unmarked",
+    Action.MARK_STOPPED: "marked as stopped",
+    Action.MARK_DRIFTED: "marked as drifted",
+    Action.DEACTIVATE: "deactivated",
 }
 
 
 def as_json(collection: Collection) -> str:
-    """`{"disks": […], "problems": […]}`, an object for each disk, sizes in bytes, and lines of text."""
+    """As `schema/gc.schema.json` describes it."""
     rows = [
         {
             "vg": finding.vg_name,
@@ -451,4 +451,4 @@ def as_json(collection: Collection) -> str:
         }
         for finding in collection.findings
     ]
-    return json.dumps({"disks": rows, "problems": collection.problems}, indent=2) + "\n"
+    return json.dumps({"version": 1, "disks": rows, "problems": collection.problems}, indent=2) + "\n"

@@ -22,13 +22,20 @@ Elsewhere = frozenset["tuple[str, str]"]  # VM and image id
 
 
 class Action(enum.Enum):
+    """The values are those of `gc --json` (schema/gc.schema.json)."""
+
     KEEP = "keep"
     REMOVE = "remove"
-    MARK = "mark"  # as unneeded since now
-    UNMARK = "unmark"  # it is needed after all
-    STOP = "stop"  # mark as stopped, as the missed stop would have
-    DRIFT = "drift"  # mark as drifted, as the missed stop would have
-    REST = "rest"  # deactivate a template LV that nobody reads
+    MARK_UNNEEDED = "mark_unneeded"  # since now no VM needs it
+    CLEAR_MARK = "clear_mark"  # it is needed after all
+    MARK_STOPPED = "mark_stopped"  # as the missed stop would have marked it
+    MARK_DRIFTED = "mark_drifted"  # as the missed stop would have marked it
+    DEACTIVATE = "deactivate"  # a template LV that nobody reads
+
+    @property
+    def words(self) -> str:
+        """For the log."""
+        return self.value.replace("_", " ")
 
 
 @frozen
@@ -95,13 +102,13 @@ def has_run(disk: LocalDisk) -> bool:
 def _drifted(is_certain: bool | None) -> Verdict:
     """The VM stopped unseen, as when the host crashed; libvirt has its definition until vdsm destroys it."""
     if is_certain:
-        return Verdict(Action.DRIFT, "its VM ran from another volume, see localdisk status")
+        return Verdict(Action.MARK_DRIFTED, "its VM ran from another volume, see localdisk status")
     return Verdict(Action.KEEP, "libvirt cannot be asked what its VM ran from", is_certain=False)
 
 
 def _unless_others_depend(lv: LogicalVolume, verdict: Verdict) -> Verdict:
     """Whatever LVM would remove or deactivate along with ours is not ours."""
-    if lv.dependents and verdict.action is Action.REST:
+    if lv.dependents and verdict.action is Action.DEACTIVATE:
         return replace(verdict, action=Action.KEEP)
     if verdict.action is not Action.REMOVE or not lv.dependents:
         return verdict
@@ -123,7 +130,7 @@ def _decide_idle(disk: LocalDisk, witnesses: Witnesses, policy: Policy, now: Mom
     else:
         verdict = _decide_ready(disk, witnesses, policy, now)
     is_final = verdict.action is Action.REMOVE or (
-        verdict.action is Action.STOP and disk.stopped is None  # not one that is only marked anew
+        verdict.action is Action.MARK_STOPPED and disk.stopped is None  # not one that is only marked anew
     )
     if is_final and witnesses.vm_is_defined and witnesses.may_start:
         return _after_grace(disk, policy, now, verdict)
@@ -159,18 +166,18 @@ def witnesses_for(
 
 
 def _needed(disk: LocalDisk, why: str) -> Verdict:
-    return Verdict(Action.KEEP if disk.unneeded is None else Action.UNMARK, why)
+    return Verdict(Action.KEEP if disk.unneeded is None else Action.CLEAR_MARK, why)
 
 
 def _decide_stopped(disk: LocalDisk, policy: Policy, now: Moment) -> Verdict:
     age, keep_for = age_of(disk.boot, disk, disk.stopped or 0, now), policy.retention.keep_for
     if age.doubt:
-        return _in_doubt(disk, Action.STOP, f"stopped in {age.doubt}", keep_for, now)
+        return _in_doubt(disk, Action.MARK_STOPPED, f"stopped in {age.doubt}", keep_for, now)
     left = keep_for - age.seconds
     if left <= 0:
         return Verdict(Action.REMOVE, f"stopped {format_duration(int(age.seconds))} ago, past keep_for")
     why = f"kept for another {format_duration(int(left))}"
-    return _kept(age, Action.STOP, why, now.epoch + left)
+    return _kept(age, Action.MARK_STOPPED, why, now.epoch + left)
 
 
 def _kept(age: Age, again: Action, why: str, due: float) -> Verdict:
@@ -186,7 +193,7 @@ def _in_doubt(disk: LocalDisk, again: Action, why: str, wait: int, now: Moment) 
     One in the future is not, nor is any while the clock is wrong: the new mark would be too early once it is
     right again.
     """
-    mark = disk.stopped if again is Action.STOP else disk.unneeded
+    mark = disk.stopped if again is Action.MARK_STOPPED else disk.unneeded
     if (mark or 0) > now.epoch or is_clock_wrong(disk, now):
         return Verdict(Action.KEEP, why, is_certain=False)
     why = f"{why}; marked anew, kept for {format_duration(wait)} from now"
@@ -198,7 +205,7 @@ def _decide_ready(disk: LocalDisk, witnesses: Witnesses, policy: Policy, now: Mo
     if policy.retention.on_stop == "keep":
         kept = format_duration(policy.retention.keep_for)
         why = f"its VM does not run, kept for {kept} from now"
-        return Verdict(Action.STOP, why, due=now.epoch + policy.retention.keep_for)
+        return Verdict(Action.MARK_STOPPED, why, due=now.epoch + policy.retention.keep_for)
     if not witnesses.may_start:
         return Verdict(Action.REMOVE, "its VM stopped while vdsm did not run")
     return _after_grace(disk, policy, now, Verdict(Action.REMOVE, ""))
@@ -208,16 +215,16 @@ def _after_grace(disk: LocalDisk, policy: Policy, now: Moment, then: Verdict) ->
     """Mark the disk, and `grace` later do `then`."""
     grace = policy.retention.grace
     if disk.unneeded is None:
-        done = "marked as stopped" if then.action is Action.STOP else "removed"
+        done = "marked as stopped" if then.action is Action.MARK_STOPPED else "removed"
         why = f"no VM needs it; {done} if that is so after {format_duration(grace)}"
-        return Verdict(Action.MARK, why, due=now.epoch + grace)
+        return Verdict(Action.MARK_UNNEEDED, why, due=now.epoch + grace)
     age = age_of(disk.unneeded_boot, disk, disk.unneeded, now)
     if age.doubt:
-        return _in_doubt(disk, Action.MARK, f"unneeded since {age.doubt}", grace, now)
+        return _in_doubt(disk, Action.MARK_UNNEEDED, f"unneeded since {age.doubt}", grace, now)
     since = format_duration(int(age.seconds))
     if age.seconds < grace:
         why = f"no VM needs it since {since}, of {format_duration(grace)} (grace)"
-        return _kept(age, Action.MARK, why, now.epoch + grace - age.seconds)
+        return _kept(age, Action.MARK_UNNEEDED, why, now.epoch + grace - age.seconds)
     return replace(then, reason=then.reason or f"no VM needs it since {since}, past grace")
 
 
@@ -257,4 +264,4 @@ def _decide_idle_template(
     if since >= keep_for:
         return Verdict(Action.REMOVE, f"not used for {format_duration(int(since))}, past cache.keep_for")
     left = f"kept for another {format_duration(int(keep_for - since))}"
-    return Verdict(Action.REST if found.lv.lv_active else Action.KEEP, left, due=found.used + keep_for)
+    return Verdict(Action.DEACTIVATE if found.lv.lv_active else Action.KEEP, left, due=found.used + keep_for)

@@ -126,9 +126,9 @@ def test_two_sightings(volume_group: str) -> None:
     """The first marks, one within grace does nothing, one after it removes; a VM that is there unmarks."""
     configure("retention: {grace: 1h}\n")
     name = make()
-    assert gc("--dry-run") == {name: "mark"}
+    assert gc("--dry-run") == {name: "mark_unneeded"}
     assert not any(tag.startswith("UNNEEDED_") for tag in host.logical_volumes()[name])
-    assert gc() == {name: "mark"}
+    assert gc() == {name: "mark_unneeded"}
     before = metadata()
     assert gc() == {name: "keep"}
     assert metadata() == before
@@ -139,11 +139,11 @@ def test_two_sightings(volume_group: str) -> None:
     assert gc() == {name: "keep"}
     libvirt.undefine(owner[3:])
     libvirt.create(domain_xml(Vm(owner[3:], ())))
-    assert gc() == {name: "unmark"}
+    assert gc() == {name: "clear_mark"}
     assert first not in host.logical_volumes()[name]
     libvirt.destroy(owner[3:])
 
-    assert gc() == {name: "mark"}
+    assert gc() == {name: "mark_unneeded"}
     configure("retention: {grace: 0s}\n")
     assert gc() == {name: "remove"}
     assert host.logical_volumes() == {}
@@ -160,10 +160,10 @@ def test_a_dry_run_changes_nothing(volume_group: str) -> None:
         make("DELETING"): "remove",
         mark(make(), "STOPPED"): "remove",
         mark(make(), "UNNEEDED"): "remove",
-        make("STOPPED_5"): "stop",  # of a time before it was made
-        make("UNNEEDED_5"): "mark",
+        make("STOPPED_5"): "mark_stopped",  # of a time before it was made
+        make("UNNEEDED_5"): "mark_unneeded",
         make("STOPPED_99999999999"): "keep",
-        make(): "mark",
+        make(): "mark_unneeded",
     }
     run("lvcreate", "-y", "-Wn", "-L", "4m", "-n", "backup", "--addtag", "localdisk", host.VOLUME_GROUP)
     before = metadata()
@@ -265,7 +265,7 @@ def test_a_vms_own_on_stop_grace_and_source_change(volume_group: str, file_stora
     assert equals_source(image)
     configure(f"vms: {{{vm_id}: {{retention: {{grace: 0s}}}}}}\n")
     other = make()
-    assert gc() == {image.leaf.id: "mark", other: "mark"}
+    assert gc() == {image.leaf.id: "mark_unneeded", other: "mark_unneeded"}
     assert gc() == {image.leaf.id: "remove", other: "keep"}
     host.remove(other)
 
@@ -378,7 +378,10 @@ def test_a_start_does_not_wait_for_the_erase_of_its_old_copy(
         assert set(host.logical_volumes()) == {image.leaf.id, *erasing()}
     starting(vm_id)
     (aside,) = erasing()
-    assert gc() == {image.leaf.id: "mark", aside: "remove"}  # a placeholder alone holds no disk for ever
+    assert gc() == {
+        image.leaf.id: "mark_unneeded",
+        aside: "remove",
+    }  # a placeholder alone holds no disk for ever
     libvirt.undefine(vm_id)
     configure()
     stop(vm_id, image)

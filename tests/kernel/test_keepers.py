@@ -77,7 +77,7 @@ def test_an_older_hooks_disk_is_kept_until_the_operator_decides(
     assert (lv_uuid(image), tags(image)) == before
 
     configure("retention: {grace: 0s, older_disks: as_ours}\n")
-    assert gc()[image.leaf.id]["action"] == "mark"
+    assert gc()[image.leaf.id]["action"] == "mark_unneeded"
     assert gc()[image.leaf.id]["action"] == "remove"
 
 
@@ -226,7 +226,7 @@ def test_a_clock_that_jumps_forward(volume_group: str, file_storage: FileStorage
     stop(vm_id, image)
     (wrong,) = (tag for tag in tags(image) if tag.startswith("STOPPED_"))
     run("date", "-s", f"@{now + 60}")
-    assert gc()[image.leaf.id]["action"] == "stop"
+    assert gc()[image.leaf.id]["action"] == "mark_stopped"
     (right,) = (tag for tag in tags(image) if tag.startswith("STOPPED_"))
     assert wrong != right
     assert 0 <= int(right.partition("_")[2]) - now <= 120
@@ -244,7 +244,7 @@ def test_a_mark_from_before_the_disk_was_made(volume_group: str, file_storage: F
     run("lvchange", *options, "--addtag", "STOPPED_978307200", name_of(image))
     assert problems("clock")
     row = gc(code=1)[image.leaf.id]
-    assert (row["action"], "the clock was wrong" in row["reason"]) == ("stop", True)
+    assert (row["action"], "the clock was wrong" in row["reason"]) == ("mark_stopped", True)
     assert gc()[image.leaf.id]["action"] == "keep"
     host.remove(image.leaf.id)
 
@@ -256,9 +256,9 @@ def test_a_disk_that_looks_unneeded_while_the_clock_is_wrong(volume_group: str, 
     options = [word for tag in words for word in ("--addtag", tag)]
     run("lvcreate", "-y", "-Wn", "-n", name, "-L", "4m", *options, host.VOLUME_GROUP)
     run("date", "-s", "2001-01-01")
-    assert gc()[name]["action"] == "mark"
+    assert gc()[name]["action"] == "mark_unneeded"
     run("date", "-s", f"@{now + 60}")
-    assert gc()[name]["action"] == "mark"
+    assert gc()[name]["action"] == "mark_unneeded"
     configure("retention: {grace: 0s}\n")
     assert gc()[name]["action"] == "remove"
 

@@ -8,8 +8,9 @@ import time
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jsonschema
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -56,6 +57,8 @@ NOT_RENAMED = aside("discard", OTHER_VOLUME)  # killed before it could be, or LV
 LONG_MARKED = f"UNNEEDED_{NOW - GRACE}"
 LONG_STOPPED = f"STOPPED_{NOW - KEEP_FOR}"
 LV = VolumeGroup.from_report(report("mixed")).lvs[0]
+
+SCHEMA = json.loads((Path(__file__).parents[3] / "schema/gc.schema.json").read_text())
 
 
 @lru_cache(maxsize=50)
@@ -144,9 +147,9 @@ def expected(case: Case) -> tuple[Action, bool]:
     needed = case.is_open or (not case.is_locked and case.vm in ("runs", "prepared"))
     actions = {
         Action.REMOVE: can_go and is_due[case.state] and has_waited,
-        Action.STOP: can_go and is_kept and has_waited,
-        Action.MARK: must_wait and case.marked is None,
-        Action.UNMARK: case.marked is not None and needed,
+        Action.MARK_STOPPED: can_go and is_kept and has_waited,
+        Action.MARK_UNNEEDED: must_wait and case.marked is None,
+        Action.CLEAR_MARK: case.marked is not None and needed,
     }
     wanted = [action for action, holds in actions.items() if holds]
     assert len(wanted) <= 1
@@ -267,7 +270,7 @@ def test_decide_never_breaks_a_promise(
             if (found.stopped is None or witnesses.vm_is_defined) and witnesses.may_start:
                 assert found.unneeded is not None
                 assert now - found.unneeded >= its.retention.grace
-    if verdict.action is Action.MARK and verdict.is_certain:
+    if verdict.action is Action.MARK_UNNEEDED and verdict.is_certain:
         assert found.unneeded is None
 
 
@@ -283,9 +286,9 @@ def test_a_clock_that_went_backwards_never_deletes(sightings: list[tuple[int, in
         if verdict.action is Action.REMOVE:
             assert true_time - NOW >= GRACE
             return
-        if verdict.action in (Action.MARK, Action.UNMARK):
+        if verdict.action in (Action.MARK_UNNEEDED, Action.CLEAR_MARK):
             lv_tags -= found.unneeded_tags
-        if verdict.action is Action.MARK:
+        if verdict.action is Action.MARK_UNNEEDED:
             lv_tags |= unneeded_tags(found, Moment(true_time - behind))
 
 
@@ -295,8 +298,8 @@ BOOT, OTHER_BOOT = "55555555-5555-4555-8555-555555555555", "66666666-6666-4666-8
 KINDS = pytest.mark.parametrize(
     ("kind", "text", "again"),
     [
-        ("STOPPED", "retention: {keep_for: 1h}", Action.STOP),
-        ("UNNEEDED", "retention: {grace: 1h}", Action.MARK),
+        ("STOPPED", "retention: {keep_for: 1h}", Action.MARK_STOPPED),
+        ("UNNEEDED", "retention: {grace: 1h}", Action.MARK_UNNEEDED),
     ],
 )
 
@@ -350,7 +353,7 @@ def test_a_mark_is_made_anew_with_its_age(
     """The VM stopped ten minutes ago, in the year 2001."""
     monkeypatch.setattr(clock, "now", lambda: Moment(NOW, BOOT, 700.0))
     volume = host.add(VOLUME, tags("STOPPED_978307200", "UNNEEDED_5", f"BOOT_{BOOT}_100", *more), SIZE)
-    assert outcome(gc.collect(parsed())) == {"1": "stop"}
+    assert outcome(gc.collect(parsed())) == {"1": "mark_stopped"}
     assert volume.lv_tags == tags(f"STOPPED_{NOW - 600}", f"BOOT_{BOOT}_100", *more)
     assert outcome(gc.collect(parsed())) == {"1": "keep"}
 
@@ -371,15 +374,15 @@ def test_a_stopped_disk_keeps_its_boot(host: FakeHost, monkeypatch: pytest.Monke
     monkeypatch.setattr(clock, "now", lambda: now)
     stopped = tags(f"STOPPED_{NOW - KEEP_FOR}", f"BOOT_{BOOT}_100")
     volume, host.defined = host.add(VOLUME, stopped, SIZE), {VM}
-    assert outcome(gc.collect(parsed())) == {"1": "mark"}
+    assert outcome(gc.collect(parsed())) == {"1": "mark_unneeded"}
     assert volume.lv_tags == stopped | {f"UNNEEDED_{NOW}"}
     now = Moment(NOW + GRACE - 1, BOOT, KEEP_FOR + GRACE + 99.0)
     assert outcome(gc.collect(parsed())) == {"1": "keep"}
     host.active = {VM}
-    assert outcome(gc.collect(parsed())) == {"1": "unmark"}
+    assert outcome(gc.collect(parsed())) == {"1": "clear_mark"}
     assert volume.lv_tags == stopped
     host.active = set()
-    assert outcome(gc.collect(parsed())) == {"1": "mark"}
+    assert outcome(gc.collect(parsed())) == {"1": "mark_unneeded"}
     now = Moment(now.epoch + GRACE, BOOT, now.uptime + GRACE)
     assert outcome(gc.collect(parsed())) == {"1": "remove"}
 
@@ -388,7 +391,7 @@ def test_a_stopped_disk_is_marked_anew_at_once(host: FakeHost, monkeypatch: pyte
     """Also where its VM is defined: a later mark keeps it longer."""
     monkeypatch.setattr(clock, "now", lambda: Moment(NOW, BOOT, 700.0))
     volume, host.defined = host.add(VOLUME, tags("STOPPED_978307200", f"BOOT_{BOOT}_100"), SIZE), {VM}
-    assert outcome(gc.collect(parsed())) == {"1": "stop"}
+    assert outcome(gc.collect(parsed())) == {"1": "mark_stopped"}
     assert volume.lv_tags == tags(f"STOPPED_{NOW - 600}", f"BOOT_{BOOT}_100")
 
 
@@ -449,7 +452,7 @@ def test_an_older_hooks_disk_is_kept_until_the_operator_decides(
     assert "retention.older_disks" in gc.as_lines(found, dry_run=True)
     assert {*host.tools} == {"virsh", "fullreport"}
     decided_by = gc.collect(parsed("retention: {older_disks: as_ours}"), may_start=may_start)
-    assert outcome(decided_by) == {"1": "remove" if more or not may_start else "mark"}
+    assert outcome(decided_by) == {"1": "remove" if more or not may_start else "mark_unneeded"}
 
 
 def test_what_is_left_of_an_older_hooks_disk_is_not_kept(host: FakeHost) -> None:
@@ -517,14 +520,14 @@ POPULATION = {
 }
 DIGITS = "".join(POPULATION)
 OUTCOME = {
-    "1": "mark",
+    "1": "mark_unneeded",
     "2": "remove",
     "3": "remove",
     "4": "remove",
     "5": "keep",
     "6": "keep",
     "7": "remove",
-    "8": "unmark",
+    "8": "clear_mark",
     "9": "remove",
     "a": "remove",
 }
@@ -570,13 +573,13 @@ def test_the_second_sighting_removes(host: FakeHost, monkeypatch: pytest.MonkeyP
     for seconds in (0, GRACE - 1, GRACE):
         monkeypatch.setattr(time, "time", lambda now=NOW + seconds: float(now))
         seen += outcome(gc.collect(parsed())).values()
-    assert seen == ["mark", "keep", "remove"]
+    assert seen == ["mark_unneeded", "keep", "remove"]
     assert VOLUME not in host.volumes
 
 
 def test_a_missed_stop_of_a_kept_disk(host: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
     volume = host.add(VOLUME, tags("UNNEEDED_5"), SIZE)
-    assert outcome(gc.collect(parsed(KEEP))) == {"1": "stop"}
+    assert outcome(gc.collect(parsed(KEEP))) == {"1": "mark_stopped"}
     assert volume.lv_tags == tags(f"STOPPED_{NOW}")
     monkeypatch.setattr(time, "time", lambda: float(NOW + KEEP_FOR))
     assert outcome(gc.collect(parsed(KEEP))) == {"1": "remove"}
@@ -585,7 +588,7 @@ def test_a_missed_stop_of_a_kept_disk(host: FakeHost, monkeypatch: pytest.Monkey
 def test_a_kept_disk_that_is_unmarked_stays_stopped(host: FakeHost) -> None:
     volume = host.add(VOLUME, tags(LONG_STOPPED, LONG_MARKED), SIZE)
     host.active = {VM}
-    assert outcome(gc.collect(parsed(KEEP))) == {"1": "unmark"}
+    assert outcome(gc.collect(parsed(KEEP))) == {"1": "clear_mark"}
     assert volume.lv_tags == tags(LONG_STOPPED)
 
 
@@ -685,7 +688,7 @@ def test_a_complete_disk_of_a_vm_that_does_not_run_is_as_one_that_stopped(
 ) -> None:
     setattr(host, kind, {VM})
     volume = host.add(VOLUME, tags(), SIZE)
-    assert collected(host, monkeypatch, "", 0, GRACE - 1, GRACE) == ["mark", "keep", "remove"]
+    assert collected(host, monkeypatch, "", 0, GRACE - 1, GRACE) == ["mark_unneeded", "keep", "remove"]
     assert host.removed == [volume]
 
 
@@ -694,7 +697,11 @@ def test_a_kept_disk_of_a_vm_that_does_not_run_is_marked_as_stopped_after_grace(
 ) -> None:
     host.defined = {VM}
     volume = host.add(VOLUME, tags(), SIZE)
-    assert collected(host, monkeypatch, KEEP, 0, GRACE - 1, GRACE) == ["mark", "keep", "stop"]
+    assert collected(host, monkeypatch, KEEP, 0, GRACE - 1, GRACE) == [
+        "mark_unneeded",
+        "keep",
+        "mark_stopped",
+    ]
     assert volume.lv_tags == tags(f"STOPPED_{NOW + GRACE}")
 
 
@@ -703,7 +710,7 @@ def test_a_kept_disk_past_its_time_whose_vm_may_be_starting(
 ) -> None:
     host.defined = {VM}
     host.add(VOLUME, tags(LONG_STOPPED), SIZE)
-    assert collected(host, monkeypatch, KEEP, 0, GRACE - 1, GRACE) == ["mark", "keep", "remove"]
+    assert collected(host, monkeypatch, KEEP, 0, GRACE - 1, GRACE) == ["mark_unneeded", "keep", "remove"]
 
 
 @pytest.mark.parametrize("text", ["", KEEP])
@@ -713,12 +720,12 @@ def test_a_disk_waits_for_the_other_disk_of_its_vm(host: FakeHost, text: str) ->
     volume = host.add(VOLUME, tags(LONG_MARKED), SIZE)
     with lock.holding(lock.disk_lock(OTHER_VOLUME), lambda _: None) as held:
         held.write(Progress(VM, OTHER_IMAGE, "copying", NOW, NOW).as_text())
-        assert outcome(gc.collect(parsed(text))) == {"1": "unmark"}
+        assert outcome(gc.collect(parsed(text))) == {"1": "clear_mark"}
     assert volume.lv_tags == tags()
 
 
 @pytest.mark.parametrize("kind", ["defined", "shut_off"])
-@pytest.mark.parametrize(("text", "what"), [("", "remove"), (KEEP, "stop")])
+@pytest.mark.parametrize(("text", "what"), [("", "remove"), (KEEP, "mark_stopped")])
 def test_before_vdsm_starts_no_vm_is_being_started(host: FakeHost, kind: str, text: str, what: str) -> None:
     setattr(host, kind, {VM})
     host.add(VOLUME, tags(), SIZE)
@@ -768,10 +775,10 @@ def test_a_disk_that_is_claimed_after_the_look(host: FakeHost, monkeypatch: pyte
 @pytest.mark.parametrize(
     ("change", "action", "reason"),
     [
-        ({"lv_tags": tags()}, Action.MARK, "no VM needs it; removed if that is so after 10 min"),
+        ({"lv_tags": tags()}, Action.MARK_UNNEEDED, "no VM needs it; removed if that is so after 10 min"),
         ({"lv_device_open": "open"}, Action.KEEP, "in use, its device is open"),
         ({"lv_tags": tags(f"STOPPED_{NOW}")}, Action.KEEP, "kept for another 7 d"),
-        ({"lv_tags": tags(LONG_MARKED, vm=OTHER_VM)}, Action.UNMARK, "its VM runs"),
+        ({"lv_tags": tags(LONG_MARKED, vm=OTHER_VM)}, Action.CLEAR_MARK, "its VM runs"),
     ],
 )
 def test_a_disk_that_changes_after_the_look_is_judged_again(
@@ -889,7 +896,7 @@ def test_locks_that_nobody_holds_are_swept(host: FakeHost) -> None:
 @pytest.mark.parametrize(
     ("override", "lv_tags", "with_it", "without"),
     [
-        ("on_stop: keep", tags(), "stop", "mark"),
+        ("on_stop: keep", tags(), "mark_stopped", "mark_unneeded"),
         ("keep_for: 1h", tags(f"STOPPED_{NOW - 3600}"), "remove", "keep"),
         ("keep_for: 8d", tags(LONG_STOPPED), "keep", "remove"),
         ("grace: 1s", tags(f"UNNEEDED_{NOW - 1}"), "remove", "keep"),
@@ -1087,7 +1094,7 @@ def test_an_aside_disk_that_is_open_is_left(host: FakeHost, lv_tags: set[str]) -
 
 def test_tags_of_one_that_is_set_aside_do_not_make_it_so(host: FakeHost) -> None:
     volume = host.add(VOLUME, tags(f"ASIDE_{VOLUME}", "ERASE_zero"), SIZE)
-    assert outcome(gc.collect(parsed())) == {"1": "mark"}
+    assert outcome(gc.collect(parsed())) == {"1": "mark_unneeded"}
     assert volume.lv_tags == tags(f"ASIDE_{VOLUME}", "ERASE_zero", f"UNNEEDED_{NOW}")
 
 
@@ -1124,7 +1131,7 @@ def test_many_disks_are_changed_with_few_commands(host: FakeHost) -> None:
     assert host.tools == ["virsh", "fullreport", *["virsh", "fullreport", "lvremove"] * 3]
     many(host, 30)
     host.commands.clear()
-    assert {finding.verdict.action for finding in gc.collect(parsed()).findings} == {Action.MARK}
+    assert {finding.verdict.action for finding in gc.collect(parsed()).findings} == {Action.MARK_UNNEEDED}
     assert host.tools == ["virsh", "fullreport"] * 2 + ["lvchange"]
 
 
@@ -1486,10 +1493,24 @@ def test_lines_of_marks(host: FakeHost, lv_tags: set[str], text: str, outcome_: 
     assert f"  64 MiB  {outcome_}" in gc.as_lines(gc.collect(parsed(text)), False)
 
 
+def document(collection: Collection) -> Any:
+    """The JSON of a collection, which is as its schema says."""
+    found = json.loads(gc.as_json(collection))
+    jsonschema.Draft202012Validator(SCHEMA).validate(found)
+    return found
+
+
+def test_the_schema_has_every_action() -> None:
+    fields = SCHEMA["$defs"]["disk"]["properties"]
+    assert fields["action"]["enum"] == [action.value for action in Action]
+    assert sorted(fields) == sorted(SCHEMA["$defs"]["disk"]["required"])
+
+
 def test_json(host: FakeHost) -> None:
     host.add(VOLUME, tags("DELETING"), SIZE)
     collection = gc.collect(parsed(TWO_GROUPS))
-    assert json.loads(gc.as_json(collection)) == {
+    assert document(collection) == {
+        "version": 1,
         "disks": [
             {
                 "vg": "ovirt-local",
@@ -1506,7 +1527,7 @@ def test_json(host: FakeHost) -> None:
         ],
         "problems": list(collection.problems),
     }
-    assert json.loads(gc.as_json(Collection(()))) == {"disks": [], "problems": []}
+    assert document(Collection(())) == {"version": 1, "disks": [], "problems": []}
     assert gc.as_lines(Collection(()), dry_run=False) == ""
 
 
@@ -1518,7 +1539,7 @@ def test_what_cannot_be_done_is_one_failure(host: FakeHost) -> None:
 
     host.before["lvchange"] = fail
     (finding,) = gc.collect(parsed()).findings
-    assert (finding.verdict.action, finding.is_problem) == (Action.MARK, True)
+    assert (finding.verdict.action, finding.is_problem) == (Action.MARK_UNNEEDED, True)
     assert "not marked as unneeded, lvchange --quiet failed" in gc.as_lines(gc.collect(parsed()), False)
 
 
@@ -1582,7 +1603,7 @@ def expected_of_template(case: TemplateCase) -> tuple[Action, bool]:
         return Action.KEEP, False
     if case.used >= CACHE_KEEP_FOR:
         return Action.REMOVE, True
-    return Action.REST if case.is_active else Action.KEEP, True
+    return Action.DEACTIVATE if case.is_active else Action.KEEP, True
 
 
 def test_decide_template_does_what_the_design_says() -> None:
@@ -1703,7 +1724,7 @@ def test_collect_templates(host: FakeHost) -> None:
         collection = gc.collect(parsed("cache: {templates: on}"))
     assert of_templates(collection) == {
         **{"1": "keep", "2": "remove", "3": "remove"},
-        **{"4": "rest", "6": "keep", "7": "keep"},
+        **{"4": "deactivate", "6": "keep", "7": "keep"},
     }
     assert not collection.is_problem
     assert sorted(host.volumes) == [*(LV_OF_IT.replace("c", digit) for digit in "1467"), "pool0"]
@@ -1786,7 +1807,7 @@ def test_a_dry_run_changes_no_template(host: FakeHost) -> None:
     add_template(host, "4", lv_active="active")
     before = host.report()
     collection = gc.collect(parsed("cache: {templates: on}"), dry_run=True)
-    assert of_templates(collection) == {"1": "remove", "2": "remove", "4": "rest"}
+    assert of_templates(collection) == {"1": "remove", "2": "remove", "4": "deactivate"}
     assert host.report() == before
     assert host.commands == [LIST, LOOK]
     lines = gc.as_lines(collection, dry_run=True).splitlines()
@@ -1897,7 +1918,7 @@ def test_a_gc_of_templates_that_is_killed_is_finished_by_the_next(
 
 def test_json_of_a_template(host: FakeHost) -> None:
     add_template(host, "1", NOW - 86400)
-    (row,) = json.loads(gc.as_json(gc.collect(parsed("cache: {templates: on}"))))["disks"]
+    (row,) = document(gc.collect(parsed("cache: {templates: on}")))["disks"]
     assert row == {
         "vg": "ovirt-local",
         "volume": LV_OF_IT.replace("c", "1"),
