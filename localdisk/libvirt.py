@@ -86,8 +86,17 @@ def read_domains(text: str) -> Domains:
 
 def state(vm_id: str) -> DomainState:
     """The state in libvirt of one VM, a canonical UUID.  Raises LibvirtSilent."""
+    return read_state(ask_state(vm_id).text(), vm_id)
+
+
+def ask_state(vm_id: str) -> Question:
+    """The state in libvirt of one VM, a canonical UUID; `read_state` reads the answer."""
     # The lists come last: if libvirt does not answer, the last command fails, and with it virsh.
-    text = _ask(f"domblklist {vm_id}; echo {_RULE}; {_BOTH_LISTS}").text()
+    return _ask(f"domblklist {vm_id}; echo {_RULE}; {_BOTH_LISTS}")
+
+
+def read_state(text: str, vm_id: str) -> DomainState:
+    """What `ask_state` printed.  Raises LibvirtSilent."""
     parts = text.rsplit(f"{_RULE}\n", 2)  # from the right: a disk's path may hold anything
     if len(parts) != 3:
         raise LibvirtSilent(problem=f"virsh domblklist and list printed {text[:80]!r}")

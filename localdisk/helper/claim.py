@@ -95,16 +95,19 @@ def without(claim: Claim, removed: Sequence[LocalDisk], pause: Pause) -> Claim:
     return replace(claim, found=None if claim.found in removed else claim.found, others=others)
 
 
-def running(vg: VolumeGroup, found: LocalDisk | None, vm_id: str, volume_id: str) -> tuple[bool, str]:
+def running(
+    asked: libvirt.Question, vg: VolumeGroup, found: LocalDisk | None, vm_id: str, volume_id: str
+) -> tuple[bool, str]:
     """Whether the disk is left as it is, and the path of the local disk that the VM runs from already.
 
+    `asked` is `libvirt.ask_state`, begun while the disk's lock was held.
     vdsm, restarted, recovers VMs by the same hook points, those that run and those that have run and are shut
     off; nothing of theirs may change.  Raises LibvirtSilent, VmRuns.
     """
     found = None if found is not None and found.is_aside else found
     is_open = found is not None and found.is_open
     try:
-        state = libvirt.state(vm_id)
+        state = libvirt.read_state(asked.text(), vm_id)
     except LibvirtSilent:
         if not is_open:
             raise

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 
-from localdisk import cancel, counters, kept, lock, log, protocol
+from localdisk import cancel, counters, kept, libvirt, lock, log, protocol
 from localdisk.config import Config, Policy
 from localdisk.errors import BadRequest, CacheOff, Error, StartCancelled
 from localdisk.helper import claim as claims
@@ -168,10 +168,11 @@ class Session:
             stale.mark(self._config, vm_id, doubted, self._pause)
         with ExitStack() as stack:
             held = stack.enter_context(lock.holding(lock.disk_lock(volume_id), self._pause))
+            asked = libvirt.ask_state(vm_id)  # it answers while LVM is read
             vg = claims.read(policy)
             log_filling(vg)
             found = claims.find(vg, vm_id, request.image_id, volume_id)
-            stays, path = claims.running(vg, found, vm_id, volume_id)
+            stays, path = claims.running(asked, vg, found, vm_id, volume_id)
             if not (stays or path):  # else there is nothing to prepare
                 resources = stack.pop_all()
                 making = Making(volume_id, policy, held, resources, vm=vm_id, image=request.image_id)

@@ -85,7 +85,7 @@ class Process:
         return self._popen.returncode, (self.directory / "commands").read_text().split()
 
 
-STARTED = ["fullreport", "virsh", "fullreport", "lvcreate"]
+STARTED = ["virsh", "fullreport", "fullreport", "lvcreate"]
 
 
 def started(directory: Path) -> Process:

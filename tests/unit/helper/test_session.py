@@ -109,8 +109,8 @@ def test_first_start_thick(host: FakeHost) -> None:
     assert locks() == []
     hook.session.close()
     assert host.commands == [
-        LOOK,
         LIST,
+        LOOK,
         LOOK,
         f"{CREATE} {NEW_TAGS} --wipesignatures n --zero y --size {SIZE}b ovirt-local",
         KNOWN,
@@ -126,8 +126,8 @@ def test_first_start_thin(host: FakeHost) -> None:
     hook.ask(COMMIT_IT)
     assert host.volumes[VOLUME].pool_lv == "pool0"
     assert host.commands == [
-        LOOK,
         LIST,
+        LOOK,
         LOOK,
         f"{CREATE} {NEW_TAGS} --wipesignatures n --virtualsize {SIZE}b --thinpool ovirt-local/pool0",
         KNOWN,
@@ -144,8 +144,8 @@ def test_restart_of_a_kept_disk(host: FakeHost) -> None:
     assert host.volumes[VOLUME].lv_active
     assert locks() == []
     assert host.commands == [
-        LOOK,
         LIST,
+        LOOK,
         f"lvchange --quiet --deltag STOPPED_1760000000 {NAME}",
         ACTIVATE,
     ]
@@ -155,7 +155,7 @@ def test_restart_of_a_disk_that_was_never_stopped(host: FakeHost) -> None:
     """The host lost power while the VM ran."""
     host.add(VOLUME, tags(), SIZE, lv_active="")
     assert Hook(host, KEEP).start() == KEPT
-    assert host.commands == [LOOK, LIST, ACTIVATE]
+    assert host.commands == [LIST, LOOK, ACTIVATE]
 
 
 def test_restart_of_a_disk_that_gc_has_seen_unneeded(host: FakeHost) -> None:
@@ -185,7 +185,7 @@ def test_a_disk_of_the_older_hook_stays_as_it_is_until_the_operator_decides(
     """D3: its guest has lived in it for months."""
     volume = host.add(VOLUME, tags(ours=False), SIZE // 2, lv_active="")
     assert Hook(host, text).start() == KEPT
-    assert host.tools == ["fullreport", "virsh", "lvchange"]
+    assert host.tools == ["virsh", "fullreport", "lvchange"]
     assert (host.commands[-1], lv_tags(host)) == (ACTIVATE, tags(ours=False))
     assert Hook(host, text).ask(RELEASE) == {}
     assert (host.volumes[VOLUME], lv_tags(host), volume.lv_active) == (volume, tags(ours=False), "")
@@ -214,7 +214,7 @@ def test_an_old_copy_that_nobody_keeps_is_removed_first(
     host.add(VOLUME, tags(*more, fingerprint=fingerprint), size)
     assert Hook(host, text).start()["target"]
     assert lv_tags(host) == tags("UPDATING", "WRITES_4096")
-    assert host.commands[:5] == [LOOK, LIST, LOOK, REMOVE, LOOK]
+    assert host.commands[:5] == [LIST, LOOK, LOOK, REMOVE, LOOK]
     assert len(host.commands) == 6
 
 
@@ -362,7 +362,7 @@ def test_a_kept_disk_whose_source_changed_is_refused(host: FakeHost, fingerprint
     hook.ask(CLAIM)
     assert "has changed since it was copied" in hook.refused(PREPARE)
     assert host.volumes[VOLUME].row == before
-    assert host.commands == [LOOK, LIST]
+    assert host.commands == [LIST, LOOK]
     assert locks() == []
 
 
@@ -414,7 +414,7 @@ def test_devices_of_the_configuration(host: FakeHost) -> None:
     with contextlib.suppress(AssertionError):  # the fake takes no devices
         answer = hook.ask(CLAIM)
     assert answer == {}
-    assert host.commands == [f"{FULLREPORT} --devices /dev/vda ovirt-local"]
+    assert host.commands == [LIST, f"{FULLREPORT} --devices /dev/vda ovirt-local"]
 
 
 def test_two_disks_in_one_run(host: FakeHost) -> None:
@@ -455,7 +455,7 @@ def test_an_old_copy_is_set_aside_and_the_new_one_made_at_once(host: FakeHost) -
     assert lv_tags(host) == tags("UPDATING", "WRITES_4096")
     assert set_aside(host) == [old.lv_uuid]
     assert host.tools == [
-        *("fullreport", "virsh", "fullreport", "lvchange", "lvrename", "fullreport", "lvcreate"),
+        *("virsh", "fullreport", "fullreport", "lvchange", "lvrename", "fullreport", "lvcreate"),
     ]
 
 
@@ -856,7 +856,7 @@ def test_a_running_vm_keeps_its_disk(host: FakeHost, more: tuple[str, ...]) -> N
     assert hook.ask(CLAIM) == {**TO_PREPARE, "path": PATH}
     assert lv_tags(host) == tags(fingerprint=OTHER_FINGERPRINT)
     bookkeeping = [f"lvchange --quiet --deltag STOPPED_5 --deltag UNNEEDED_6 {NAME}"] if more else []
-    assert host.commands == [LOOK, LIST, *bookkeeping]
+    assert host.commands == [LIST, LOOK, *bookkeeping]
     assert locks() == []
     assert "wrong order" in hook.refused(PREPARE)
 
@@ -912,7 +912,7 @@ def test_a_vm_that_is_shut_off_stays_as_it_is(
     assert hook.ask(CLAIM) == STAYS
     assert "wrong order" in hook.refused(PREPARE)
     assert before is None or host.volumes[VOLUME].row == before
-    assert host.commands == [LOOK, LIST]
+    assert host.commands == [LIST, LOOK]
     assert locks() == []
 
 
@@ -942,7 +942,7 @@ def test_without_room_nothing_is_made(host: FakeHost, value: str) -> None:
     hook.ask(CLAIM, property=value)
     message = hook.refused(PREPARE)
     assert {"lvm": "lacks 4 MiB", "lvmthin": "would pass margins.thin_data"}[value] in message
-    assert host.tools == ["fullreport", "virsh", "fullreport"]
+    assert host.tools == ["virsh", "fullreport", "fullreport"]
     assert locks() == []
 
 
@@ -966,7 +966,7 @@ def test_a_create_that_fails(host: FakeHost, said: str) -> None:
     hook = Hook(host)
     hook.ask(CLAIM)
     assert "lvcreate" in hook.refused(PREPARE)
-    assert host.tools == ["fullreport", "virsh", "fullreport", "lvcreate", "fullreport"]
+    assert host.tools == ["virsh", "fullreport", "fullreport", "lvcreate", "fullreport"]
     assert locks() == []
 
 
@@ -1644,7 +1644,7 @@ def test_a_kept_disk_beside_one_that_has_drifted_changes_nothing(
     assert {drifted: tags("DRIFTED_5"), beside: kept} == {
         name: lv_tags(host, name) for name in host.volumes if name != "pool0"
     }
-    assert set(host.tools) <= {"fullreport", "virsh"}
+    assert set(host.tools) <= {"virsh", "fullreport"}
     assert locks() == []
 
 
@@ -1927,7 +1927,7 @@ def test_bad_prepares(host: FakeHost, changes: dict[str, object]) -> None:
     hook = Hook(host)
     hook.ask(CLAIM)
     assert "request to the helper is refused" in hook.refused(PREPARE, **changes)
-    assert host.commands == [LOOK, LIST]
+    assert host.commands == [LIST, LOOK]
     assert locks() == []
 
 
