@@ -564,7 +564,7 @@ def test_a_device_that_does_not_come(host: FakeHost, monkeypatch: pytest.MonkeyP
     add_template(host)
 
     def fail(_path: str) -> int:
-        raise DeviceNotReady(path=_path, problem="No such file or directory")
+        raise DeviceNotReady(path=_path, problem="No such file or directory", fix="wait")
 
     monkeypatch.setattr(cache, "_open", fail)
     hook = Hook(host, ON)

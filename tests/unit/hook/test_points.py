@@ -33,6 +33,7 @@ from localdisk.hook.sources import Layer, Source
 from localdisk.libvirt import DomainState
 from localdisk.protocol import Base, Device, Target
 from localdisk.vdsm import hook_call
+from localdisk.volumes import gc
 from tests.fakes import (
     EXTENT,
     FULLREPORT,
@@ -508,6 +509,7 @@ def test_the_start_of_vdsm_does_not_wait_for_all_of_it(
 ) -> None:
     """LVM is busy, or there are many: what is not done in time is the next gc's."""
     monkeypatch.setattr(hook_call, "is_running", lambda: False)
+    monkeypatch.setattr(gc, "BATCH", 1)
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     for name in (VOLUME, OTHER_VOLUME):
