@@ -28,15 +28,15 @@ from localdisk.errors import (
     ThinPoolFull,
 )
 from localdisk.frozen import frozen, replace
-from localdisk.helper.new_volume import Making
+from localdisk.helper.new_volume import NewVolume
 from localdisk.lock import Pause
 from localdisk.protocol import Base, Device, Target
 from localdisk.units import format_size
-from localdisk.volumes import disk as life
+from localdisk.volumes import disk as local_disk
 from localdisk.volumes import removal, template
 from localdisk.volumes.disk import UPDATING, LocalDisk
 from localdisk.volumes.lvm import VolumeGroup, read_tags
-from localdisk.volumes.removal import take_away
+from localdisk.volumes.removal import remove_or_set_aside
 from localdisk.volumes.template import Template
 
 _SAMPLES, _SAMPLE = 256, 4096  # blocks, and bytes of each
@@ -54,7 +54,7 @@ class Spare:
     remove: Callable[[], None]
 
 
-class Shelf:
+class CachedTemplate:
     """The place of one template in the cache, whose lock is held."""
 
     def __init__(self, base: Base, policy: Policy, pause: Pause) -> None:
@@ -65,14 +65,14 @@ class Shelf:
         name = template.lv_name(base.volume_id, base.fingerprint, policy.backend, policy.thin_pool)
         with ExitStack() as stack:
             held = stack.enter_context(lock.holding(lock.disk_lock(name), pause))
-            self.making = Making(name, policy, held, stack.pop_all(), template=base.volume_id)
-        self.making.tell()
-        self._vg: VolumeGroup  # as `look` has seen it
+            self.new_volume = NewVolume(name, policy, held, stack.pop_all(), template=base.volume_id)
+        self.new_volume.begin_phase()
+        self._vg: VolumeGroup  # as `find_usable` has seen it
         self._found: Template | None = None
 
     @property
     def name(self) -> str:
-        return self.making.lv_name
+        return self.new_volume.lv_name
 
     @property
     def is_there(self) -> bool:
@@ -84,7 +84,7 @@ class Shelf:
         """Bytes of data that every clone shares with it."""
         return self._found.holds if self._found else 0
 
-    def look(self) -> bool:
+    def find_usable(self) -> bool:
         """Whether its template LV is there and may be used; one that may not is taken away.
 
         Raises ForeignVolume, DiskBusy, CommandFailed.
@@ -95,7 +95,7 @@ class Shelf:
             self._found = found
             return True
         if vg.find(self.name):
-            self._take_away(vg, "it is incomplete, or not as it was made")
+            self._discard(vg, "it is incomplete, or not as it was made")
         return False
 
     def fill(self, writes: int, beside: Room) -> Target:
@@ -107,7 +107,7 @@ class Shelf:
         base, policy = self.base, self._policy
 
         def require(vg: VolumeGroup) -> None:
-            life.require_room(vg, policy, base.size, writes)
+            local_disk.require_room(vg, policy, base.size, writes)
             beside(_with_template(vg, self._pool, base.size, writes))
 
         def room() -> VolumeGroup:
@@ -121,8 +121,8 @@ class Shelf:
             else:
                 vg.create_thick(self.name, base.size, tags)
 
-        self.making.wait(base.size, self._pause)
-        return self.making.create(base.size, self._pause, room, self._insisting(make))
+        self.new_volume.begin_turn(base.size, self._pause)
+        return self.new_volume.create(base.size, self._pause, room, self._insisting(make))
 
     def _insisting(self, make: Make) -> Make:
         return insisting(self._policy, make, self.name, self._pause)
@@ -146,7 +146,7 @@ class Shelf:
         """
         vg = _read(self._policy)
         found = _find(vg, self.name)
-        if found is None or found.is_ready or not self.making.is_ours(vg, found.lv):
+        if found is None or found.is_ready or not self.new_volume.is_ours(vg, found.lv):
             what = f"the local copy of volume {self.base.volume_id}"
             raise BadRequest(problem=f"{what} is not the one that was made")
         vg.require_usable()
@@ -160,15 +160,15 @@ class Shelf:
         vg.set_read_only(self.name)
         ready = template.ready_tags(holds, sample, time.time())
         vg.change_tags(self.name, add=ready, remove={UPDATING, *found.writes_tags})
-        self.making.finished()
-        log.event("template ready", **self.making.who, **self.making.speed())
-        counters.copied(self.making.written, self.making.took)
+        self.new_volume.end_turn()
+        log.event("template ready", **self.new_volume.log_fields, **self.new_volume.speed())
+        counters.copied(self.new_volume.written, self.new_volume.took)
         counters.template_miss()
 
     # -- making a disk of it
 
     def clone(
-        self, disk: Making, size: int, larger: int, tags: frozenset[str], room: FindRoom
+        self, disk: NewVolume, size: int, larger: int, tags: frozenset[str], room: FindRoom
     ) -> Target | None:
         """Make a VM's disk as a thin snapshot of it, `larger` bytes large, `size` of them the guest's view.
 
@@ -186,7 +186,7 @@ class Shelf:
         target = disk.create(size, self._pause, partial(room, self.name), self._insisting(make))
         if not self._is_as_it_was(target.path):
             return None
-        self.touch()
+        self.mark_used()
         counters.template_hit()
         return target
 
@@ -203,14 +203,14 @@ class Shelf:
             stack.callback(os.close, _open(path))
             if not self._is_as_it_was(path):
                 return None
-            self.touch()
+            self.mark_used()
             counters.template_hit()
             resources.callback(stack.pop_all().close)
         return Device(path, dm_uuid)
 
-    def spoiled(self) -> None:
+    def discard(self) -> None:
         """Take away a template LV whose content is not what was copied."""
-        self._take_away(_read(self._policy), "its content is not what was copied")
+        self._discard(_read(self._policy), "its content is not what was copied")
 
     def _is_as_it_was(self, path: str) -> bool:
         """Whether the template LV, or a new clone of it, has the content that was copied, and can be read."""
@@ -218,7 +218,7 @@ class Shelf:
         try:
             return self._take_sample(path) == self._found.sample
         except CommandFailed as error:
-            log.problem("template LV cannot be read", **self.making.who, why=error)
+            log.problem("template LV cannot be read", **self.new_volume.log_fields, why=error)
             return False
 
     def _take_sample(self, path: str) -> str:
@@ -228,7 +228,7 @@ class Shelf:
         except OSError as error:
             raise CommandFailed(("read", path), error.errno or 0, error.strerror or str(error)) from None
 
-    def touch(self) -> None:
+    def mark_used(self) -> None:
         """It is used now."""
         assert self._found  # noqa: S101 (look has said so)
         now = time.time()
@@ -238,21 +238,21 @@ class Shelf:
         try:
             self._vg.change_tags(self.name, add={tag}, remove=self._found.used_tags - {tag})
         except CommandFailed as error:  # it only goes earlier than it would
-            log.problem("template LV cannot be marked as used", **self.making.who, why=error)
+            log.problem("template LV cannot be marked as used", **self.new_volume.log_fields, why=error)
 
-    def _take_away(self, vg: VolumeGroup, why: str) -> None:
+    def _discard(self, vg: VolumeGroup, why: str) -> None:
         found = removable(vg, self.name)
         if found is None:
             raise ForeignVolume(vg=vg.vg_name, lv=self.name)
         vg.require_usable()
-        take_away(vg, found, self._policy.retention.erase, self._pause)
-        log.problem("template LV removed", **self.making.who, why=why)
+        remove_or_set_aside(vg, found, self._policy.retention.erase, self._pause)
+        log.problem("template LV removed", **self.new_volume.log_fields, why=why)
         self._found = None
 
     def close(self) -> None:
         """Remove an unfinished template LV and let go of its lock."""
-        self.making.undo(lambda vg: removable(vg, self.name))
-        self.making.release()
+        self.new_volume.remove_unfinished(lambda vg: removable(vg, self.name))
+        self.new_volume.release()
 
 
 # -- which volumes are templates'
@@ -369,11 +369,12 @@ def evict(policy: Policy, name: str, why: str, pause: Pause) -> None:
 def remove_now(policy: Policy, vg: VolumeGroup, disk: LocalDisk, pause: Pause) -> None:
     """Erase and remove a disk whose room is wanted now, not when gc comes, and whose lock is held.
 
-    Raises CannotDiscard before anything is changed; the other errors of `take_away` and `removal.finish`.
+    Raises CannotDiscard before anything is changed, and the other errors of `remove_or_set_aside` and
+    `removal.finish`.
     """
     erase = policy.retention.erase
     removal.require_erasable(vg, disk, erase)
-    aside = take_away(vg, disk, erase, pause)
+    aside = remove_or_set_aside(vg, disk, erase, pause)
     if aside:
         removal.erase_aside(vg, aside, policy, pause)
 

@@ -11,16 +11,16 @@ from localdisk.errors import ForeignVolume, LibvirtSilent, VmRuns
 from localdisk.frozen import frozen, replace
 from localdisk.helper import cache
 from localdisk.helper.cache import Spare
-from localdisk.helper.new_volume import Making
+from localdisk.helper.new_volume import NewVolume
 from localdisk.helper.replaced import Replaced
 from localdisk.libvirt import DomainState
 from localdisk.lock import Pause
 from localdisk.protocol import DiskIds, Looked
-from localdisk.volumes import disk as life
+from localdisk.volumes import disk as local_disk
 from localdisk.volumes import stale
 from localdisk.volumes.disk import LocalDisk, State
 from localdisk.volumes.lvm import VolumeGroup
-from localdisk.volumes.removal import take_away
+from localdisk.volumes.removal import remove_or_set_aside
 
 
 @frozen
@@ -33,8 +33,8 @@ class Claim:
     policy: Policy
     found: LocalDisk | None  # as it was when last looked at; only the lock's holder changes it
     vg: VolumeGroup
-    making: Making
-    resources: ExitStack  # what `making` has
+    new_volume: NewVolume
+    resources: ExitStack  # of `new_volume`
     # This VM's other local disks of the image, whose locks are held; None: nobody has looked for them yet.
     others: tuple[LocalDisk, ...] | None = None
     replaced: Replaced | None = None  # by the disk that is made
@@ -51,7 +51,7 @@ class Claim:
 
     def require_room(self, vg: VolumeGroup) -> None:
         """Raises as `disk.require_room` if there is none for what is wanted."""
-        life.require_room(vg, self.policy, *self.wanted)
+        local_disk.require_room(vg, self.policy, *self.wanted)
 
     def find_room(self, spares: Sequence[Spare], pause: Pause, keep: str = "") -> VolumeGroup:
         """The group with room for what is wanted, and its name free; as `cache.with_room`."""
@@ -87,9 +87,9 @@ def without(claim: Claim, removed: Sequence[LocalDisk], pause: Pause) -> Claim:
         return claim
     vg = claim.vg if claim.others else read(claim.policy)  # with others, it was read again just now
     claim.find(vg)
-    now = {disk.lv.lv_uuid: disk for disk in life.local_disks(vg)}
+    now = {disk.lv.lv_uuid: disk for disk in local_disk.local_disks(vg)}
     for disk in filter(None, (now.get(disk.lv.lv_uuid) for disk in removed)):
-        take_away(vg, disk, claim.policy.retention.erase, pause)
+        remove_or_set_aside(vg, disk, claim.policy.retention.erase, pause)
         log.event("old copy removed", vm=claim.vm_id, disk=disk.volume_id, state=disk.state.value)
     others = tuple(disk for disk in claim.others or () if disk not in removed)
     return replace(claim, found=None if claim.found in removed else claim.found, others=others)
@@ -146,13 +146,13 @@ def find(vg: VolumeGroup, vm_id: str, image_id: str, volume_id: str) -> LocalDis
     found = LocalDisk.from_lv(lv)
     if found is None:
         raise ForeignVolume(vg=vg.vg_name, lv=volume_id)
-    life.require_owner(found, vm_id, image_id, vg.vg_name)
+    local_disk.require_owner(found, vm_id, image_id, vg.vg_name)
     return found
 
 
 def of_vm(vg: VolumeGroup, vm_id: str) -> list[LocalDisk]:
     """All local disks of a VM."""
-    return [disk for disk in life.local_disks(vg) if disk.vm_id == vm_id]
+    return [disk for disk in local_disk.local_disks(vg) if disk.vm_id == vm_id]
 
 
 def look_at(vg: VolumeGroup, policy: Policy, vm_id: str, disk: DiskIds) -> Looked:

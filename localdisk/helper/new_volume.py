@@ -21,10 +21,10 @@ from localdisk.units import format_duration, format_size
 from localdisk.volumes.disk import LocalDisk, State
 from localdisk.volumes.lvm import LogicalVolume, VolumeGroup
 from localdisk.volumes.progress import COPYING, PREPARING, STALLED, WAITING, Progress
-from localdisk.volumes.removal import take_away
+from localdisk.volumes.removal import remove_or_set_aside
 
 
-class Making:
+class NewVolume:
     """One volume of the name whose lock is held, for a disk of a VM or for a template."""
 
     def __init__(
@@ -45,7 +45,7 @@ class Making:
         self._is_unwritable = False  # it could not be written once
 
     @property
-    def who(self) -> Mapping[str, str]:
+    def log_fields(self) -> Mapping[str, str]:
         """What the log calls it."""
         if "template" in self._ids:
             return {"template": self._ids["template"], "lv": self.lv_name}
@@ -66,15 +66,15 @@ class Making:
         """Seconds since the copy began."""
         return max(time.monotonic() - self._began, 0.001)
 
-    def tell(self, phase: str = PREPARING, size: int = 0) -> None:
+    def begin_phase(self, phase: str = PREPARING, size: int = 0) -> None:
         """Say to whoever reads the lock that this phase begins now; `size` in bytes of the guest's view."""
         now = int(time.time())
         vm_id, image_id, template = (self._ids.get(name, "") for name in ("vm", "image", "template"))
         self._write(Progress(vm_id, image_id, phase, now, now, size, template=template))
 
-    def wait(self, size: int, pause: Pause) -> None:
+    def begin_turn(self, size: int, pause: Pause) -> None:
         """Wait for a turn to copy."""
-        self.tell(WAITING, size)
+        self.begin_phase(WAITING, size)
         self._ticket = self._turn.enter_context(lock.turn(self.policy.copy.parallel, pause))
 
     def make(
@@ -101,8 +101,8 @@ class Making:
         """
         vg = self.make(pause, room, make)
         self._began = self._moved = time.monotonic()
-        self.tell(COPYING, size)
-        log.event("copy starts", **self.who, bytes=size, backend=self.policy.backend)
+        self.begin_phase(COPYING, size)
+        log.event("copy starts", **self.log_fields, bytes=size, backend=self.policy.backend)
         bandwidth = self.policy.copy.bandwidth
         return Target(
             path=vg.path(self.lv_name),
@@ -113,7 +113,7 @@ class Making:
             nice=self.policy.copy.nice,
         )
 
-    def go_on(self, done: int, written: int) -> None:
+    def report_progress(self, done: int, written: int) -> None:
         """The copy has come so far, in bytes of the guest's view and of the volume."""
         old = self._progress
         assert old  # noqa: S101 (since the volume was made)
@@ -128,7 +128,7 @@ class Making:
                 now = self._resumed(now)
         self._write(now)
         if int(now.fraction * 10) > int(old.fraction * 10) or now.at // 30 > old.at // 30:
-            log.event("copying", **self.who, done=f"{now.fraction:.0%}", **self.speed())
+            log.event("copying", **self.log_fields, done=f"{now.fraction:.0%}", **self.speed())
 
     @property
     def is_stalled(self) -> bool:
@@ -148,7 +148,7 @@ class Making:
             self._turn.close()
             self._write(replace(old, phase=STALLED, at=int(time.time()) - idle))
             since = format_duration(idle)
-            log.problem("copy stalls, its turn is given back", **self.who, since=since, **self.speed())
+            log.problem("copy stalls, its turn is given back", **self.log_fields, since=since, **self.speed())
 
     def _resumed(self, now: Progress) -> Progress:
         """The copy makes progress again: it counts as one that has a turn, and does not wait for it.
@@ -156,7 +156,7 @@ class Making:
         Its bytes flow already, and its VM has waited for its turn once; those that come later wait for it.
         """
         self._turn.enter_context(lock.holding(self._ticket, time.sleep))
-        log.event("copy goes on", **self.who)
+        log.event("copy goes on", **self.log_fields)
         return replace(now, phase=COPYING)
 
     def speed(self) -> dict[str, str]:
@@ -169,12 +169,12 @@ class Making:
         made = "LVM-" + (vg.vg_uuid + lv.lv_uuid).replace("-", "")
         return self._dm_uuid in (made, "?")
 
-    def finished(self) -> None:
+    def end_turn(self) -> None:
         """The volume is complete, others may copy; the lock stays held."""
         self._dm_uuid = ""
         self._turn.close()
 
-    def undo(self, find: Callable[[VolumeGroup], LocalDisk | None]) -> None:
+    def remove_unfinished(self, find: Callable[[VolumeGroup], LocalDisk | None]) -> None:
         """Remove what we made and did not finish, others may copy; what cannot be removed now is gc's.
 
         `find` looks for the volume as something that can be removed.  The lock stays held.
@@ -185,11 +185,11 @@ class Making:
                 found = find(vg)
                 if found and found.state is State.UNFINISHED and self.is_ours(vg, found.lv):
                     vg.require_usable()
-                    take_away(vg, found, self.policy.retention.erase, time.sleep)
-                    log.event("unfinished copy removed", **self.who)
+                    remove_or_set_aside(vg, found, self.policy.retention.erase, time.sleep)
+                    log.event("unfinished copy removed", **self.log_fields)
             except Error as error:
-                log.problem("unfinished copy is left to gc", **self.who, why=error)
-        self.finished()
+                log.problem("unfinished copy is left to gc", **self.log_fields, why=error)
+        self.end_turn()
 
     def release(self) -> None:
         """Let go of the lock."""
@@ -202,5 +202,5 @@ class Making:
             self._lock.write(progress.as_text())
         except OSError as error:
             if not self._is_unwritable:
-                log.problem("progress cannot be written", **self.who, why=error.strerror)
+                log.problem("progress cannot be written", **self.log_fields, why=error.strerror)
             self._is_unwritable = True

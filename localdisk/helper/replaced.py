@@ -21,7 +21,7 @@ from localdisk.ids import new_uuid
 from localdisk.lock import Pause
 from localdisk.volumes.disk import LocalDisk, require_alone
 from localdisk.volumes.lvm import LogicalVolume, VolumeGroup
-from localdisk.volumes.removal import take_away
+from localdisk.volumes.removal import remove_or_set_aside
 
 
 class Replaced:
@@ -66,7 +66,7 @@ class Replaced:
         for disk in self._disks:
             try:
                 for vg, found in self._found(disk):
-                    take_away(vg, found, self._policy.retention.erase, self._pause)
+                    remove_or_set_aside(vg, found, self._policy.retention.erase, self._pause)
                     log.event("replaced disk removed", vm=found.vm_id, disk=found.volume_id)
             except Error as error:
                 log.problem("replaced disk is left", vm=disk.vm_id, disk=disk.volume_id, why=error)

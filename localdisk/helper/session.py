@@ -17,7 +17,7 @@ from localdisk.errors import BadRequest, CacheOff, Error, StartCancelled
 from localdisk.helper import claim as claims
 from localdisk.helper import start, start_from_template, stop
 from localdisk.helper.claim import Claim
-from localdisk.helper.new_volume import Making
+from localdisk.helper.new_volume import NewVolume
 from localdisk.helper.start_from_template import TemplateInUse
 from localdisk.helper.trial import Trial
 from localdisk.protocol import Claimed, Done, Fetched, How, Looks, Prepared, Tried
@@ -78,10 +78,10 @@ class Session:
 
     def end(self) -> None:
         """The hook has ended; what it has claimed and not completed, it has given up."""
-        shelf = self._template.shelf
+        cached = self._template.cached
         if self.is_cancelled():
             log.event("start broken off, the VM was powered off", **self._who())
-        elif self._claim or (shelf and shelf.making.is_made):
+        elif self._claim or (cached and cached.new_volume.is_made):
             log.problem("start broken off" if self._claim else "prefetch broken off", **self._who())
             counters.failed("copy_broken_off" if self._made() else "preparation_broken_off")
         self.close()
@@ -95,8 +95,8 @@ class Session:
             trial.close()
         self._template.leave()
         if claim:
-            claim.making.undo(claim.find)
-            claim.making.release()
+            claim.new_volume.remove_unfinished(claim.find)
+            claim.new_volume.release()
 
     def is_cancelled(self) -> bool:
         """Whether the VM whose disk is claimed, or waited for, was powered off."""
@@ -109,9 +109,9 @@ class Session:
 
     def look_after_copy(self) -> None:
         """To be called now and then while the hook copies and says nothing."""
-        making = self._made()
-        if making:
-            making.look_after_turn()
+        new_volume = self._made()
+        if new_volume:
+            new_volume.look_after_turn()
 
     def _require_wanted(self) -> None:
         if self.is_cancelled():
@@ -133,18 +133,18 @@ class Session:
             self.close()
         return {"error": str(error)}
 
-    def _made(self) -> Making | None:
+    def _made(self) -> NewVolume | None:
         """What is being made."""
-        shelf, claim = self._template.shelf, self._claim
-        if shelf and shelf.making.is_made:
-            return shelf.making
-        return claim.making if claim and claim.making.is_made else None
+        cached, claim = self._template.cached, self._claim
+        if cached and cached.new_volume.is_made:
+            return cached.new_volume
+        return claim.new_volume if claim and claim.new_volume.is_made else None
 
     def _who(self) -> Mapping[str, str]:
         """Whom this is about, for the log."""
         if self._claim:
-            return self._claim.making.who
-        return self._template.shelf.making.who if self._template.shelf else {}
+            return self._claim.new_volume.log_fields
+        return self._template.cached.new_volume.log_fields if self._template.cached else {}
 
     # -- verbs
 
@@ -175,9 +175,11 @@ class Session:
             stays, path = claims.running(asked, vg, found, vm_id, volume_id)
             if not (stays or path):  # else there is nothing to prepare
                 resources = stack.pop_all()
-                making = Making(volume_id, policy, held, resources, vm=vm_id, image=request.image_id)
-                self._claim = Claim(vm_id, request.image_id, volume_id, policy, found, vg, making, resources)
-                making.tell()
+                new_volume = NewVolume(volume_id, policy, held, resources, vm=vm_id, image=request.image_id)
+                self._claim = Claim(
+                    vm_id, request.image_id, volume_id, policy, found, vg, new_volume, resources
+                )
+                new_volume.begin_phase()
         if not self._claim:
             self._starting = ""
         return Claimed(stays, path, policy.backend == "lvmthin", policy.cache.templates)
@@ -215,17 +217,17 @@ class Session:
         policy = self._config.policy("", request.backend)
         if not self._config.caches_templates(policy.volume_group):
             raise CacheOff(vg=policy.volume_group)
-        shelf = self._template.take(request.template, policy, self._pause)
-        is_there = shelf.look()
+        cached = self._template.take(request.template, policy, self._pause)
+        is_there = cached.find_usable()
         if is_there:
-            shelf.touch()
+            cached.mark_used()
         return Fetched(is_there, policy.backend == "lvmthin")
 
     def _fill(self, request: protocol.Fill) -> Prepared:
-        shelf = self._template.shelf
-        if shelf is None or shelf.is_there or self._made():
+        cached = self._template.cached
+        if cached is None or cached.is_there or self._made():
             raise BadRequest(problem="the verbs come in the wrong order")
-        return start_from_template.fill(self._template, shelf, self._claim, request.writes)
+        return start_from_template.fill(self._template, cached, self._claim, request.writes)
 
     def _uncached(self, request: protocol.Uncached) -> Done:
         if self._claim is None:
@@ -234,13 +236,13 @@ class Session:
         return Done()
 
     def _progress(self, request: protocol.Progress) -> Done:
-        self._making().go_on(request.done, request.written)
+        self._unfinished().report_progress(request.done, request.written)
         return Done()
 
     def _commit(self, _request: protocol.Commit) -> Done:
-        making, shelf, claim = self._making(), self._template.shelf, self._claim
-        if shelf and making is shelf.making:
-            shelf.commit()
+        new_volume, cached, claim = self._unfinished(), self._template.cached, self._claim
+        if cached and new_volume is cached.new_volume:
+            cached.commit()
         elif claim:
             start.make_ready(claim)
             self._claim = None
@@ -281,11 +283,11 @@ class Session:
             raise BadRequest(problem="the verbs come in the wrong order")
         return self._claim
 
-    def _making(self) -> Making:
-        making = self._made()
-        if making is None:
+    def _unfinished(self) -> NewVolume:
+        new_volume = self._made()
+        if new_volume is None:
             raise BadRequest(problem="the verbs come in the wrong order")
-        return making
+        return new_volume
 
 
 def _asked(request: object) -> dict[str, str]:

@@ -18,7 +18,7 @@ from localdisk.helper.claim import Claim
 from localdisk.helper.replaced import Replaced
 from localdisk.lock import Pause
 from localdisk.protocol import How, Prepare, Prepared, Target
-from localdisk.volumes import disk as life
+from localdisk.volumes import disk as local_disk
 from localdisk.volumes.disk import LocalDisk, State, Wanted
 from localdisk.volumes.lvm import VolumeGroup
 
@@ -32,7 +32,7 @@ def plan(claim: Claim, request: Prepare, pause: Pause) -> tuple[Claim, LocalDisk
     claim.vg.require_usable()
     wanted = Wanted(claim.volume_id, request.fingerprint, request.size)
     try:
-        planned = life.plan_start(claim.disks, wanted, claim.policy.retention, claim.vg.vg_name)
+        planned = local_disk.plan_start(claim.disks, wanted, claim.policy.retention, claim.vg.vg_name)
     except DiskBusy as error:
         raise holders.busy(error) from None
     claim = claims.without(claim, planned.remove, pause)
@@ -49,8 +49,8 @@ def reuse(claim: Claim, found: LocalDisk, fingerprint: str, pause: Pause) -> Pre
         vg.rename(found.volume_id, name)
         log.event("kept disk renamed", vm=claim.vm_id, disk=found.volume_id, to=name)
     kept.note(claim.vm_id)
-    missing = {life.OURS, f"SOURCE_{fingerprint}"} - found.lv.lv_tags
-    if life.is_left_alone(found, claim.policy.retention):
+    missing = {local_disk.OURS, f"SOURCE_{fingerprint}"} - found.lv.lv_tags
+    if local_disk.is_left_alone(found, claim.policy.retention):
         missing = set()
     if missing or found.idle_tags:
         vg.change_tags(name, add=missing, remove=found.idle_tags)
@@ -60,7 +60,7 @@ def reuse(claim: Claim, found: LocalDisk, fingerprint: str, pause: Pause) -> Pre
     except Error:
         _keep_as_it_was(vg, name, found)
         raise
-    log.event("kept disk taken back", **claim.making.who)
+    log.event("kept disk taken back", **claim.new_volume.log_fields)
     _remove_replaced(claim.replaced)
     return Prepared(How.KEPT, vg.path(name))
 
@@ -68,7 +68,7 @@ def reuse(claim: Claim, found: LocalDisk, fingerprint: str, pause: Pause) -> Pre
 def create(claim: Claim, request: Prepare, spares: Sequence[Spare], pause: Pause) -> Target:
     """Make the claimed disk, and wait for a turn to copy before; `spares` are removed if there is no room."""
     policy, (with_margin, writes) = claim.policy, claim.wanted
-    tags = life.new_tags(claim.vm_id, claim.image_id, request.fingerprint, writes)
+    tags = local_disk.new_tags(claim.vm_id, claim.image_id, request.fingerprint, writes)
 
     def make(vg: VolumeGroup) -> None:
         if policy.backend == "lvm":
@@ -76,9 +76,9 @@ def create(claim: Claim, request: Prepare, spares: Sequence[Spare], pause: Pause
         else:
             vg.create_thin(claim.volume_id, with_margin, policy.thin_pool, tags)
 
-    claim.making.wait(request.size, pause)
+    claim.new_volume.begin_turn(request.size, pause)
     room = partial(claim.find_room, spares, pause)
-    return claim.making.create(request.size, pause, room, cache.insisting(policy, make, "", pause))
+    return claim.new_volume.create(request.size, pause, room, cache.insisting(policy, make, "", pause))
 
 
 def make_ready(claim: Claim) -> None:
@@ -89,24 +89,24 @@ def make_ready(claim: Claim) -> None:
     asked = libvirt.ask_domains()
     vg = claims.read(claim.policy)
     found = claim.find(vg)
-    if found is None or found.state is not State.UNFINISHED or not claim.making.is_ours(vg, found.lv):
+    if found is None or found.state is not State.UNFINISHED or not claim.new_volume.is_ours(vg, found.lv):
         raise BadRequest(problem="the unfinished disk is not the one that was made")
     vg.require_usable()
     _require_known(asked, claim)
     kept.note(claim.vm_id)
-    vg.change_tags(claim.volume_id, remove={life.UPDATING, *found.writes_tags})
+    vg.change_tags(claim.volume_id, remove={local_disk.UPDATING, *found.writes_tags})
 
 
 def finish(claim: Claim) -> None:
     """The disk is ready: remove the kept disks that it replaces, and let go of all locks."""
-    making = claim.making
-    making.finished()
-    log.event("disk ready", **making.who, **making.speed())
-    counters.copied(making.written, making.took)
+    new_volume = claim.new_volume
+    new_volume.end_turn()
+    log.event("disk ready", **new_volume.log_fields, **new_volume.speed())
+    counters.copied(new_volume.written, new_volume.took)
     try:
         _remove_replaced(claim.replaced)
     finally:
-        making.release()
+        new_volume.release()
 
 
 def _remove_replaced(replaced: Replaced | None) -> None:
@@ -129,7 +129,9 @@ def _require_known(asked: libvirt.Question, claim: Claim) -> None:
     try:
         known = libvirt.read_domains(asked.text()).known
     except LibvirtSilent as error:
-        log.problem("libvirt is not asked whether the VM still starts", **claim.making.who, why=error)
+        log.problem(
+            "libvirt is not asked whether the VM still starts", **claim.new_volume.log_fields, why=error
+        )
         return
     if claim.vm_id not in known:
         raise VmForgotten(vm=claim.vm_id, volume=claim.volume_id)

@@ -1,4 +1,4 @@
-"""Making the claimed disk from the local copy of its template, and making that copy.
+"""Makes the claimed disk from the local copy of its template, and makes that copy.
 
 On any doubt the cache is bypassed and the whole chain is copied: the answer is `uncached`.
 """
@@ -12,39 +12,39 @@ from localdisk import counters, log, uncached
 from localdisk.config import Policy
 from localdisk.errors import BadRequest, Error, NoSpace
 from localdisk.helper import cache, start
-from localdisk.helper.cache import Shelf
+from localdisk.helper.cache import CachedTemplate
 from localdisk.helper.claim import Claim
 from localdisk.lock import Pause
 from localdisk.protocol import Base, Device, How, Prepare, Prepared, Target
-from localdisk.volumes import disk as life
+from localdisk.volumes import disk as local_disk
 
 
 class TemplateInUse:
     """The template whose lock this helper holds: the one that a start uses, or that is prefetched; if any."""
 
     def __init__(self) -> None:
-        self.shelf: Shelf | None = None
+        self.cached: CachedTemplate | None = None
 
-    def take(self, base: Base, policy: Policy, pause: Pause) -> Shelf:
+    def take(self, base: Base, policy: Policy, pause: Pause) -> CachedTemplate:
         """Hold the lock of this template."""
-        self.shelf = Shelf(base, policy, pause)
-        return self.shelf
+        self.cached = CachedTemplate(base, policy, pause)
+        return self.cached
 
     def leave(self) -> None:
         """Remove an unfinished template LV and let go of the lock."""
-        shelf, self.shelf = self.shelf, None
-        if shelf:
-            shelf.close()
+        cached, self.cached = self.cached, None
+        if cached:
+            cached.close()
 
 
 def prepare(used: TemplateInUse, base: Base, claim: Claim, request: Prepare, pause: Pause) -> Prepared:
     """Make the claimed disk from a template LV; on any doubt it is not made, and will be copied in full."""
     try:
-        shelf = _shelf(used, base, claim, pause)
-        if not shelf.look():
+        cached = _cached(used, base, claim, pause)
+        if not cached.find_usable():
             return Prepared(How.MISSING)
         reading = ExitStack()
-        device = shelf.open(reading) if claim.policy.backend == "lvm" else None
+        device = cached.open(reading) if claim.policy.backend == "lvm" else None
     except BadRequest:
         raise
     except Error as error:
@@ -52,25 +52,25 @@ def prepare(used: TemplateInUse, base: Base, claim: Claim, request: Prepare, pau
     if device:
         return _make_beside(used, device, reading, claim, request, pause)
     if claim.policy.backend == "lvmthin":
-        target = _clone(shelf, claim, request, pause)
+        target = _clone(cached, claim, request, pause)
         if target:
             used.leave()
             return Prepared(How.LAYERS, claim.vg.path(claim.volume_id), target)
-        claim.making.undo(claim.find)
+        claim.new_volume.remove_unfinished(claim.find)
     try:
-        shelf.spoiled()
+        cached.discard()
     except Error as error:
         return _uncached(used, claim, error)
     return Prepared(How.MISSING)
 
 
-def fill(used: TemplateInUse, shelf: Shelf, claim: Claim | None, writes: int) -> Prepared:
+def fill(used: TemplateInUse, cached: CachedTemplate, claim: Claim | None, writes: int) -> Prepared:
     """Make the template LV that is missing; `writes` bytes of data are written to it.
 
-    For a prefetch there is no claim, and the errors of `Shelf.fill` are raised.
+    For a prefetch there is no claim, and the errors of `CachedTemplate.fill` are raised.
     """
     try:
-        target = shelf.fill(writes, claim.require_room if claim else lambda _vg: None)
+        target = cached.fill(writes, claim.require_room if claim else lambda _vg: None)
     except Error as error:
         if claim is None:
             raise
@@ -80,7 +80,7 @@ def fill(used: TemplateInUse, shelf: Shelf, claim: Claim | None, writes: int) ->
 
 def note_uncached(claim: Claim, reason: str) -> None:
     """The hook found that the disk starts from no template, for a reason of `uncached.REASONS`."""
-    fields = {**claim.making.who, "reason": reason, "why": uncached.REASONS[reason]}
+    fields = {**claim.new_volume.log_fields, "reason": reason, "why": uncached.REASONS[reason]}
     if reason == uncached.NO_TEMPLATE:  # as it should be
         log.event("template not cached", **fields)
     else:
@@ -88,14 +88,14 @@ def note_uncached(claim: Claim, reason: str) -> None:
     counters.uncached(reason)
 
 
-def _shelf(used: TemplateInUse, base: Base, claim: Claim, pause: Pause) -> Shelf:
-    if used.shelf is None:
+def _cached(used: TemplateInUse, base: Base, claim: Claim, pause: Pause) -> CachedTemplate:
+    if used.cached is None:
         if base.domain_id:
             cache.require_template(base, claim.image_id)
         return used.take(base, claim.policy, pause)
-    if used.shelf.base != base:
+    if used.cached.base != base:
         raise BadRequest(problem="it names another base")
-    return used.shelf
+    return used.cached
 
 
 def _make_beside(
@@ -107,24 +107,24 @@ def _make_beside(
     try:
         target = start.create(claim, request, (), pause)
     except NoSpace as error:  # there may be room if the template LV is evicted, too
-        claim.making.finished()
+        claim.new_volume.end_turn()
         reading.close()
         return _uncached(used, claim, error)
     return Prepared(How.ON_BASE, claim.vg.path(claim.volume_id), target, device)
 
 
-def _clone(shelf: Shelf, claim: Claim, request: Prepare, pause: Pause) -> Target | None:
+def _clone(cached: CachedTemplate, claim: Claim, request: Prepare, pause: Pause) -> Target | None:
     with_margin, writes = claim.wanted
-    tags = life.new_tags(claim.vm_id, claim.image_id, request.fingerprint, shelf.holds + writes)
-    claim.making.wait(request.size, pause)
+    tags = local_disk.new_tags(claim.vm_id, claim.image_id, request.fingerprint, cached.holds + writes)
+    claim.new_volume.begin_turn(request.size, pause)
     spares = claim.replaced.spares if claim.replaced else ()
     room = partial(claim.find_room, spares, pause)
-    return shelf.clone(claim.making, request.size, with_margin, tags, room)
+    return cached.clone(claim.new_volume, request.size, with_margin, tags, room)
 
 
 def _uncached(used: TemplateInUse, claim: Claim, why: Error) -> Prepared:
     reason = counters.reason(why)
-    log.problem("template not cached", **claim.making.who, reason=reason, why=why)
+    log.problem("template not cached", **claim.new_volume.log_fields, reason=reason, why=why)
     counters.uncached(reason)
     used.leave()
     return Prepared(How.UNCACHED)

@@ -11,7 +11,7 @@ from localdisk.config import Policy
 from localdisk.errors import CommandFailed, CommandTimeout, Error, StillRuns
 from localdisk.helper.claim import of_vm, read
 from localdisk.protocol import RanFrom
-from localdisk.volumes import disk as life
+from localdisk.volumes import disk as local_disk
 from localdisk.volumes.disk import LocalDisk, State, Stop
 from localdisk.volumes.filling import log_filling
 from localdisk.volumes.lvm import VolumeGroup
@@ -47,7 +47,7 @@ def _mark_if_drifted(vg: VolumeGroup, disk: LocalDisk, paths: set[str]) -> None:
     if disk.state is not State.READY or disk.is_stale or vg.path(disk.volume_id) in paths:
         return
     vg.require_usable()
-    vg.change_tags(disk.volume_id, add={life.drifted_tag(time.time())}, remove=disk.idle_tags)
+    vg.change_tags(disk.volume_id, add={local_disk.drifted_tag(time.time())}, remove=disk.idle_tags)
     log.problem(
         "VM did not run from its local disk, which is kept",
         vm=disk.vm_id,
@@ -87,7 +87,7 @@ def _stop(vg: VolumeGroup, policy: Policy, disks: list[LocalDisk]) -> None:
     """
     planned: dict[Stop, list[LocalDisk]] = {plan: [] for plan in Stop}
     for disk in disks:
-        plan = life.plan_stop(disk, policy.retention)
+        plan = local_disk.plan_stop(disk, policy.retention)
         planned[plan].append(disk)
         log.event("VM stopped", vm=disk.vm_id, disk=disk.volume_id, plan=plan.value)
         if disk.lv.dependents and plan is Stop.MARK_DELETING:
@@ -114,7 +114,7 @@ def _mark(vg: VolumeGroup, planned: Mapping[Stop, list[LocalDisk]]) -> None:
     given_up = [*to_remove, *planned[Stop.MARK_DELETING]]
     unmarked = [disk.volume_id for disk in given_up if disk.state is not State.DELETING]
     if unmarked:
-        vg.change_tags(*unmarked, add={life.DELETING})
+        vg.change_tags(*unmarked, add={local_disk.DELETING})
 
 
 def _remove(vg: VolumeGroup, planned: Mapping[Stop, list[LocalDisk]]) -> None:
@@ -135,7 +135,7 @@ def _keep(vg: VolumeGroup, planned: Mapping[Stop, list[LocalDisk]]) -> None:
     closed = [disk.volume_id for disk in left if not (disk.is_open or disk.lv.dependents)]
     if ready:
         seen = frozenset[str]().union(*(disk.unneeded_tags for disk in ready))
-        marks = life.stopped_tags(clock.now())
+        marks = local_disk.stopped_tags(clock.now())
         vg.change_tags(*(disk.volume_id for disk in ready), add=marks, remove=seen - marks)
     if closed:
         vg.deactivate(*closed)

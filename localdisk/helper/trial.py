@@ -12,14 +12,14 @@ from contextlib import ExitStack
 from localdisk import lock
 from localdisk.config import Policy
 from localdisk.errors import NoSpace, ThinPoolAtThreshold, ThinPoolFull
-from localdisk.helper.new_volume import Making
+from localdisk.helper.new_volume import NewVolume
 from localdisk.ids import NOBODY, new_uuid
 from localdisk.protocol import Device
-from localdisk.volumes import disk as life
+from localdisk.volumes import disk as local_disk
 from localdisk.volumes import template
 from localdisk.volumes.disk import LocalDisk
 from localdisk.volumes.lvm import VolumeGroup
-from localdisk.volumes.removal import take_away
+from localdisk.volumes.removal import remove_or_set_aside
 
 SIZE = 1 << 20  # bytes; LVM makes one extent of it
 _NO_FINGERPRINT = "0" * 32
@@ -34,8 +34,8 @@ class Trial:
         name = new_uuid()
         with ExitStack() as stack:
             held = stack.enter_context(lock.holding(lock.disk_lock(name), pause))
-            self._making = Making(name, policy, held, stack.pop_all(), vm=NOBODY, image=NOBODY)
-        self._making.tell()
+            self._new_volume = NewVolume(name, policy, held, stack.pop_all(), vm=NOBODY, image=NOBODY)
+        self._new_volume.begin_phase()
 
     def make(self) -> Device | None:
         """Make it.
@@ -43,9 +43,9 @@ class Trial:
         None where there is no room but template LVs, which a start would evict for it and a trial does not.
         Raises what a start would.
         """
-        name, policy = self._making.lv_name, self._policy
+        name, policy = self._new_volume.lv_name, self._policy
         try:
-            vg = self._making.make(self._pause, self._room, self._create)
+            vg = self._new_volume.make(self._pause, self._room, self._create)
         except (NoSpace, ThinPoolFull, ThinPoolAtThreshold):
             if template.in_place(self._read(), policy.thin_pool if policy.backend == "lvmthin" else ""):
                 return None
@@ -54,11 +54,11 @@ class Trial:
 
     def _room(self) -> VolumeGroup:
         vg = self._read()
-        life.require_room(vg, self._policy, SIZE, SIZE)
+        local_disk.require_room(vg, self._policy, SIZE, SIZE)
         return vg
 
     def _create(self, vg: VolumeGroup) -> None:
-        name, tags = self._making.lv_name, life.new_tags(NOBODY, NOBODY, _NO_FINGERPRINT, SIZE)
+        name, tags = self._new_volume.lv_name, local_disk.new_tags(NOBODY, NOBODY, _NO_FINGERPRINT, SIZE)
         if self._policy.backend == "lvm":
             vg.create_thick(name, SIZE, tags)
         else:
@@ -68,18 +68,18 @@ class Trial:
         """Remove it.  Raises DiskBusy, CommandFailed."""
         vg = self._read()
         found = self._find(vg)
-        if found and self._making.is_ours(vg, found.lv):
-            take_away(vg, found, "none", time.sleep)
-        self._making.finished()
+        if found and self._new_volume.is_ours(vg, found.lv):
+            remove_or_set_aside(vg, found, "none", time.sleep)
+        self._new_volume.end_turn()
 
     def close(self) -> None:
         """Remove what is left of it, and let go of its lock; what cannot be removed now is gc's."""
-        self._making.undo(self._find)
-        self._making.release()
+        self._new_volume.remove_unfinished(self._find)
+        self._new_volume.release()
 
     def _read(self) -> VolumeGroup:
         return VolumeGroup.read(self._policy.volume_group, self._policy.devices)
 
     def _find(self, vg: VolumeGroup) -> LocalDisk | None:
-        lv = vg.find(self._making.lv_name)
+        lv = vg.find(self._new_volume.lv_name)
         return LocalDisk.from_lv(lv) if lv else None

@@ -41,7 +41,7 @@ _BLOCK = 64 << 10  # bytes; the smallest block of a thin pool, so that no hole b
 Pause = Callable[[float], None]
 
 
-def take_away(vg: VolumeGroup, disk: LocalDisk, erase: str, pause: Pause) -> str:
+def remove_or_set_aside(vg: VolumeGroup, disk: LocalDisk, erase: str, pause: Pause) -> str:
     """Free the name of a disk that nobody needs and whose lock is held.
 
     One that is set aside already is erased as was decided then.  Returns the name of the volume that is left

@@ -26,7 +26,7 @@ from localdisk.units import format_duration, format_size
 from localdisk.volumes import lvm, template
 from localdisk.volumes.disk import LocalDisk, State, local_disks
 from localdisk.volumes.lvm import VolumeGroup
-from localdisk.volumes.removal import take_away
+from localdisk.volumes.removal import remove_or_set_aside
 
 Vms = tuple[Mapping[str, str], frozenset[str]]  # the names of all by UUID, and which run
 
@@ -146,7 +146,7 @@ def _removed(named: Named, text: str, config: Config) -> Outcome:
             if again.disk.aside_name != again.disk.volume_id:  # else gc erases it already
                 again.vg.require_usable()
                 erase = config.policy(again.disk.vm_id).retention.erase
-                take_away(again.vg, again.disk, erase, time.sleep)
+                remove_or_set_aside(again.vg, again.disk, erase, time.sleep)
             log.event("removed by the operator", vm=again.disk.vm_id, disk=again.disk.volume_id, how=how)
             return Outcome(f"{text}: {how}")
     except Error as error:

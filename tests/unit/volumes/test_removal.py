@@ -57,7 +57,7 @@ def erase_and_remove(vg: VolumeGroup, disk: LocalDisk, erase: str, pause: remova
     removal.erase_and_remove(vg, disk, erase, removal.Pace(None, pause))
 
 
-STEPS: list[Step] = [removal.take_away, erase_and_remove]
+STEPS: list[Step] = [removal.remove_or_set_aside, erase_and_remove]
 
 
 # -- without erasing
@@ -76,7 +76,7 @@ def test_a_closed_disk(host: FakeHost, step: Step) -> None:
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("erase", ["none", "zero"])
 def test_a_disk_that_is_open_for_a_moment_is_waited_for(host: FakeHost, step: Step, erase: str) -> None:
-    host.add(VOLUME, tags() if step is removal.take_away else ASIDE, lv_device_open="open")
+    host.add(VOLUME, tags() if step is removal.remove_or_set_aside else ASIDE, lv_device_open="open")
     assert call(step, host, erase, closes_after=3)[1] == 3
     assert host.commands[:3] == [LOOK] * 3
     assert VOLUME not in host.volumes
@@ -96,14 +96,14 @@ def test_a_disk_that_is_gone_meanwhile_is_not_waited_for(host: FakeHost) -> None
     host.add(VOLUME, tags(), lv_device_open="open")
     host.before_command(1, host.volumes.clear)
     with pytest.raises(CommandFailed, match="Failed to find"):
-        call(removal.take_away, host)
+        call(removal.remove_or_set_aside, host)
     assert host.commands == [LOOK, LOOK, REMOVE]
 
 
 def test_a_disk_that_is_opened_after_the_look_is_waited_for(host: FakeHost) -> None:
     host.add(VOLUME, tags())
     host.fail("lvremove", f"  Logical volume {NAME} in use.\n", times=2)
-    assert call(removal.take_away, host)[1] == 2
+    assert call(removal.remove_or_set_aside, host)[1] == 2
     assert host.commands == [REMOVE] * 3
 
 
@@ -111,7 +111,7 @@ def test_a_disk_that_stays_open_is_busy(host: FakeHost) -> None:
     host.add(VOLUME, tags())
     host.fail("lvremove", f"  Logical volume {NAME} is used by another device.\n", times=1000)
     with pytest.raises(DiskBusy):
-        call(removal.take_away, host)
+        call(removal.remove_or_set_aside, host)
     assert host.commands == [REMOVE] * removal.TRIES
 
 
@@ -119,7 +119,7 @@ def test_any_other_failure_is_not_tried_again(host: FakeHost) -> None:
     host.add(VOLUME, tags())
     host.fail("lvremove", "  Cannot change VG while PVs are missing.\n", times=1000)
     with pytest.raises(CommandFailed, match="PVs are missing"):
-        call(removal.take_away, host)
+        call(removal.remove_or_set_aside, host)
     assert host.commands == [REMOVE]
 
 
@@ -141,7 +141,7 @@ def test_any_other_failure_is_not_tried_again(host: FakeHost) -> None:
 )
 def test_what_must_be_erased_is_set_aside(host: FakeHost, erase: str, lv_tags: set[str]) -> None:
     volume = host.add(VOLUME, lv_tags)
-    name, _ = call(removal.take_away, host, erase)
+    name, _ = call(removal.remove_or_set_aside, host, erase)
     assert is_uuid(name)
     assert host.volumes == {"pool0": host.volumes["pool0"], name: volume}
     assert volume.lv_tags == aside(erase, str(name))
@@ -151,7 +151,7 @@ def test_what_must_be_erased_is_set_aside(host: FakeHost, erase: str, lv_tags: s
 def test_every_disk_gets_a_name_of_its_own(host: FakeHost) -> None:
     for _ in range(3):
         host.add(VOLUME, tags())
-        call(removal.take_away, host, "zero")
+        call(removal.remove_or_set_aside, host, "zero")
     assert len(host.volumes) == 1 + 3
 
 
@@ -161,13 +161,13 @@ def test_killed_while_it_is_set_aside(host: FakeHost, number: int) -> None:
     volume = host.add(VOLUME, tags())
     host.kill_before(number)
     with pytest.raises(Killed):
-        call(removal.take_away, host, "zero")
+        call(removal.remove_or_set_aside, host, "zero")
     host.before = {}
     assert volume.lv_name == VOLUME
     recorded = [tag for tag in volume.lv_tags if tag.startswith("ASIDE_")]
     assert volume.lv_tags == (set(recorded) | ASIDE - {f"ASIDE_{VOLUME}"} if number else tags())
     assert len(recorded) == number
-    name, _ = call(removal.take_away, host, "zero")
+    name, _ = call(removal.remove_or_set_aside, host, "zero")
     assert host.volumes[str(name)].lv_tags == aside("zero", str(name))
     assert recorded in ([], [f"ASIDE_{name}"])
     assert host.tools.count("lvchange") == 2 - number
@@ -178,8 +178,8 @@ def test_a_rename_that_fails_is_done_again(host: FakeHost) -> None:
     host.fail("lvrename", "  Failed to write VG ovirt-local.\n", times=2)
     for _ in range(2):
         with pytest.raises(CommandFailed, match="Failed to write VG"):
-            call(removal.take_away, host, "zero")
-    name, _ = call(removal.take_away, host, "zero")
+            call(removal.remove_or_set_aside, host, "zero")
+    name, _ = call(removal.remove_or_set_aside, host, "zero")
     assert host.volumes[str(name)] is volume
     assert volume.lv_tags == aside("zero", str(name))
     assert host.tools == ["lvchange", *["lvrename"] * 3]
@@ -189,7 +189,7 @@ def test_a_rename_that_fails_is_done_again(host: FakeHost) -> None:
 @pytest.mark.parametrize("erase", ["none", "discard", "zero"])
 def test_a_disk_is_erased_as_was_decided_when_it_was_set_aside(host: FakeHost, erase: str) -> None:
     volume = host.add(VOLUME, NOT_RENAMED)
-    assert call(removal.take_away, host, erase)[0] == OTHER_VOLUME
+    assert call(removal.remove_or_set_aside, host, erase)[0] == OTHER_VOLUME
     assert host.volumes[OTHER_VOLUME] is volume
     assert volume.lv_tags == NOT_RENAMED
     assert host.commands == [f"lvrename --quiet ovirt-local {VOLUME} {OTHER_VOLUME}"]
@@ -199,7 +199,7 @@ def test_a_disk_is_erased_as_was_decided_when_it_was_set_aside(host: FakeHost, e
 @pytest.mark.parametrize("names", [(), (VOLUME, OTHER_VOLUME), ("x",)], ids=str)
 def test_one_that_lost_its_new_name_gets_another(host: FakeHost, erase: str, names: tuple[str, ...]) -> None:
     volume = host.add(VOLUME, ASIDE - {f"ASIDE_{VOLUME}"} | {f"ASIDE_{name}" for name in names})
-    name, _ = call(removal.take_away, host, erase)
+    name, _ = call(removal.remove_or_set_aside, host, erase)
     assert is_uuid(name)
     assert name not in (VOLUME, OTHER_VOLUME)
     assert host.volumes[str(name)] is volume
