@@ -62,7 +62,7 @@ def _no_group(group: Group) -> Finding:
 def _devices(group: Group, settings: LvmSettings | None) -> Iterator[Finding]:
     if group.hidden:
         yield _hidden(group, settings)
-    if group.duplicates:
+    if group.duplicates and not group.multipaths:  # a multipath device has the same bytes as its path
         yield _duplicates(group, settings)
     for multipath in group.multipaths:
         yield _multipath(group.name, multipath)

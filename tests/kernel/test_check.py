@@ -172,7 +172,7 @@ def test_installed_wrongly() -> None:
     LOCKS.mkdir(exist_ok=True)
     LOCKS.chmod(0o777)
     fixes = named(
-        "vdsm cannot run",
+        f"{host.SUDOERS} is not the rule that localdisk needs",
         f"{POINT}/localdisk is another hook",
         "before_vm_migrate_source/localdisk is another hook",
         "after_vm_start/50_localdisk leads to",

@@ -107,7 +107,7 @@ def status_of(volume: str) -> bool:
 
 
 def archives(group: str) -> list[Path]:
-    return sorted(Path("/etc/lvm/archive").glob(f"{group}_[0-9]*-[0-9]*.vg"))
+    return sorted(Path("/etc/lvm/archive").glob(f"{group}_{'[0-9]' * 5}-*.vg"))
 
 
 def test_archives_of_metadata_are_bounded(file_storage: FileStorage) -> None:

@@ -12,7 +12,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -139,8 +139,7 @@ def test_while_a_is_erased(volume_group: str, file_storage: FileStorage) -> None
     name = set_aside(a)
     run("lvextend", "-L", "512m", f"{host.VOLUME_GROUP}/{name}")  # so that it takes a while
     gc = subprocess.Popen([str(host.PROGRAM), "gc"], stdout=subprocess.DEVNULL)
-    (eraser,) = erasers()
-    os.kill(eraser, signal.SIGSTOP)
+    eraser = stopped_eraser()
     vm_id = start(b)
     assert equals_source(b)
     assert not holds_secret(device(b))
@@ -152,14 +151,26 @@ def test_while_a_is_erased(volume_group: str, file_storage: FileStorage) -> None
     stop(vm_id, b)
 
 
-def erasers() -> list[int]:
-    """The process ids of running blkdiscard, once there is one."""
+def stopped_eraser() -> int:
+    """The process id of a blkdiscard, now stopped: gc starts one for each step of an erase."""
+    stopped: list[int] = []
 
-    def found() -> list[int]:
-        return [pid for pid, words in processes() if Path(words[0]).name == "blkdiscard"]
+    def stop_one() -> bool:
+        for pid, words in processes():
+            if Path(words[0]).name == "blkdiscard":
+                with suppress(ProcessLookupError, FileNotFoundError):
+                    os.kill(pid, signal.SIGSTOP)
+                    if state_of(pid) not in "ZX":  # else it had ended
+                        stopped.append(pid)
+        return bool(stopped)
 
-    wait_for(found, "the erase")
-    return found()
+    wait_for(stop_one, "the erase")
+    return stopped[0]
+
+
+def state_of(pid: int) -> str:
+    """As /proc has it, R, S, T, Z and so on."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0]
 
 
 def test_a_starts_again_while_b_claims_its_ids(volume_group: str, file_storage: FileStorage) -> None:

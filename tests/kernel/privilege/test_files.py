@@ -255,7 +255,7 @@ def test_extracted_tree(scene: Scene, damage: Callable[[], None]) -> None:
         damage()
         with Talk() as talk:
             works(scene, talk)
-        assert (the_tree() / "site-packages/localdisk/session.pyc").stat().st_size > 10_000
+        assert (the_tree() / "site-packages/localdisk/cli.pyc").stat().st_size > 10_000
         assert the_tree().stat().st_uid == 0
         assert the_tree().stat().st_mode & 0o022 == 0
         after = traces(scene)

@@ -546,7 +546,7 @@ def test_lvms_configuration(settings: dict[str, Any], changes: dict[str, object]
     assert lines(lvm_settings=replace(SETTINGS, volume_list=("@local",))) == ["this host: good"]
 
 
-@pytest.mark.parametrize("changes", [{}, {"vg": None}])
+@pytest.mark.parametrize("changes", [{}, {"vg": None}, {"duplicates": ("/dev/b",)}])
 def test_multipath(changes: dict[str, object]) -> None:
     group = a_group(multipaths=(Multipath("mpath a", "3600"),), **changes)  # type: ignore[arg-type]
     (line,) = lines(groups=(group,))
