@@ -23,6 +23,7 @@ def many_disks(count: int) -> Iterator[None]:
     There is no configuration: reading one costs the same with any number of disks.
     """
     CONFIG.unlink(missing_ok=True)
+    run("vgchange", "-an", MANY)  # else vgcfgrestore takes its active pool for the other group's
     run("vgrename", MANY, ASIDE)
     file = host.SCRATCH / "many.pv"
     with open(file, "wb") as pv:
@@ -38,6 +39,7 @@ def many_disks(count: int) -> Iterator[None]:
     finally:
         run("vgremove", "-f", "-y", MANY)
         run("vgrename", ASIDE, MANY)
+        run("vgchange", "-ay", MANY)
         run("losetup", "--detach", loop)
         file.unlink()
 
