@@ -257,16 +257,20 @@ class _Way:
 
     def _disk(self) -> Iterator[str]:
         """Its state, from the commands that change it."""
-        changes = {step.argv[0]: step for step in self._steps if step.lane == "lvm"}
-        made, ready, gone = (changes[name].end for name in ("lvcreate", "lvchange", "lvremove"))
-        assert "UPDATING" in changes["lvcreate"].argv
-        assert "UPDATING" in changes["lvchange"].argv
+        changes = (step for step in self._steps if step.lane == "lvm" and step.argv[0] != "lvm")  # no reports
+        made, complete, stopped, removed = changes
+        assert (made.argv[0], removed.argv[0]) == ("lvcreate", "lvremove")
+        assert "UPDATING" in made.argv
+        assert "UPDATING" in complete.argv
+        assert "DELETING" in stopped.argv
         top = self._tops["disk"] + 5
-        for state, start, end in (("updating", made, ready), ("ready", ready, gone)):
-            left, right = self._x(start), self._x(end)
+        states = (("updating", made, complete), ("ready", complete, stopped), ("updating", stopped, removed))
+        words = ("UPDATING", "ready", "DELETING")
+        for (state, since, until), word in zip(states, words):
+            left, right = self._x(since.end), self._x(until.end)
             yield svg.rect(left, top, right - left, 20, state, rx=3)
-            word = "UPDATING" if state == "updating" else "ready"
-            yield svg.text(left + 6, top + 14, word, "on")
+            if right - left > 8 * len(word):  # else there is no room for it
+                yield svg.text(left + 6, top + 14, word, "on")
 
     def _data(self) -> Iterator[str]:
         bottom = self._tops["data"] + LANES["data"] - 6

@@ -118,6 +118,7 @@ SPANS = [
     span(10, "root", "lvm fullreport ovirt-local", 1300, 1400),
     span(11, "root", "virsh -c qemu:///system create /dev/stdin", 1600, 9000),
     hook(12, "after_vm_destroy", 9100, 9500),
+    span(14, "root", f"lvchange --addtag DELETING ovirt-local/{VOLUME}", 9110, 9190),
     span(13, "root", f"lvremove --yes ovirt-local/{VOLUME}", 9200, 9300),
 ]
 SCENE = {
@@ -144,7 +145,7 @@ def test_lanes() -> None:
     lanes = [step.lane for step in way.steps(SPANS)]
     assert lanes == [
         *("vdsm", "hook", "helper", "helper", "lvm", "helper", "lvm", "hook", "lvm"),
-        *("hook", "lvm", "vdsm", "hook", "lvm"),
+        *("hook", "lvm", "vdsm", "hook", "lvm", "lvm"),
     ]
 
 
