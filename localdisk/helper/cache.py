@@ -1,8 +1,8 @@
-"""The template cache, privileged half: here template LVs are made, checked, cloned and evicted.
+"""The template cache in the helper: makes, checks, clones and evicts template LVs.
 
-Whoever starts from a template holds the lock of its LV from the first look at it until the disk is made from
-it; so one copies the base, the others wait and then find it.  In doubt there is no template LV: the disk is
-copied in full.  `template.py` says what the tags mean, `session.py` is who asks.
+A start holds the lock of the template LV from its first check until the disk is made from it.  So if several
+VMs of one template start together, the first copies the template, and the others wait and use the copy.  On
+any doubt the cache is bypassed, and the disk is copied in full.  `volumes/template.py` describes the tags.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from localdisk.volumes.template import Template
 _SAMPLES, _SAMPLE = 256, 4096  # blocks, and bytes of each
 
 Room = Callable[[VolumeGroup], None]  # raises NoSpace or ThinPoolFull
-FindRoom = Callable[[str], VolumeGroup]  # but by evicting the template LV of that name; raises as Room
+FindRoom = Callable[[str], VolumeGroup]  # makes room, keeps the template LV of that name; raises as Room
 Make = Callable[[VolumeGroup], None]  # creates a volume; raises ThinPoolAtThreshold
 
 
@@ -55,7 +55,7 @@ class Spare:
 
 
 class CachedTemplate:
-    """The place of one template in the cache, whose lock is held."""
+    """One template and its template LV, whether it exists or not; the lock of its name is held."""
 
     def __init__(self, base: Base, policy: Policy, pause: Pause) -> None:
         self.base = base
@@ -67,7 +67,7 @@ class CachedTemplate:
             held = stack.enter_context(lock.holding(lock.disk_lock(name), pause))
             self.new_volume = NewVolume(name, policy, held, stack.pop_all(), template=base.volume_id)
         self.new_volume.begin_phase()
-        self._vg: VolumeGroup  # as `find_usable` has seen it
+        self._vg: VolumeGroup  # as `find_usable` has read it
         self._found: Template | None = None
 
     @property
@@ -76,16 +76,16 @@ class CachedTemplate:
 
     @property
     def is_there(self) -> bool:
-        """Whether there was a template LV that may be used when it was last looked for."""
+        """Whether `find_usable` has found a template LV."""
         return self._found is not None
 
     @property
     def holds(self) -> int:
-        """Bytes of data that every clone shares with it."""
+        """Bytes of data in the template LV, which every clone shares."""
         return self._found.holds if self._found else 0
 
     def find_usable(self) -> bool:
-        """Whether its template LV is there and may be used; one that may not is taken away.
+        """Whether its template LV exists and may be used; a template LV that may not be used is removed.
 
         Raises ForeignVolume, DiskBusy, CommandFailed.
         """
@@ -99,9 +99,9 @@ class CachedTemplate:
         return False
 
     def fill(self, writes: int, beside: Room) -> Target:
-        """Make the template LV; returns what to copy the base to.
+        """Make the template LV; returns the volume that the base must be copied to.
 
-        `writes` are the bytes of data in the base; `beside` asks whether there is room for the disk, too.
+        `writes`: bytes of data in the base.  `beside` raises if there is no room for the disk besides.
         Raises CacheFull, NoSpace, ThinPoolFull, ThinPoolAtThreshold and the other errors of `require_room`.
         """
         base, policy = self.base, self._policy
@@ -128,7 +128,7 @@ class CachedTemplate:
         return insisting(self._policy, make, self.name, self._pause)
 
     def _limit(self, vg: VolumeGroup, writes: int) -> None:
-        """Evict what `cache.max_size` has no room for beside the new one.  Raises CacheFull."""
+        """Evict template LVs until the new one fits into `cache.max_size`.  Raises CacheFull."""
         needed = writes if self._pool else vg.round_up(self.base.size)
         every = template.in_place(vg, self._pool)
         free = template.limit(vg, self._policy.cache, self._pool)
@@ -140,9 +140,9 @@ class CachedTemplate:
             evict(self._policy, each.name, "the cache is full", self._pause)
 
     def commit(self) -> None:
-        """The base is copied and on the device: from now on it may be used.  Nobody writes to it any more.
+        """Make the template LV ready and read-only; its copy is complete and synced.
 
-        Raises BadRequest where the volume is not the one that was made.
+        Raises BadRequest if the volume is not the one that this helper made.
         """
         vg = _read(self._policy)
         found = _find(vg, self.name)
@@ -165,18 +165,18 @@ class CachedTemplate:
         counters.copied(self.new_volume.written, self.new_volume.took)
         counters.template_miss()
 
-    # -- making a disk of it
+    # -- making a disk from it
 
     def clone(
         self, disk: NewVolume, size: int, larger: int, tags: frozenset[str], room: FindRoom
     ) -> Target | None:
-        """Make a VM's disk as a thin snapshot of it, `larger` bytes large, `size` of them the guest's view.
+        """Make a VM's disk of `larger` bytes as a thin snapshot of the template LV; `room` makes room for it.
 
-        `room` finds room for it.
-        Returns what to copy the layers above to; None if the template LV was spoiled.
+        `size` bytes of the disk are the guest's view.  Returns the volume to which the layers above the base
+        must be copied; None if the content of the template LV has changed since it was made.
         """
         found = self._found
-        assert found  # noqa: S101 (look has said so)
+        assert found  # noqa: S101 (find_usable was called)
 
         def make(vg: VolumeGroup) -> None:
             vg.create_snapshot(disk.lv_name, self.name, tags)
@@ -191,13 +191,13 @@ class CachedTemplate:
         return target
 
     def open(self, resources: ExitStack) -> Device | None:
-        """Activate it, to be read; None if it was spoiled.
+        """Activate the template LV, to be read; None if its content has changed since it was made.
 
-        It is open, and so not evicted, for as long as `resources`, at whose end it is inactive again.
+        It is kept open, so that it is not evicted, until `resources` is closed; then it is deactivated.
         """
         vg, path = self._vg, self._vg.path(self.name)
         with ExitStack() as stack:
-            stack.callback(_rest, self._policy, self.name)
+            stack.callback(_deactivate_if_unused, self._policy, self.name)
             vg.activate(self.name)
             dm_uuid = vg.dm_uuid(self.name)
             stack.callback(os.close, _open(path))
@@ -209,12 +209,12 @@ class CachedTemplate:
         return Device(path, dm_uuid)
 
     def discard(self) -> None:
-        """Take away a template LV whose content is not what was copied."""
+        """Remove a template LV whose content has changed since it was made."""
         self._discard(_read(self._policy), "its content is not what was copied")
 
     def _is_as_it_was(self, path: str) -> bool:
-        """Whether the template LV, or a new clone of it, has the content that was copied, and can be read."""
-        assert self._found  # noqa: S101 (look has said so)
+        """Whether the template LV, or a new clone of it, can be read and has the content that was copied."""
+        assert self._found  # noqa: S101 (find_usable was called)
         try:
             return self._take_sample(path) == self._found.sample
         except CommandFailed as error:
@@ -229,15 +229,15 @@ class CachedTemplate:
             raise CommandFailed(("read", path), error.errno or 0, error.strerror or str(error)) from None
 
     def mark_used(self) -> None:
-        """It is used now."""
-        assert self._found  # noqa: S101 (look has said so)
+        """Record in the tag USED that the template LV is used now."""
+        assert self._found  # noqa: S101 (find_usable was called)
         now = time.time()
         if self._found.is_used_at(now):
             return
         tag = template.used_tag(now)
         try:
             self._vg.change_tags(self.name, add={tag}, remove=self._found.used_tags - {tag})
-        except CommandFailed as error:  # it only goes earlier than it would
+        except CommandFailed as error:  # it may only be evicted earlier than otherwise
             log.problem("template LV cannot be marked as used", **self.new_volume.log_fields, why=error)
 
     def _discard(self, vg: VolumeGroup, why: str) -> None:
@@ -250,7 +250,7 @@ class CachedTemplate:
         self._found = None
 
     def close(self) -> None:
-        """Remove an unfinished template LV and let go of its lock."""
+        """Remove an unfinished template LV and release its lock."""
         self.new_volume.remove_unfinished(lambda vg: removable(vg, self.name))
         self.new_volume.release()
 
@@ -259,7 +259,7 @@ class CachedTemplate:
 
 
 def require_template(base: Base, image_id: str) -> None:
-    """Raise NoTemplate unless a block volume was made for another image than the one that stands on it."""
+    """Raise NoTemplate unless a block volume belongs to another image than `image_id`, the disk's own."""
     tags = read_tags(base.domain_id, base.volume_id, _devices(f"/dev/{base.domain_id}/{base.volume_id}"))
     images = [tag[3:] for tag in tags if tag.startswith("IU_")]
     if len(images) != 1 or images[0] == image_id:
@@ -267,9 +267,9 @@ def require_template(base: Base, image_id: str) -> None:
 
 
 def _devices(path: str) -> Iterator[str]:
-    """The devices that the volume group of an active volume may lie on: its own, and all multipath ones.
+    """The devices that an active volume's group may be on: those below the volume, and all multipath ones.
 
-    Named to LVM, so that it finds the group where it is not among the devices of this host's own.
+    LVM gets their names, because a storage domain's devices need not be in this host's devices file.
     """
     try:
         yield from device_mapper.devices_below(path)
@@ -354,7 +354,7 @@ def insisting(policy: Policy, make: Make, keep: str, pause: Pause) -> Make:
 
 
 def evict(policy: Policy, name: str, why: str, pause: Pause) -> None:
-    """Remove a template LV that nobody uses, erased as the policy says; one in use stays."""
+    """Erase (as the policy says) and remove a template LV; nothing happens if it is in use."""
     with lock.trying(lock.disk_lock(name)) as held:
         vg = _read(policy)
         found = _find(vg, name)
@@ -367,7 +367,7 @@ def evict(policy: Policy, name: str, why: str, pause: Pause) -> None:
 
 
 def remove_now(policy: Policy, vg: VolumeGroup, disk: LocalDisk, pause: Pause) -> None:
-    """Erase and remove a disk whose room is wanted now, not when gc comes, and whose lock is held.
+    """Erase and remove a disk at once, not with the next gc: its room is needed.  Its lock is held.
 
     Raises CannotDiscard before anything is changed, and the other errors of `remove_or_set_aside` and
     `removal.finish`.
@@ -380,7 +380,7 @@ def remove_now(policy: Policy, vg: VolumeGroup, disk: LocalDisk, pause: Pause) -
 
 
 def removable(vg: VolumeGroup, name: str) -> LocalDisk | None:
-    """What a template LV's name stands for, as what can be removed: it, or what was about to be set aside."""
+    """The volume with a template LV's name, as a disk to remove: the template LV, or one being set aside."""
     lv = vg.find(name)
     if lv is None:
         return None
@@ -434,8 +434,8 @@ def _find(vg: VolumeGroup, name: str) -> Template | None:
     return Template.from_lv(lv) if lv else None
 
 
-def _rest(policy: Policy, name: str) -> None:
-    """Deactivate it, unless somebody else is about to use it, or does: LVM waits 5 s for what is open."""
+def _deactivate_if_unused(policy: Policy, name: str) -> None:
+    """Deactivate a template LV unless it is in use or its lock is held: LVM waits 5 s for an open volume."""
     with contextlib.suppress(Error), lock.trying(lock.disk_lock(name)) as held:
         vg = _read(policy)
         found = _find(vg, name)
@@ -451,9 +451,10 @@ def _open(path: str) -> int:
 
 
 def _sample(path: str, size: int) -> str:
-    """32 hexadecimal digits over blocks all over the first `size` bytes of a device: 1 MiB at most is read.
+    """A digest, 32 hexadecimal digits, of blocks spread over the first `size` bytes of a device.
 
-    What has been overwritten, moved or restored in part is told from what was copied; a few bits are not.
+    At most 1 MiB is read: the digest detects a volume that was overwritten, moved or restored in part, but
+    not a few changed bits.
     """
     import hashlib  # slow to import; few disks need it
 

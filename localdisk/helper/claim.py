@@ -1,4 +1,4 @@
-"""The disk that a helper holds the lock of, and what is found of a VM's disks in the volume group."""
+"""The claimed disk, whose lock this helper holds, and the local disks of its VM in the volume group."""
 
 from __future__ import annotations
 
@@ -25,51 +25,50 @@ from localdisk.volumes.removal import remove_or_set_aside
 
 @frozen
 class Claim:
-    """The disk that this helper holds the lock of."""
+    """The disk whose lock this helper holds; one hook run claims one disk after the other."""
 
     vm_id: str
     image_id: str
     volume_id: str
     policy: Policy
-    found: LocalDisk | None  # as it was when last looked at; only the lock's holder changes it
-    vg: VolumeGroup
+    found: LocalDisk | None  # the local disk in `vg`, if there is one; only the lock's holder changes it
+    vg: VolumeGroup  # as it was last read
     new_volume: NewVolume
-    resources: ExitStack  # of `new_volume`
-    # This VM's other local disks of the image, whose locks are held; None: nobody has looked for them yet.
-    others: tuple[LocalDisk, ...] | None = None
-    replaced: Replaced | None = None  # by the disk that is made
-    wanted: tuple[int, int] = (0, 0)  # bytes of the disk, and of data written to it, as last asked for
+    resources: ExitStack  # holds the locks; `new_volume.release` closes it
+    others: tuple[LocalDisk, ...] | None = None  # see `with_others`; None: not looked for yet
+    replaced: Replaced | None = None  # the kept disks that the new disk replaces
+    wanted: tuple[int, int] = (0, 0)  # bytes: size of the new disk with its margin; data that it will hold
 
     def find(self, vg: VolumeGroup) -> LocalDisk | None:
-        """This disk now.  Raises ForeignVolume, OtherOwner."""
+        """The claimed disk as `vg` shows it, None if there is none.  Raises ForeignVolume, OtherOwner."""
         return find(vg, self.vm_id, self.image_id, self.volume_id)
 
     @property
     def disks(self) -> tuple[LocalDisk, ...]:
-        """All local disks that this VM has of the image."""
+        """All known local disks that this VM has of the image."""
         return (*((self.found,) if self.found else ()), *(self.others or ()))
 
     def require_room(self, vg: VolumeGroup) -> None:
-        """Raises as `disk.require_room` if there is none for what is wanted."""
+        """Raise as `disk.require_room` if `vg` has no room for the wanted disk."""
         local_disk.require_room(vg, self.policy, *self.wanted)
 
     def find_room(self, spares: Sequence[Spare], pause: Pause, keep: str = "") -> VolumeGroup:
-        """The group with room for what is wanted, and its name free; as `cache.with_room`."""
+        """Make room for the wanted disk as `cache.with_room` does, and free its name; returns the group."""
         vg = cache.with_room(self.policy, self.require_room, keep, pause, spares)
         if self.replaced:
             self.replaced.free_name(vg, self.volume_id)
         return vg
 
     def replacing(self, disks: Sequence[LocalDisk], pause: Pause) -> Replaced:
-        """These disks of the claim as disks that a start replaces."""
+        """These disks of the claim, to be replaced by the disk of this start."""
         return Replaced(disks, self.vg, self.policy, pause, self.resources)
 
 
 def with_others(claim: Claim, pause: Pause) -> Claim:
-    """The claim, with this VM's other local disks of its image locked and looked at again.
+    """The claim with `others`: this VM's other local disks of the image, locked and then read again.
 
-    They are copies of what was the image's leaf before a snapshot was made or removed, or were given another
-    name by a start that was to replace them.
+    Such a disk is a copy of the volume that was the image's leaf before a snapshot was made or removed; or a
+    start that did not end has renamed it, to replace it (`replaced.py`).
     """
     if claim.others is not None:
         return claim
@@ -81,11 +80,11 @@ def with_others(claim: Claim, pause: Pause) -> Claim:
     return replace(claim, vg=vg, found=claim.find(vg), others=others)
 
 
-def without(claim: Claim, removed: Sequence[LocalDisk], pause: Pause) -> Claim:
-    """The claim once these disks of it, which nobody keeps, were removed."""
+def remove_old_copies(claim: Claim, removed: Sequence[LocalDisk], pause: Pause) -> Claim:
+    """Remove these disks of the claim, which the policy does not keep; returns the claim without them."""
     if not removed:
         return claim
-    vg = claim.vg if claim.others else read(claim.policy)  # with others, it was read again just now
+    vg = claim.vg if claim.others else read(claim.policy)  # if there are others, it was read just now
     claim.find(vg)
     now = {disk.lv.lv_uuid: disk for disk in local_disk.local_disks(vg)}
     for disk in filter(None, (now.get(disk.lv.lv_uuid) for disk in removed)):
@@ -95,14 +94,17 @@ def without(claim: Claim, removed: Sequence[LocalDisk], pause: Pause) -> Claim:
     return replace(claim, found=None if claim.found in removed else claim.found, others=others)
 
 
-def running(
+def in_use(
     asked: libvirt.Question, vg: VolumeGroup, found: LocalDisk | None, vm_id: str, volume_id: str
 ) -> tuple[bool, str]:
-    """Whether the disk is left as it is, and the path of the local disk that the VM runs from already.
+    """Whether to leave the disk's description as it is; and the local path if the VM runs from it already.
 
-    `asked` is `libvirt.ask_state`, begun while the disk's lock was held.
-    vdsm, restarted, recovers VMs by the same hook points, those that run and those that have run and are shut
-    off; nothing of theirs may change.  Raises LibvirtSilent, VmRuns.
+    (False, "") means: the VM is being started, prepare its disk.
+
+    A vdsm that was restarted calls the same hook points to recover VMs: VMs that run, and VMs that ran and
+    are shut off.  No disk of such a VM may change.
+    `asked` is the question of `libvirt.ask_state`, asked while the disk's lock was held.
+    Raises LibvirtSilent, VmRuns.
     """
     found = None if found is not None and found.is_aside else found
     is_open = found is not None and found.is_open
@@ -111,7 +113,7 @@ def running(
     except LibvirtSilent:
         if not is_open:
             raise
-        state = DomainState.ACTIVE  # nothing says otherwise: an open disk is in use
+        state = DomainState.ACTIVE  # the disk is open: without an answer we assume that the VM runs
     if state in (DomainState.UNKNOWN, DomainState.PLACEHOLDER):
         return False, ""
     if state is DomainState.SHUT_OFF:
@@ -127,18 +129,18 @@ def running(
     return True, ""
 
 
-# -- looking
+# -- reading the volume group
 
 
 def read(policy: Policy) -> VolumeGroup:
-    """The volume group of a policy, as it is now."""
+    """Read the volume group of a policy."""
     return VolumeGroup.read(policy.volume_group, policy.devices)
 
 
 def find(vg: VolumeGroup, vm_id: str, image_id: str, volume_id: str) -> LocalDisk | None:
-    """This VM's local disk of that name, None if there is no such volume.
+    """The VM's local disk with the name `volume_id`, None if there is no logical volume of this name.
 
-    Raises ForeignVolume, OtherOwner: another's volume is never handed out.
+    Raises ForeignVolume if the volume is not a local disk, OtherOwner if it is another VM's or image's.
     """
     lv = vg.find(volume_id)
     if lv is None:
@@ -156,7 +158,7 @@ def of_vm(vg: VolumeGroup, vm_id: str) -> list[LocalDisk]:
 
 
 def look_at(vg: VolumeGroup, policy: Policy, vm_id: str, disk: DiskIds) -> Looked:
-    """How the local copy of a disk is; nothing is locked or changed.  Raises as `find`."""
+    """Whether a disk has a local copy, and its state; nothing is locked or changed.  Raises as `find`."""
     is_local = policy.is_local(disk.image_id)
     found = find(vg, vm_id, disk.image_id, disk.volume_id) if is_local else None
     return Looked(
@@ -169,6 +171,6 @@ def look_at(vg: VolumeGroup, policy: Policy, vm_id: str, disk: DiskIds) -> Looke
 
 
 def _others(claim: Claim, vg: VolumeGroup) -> list[LocalDisk]:
-    """This VM's local disks of the claimed image that have another name than the claimed one."""
+    """This VM's local disks of the claimed image, without the claimed disk itself."""
     disks = (disk for disk in of_vm(vg, claim.vm_id) if disk.image_id == claim.image_id)
     return [disk for disk in disks if disk.volume_id != claim.volume_id]

@@ -1,7 +1,7 @@
-"""A logical volume that a helper makes: its lock, its turn to copy, its space, its progress, its end.
+"""A logical volume while a helper makes it: lock, turn to copy, space, progress, end.
 
-Local disks and template LVs are made the same way: under the lock of their name, UPDATING from the commit
-that creates them to the one that says that the copy is complete.
+Local disks and template LVs are made the same way, under the lock of their name.  The LVM commit that creates
+the volume adds the tag UPDATING; the commit after the complete copy removes it.
 """
 
 from __future__ import annotations
@@ -25,40 +25,40 @@ from localdisk.volumes.removal import remove_or_set_aside
 
 
 class NewVolume:
-    """One volume of the name whose lock is held, for a disk of a VM or for a template."""
+    """One volume, for a disk of a VM or for a template; the lock of its name is held."""
 
     def __init__(
         self, lv_name: str, policy: Policy, held: lock.Lock, resources: ExitStack, **ids: str
     ) -> None:
-        """`resources` has the lock; `ids` are those of Progress: vm and image, or template."""
+        """`resources` holds the lock; `ids` are fields of `Progress`: vm and image, or template."""
         self.lv_name = lv_name
         self.policy = policy
         self._ids = ids
         self._lock = held
         self._resources = resources
         self._turn = resources.enter_context(ExitStack())
-        self._ticket = ""  # of our turn
+        self._ticket = ""  # the lock file of the turn
         self._moved = 0.0  # when the copy last made progress, time.monotonic()
-        self._dm_uuid = ""  # of the unfinished volume that we made, "?" while it is being made
-        self._began = 0.0  # to copy, time.monotonic()
+        self._dm_uuid = ""  # of the unfinished volume that we made, "?" while LVM makes it
+        self._began = 0.0  # when the copy began, time.monotonic()
         self._progress: Progress | None = None
-        self._is_unwritable = False  # it could not be written once
+        self._is_unwritable = False  # writing the progress has failed before
 
     @property
     def log_fields(self) -> Mapping[str, str]:
-        """What the log calls it."""
+        """The volume and its owner, for the log."""
         if "template" in self._ids:
             return {"template": self._ids["template"], "lv": self.lv_name}
         return {"vm": self._ids["vm"], "disk": self.lv_name}
 
     @property
     def is_made(self) -> bool:
-        """Whether there is an unfinished volume, or may be."""
+        """Whether an unfinished volume exists, or may exist."""
         return bool(self._dm_uuid)
 
     @property
     def written(self) -> int:
-        """Bytes so far."""
+        """Bytes that the copy has written so far."""
         return self._progress.written if self._progress else 0
 
     @property
@@ -67,7 +67,7 @@ class NewVolume:
         return max(time.monotonic() - self._began, 0.001)
 
     def begin_phase(self, phase: str = PREPARING, size: int = 0) -> None:
-        """Say to whoever reads the lock that this phase begins now; `size` in bytes of the guest's view."""
+        """Write into the lock file that this phase begins now; `size` in bytes of the guest's view."""
         now = int(time.time())
         vm_id, image_id, template = (self._ids.get(name, "") for name in ("vm", "image", "template"))
         self._write(Progress(vm_id, image_id, phase, now, now, size, template=template))
@@ -80,11 +80,11 @@ class NewVolume:
     def make(
         self, pause: Pause, room: Callable[[], VolumeGroup], make: Callable[[VolumeGroup], None]
     ) -> VolumeGroup:
-        """Make the volume; returns the group that `room` has seen.
+        """Make the volume; returns the volume group as `room` has read it.
 
-        `room` looks at the volume group and raises where there is none; `make` creates the volume.
+        `room` reads the volume group and raises if it has no room; `make` creates the volume.
         """
-        # Asking for room and taking it is one step on this host.
+        # One lock for both: no other process of this host takes the room after it was found.
         with lock.holding(os.path.join(lock.RUN, "space.lock"), pause):
             vg = room()
             self._dm_uuid = "?"
@@ -95,9 +95,9 @@ class NewVolume:
     def create(
         self, size: int, pause: Pause, room: Callable[[], VolumeGroup], make: Callable[[VolumeGroup], None]
     ) -> Target:
-        """Make the volume; returns where it is and how it is to be filled.
+        """Make the volume and begin the copy; returns where the volume is and how the hook must fill it.
 
-        `room` and `make` are those of `make`.
+        `room` and `make` are as for `make`.
         """
         vg = self.make(pause, room, make)
         self._began = self._moved = time.monotonic()
@@ -108,13 +108,13 @@ class NewVolume:
             path=vg.path(self.lv_name),
             dm_uuid=self._dm_uuid,
             zeroed=self.policy.backend == "lvmthin",
-            # The limit is the host's: each of the copies that may run at once gets its share.
+            # `copy.bandwidth` is for the whole host: each of the copies that may run at once gets its share.
             bandwidth=max(1, bandwidth // self.policy.copy.parallel) if bandwidth else None,
             nice=self.policy.copy.nice,
         )
 
     def report_progress(self, done: int, written: int) -> None:
-        """The copy has come so far, in bytes of the guest's view and of the volume."""
+        """Record the progress: `done` bytes of the guest's view, `written` bytes written to the volume."""
         old = self._progress
         assert old  # noqa: S101 (since the volume was made)
         now = replace(old, at=int(time.time()), done=min(done, old.size), written=written)
@@ -136,9 +136,9 @@ class NewVolume:
         return self._progress is not None and self._progress.phase == STALLED
 
     def look_after_turn(self) -> None:
-        """Give the turn back if the copy has made no progress for `copy.stall`; it is not ended.
+        """If the copy has made no progress for `copy.stall`, give its turn to another copy; do not end it.
 
-        What it waits for, storage that hangs, is no reason for others to wait.
+        Its storage hangs; copies from other storage need not wait for that.
         """
         old, stall = self._progress, self.policy.copy.stall
         if old is None or old.phase != COPYING or not (self.is_made and stall):
@@ -151,33 +151,33 @@ class NewVolume:
             log.problem("copy stalls, its turn is given back", **self.log_fields, since=since, **self.speed())
 
     def _resumed(self, now: Progress) -> Progress:
-        """The copy makes progress again: it counts as one that has a turn, and does not wait for it.
+        """The copy makes progress again: it counts as a copy with a turn, and need not wait for a turn again.
 
-        Its bytes flow already, and its VM has waited for its turn once; those that come later wait for it.
+        It is copying already, and has waited for its turn once; later copies wait for it.
         """
         self._turn.enter_context(lock.holding(self._ticket, time.sleep))
-        log.event("copy goes on", **self.log_fields)
+        log.event("copy continues", **self.log_fields)
         return replace(now, phase=COPYING)
 
     def speed(self) -> dict[str, str]:
-        """For the log."""
+        """Bytes written, time and rate of the copy, for the log."""
         rate = f"{format_size(int(self.written / self.took))}/s"
         return {"bytes": str(self.written), "took": f"{self.took:.1f}s", "rate": rate}
 
     def is_ours(self, vg: VolumeGroup, lv: LogicalVolume) -> bool:
-        """Whether `lv` is the very volume that we made."""
+        """Whether `lv` is the volume that we made, not another volume of the same name."""
         made = "LVM-" + (vg.vg_uuid + lv.lv_uuid).replace("-", "")
         return self._dm_uuid in (made, "?")
 
     def end_turn(self) -> None:
-        """The volume is complete, others may copy; the lock stays held."""
+        """The volume is complete or removed: let others copy.  The lock is kept."""
         self._dm_uuid = ""
         self._turn.close()
 
     def remove_unfinished(self, find: Callable[[VolumeGroup], LocalDisk | None]) -> None:
-        """Remove what we made and did not finish, others may copy; what cannot be removed now is gc's.
+        """Remove the unfinished volume, if there is one, and let others copy.  The lock is kept.
 
-        `find` looks for the volume as something that can be removed.  The lock stays held.
+        `find` finds the volume in the group.  If it cannot be removed now, gc removes it later.
         """
         if self.is_made:
             try:
@@ -192,11 +192,11 @@ class NewVolume:
         self.end_turn()
 
     def release(self) -> None:
-        """Let go of the lock."""
+        """Release the lock."""
         self._resources.close()
 
     def _write(self, progress: Progress) -> None:
-        """A record that cannot be written refuses nothing."""
+        """Write the progress into the lock file; a failure is logged once and refuses nothing."""
         self._progress = progress
         try:
             self._lock.write(progress.as_text())

@@ -1,8 +1,9 @@
-"""The privileged half as a process: what root runs for the hook, through sudo.
+"""The helper as a process: root runs it for the hook, through sudo.
 
-The hook (user vdsm) starts one `localdisk helper` and sends JSON lines on its standard input; each is
-answered by one JSON line on standard output.  `protocol.py` has the lines, `session.py` what is done.  When
-standard input ends, or a signal comes, before the copy was committed, the unfinished disk is removed.
+The hook (user vdsm) starts one `localdisk helper` and sends JSON lines to its standard input; the helper
+answers each with one JSON line on standard output.  `protocol.py` describes the lines, `session.py` does what
+they request.  If standard input ends, or a signal comes, before a copy was committed, the unfinished volume
+is removed.
 """
 
 from __future__ import annotations
@@ -26,15 +27,15 @@ if TYPE_CHECKING:
     from localdisk.helper.session import Answer
 
 
-CANCELLED = signal.SIGUSR1  # to the hook: its VM was powered off
+CANCELLED = signal.SIGUSR1  # sent to the hook if its VM was powered off
 
 
 class Ended(Exception):
-    """The hook is gone or we were told to end."""
+    """The hook has ended, or a signal tells this process to end."""
 
 
 def main(load: Callable[[], Config]) -> int:
-    """Serve requests from standard input until it ends.  `load` reads the configuration."""
+    """Serve requests until standard input ends; returns the exit code.  `load` reads the configuration."""
     hook = Hook()
     session: Session | None = None
     try:
@@ -55,10 +56,9 @@ def main(load: Callable[[], Config]) -> int:
 
 
 class Hook:
-    """The process at the other end of standard input and output.
+    """The hook: the process at the other end of standard input and output.
 
-    A signal does not interrupt: it makes the next wait raise Ended, so that a change that has begun is
-    carried through.
+    A signal does not interrupt a change: only the next wait raises Ended.
     """
 
     def __init__(self) -> None:
@@ -72,9 +72,9 @@ class Hook:
         self._buffer = b""
 
     def lines(self) -> Iterator[bytes]:
-        """Each request, one line.  Ends with the input; raises Ended on a signal, BadRequest if too long.
+        """The requests, a line each, until the input ends.  Raises Ended on a signal, BadRequest if too long.
 
-        The hook is told once if its VM is powered off while it works.
+        If its VM is powered off while the hook works, the hook gets one signal.
         """
         while True:
             line, newline, rest = self._buffer.partition(b"\n")
@@ -87,11 +87,11 @@ class Hook:
                 return
             if more is None and self.session:
                 self.session.look_after_copy()
-                if self.session.must_tell:
-                    self._tell()
+                if self.session.must_end_hook:
+                    self._end_hook()
 
-    def _tell(self) -> None:
-        """End the hook, whatever it does: its VM was powered off."""
+    def _end_hook(self) -> None:
+        """Send the hook the signal that ends it: its VM was powered off."""
         if self._process is not None:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._process, CANCELLED)
@@ -99,7 +99,7 @@ class Hook:
             self._process = None
 
     def pause(self, seconds: float) -> None:
-        """Wait; raises Ended when the hook goes away meanwhile."""
+        """Wait; raises Ended if the hook ends meanwhile."""
         deadline = time.monotonic() + seconds
         while (left := deadline - time.monotonic()) > 0:
             if self._read_more(left) is False:
@@ -124,10 +124,10 @@ class Hook:
 
 
 def _parent() -> int | None:
-    """A descriptor of the hook's process, None if that is not our parent.
+    """A descriptor of the hook's process, None if the hook is not our parent.
 
-    sudo has become us; if it stays between, it has another user than who called it, and the hook only learns
-    from our next answer that it is cancelled.
+    Usually sudo executes the helper in its own place.  If sudo stays as our parent, it does not have the user
+    that called it, and the hook only learns from our next answer that its start is cancelled.
     """
     pid = os.getppid()
     try:
@@ -135,6 +135,6 @@ def _parent() -> int | None:
         if str(os.stat(f"/proc/{pid}").st_uid) == os.environ.get("SUDO_UID") and os.getppid() == pid:
             return fd
         os.close(fd)
-    except (AttributeError, OSError):  # a Python or kernel without it
+    except (AttributeError, OSError):  # this Python or kernel has no pidfd_open
         pass
     return None

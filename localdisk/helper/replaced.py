@@ -1,8 +1,8 @@
-"""Kept disks that a start replaces: they stay until the new disk is complete, or until their room is needed.
+"""Kept disks that a start replaces: removed when the new disk is complete, or if it needs their room.
 
-A kept disk may have the name that the new disk gets.  Then it gets another name just before the new disk is
-made: what says whose it is, and what it was copied from, is in its tags, and a start looks for kept disks by
-their image.  So whatever is killed before the new disk is complete, the next start finds the kept disk.
+If a kept disk has the name that the new disk gets, it is renamed just before the new disk is made.  Its owner
+and its source are in its tags, and a start looks for kept disks by their image.  So if a process is killed
+before the new disk is complete, the next start finds the kept disk.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from localdisk.volumes.removal import remove_or_set_aside
 
 
 class Replaced:
-    """Kept disks of one image, whose locks are held by `resources`."""
+    """Kept disks of one image; `resources` holds their locks."""
 
     def __init__(
         self,
@@ -36,13 +36,13 @@ class Replaced:
         resources: ExitStack,
     ) -> None:
         self._disks = disks
-        self._vg = vg  # in which they were found
+        self._vg = vg  # as it was when they were found
         self._policy = policy
         self._pause = pause
         self._resources = resources
 
     def free_name(self, vg: VolumeGroup, name: str) -> None:
-        """Give another name to the one that has this name, if one has it.  Raises DependentVolumes."""
+        """If one of the kept disks has this name, rename it.  Raises DependentVolumes."""
         for disk in self._disks:
             lv = vg.find(name)
             if lv and lv.lv_uuid == disk.lv.lv_uuid:
@@ -54,7 +54,7 @@ class Replaced:
 
     @property
     def spares(self) -> tuple[Spare, ...]:
-        """What can be removed for room, if there is none otherwise."""
+        """Those of the kept disks that can be removed to make room for the new disk."""
         pool = self._policy.thin_pool if self._policy.backend == "lvmthin" else ""
         in_place = [disk for disk in self._disks if disk.lv.pool_lv == pool]
         return tuple(
@@ -62,7 +62,7 @@ class Replaced:
         )
 
     def remove(self) -> None:
-        """The new disk is complete.  What cannot be removed is left to the next start, or to gc."""
+        """Remove them: the new disk is complete.  A failure is logged; the next start or gc tries again."""
         for disk in self._disks:
             try:
                 for vg, found in self._found(disk):
@@ -77,7 +77,7 @@ class Replaced:
             log.event("kept disk removed before the copy, for room", vm=found.vm_id, disk=found.volume_id)
 
     def _found(self, disk: LocalDisk) -> Iterator[tuple[VolumeGroup, LocalDisk]]:
-        """The disk as it is now, under whatever name, with its group; nothing if it is not there any more."""
+        """The disk as it is now, under its present name, with its group; nothing if it no longer exists."""
         vg = VolumeGroup.read(self._policy.volume_group, self._policy.devices)
         for lv in vg.lvs:
             found = LocalDisk.from_lv(lv) if lv.lv_uuid == disk.lv.lv_uuid else None
@@ -86,9 +86,9 @@ class Replaced:
 
 
 def _takes(vg: VolumeGroup, lv: LogicalVolume) -> int:
-    """Bytes of the group or of the thin pool that are free once it is removed, as far as LVM reports them.
+    """Bytes of the group or thin pool that the removal of `lv` would free, as far as LVM reports them.
 
-    What a thin volume may have in common with the template LV that it started from stays with that.
+    Blocks that a thin volume may share with the template LV that it started from are not counted.
     """
     if not lv.pool_lv:
         return lv.lv_size

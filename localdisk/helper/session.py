@@ -1,9 +1,9 @@
-"""The privileged half: what root does for the hook, and nothing else.
+"""One hook run as the helper serves it: one method for each request.
 
-`protocol.py` has the requests and answers.  Everything that a request does not say is decided here from the
-root-owned configuration: names, volume group, pool, sizes, tags.  The tags are read again, under the disk's
-lock, before every change.  `process.py` is the process around it; `start.py`, `start_from_template.py` and
-`stop.py` do what is asked.
+`protocol.py` has the requests and answers.  A request has UUIDs and numbers; names, volume group, thin pool,
+sizes and tags are decided here from the root-owned configuration.  Before every change, the tags are read
+again under the disk's lock.  `process.py` reads the requests and writes the answers; `start.py`,
+`start_from_template.py` and `stop.py` do the work.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ if TYPE_CHECKING:
 
 
 class Session:
-    """One hook run.  `requests` are served in order; `close` removes what is unfinished."""
+    """One hook run.  `serve` serves its requests in order; `close` removes an unfinished volume."""
 
     def __init__(self, config: Config, pause: lock.Pause) -> None:
         self._config = config
         self._hook_pause = pause
-        self._starting = ""  # the VM whose disk is claimed, or is to be
-        self._is_told = False  # the hook, that this VM was powered off
+        self._starting = ""  # the VM whose disk is claimed, or whose lock is waited for
+        self._is_hook_told = False  # whether the hook knows that this VM was powered off
         self._claim: Claim | None = None
         self._trial: Trial | None = None
         self._template = TemplateInUse()
@@ -60,7 +60,7 @@ class Session:
         }
 
     def serve(self, line: bytes) -> Answer:
-        """The answer to one request.  A refused request ends the claim and removes what is unfinished."""
+        """The answer to one request.  A refused request ends the claim and removes an unfinished volume."""
         request: object = None
         try:
             request = protocol.read_request(line)
@@ -69,25 +69,25 @@ class Session:
         except StartCancelled as error:
             return self._cancelled(error)
         except Error as error:
-            who = self._who() or _asked(request)
+            fields = self._log_fields() or _fields_of(request)
             self.close()
-            if not isinstance(request, protocol.TRIALS):  # no VM was refused
-                log.problem("refused", **who, why=error)
+            if not isinstance(request, protocol.TRIALS):  # a trial of `check` refuses no VM
+                log.problem("refused", **fields, why=error)
                 counters.failed(error)
             return {"error": str(error)}
 
     def end(self) -> None:
-        """The hook has ended; what it has claimed and not completed, it has given up."""
+        """The hook has ended: log what it had begun and not completed, and remove an unfinished volume."""
         cached = self._template.cached
         if self.is_cancelled():
-            log.event("start broken off, the VM was powered off", **self._who())
+            log.event("start broken off, the VM was powered off", **self._log_fields())
         elif self._claim or (cached and cached.new_volume.is_made):
-            log.problem("start broken off" if self._claim else "prefetch broken off", **self._who())
+            log.problem("start broken off" if self._claim else "prefetch broken off", **self._log_fields())
             counters.failed("copy_broken_off" if self._made() else "preparation_broken_off")
         self.close()
 
     def close(self) -> None:
-        """Remove what is unfinished, if anything, and let go of all locks."""
+        """Remove an unfinished volume, if there is one, and release all locks."""
         claim, self._claim = self._claim, None
         trial, self._trial = self._trial, None
         self._starting = ""
@@ -99,16 +99,16 @@ class Session:
             claim.new_volume.release()
 
     def is_cancelled(self) -> bool:
-        """Whether the VM whose disk is claimed, or waited for, was powered off."""
+        """Whether the VM was powered off whose disk is claimed, or whose lock is waited for."""
         return bool(self._starting) and cancel.is_cancelled(self._starting)
 
     @property
-    def must_tell(self) -> bool:
-        """Whether the hook does not know yet that its VM was powered off."""
-        return not self._is_told and self.is_cancelled()
+    def must_end_hook(self) -> bool:
+        """Whether its VM was powered off and the hook does not know yet."""
+        return not self._is_hook_told and self.is_cancelled()
 
     def look_after_copy(self) -> None:
-        """To be called now and then while the hook copies and says nothing."""
+        """Detect a copy that stalls; called again and again while the hook sends nothing."""
         new_volume = self._made()
         if new_volume:
             new_volume.look_after_turn()
@@ -118,35 +118,35 @@ class Session:
             raise StartCancelled(vm=self._starting)
 
     def _pause(self, seconds: float) -> None:
-        """Wait; raises StartCancelled, and whatever the hook's end raises."""
+        """Wait.  Raises StartCancelled, and what `Hook.pause` of `process.py` raises."""
         self._require_wanted()
         self._hook_pause(seconds)
 
     def _cancelled(self, error: StartCancelled) -> Answer:
         """The answer to a hook whose VM was powered off.
 
-        A hook that copies has the volume open until it has read this; what it leaves is removed at its end.
+        A hook that copies has the volume open until it reads this answer: `end` removes the volume.
         """
-        self._is_told = True
+        self._is_hook_told = True
         if not self._made():
             log.event("start ended, the VM was powered off", vm=error.fields["vm"])
             self.close()
         return {"error": str(error)}
 
     def _made(self) -> NewVolume | None:
-        """What is being made."""
+        """The volume that is unfinished, None if there is none."""
         cached, claim = self._template.cached, self._claim
         if cached and cached.new_volume.is_made:
             return cached.new_volume
         return claim.new_volume if claim and claim.new_volume.is_made else None
 
-    def _who(self) -> Mapping[str, str]:
-        """Whom this is about, for the log."""
+    def _log_fields(self) -> Mapping[str, str]:
+        """The VM and disk, or the template, for the log; empty if no disk or template is locked."""
         if self._claim:
             return self._claim.new_volume.log_fields
         return self._template.cached.new_volume.log_fields if self._template.cached else {}
 
-    # -- verbs
+    # -- one method for each request
 
     def _look(self, request: protocol.Look) -> Looks:
         policy = self._policy(request)
@@ -168,12 +168,12 @@ class Session:
             stale.mark(self._config, vm_id, doubted, self._pause)
         with ExitStack() as stack:
             held = stack.enter_context(lock.holding(lock.disk_lock(volume_id), self._pause))
-            asked = libvirt.ask_state(vm_id)  # it answers while LVM is read
+            asked = libvirt.ask_state(vm_id)  # virsh runs while LVM is read
             vg = claims.read(policy)
             log_filling(vg)
             found = claims.find(vg, vm_id, request.image_id, volume_id)
-            stays, path = claims.running(asked, vg, found, vm_id, volume_id)
-            if not (stays or path):  # else there is nothing to prepare
+            stays, path = claims.in_use(asked, vg, found, vm_id, volume_id)
+            if not (stays or path):  # otherwise there is nothing to prepare
                 resources = stack.pop_all()
                 new_volume = NewVolume(volume_id, policy, held, resources, vm=vm_id, image=request.image_id)
                 self._claim = Claim(
@@ -275,7 +275,7 @@ class Session:
     # -- steps
 
     def _policy(self, request: Any) -> Policy:
-        """Of the VM and the value of its custom property that a request names."""
+        """The policy of the VM and custom property that a request names."""
         return self._config.policy(request.vm_id, request.property_value)
 
     def _unfilled_claim(self) -> Claim:
@@ -290,7 +290,7 @@ class Session:
         return new_volume
 
 
-def _asked(request: object) -> dict[str, str]:
-    """Who asks, if nothing is claimed yet, for the log."""
-    told = {"vm": getattr(request, "vm_id", ""), "disk": getattr(request, "volume_id", "")}
-    return {name: value for name, value in told.items() if value}
+def _fields_of(request: object) -> dict[str, str]:
+    """The VM and disk that a request names, for the log."""
+    named = {"vm": getattr(request, "vm_id", ""), "disk": getattr(request, "volume_id", "")}
+    return {name: value for name, value in named.items() if value}

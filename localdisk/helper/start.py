@@ -1,6 +1,6 @@
-"""What a start does with the claimed disk: take a kept disk back, or make a new one, then make it ready.
+"""What a start does with the claimed disk: use a kept disk again, or make a new disk and make it ready.
 
-Each function takes a frozen claim and returns what it has become.
+A claim is frozen: a function that changes the disk returns a new claim.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from localdisk.volumes.lvm import VolumeGroup
 
 
 def plan(claim: Claim, request: Prepare, pause: Pause) -> tuple[Claim, LocalDisk | None]:
-    """The claim once what nobody keeps was removed, and the kept disk that the start uses, if there is one.
+    """Plan the start (`disk.plan_start`), and remove the copies that the policy does not keep.
 
-    Raises SourceChanged and whatever else `disk.plan_start` refuses.
+    Returns the claim, and the kept disk that the start uses again, None if a new disk must be made.
+    Raises SourceChanged and the other errors of `disk.plan_start`.
     """
     claim = claims.with_others(claim, pause)
     claim.vg.require_usable()
@@ -35,14 +36,14 @@ def plan(claim: Claim, request: Prepare, pause: Pause) -> tuple[Claim, LocalDisk
         planned = local_disk.plan_start(claim.disks, wanted, claim.policy.retention, claim.vg.vg_name)
     except DiskBusy as error:
         raise holders.busy(error) from None
-    claim = claims.without(claim, planned.remove, pause)
+    claim = claims.remove_old_copies(claim, planned.remove, pause)
     with_margin = request.size + claim.policy.margins.disk.of(request.size)
     replaced = claim.replacing(planned.replace, pause)
     return replace(claim, wanted=(with_margin, request.writes), replaced=replaced), planned.reuse
 
 
 def reuse(claim: Claim, found: LocalDisk, fingerprint: str, pause: Pause) -> Prepared:
-    """Take a kept disk back: give it the claimed name, activate it, remove what it replaces."""
+    """Use a kept disk again: give it the claimed name, activate it, remove the disks that it replaces."""
     vg, name = claim.vg, claim.volume_id
     if found.volume_id != name:
         claim.replacing(claim.disks, pause).free_name(vg, name)
@@ -56,17 +57,17 @@ def reuse(claim: Claim, found: LocalDisk, fingerprint: str, pause: Pause) -> Pre
         vg.change_tags(name, add=missing, remove=found.idle_tags)
     try:
         vg.activate(name)
-        vg.dm_uuid(name)  # raises if the node is not there, or not the volume's
+        vg.dm_uuid(name)  # raises if the device node is missing, or is another volume's
     except Error:
         _keep_as_it_was(vg, name, found)
         raise
-    log.event("kept disk taken back", **claim.new_volume.log_fields)
+    log.event("kept disk used again", **claim.new_volume.log_fields)
     _remove_replaced(claim.replaced)
     return Prepared(How.KEPT, vg.path(name))
 
 
 def create(claim: Claim, request: Prepare, spares: Sequence[Spare], pause: Pause) -> Target:
-    """Make the claimed disk, and wait for a turn to copy before; `spares` are removed if there is no room."""
+    """Wait for a turn to copy, then make the claimed disk; if there is no room, `spares` are removed."""
     policy, (with_margin, writes) = claim.policy, claim.wanted
     tags = local_disk.new_tags(claim.vm_id, claim.image_id, request.fingerprint, writes)
 
@@ -82,9 +83,9 @@ def create(claim: Claim, request: Prepare, spares: Sequence[Spare], pause: Pause
 
 
 def make_ready(claim: Claim) -> None:
-    """The copy is complete and on the device: one LVM command makes the disk ready.
+    """Make the disk ready with one LVM command; its copy is complete and synced.
 
-    Raises BadRequest if the volume is not the one that was made, VmForgotten.
+    Raises VmForgotten, and BadRequest if the volume is not the one that this helper made.
     """
     asked = libvirt.ask_domains()
     vg = claims.read(claim.policy)
@@ -98,7 +99,7 @@ def make_ready(claim: Claim) -> None:
 
 
 def finish(claim: Claim) -> None:
-    """The disk is ready: remove the kept disks that it replaces, and let go of all locks."""
+    """The disk is ready: remove the kept disks that it replaces, and release all locks."""
     new_volume = claim.new_volume
     new_volume.end_turn()
     log.event("disk ready", **new_volume.log_fields, **new_volume.speed())
@@ -118,19 +119,19 @@ def _keep_as_it_was(vg: VolumeGroup, name: str, found: LocalDisk) -> None:
     try:
         if found.idle_tags:
             vg.change_tags(name, add=found.idle_tags)
-        if not found.lv.dependents:  # LVM deactivates snapshots along with what they are of
+        if not found.lv.dependents:  # LVM would deactivate its snapshots, too
             vg.deactivate(name)
     except Error as error:
         log.problem("kept disk is left to gc", disk=name, why=error)
 
 
 def _require_known(asked: libvirt.Question, claim: Claim) -> None:
-    """Raise VmForgotten if libvirt knows the VM of a claim no longer: it was powered off, and none starts."""
+    """Raise VmForgotten if libvirt no longer knows the VM of a claim: it was powered off during the copy."""
     try:
         known = libvirt.read_domains(asked.text()).known
     except LibvirtSilent as error:
         log.problem(
-            "libvirt is not asked whether the VM still starts", **claim.new_volume.log_fields, why=error
+            "libvirt cannot be asked whether the VM still starts", **claim.new_volume.log_fields, why=error
         )
         return
     if claim.vm_id not in known:

@@ -1,6 +1,6 @@
-"""Makes the claimed disk from the local copy of its template, and makes that copy.
+"""Makes the claimed disk from a template LV, the local copy of its template's volume; makes the template LV.
 
-On any doubt the cache is bypassed and the whole chain is copied: the answer is `uncached`.
+On any doubt the cache is bypassed: the answer is `uncached`, and the hook copies the whole chain.
 """
 
 from __future__ import annotations
@@ -20,25 +20,28 @@ from localdisk.volumes import disk as local_disk
 
 
 class TemplateInUse:
-    """The template whose lock this helper holds: the one that a start uses, or that is prefetched; if any."""
+    """The template, if any, whose lock this helper holds, for a start or for `prefetch`."""
 
     def __init__(self) -> None:
         self.cached: CachedTemplate | None = None
 
     def take(self, base: Base, policy: Policy, pause: Pause) -> CachedTemplate:
-        """Hold the lock of this template."""
+        """Wait for the lock of this template, and hold it."""
         self.cached = CachedTemplate(base, policy, pause)
         return self.cached
 
     def leave(self) -> None:
-        """Remove an unfinished template LV and let go of the lock."""
+        """Remove an unfinished template LV and release the lock."""
         cached, self.cached = self.cached, None
         if cached:
             cached.close()
 
 
 def prepare(used: TemplateInUse, base: Base, claim: Claim, request: Prepare, pause: Pause) -> Prepared:
-    """Make the claimed disk from a template LV; on any doubt it is not made, and will be copied in full."""
+    """Make the claimed disk from a template LV.
+
+    If no disk was made, the answer is `missing` (the template LV must be made first) or `uncached`.
+    """
     try:
         cached = _cached(used, base, claim, pause)
         if not cached.find_usable():
@@ -65,9 +68,9 @@ def prepare(used: TemplateInUse, base: Base, claim: Claim, request: Prepare, pau
 
 
 def fill(used: TemplateInUse, cached: CachedTemplate, claim: Claim | None, writes: int) -> Prepared:
-    """Make the template LV that is missing; `writes` bytes of data are written to it.
+    """Make the missing template LV, to which the hook will write `writes` bytes of data.
 
-    For a prefetch there is no claim, and the errors of `CachedTemplate.fill` are raised.
+    A prefetch has no claim: then the errors of `CachedTemplate.fill` are raised.
     """
     try:
         target = cached.fill(writes, claim.require_room if claim else lambda _vg: None)
@@ -79,9 +82,9 @@ def fill(used: TemplateInUse, cached: CachedTemplate, claim: Claim | None, write
 
 
 def note_uncached(claim: Claim, reason: str) -> None:
-    """The hook found that the disk starts from no template, for a reason of `uncached.REASONS`."""
+    """Log and count that the hook does not use the cache for this disk; `reason` is of `uncached.REASONS`."""
     fields = {**claim.new_volume.log_fields, "reason": reason, "why": uncached.REASONS[reason]}
-    if reason == uncached.NO_TEMPLATE:  # as it should be
+    if reason == uncached.NO_TEMPLATE:  # no problem: the image was not made from a template
         log.event("template not cached", **fields)
     else:
         log.problem("template not cached", **fields)
@@ -101,12 +104,12 @@ def _cached(used: TemplateInUse, base: Base, claim: Claim, pause: Pause) -> Cach
 def _make_beside(
     used: TemplateInUse, device: Device, reading: ExitStack, claim: Claim, request: Prepare, pause: Pause
 ) -> Prepared:
-    """Make the claimed disk while the template LV, as long as `reading`, is open and so not evicted."""
+    """Make a preallocated disk while `reading` keeps the template LV open, so that it is not evicted."""
     used.leave()
     claim.resources.callback(reading.close)
     try:
         target = start.create(claim, request, (), pause)
-    except NoSpace as error:  # there may be room if the template LV is evicted, too
+    except NoSpace as error:  # the next `prepare` may evict this template LV, too
         claim.new_volume.end_turn()
         reading.close()
         return _uncached(used, claim, error)

@@ -1,4 +1,4 @@
-"""What a stop does with the disks of a VM: removes, keeps or marks them."""
+"""What a stop does with the local disks of a VM: removes, keeps or marks them."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from localdisk.volumes.disk import LocalDisk, State, Stop
 from localdisk.volumes.filling import log_filling
 from localdisk.volumes.lvm import VolumeGroup
 
-LOCK_TRIES = 3  # status and gc take a lock for a moment, to see whether it is free
+LOCK_TRIES = 3  # status and gc hold a lock for a moment, to check whether it is free
 
 
 def release(policy: Policy, vm_id: str) -> None:
-    """Do with the disks of a VM that has stopped what its policy says.  Raises StillRuns."""
+    """Remove, keep or mark the disks of a VM that has stopped, as its policy demands.  Raises StillRuns."""
     with ExitStack() as locks:
         disks = list(_stopped_disks(policy, vm_id, locks))
         for vg in [vg for vg, _ in disks[:1]]:
@@ -30,10 +30,10 @@ def release(policy: Policy, vm_id: str) -> None:
 
 
 def mark_drifted(policy: Policy, vm_id: str, ran_from: Sequence[RanFrom]) -> None:
-    """Mark the disks that a VM, which has stopped, has not run from in the end.
+    """Mark the local disks from which a VM did not run when it stopped, as `ran_from` shows.
 
-    A live snapshot or a live storage migration went past us.  The data until then are in the local disk.
-    Raises StillRuns.
+    A live snapshot or a live storage migration was not refused: the local disk has the data until then, the
+    volume that the VM switched to has the later data.  Raises StillRuns.
     """
     paths: dict[str, set[str]] = {}
     for disk in ran_from:
@@ -57,7 +57,7 @@ def _mark_if_drifted(vg: VolumeGroup, disk: LocalDisk, paths: set[str]) -> None:
 
 
 def _stopped_disks(policy: Policy, vm_id: str, locks: ExitStack) -> Iterator[tuple[VolumeGroup, LocalDisk]]:
-    """The disks of a VM that has stopped, their locks held, but for those that a new start prepares.
+    """The disks of a VM that has stopped, with their locks held; without disks that a new start prepares.
 
     Raises StillRuns.
     """
@@ -70,7 +70,7 @@ def _stopped_disks(policy: Policy, vm_id: str, locks: ExitStack) -> Iterator[tup
 
 
 def _try_hold(volume_id: str, locks: ExitStack) -> bool:
-    """Take a disk's lock for as long as `locks`; False if it is being prepared for a new start."""
+    """Take a disk's lock until `locks` is closed; False if a new start holds it."""
     for _ in range(LOCK_TRIES):
         held = lock.try_hold(lock.disk_lock(volume_id))
         if held:
@@ -81,9 +81,9 @@ def _try_hold(volume_id: str, locks: ExitStack) -> bool:
 
 
 def _stop(vg: VolumeGroup, policy: Policy, disks: list[LocalDisk]) -> None:
-    """Do what a stop does with disks whose locks are held: one LVM command for each kind of change.
+    """Plan and change disks whose locks are held: one LVM command for each kind of change.
 
-    All is tried; raises the first failure.
+    If one kind of change fails, the others are tried all the same; then the first failure is raised.
     """
     planned: dict[Stop, list[LocalDisk]] = {plan: [] for plan in Stop}
     for disk in disks:
@@ -92,12 +92,12 @@ def _stop(vg: VolumeGroup, policy: Policy, disks: list[LocalDisk]) -> None:
         log.event("VM stopped", vm=disk.vm_id, disk=disk.volume_id, plan=plan.value)
         if disk.lv.dependents and plan is Stop.MARK_DELETING:
             others = ", ".join(disk.lv.dependents)
-            log.problem("LVM would remove others along with it", disk=disk.volume_id, others=others)
+            log.problem("LVM would remove other volumes with it", disk=disk.volume_id, others=others)
     failures = []
     for step in (_mark, _remove, _keep):
         try:
             step(vg, planned)
-        except CommandTimeout:  # the next would wait as long for LVM
+        except CommandTimeout:  # the next command would wait as long for LVM
             raise
         except Error as error:
             failures.append(error)
@@ -106,9 +106,9 @@ def _stop(vg: VolumeGroup, policy: Policy, disks: list[LocalDisk]) -> None:
 
 
 def _mark(vg: VolumeGroup, planned: Mapping[Stop, list[LocalDisk]]) -> None:
-    """Mark what is given up before it is removed: that may fail, or take longer than we wait for it.
+    """Mark the disks that are to be removed as DELETING, before they are removed.
 
-    The next start or gc removes a disk that was marked, or is unfinished.
+    The removal may fail or take too long.  The next start or gc removes a disk that is marked or unfinished.
     """
     to_remove = [disk for disk in planned[Stop.REMOVE] if disk.state is not State.UNFINISHED]
     given_up = [*to_remove, *planned[Stop.MARK_DELETING]]
@@ -122,7 +122,7 @@ def _remove(vg: VolumeGroup, planned: Mapping[Stop, list[LocalDisk]]) -> None:
     try:
         if names:
             vg.remove(*names)
-    except (CommandFailed, CommandTimeout) as error:  # LVM removes none if one is open by now
+    except (CommandFailed, CommandTimeout) as error:  # if one volume is open, LVM removes none of them
         log.problem("left to gc", disks=" ".join(names), why=error)
 
 
@@ -131,7 +131,7 @@ def _keep(vg: VolumeGroup, planned: Mapping[Stop, list[LocalDisk]]) -> None:
     for vm_id in {disk.vm_id for disk in left}:
         kept.note(vm_id)
     ready = [disk for disk in planned[Stop.KEEP] if disk.state is State.READY]
-    # LVM deactivates snapshots along with what they are of.
+    # If LVM deactivated a volume with snapshots, it would deactivate the snapshots, too.
     closed = [disk.volume_id for disk in left if not (disk.is_open or disk.lv.dependents)]
     if ready:
         seen = frozenset[str]().union(*(disk.unneeded_tags for disk in ready))

@@ -1,7 +1,8 @@
-"""A tiny volume that is made as a start makes a disk, for `check`: root's half.  `rehearsal.py` writes to it.
+"""The helper's half of the trial that `check` runs: makes a tiny volume as a start makes a disk.
 
-It has the tags of an unfinished disk of a VM that there is nowhere, under a lock: gc removes one that a
-killed `check` has left, as it does with every unfinished disk.
+`hook/rehearsal.py` is the hook's half, and writes to the volume.  The volume has the tags of an unfinished
+disk of a VM that does not exist, and its lock is held: if `check` is killed, gc removes the volume as it
+removes every unfinished disk.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from localdisk.volumes.disk import LocalDisk
 from localdisk.volumes.lvm import VolumeGroup
 from localdisk.volumes.removal import remove_or_set_aside
 
-SIZE = 1 << 20  # bytes; LVM makes one extent of it
+SIZE = 1 << 20  # bytes; LVM rounds up to one extent
 _NO_FINGERPRINT = "0" * 32
 
 
 class Trial:
-    """The volume of one trial, of the volume group and backend of a policy."""
+    """The volume of one trial, in the volume group and with the backend of a policy."""
 
     def __init__(self, policy: Policy, pause: lock.Pause) -> None:
         self._policy = policy
@@ -38,10 +39,10 @@ class Trial:
         self._new_volume.begin_phase()
 
     def make(self) -> Device | None:
-        """Make it.
+        """Make the volume.
 
-        None where there is no room but template LVs, which a start would evict for it and a trial does not.
-        Raises what a start would.
+        None if there is no room, but template LVs: a start would evict them, a trial does not.
+        Raises the errors that a start would raise.
         """
         name, policy = self._new_volume.lv_name, self._policy
         try:
@@ -65,7 +66,7 @@ class Trial:
             vg.create_thin(name, SIZE, self._policy.thin_pool, tags)
 
     def remove(self) -> None:
-        """Remove it.  Raises DiskBusy, CommandFailed."""
+        """Remove the volume.  Raises DiskBusy, CommandFailed."""
         vg = self._read()
         found = self._find(vg)
         if found and self._new_volume.is_ours(vg, found.lv):
@@ -73,7 +74,7 @@ class Trial:
         self._new_volume.end_turn()
 
     def close(self) -> None:
-        """Remove what is left of it, and let go of its lock; what cannot be removed now is gc's."""
+        """Remove the volume if `remove` has not, and release its lock; if that fails, gc removes it."""
         self._new_volume.remove_unfinished(self._find)
         self._new_volume.release()
 

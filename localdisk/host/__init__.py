@@ -1,1 +1,1 @@
-"""Puts the program on a host, takes it away, and judges the host: runs as root."""
+"""Installs the program on a host, uninstalls it, and checks the host: runs as root."""

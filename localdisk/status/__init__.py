@@ -1,1 +1,1 @@
-"""Looks and shows: changes nothing but the file of metrics."""
+"""Collects and shows what is on this host: changes nothing but the file of metrics."""

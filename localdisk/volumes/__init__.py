@@ -1,1 +1,1 @@
-"""What is in the volume group, and its life: runs as root."""
+"""Reads and changes local disks and template LVs in the volume group: runs as root."""

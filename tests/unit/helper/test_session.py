@@ -1429,7 +1429,7 @@ def test_a_copy_that_stalls_gives_its_turn_back(
     said = [line for line in logged if who in line]
     assert said[-4:-2] == [
         f"copy stalls, its turn is given back {who} since=5 min bytes=3 took=300.0s rate=0 B/s",
-        f"copy goes on {who}",
+        f"copy continues {who}",
     ]
 
 
