@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import threading
@@ -31,7 +32,7 @@ from tests.bed import host, libvirt, vdsm
 from tests.bed.player import Call as HookCall
 from tests.bed.player import Result, start_point
 from tests.bed.shell import attempt, run
-from tests.bed.storage import COW, QEMU, RAW, FileStorage, Image, qemu_io
+from tests.bed.storage import COW, QEMU, RAW, FileStorage, Image, new_id, qemu_io
 from tests.bed.vm import Disk, Vm, disk_json, domain_xml
 from tests.crash import halt
 from tests.crash.cases import ours
@@ -131,7 +132,7 @@ class RealWorld:
 
     def __init__(self, storage: FileStorage) -> None:
         self.storage = storage
-        self.cannot = frozenset({"twins", "silence", "power_cut", "cache", "backup", "late_power_off"})
+        self.cannot = frozenset({"twins", "silence", "cache", "backup", "late_power_off"})
         if host.throwaway():
             # Time goes by as the date is set: no mark may be measured by the clock that counts from the boot.
             run("mount", "--bind", os.devnull, BOOT_ID)
@@ -146,6 +147,10 @@ class RealWorld:
         self.looked: dict[str, Seen] = {}  # by UUID
         self.writes: dict[str, int] = {}  # by UUID: how often its bytes may have changed with our consent
         self.holders: dict[str, subprocess.Popen[bytes]] = {}
+        self.layers: dict[
+            tuple[str, str], Path
+        ] = {}  # by VM and image: what it writes to since a live snapshot
+        self.ran: dict[str, str] = {}  # by VM: its XML when it ended
         self.begun: list[Running] = []
         self.paused: Running | None = None
         self.armed = ExitStack()
@@ -331,8 +336,42 @@ class RealWorld:
     def silence(self, is_silent: bool) -> None:
         raise NotImplementedError
 
+    def live_snapshot(self, state: State, vm_id: str, image_id: str) -> None:
+        """libvirt has the VM write to a new file."""
+        (name,) = (disk.name for disk in self._disks(state, vm_id) if disk.image.id == image_id)
+        below = self.layers.get((vm_id, image_id), path_of(state.vms[vm_id].paths[image_id]))
+        layer = host.SCRATCH / f"layer-{new_id()}"
+        below_format = "raw" if below.is_block_device() else "qcow2"
+        run("qemu-img", "create", "-q", "-f", "qcow2", "-F", below_format, "-b", str(below), str(layer))
+        layer.chmod(0o666)
+        where = f"{name},file={layer},stype=file,driver=qcow2"
+        virsh(
+            "snapshot-create-as",
+            vm_id,
+            "--disk-only",
+            "--no-metadata",
+            "--reuse-external",
+            "--diskspec",
+            where,
+        )
+        self.layers[vm_id, image_id] = layer
+
     def power_cut(self, state: State) -> None:
-        raise NotImplementedError
+        """All processes are killed, the volumes are activated as at a boot, /run is empty."""
+        for running in self.begun:
+            running.kill("all")
+            running.wait()
+        self.begun.clear()
+        for uuid in [*self.holders]:
+            self.let_go(uuid)
+        for vm_id in libvirt.active():
+            libvirt.destroy(vm_id)
+            self.ran[vm_id] = virsh("dumpxml", vm_id)
+        wait_for(lambda: not [*ours()], "all processes to end")
+        run("vgchange", "-q", "-an", host.VOLUME_GROUP)
+        host.volume_group()
+        shutil.rmtree(LOCKS, ignore_errors=True)
+        self._changed(seen.name for seen in self.looked.values())
 
     # -- calls
 
@@ -375,7 +414,8 @@ class RealWorld:
         is_gc = running.call.what.startswith("gc")
         outcome = "killed" if result.rc < 0 else "refused" if result.rc > is_gc else "done"
         said = "".join(result.stderr.strip().splitlines()[-1:])
-        return Ended(outcome, "", _paths(running, result), is_gc and result.rc == 1, said)
+        paths = _paths(running, result) if outcome == "done" else None
+        return Ended(outcome, "", paths, is_gc and result.rc == 1, said)
 
     def _libvirt(self, state: State, what: str, vm_id: str) -> None:
         vm = state.vms[vm_id]
@@ -384,25 +424,27 @@ class RealWorld:
         elif what == "undefine":
             libvirt.undefine(vm_id)
         elif what == "destroy":
+            self.ran[vm_id] = virsh("dumpxml", vm_id)
             libvirt.destroy(vm_id)
             self._changed(vm.paths.values())
-            if vm.drifted:  # as libvirt has it then
-                run("virsh", "-c", libvirt.URI, "define", "/dev/stdin", text=self._domain(state, vm_id, True))
-        else:  # what is on shared storage is left out: it is changed while the VM runs
-            xml = self._domain(state, vm_id, False)
-            run("virsh", "-c", libvirt.URI, "define", "/dev/stdin", text=xml)
-            run("virsh", "-c", libvirt.URI, "start", "--paused", vm_id)
+        else:
+            self.layers = {key: layer for key, layer in self.layers.items() if key[0] != vm_id}
+            run("virsh", "-c", libvirt.URI, "define", "/dev/stdin", text=self._domain(state, vm_id))
+            virsh("start", "--paused", vm_id)
             self._changed(vm.paths.values())
 
-    def _domain(self, state: State, vm_id: str, is_drifted: bool) -> str:
-        """The VM's XML without its shared disks; `is_drifted`: with what it runs from in the end."""
+    def _domain(self, state: State, vm_id: str) -> str:
+        """The VM's XML; what is on shared storage is left out, as it is changed while the VM runs."""
         vm = state.vms[vm_id]
         disks = tuple(disk for disk in self._disks(state, vm_id) if disk.image.id in vm.paths)
-        xml = domain_xml(Vm(vm_id, disks))
-        for image_id in vm.drifted if is_drifted else ():
-            layer = f'dev="/dev/{vm_id}/{image_id}" index="1"'
-            xml = xml.replace(f'dev="{path_of(vm.paths[image_id])}"', layer)
-        return xml
+        return domain_xml(Vm(vm_id, disks))
+
+    def _ran(self, state: State, vm_id: str) -> str:
+        """The XML of a VM that is released, as vdsm has it."""
+        vm = state.vms[vm_id]
+        if not vm.drifted:
+            return self._domain(state, vm_id)
+        return virsh("dumpxml", vm_id) if vm.is_active else self.ran[vm_id]
 
     def _changed(self, names: Iterable[str]) -> None:
         """Look at these volumes' bytes again."""
@@ -429,7 +471,7 @@ class RealWorld:
             disk = Disk("vda", self.images[call.arguments[1]])
             data = vdsm.recovered_disk(disk) if vm.has_started else disk_json(disk)
         elif call.what == "after_vm_destroy":
-            data = self._domain(state, call.vm_id, True)
+            data = self._ran(state, call.vm_id)
         else:
             data = domain_xml(Vm(call.vm_id, tuple(self._disks(state, call.vm_id))))
         return start_point(call.what, call.vm_id, data, {"localdisk": vm.using})
@@ -445,6 +487,10 @@ def _paths(running: Running, result: Result) -> Mapping[str, str] | None:
     volumes = {image_id: state.sources[image_id].volume for image_id in images}
     local = {i: volume for i, volume in volumes.items() if f'"{path_of(volume)}"' in result.data}
     return {**vm.paths, **local}
+
+
+def virsh(*words: str) -> str:
+    return run("virsh", "-c", libvirt.URI, *words)
 
 
 def program(*words: str) -> HookCall:

@@ -48,7 +48,9 @@ class Judge:
                 for key in way.replaced:  # the next start, or gc, removes it
                     options[key] = [*way.options(key), *options[key]]
         else:
-            options = {key: p.options(key) for key in {*state.disks, *p.stages}}
+            every = (*p.ways, p)
+            keys = {*state.disks, *(key for way in every for key in way.stages)}
+            options = {key: [disk for way in every for disk in way.options(key)] for key in keys}
             if ended.trouble in ("hook", "term"):  # then what is unfinished goes at once
                 for key in filter(is_newborn, options):
                     options[key] = [disk for disk in options[key] if not disk or disk.state != UNFINISHED]

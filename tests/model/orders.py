@@ -44,7 +44,9 @@ class Branch:
     def next(self, vm_id: str) -> Iterator[Branch]:
         """The same when the paused call has gone on, as far as that can matter to this VM."""
         for part in _parts_of_gc(self.state, vm_id) if self.paused.what == "gc" else self.left[:1]:
-            for p in (predict(self.state, part), *_powered_off_within(self.state, part)):
+            # The call that is made meanwhile may have to wait for gc, when it has begun to prepare its disk.
+            waits = [_predicted(self.state, part, frozenset(), vm_id)] if self.paused.what == "gc" else []
+            for p in (predict(self.state, part), *_powered_off_within(self.state, part), *waits):
                 left = () if p.is_refused or p.is_over else self.left[1:]
                 yield replace(self.after(p), left=left, is_refused=p.is_refused)
 
@@ -60,7 +62,7 @@ def begin(state: State, call: Call) -> list[Branch]:
 def go_on(branches: list[Branch], call: Call, ended: Ended) -> list[Branch]:
     """`call` was made meanwhile, and ended so; where it had to wait, the paused one has gone on during it."""
     found: list[Branch] = []
-    for part in [*_parts(branches[0].state, call)] if ended.other else [call]:
+    for part in _parts_around(branches[0].state, call) if ended.other else [call]:
         if ended.is_refused:
             found += _made(branches, part, is_refused=True)
         branches = _made(branches, part, is_refused=False)
@@ -111,6 +113,13 @@ def _parts(state: State, call: Call) -> Iterator[Call]:
         yield Call("prepare", (call.vm_id, image_id))
     if call.what in ("before_vm_start", "before_vm_destroy", "after_vm_destroy", "prefetch"):
         yield call
+
+
+def _parts_around(state: State, call: Call) -> list[Call]:
+    """What the call does before and after it waits for the paused one; gc waits before it erases."""
+    if call.what == "gc" and call.arguments == (True,):
+        return [Call("gc of some", (tuple(state.disks), False)), call]
+    return [*_parts(state, call)] or [call]
 
 
 def _powered_off_within(state: State, part: Call) -> Iterator[Prediction]:

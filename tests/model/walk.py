@@ -67,6 +67,7 @@ class Walk:
         self.preferences: dict[str, float] = {}  # by step: each walk has its own
         self.silent_for = 0  # steps
         self.is_calm = False  # no call meets trouble
+        self.is_doomed = False  # every call is killed
         self.state = self._begin()
 
     def run(self) -> None:
@@ -191,6 +192,7 @@ class Walk:
             (1, self._gc_dry_run, always),
             (3, self._restart_vdsm, always),
             (1, self._power_cut, always),
+            (2, self._power_cut_within, [v for v in clean + active if v not in self.pending]),
             (6, self._end_copy, always if state.flight else []),
             (6, self._clock, always),
             (3, self._configure, always),
@@ -283,6 +285,7 @@ class Walk:
         """A live snapshot goes past us: from now on the VM writes to another volume."""
         vm = self.state.vms[vm_id]
         image_id = self.rng.choice([*vm.paths])
+        self.world.live_snapshot(self.state, vm_id, image_id)
         self.state = self.state.with_vm(vm_id, drifted=vm.drifted | {image_id})
         self._note(f"of {image_id[:8]}")
 
@@ -342,7 +345,8 @@ class Walk:
             del self.pending[vm_id]
             if self._chance(0.7):
                 self._undefine(vm_id)
-        self._call("gc", False)
+        while not self._call("gc", False):  # vdsm does not start then; systemd tries again
+            self._note("again")
         for vm_id, vm in self.state.vms.items():
             for image_id in vm.images if vm.has_started else ():
                 self._call("after_disk_prepare", vm_id, image_id)
@@ -379,12 +383,30 @@ class Walk:
         self._call("gc --dry-run")
 
     def _power_cut(self, _: None) -> None:
-        """Everything ends at once; libvirt still has the placeholders."""
+        """The host loses power.  libvirt still has the definitions of its VMs, /run is empty."""
         self.world.power_cut(self.state)
         self.pending.clear()
         vms = {vm_id: replace(vm, is_active=False) for vm_id, vm in self.state.vms.items()}
         self._look_at_all(replace(self.state, vms=vms, busy=frozenset(), flight=None, marks={}))
         self._restart_vdsm(None)
+
+    def _power_cut_within(self, vm_id: str) -> None:
+        """The host loses power while a VM starts or stops, or while gc runs after that."""
+        vm, is_doomed = self.state.vms[vm_id], self._chance(0.7)
+        if vm.is_active:
+            self._call("destroy", vm_id)
+            call = Call("after_vm_destroy", (vm_id,))
+        else:
+            self._call("define", vm_id)
+            images = [Call("after_disk_prepare", (vm_id, image_id)) for image_id in vm.images]
+            call = self.rng.choice([*images, *images, Call("before_vm_start", (vm_id,))])
+        self.is_doomed = is_doomed
+        self._call(call.what, *call.arguments)
+        self.is_doomed = not is_doomed
+        if not is_doomed:
+            self._call("gc", True)
+        self.is_doomed = False
+        self._power_cut(None)
 
     def _clock(self, _: None) -> None:
         """Time goes by, by preference until something is due or just before, or is set back; gc runs."""
@@ -677,8 +699,8 @@ class Walk:
         if ended.result == "paused":
             return self._overlap(call)
         p = predict(self.state, call)
-        if ended.trouble == "fail" and ended.is_good:
-            p = self._in_spite(call, ended)
+        if ended.trouble == "fail":
+            p = self._in_spite(call, ended) if ended.is_good else replace(p, ways=self._ways(call))
         self.state = self.judge.after(self.state, call, ended, p)
         return ended.is_good
 
@@ -688,16 +710,21 @@ class Walk:
         If that was the helper's virsh, an open disk is taken to be in use; if it was the hook's, the disk is
         left as it is; if it was about a template, that is not used.
         """
+        ways = self._ways(call)
+        good = [p for p in ways if not p.is_refused] or ways
+        if call.vm_id and ended.paths is not None:
+            good.sort(key=lambda p: p.state.vms[call.vm_id].paths != ended.paths)
+        return replace(good[0], ways=good[1:])
+
+    def _ways(self, call: Call) -> list[Prediction]:
+        """What the call does, by what fails: nothing, libvirt's answers, the cache."""
         ways = []
         for is_flaky, is_mute, is_uncached in itertools.product((False, True), repeat=3):
             state = replace(self.state, is_flaky=is_flaky, is_mute=is_mute, is_uncached=is_uncached)
             p = predict(state, call)
             p.state = replace(p.state, is_flaky=False, is_mute=False, is_uncached=False)
             ways.append(p)
-        good = [p for p in ways if not p.is_refused] or ways
-        if call.vm_id and ended.paths is not None:
-            good.sort(key=lambda p: p.state.vms[call.vm_id].paths != ended.paths)
-        return replace(good[0], ways=good[1:])
+        return ways
 
     def _perform(self, call: Call, trouble: Trouble | None) -> Ended:
         ended = self.world.perform(self.state, call, trouble)
@@ -722,9 +749,11 @@ class Walk:
     def _trouble(self, call: Call) -> Trouble | None:
         """What befalls it, mostly nothing."""
         kinds = [kind for kind in self._kinds(call) if kind in self.world.troubles]
-        if self.is_calm or not kinds or not self._chance(0.5 if call.what == "gc" else 0.35):
+        if self.is_calm or not kinds:
             return None
-        kind, most = self.rng.choice(kinds), self.world.moments(call)
+        if not (self.is_doomed or self._chance(0.5 if call.what == "gc" else 0.35)):
+            return None
+        kind, most = "all" if self.is_doomed else self.rng.choice(kinds), self.world.moments(call)
         if kind not in ("pause", "copying", "filling") and self._chance(0.6):
             return Trouble(kind, self.rng.randint(1, 6), of_changes=True)
         return Trouble(kind, self.rng.randint(1, most))

@@ -161,7 +161,11 @@ class World(Protocol):
     def silence(self, is_silent: bool) -> None:
         """libvirt does not answer, or does again."""
 
-    def power_cut(self, state: State) -> None: ...
+    def live_snapshot(self, state: State, vm_id: str, image_id: str) -> None:
+        """Of a local disk of a running VM, which then writes to a new layer on shared storage."""
+
+    def power_cut(self, state: State) -> None:
+        """The host loses power, and boots."""
 
     def perform(self, state: State, call: Call, trouble: Trouble | None) -> Ended:
         """Make the call; `state` says what vdsm knows of its VMs."""
