@@ -503,7 +503,10 @@ class Interrupted(Message):
 
 
 class StartCancelled(Interrupted):
-    """vdsm powers off a VM whose disks are being prepared."""
+    """vdsm powers off a VM whose disks are being prepared, or has powered off one before it ran.
 
-    what = "VM {vm} was powered off while it started"
-    fix = "start the VM again; nothing is left behind"
+    A VM whose resume was refused is powered off before it ran, too; its next resume or preview meets this.
+    """
+
+    what = "VM {vm} was powered off before it ran"
+    fix = "try again; nothing is left behind"

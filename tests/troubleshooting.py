@@ -127,7 +127,8 @@ BEHIND = {
     "EraseFailed": "The disk stays set aside, with its data, until gc can erase it. It is no VM's any more.",
     "VmForgotten": "The VM was powered off while its disk was copied. Nothing to do.",
     "Interrupted": "The hook or a command was ended: a stop of vdsmd, a reboot, Ctrl-C.",
-    "StartCancelled": "The VM was powered off while its disks were copied. Nothing to do.",
+    "StartCancelled": "The VM was powered off while its disks were copied: nothing to do. Or its resume, or a"
+    " preview with memory, was refused before: if you try that again, the message has the reason.",
 }
 
 

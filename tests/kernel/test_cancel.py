@@ -42,7 +42,7 @@ from tests.kernel.steps import (
 )
 
 SLOW = "copy: {parallel: 1, bandwidth: 1MiB}\n"
-POWERED_OFF = "was powered off while it started"
+POWERED_OFF = "was powered off before it ran"
 
 
 @pytest.fixture(autouse=True)

@@ -1155,7 +1155,7 @@ def test_a_kept_disk_that_cannot_be_activated(host: FakeHost) -> None:
 
 CANCEL = {"verb": "cancel", "vm": VM, "property": "lvm"}
 LOOK_AT_IT = {"verb": "look", "vm": VM, "property": "lvm", "disks": [{"image": IMAGE, "volume": VOLUME}]}
-POWERED_OFF = f"VM {VM} was powered off while it started"
+POWERED_OFF = f"VM {VM} was powered off before it ran"
 
 
 def marks() -> list[str]:

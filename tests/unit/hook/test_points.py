@@ -545,6 +545,22 @@ def test_a_vm_that_starts_is_powered_off(host_vdsm: Vdsm, state: str, verbs: lis
     assert host_vdsm.verbs == verbs
 
 
+def test_the_next_preview_after_a_refused_one_says_that_the_vm_was_powered_off_before_it_ran(
+    host_vdsm: Vdsm,
+) -> None:
+    """Only then does it say again why a VM with local disks is not resumed: nothing tells the two apart."""
+    host_vdsm.host.defined = set()
+    shared = domain_xml(("vda", str(host_vdsm.directory / VOLUME), IMAGE, VOLUME))
+    assert host_vdsm.call("before_vm_start", shared) == shared
+    host_vdsm.refused(OperationRefused, "before_vm_dehibernate", shared)
+    host_vdsm.call("before_vm_destroy", "")
+    host_vdsm.call("after_vm_destroy", shared)
+    message = host_vdsm.refused(Error, "before_vm_start", shared)
+    assert message == f"VM {VM} was powered off before it ran : try again; nothing is left behind"
+    assert host_vdsm.call("before_vm_start", shared) == shared
+    host_vdsm.refused(OperationRefused, "before_vm_dehibernate", shared)
+
+
 def test_a_vm_is_powered_off_while_libvirt_is_silent(host_vdsm: Vdsm) -> None:
     host_vdsm.host.libvirt_is_silent = True
     host_vdsm.call("before_vm_destroy", "")
