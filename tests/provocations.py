@@ -986,7 +986,7 @@ GC = {
     "not removed": case(not_removed, VOLUME, "evil"),
     "template not removed": case(template_not_removed, OWN_VOLUME, "evil"),
     "VM's XML": case(unread_vm, f"vm={VM}", "evil"),
-    "definition": case(not_understood, "cannot know what VMs ran from", VM),
+    "definition": case(not_understood, "cannot find out what VMs ran from", VM),
 }
 
 # -- hook

@@ -237,7 +237,9 @@ def of_templates(templates: Templates, held: Held, now: float) -> Iterator[Probl
             what = f"{name} is not as it was made, {_change(found)}: no VM starts from it"
             yield Problem(NOT_AS_MADE, what, "localdisk gc")
         elif found.used > now:
-            yield Problem(CLOCK, f"{name}: used in the future, the clock went backwards", _SET_CLOCK)
+            yield Problem(
+                CLOCK, f"{name}: its last use is in the future, the clock went backwards", _SET_CLOCK
+            )
 
 
 def _change(found: Template) -> str:

@@ -1,27 +1,28 @@
-"""The life of one local disk: what its tags say, and what a start or a stop should do with it.
+"""A local disk: its tags and state, the plans of a start and a stop, and the limits of room for a new disk.
 
-A local disk is a logical volume named by the volume it is a copy of.  All that is known about it is in
-its tags, so that nothing else has to be kept in step with the volume group:
+A local disk is a logical volume; its name is the id of the oVirt volume that it is a copy of.  Its tags
+record everything else, so that no second record can disagree with the volume group:
 
-    localdisk           ours (absent on disks made by vdsm's older hook)
-    VM_<uuid>           the VM that it belongs to
-    IU_<uuid>           the image that it is a copy of
+    localdisk           made by localdisk; disks of vdsm's older hook do not have it
+    VM_<uuid>           the VM that the disk belongs to
+    IU_<uuid>           the image that the disk is a copy of
     SOURCE_<hex>        fingerprint of the source when it was copied
     UPDATING            the copy is incomplete
-    WRITES_<bytes>      while UPDATING: the data that it will hold, counted against the thin pool
-    STOPPED_<epoch>     kept since then for a VM that is not running
-    DRIFTED_<epoch>     when its VM stopped then, it ran from another volume, and this one has data of it
-    UNNEEDED_<epoch>    since then gc has seen no VM that needs it, though nothing says that its VM stopped
-    BOOT_<uuid>_<n>     of these two marks, the first that there is: the boot of the host, and its n-th second
-    STALE               since its VM stopped, the VM has been started here from shared storage
-    DELETING            waits to be removed
-    ERASE_<how>         while set aside: erase it so first
-    ASIDE_<uuid>        while set aside: the name that it gets
+    WRITES_<bytes>      while UPDATING: the data that the disk will hold, counted as used in the thin pool
+    STOPPED_<epoch>     its VM stopped at this time, and the disk is kept
+    DRIFTED_<epoch>     its VM stopped at this time, and ran from another volume by then
+    UNNEEDED_<epoch>    since this time gc has seen no VM that needs the disk; no stop was reported
+    BOOT_<uuid>_<n>     time of the mark STOPPED, else UNNEEDED: id of the boot, seconds since it
+    STALE               since its VM stopped, the VM has been started on this host from shared storage
+    DELETING            is to be removed
+    ERASE_<how>         while set aside: how it is erased before it is removed
+    ASIDE_<uuid>        while set aside: its new name
 
-A disk that must be erased before it is removed is set aside: it gives its owner and its name back at once,
-and is DELETING under a name of its own (`removal.py`).
-Everything here is a pure function of frozen data; `helper/start.py`,
-`helper/stop.py` and `gc.py` do what is decided here.
+A disk that must be erased before it is removed is *set aside*: its tags VM and IU are removed, it is marked
+as DELETING, and it is renamed, so that nothing waits for the erase (`removal.py`).
+
+Everything here is a pure function of frozen data.  `helper/start.py`, `helper/stop.py` and `gc.py` carry out
+what is decided here.
 """
 
 from __future__ import annotations
@@ -58,11 +59,11 @@ OURS = "localdisk"
 UPDATING = "UPDATING"
 DELETING = "DELETING"
 STALE = "STALE"
-ERASES = ("discard", "zero")  # but for none, what `retention.erase` can say
+ERASES = ("discard", "zero")  # the values of `retention.erase` other than none
 
-FIRST = 1735689600  # 2025-01-01: no mark of ours is older, whatever a clock without a battery said
+FIRST = 1735689600  # 2025-01-01: an older time in a mark is of a wrong clock
 HOW_TO_DECIDE = "kept until you decide: retention.older_disks: as_ours, or localdisk remove"
-SLACK = 60  # seconds by which a clock may be corrected without a mark being made anew
+SLACK = 60  # seconds by which a clock may be corrected without a new mark
 _NUMBER = re.compile(r"[0-9]{1,18}")
 _BOOT = re.compile(r"([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})_([0-9]{1,12})")
 
@@ -83,19 +84,20 @@ class LocalDisk:
     vm_id: str
     image_id: str
     state: State
-    fingerprint: str  # "" where none was recorded
-    stopped: int | None  # seconds since the epoch
-    unneeded: int | None  # seconds since the epoch
-    boot: tuple[str, int] | None  # the boot id and its second in which it was marked so; None: not recorded
-    erase: str  # what `retention.erase` said when it was set aside, "" otherwise
-    aside_name: str  # the name that it gets, or has, when it was set aside, "" otherwise
+    fingerprint: str  # "" if not recorded
+    stopped: int | None  # time of the mark STOPPED, in seconds since the epoch; None: no such mark
+    unneeded: int | None  # time of the mark UNNEEDED, likewise
+    boot: tuple[str, int] | None  # of the mark: boot id, seconds since that boot; None: not recorded
+    erase: str  # if set aside: how it must be erased; else ""
+    aside_name: str  # if set aside: the name that it gets, or has already; else ""
 
     @classmethod
     def from_lv(cls, lv: LogicalVolume) -> LocalDisk | None:
-        """The local disk that `lv` is, or None where it is not ours to touch.
+        """The local disk that `lv` is, None if it is not a local disk and must not be touched.
 
-        Ours has a canonical UUID as its name, exactly one VM and one image, or none where it was set
-        aside, and is no pool.  The tag `localdisk` is not asked for: vdsm's older hook did not set it.
+        A local disk has a canonical UUID as its name, and tags of exactly one VM and one image, or of neither
+        if it was set aside; it is no pool.  The tag `localdisk` is not required: vdsm's older hook did not
+        set it.
         """
         values = values_of(lv.lv_tags)
         vm_id, image_id = only_uuid(values["VM"]), only_uuid(values["IU"])
@@ -127,7 +129,7 @@ class LocalDisk:
 
     @property
     def is_older(self) -> bool:
-        """Made by vdsm's older hook."""
+        """Whether it was made by vdsm's older hook."""
         return OURS not in self.lv.lv_tags
 
     @property
@@ -140,32 +142,32 @@ class LocalDisk:
 
     @property
     def is_stale(self) -> bool:
-        """Its VM has been started here from shared storage since it was kept."""
+        """Whether its VM was started on this host from shared storage since the disk was kept."""
         return STALE in self.lv.lv_tags
 
     @property
     def is_aside(self) -> bool:
-        """Set aside to be erased and removed; it is no VM's."""
+        """Whether it was set aside to be erased and removed, and belongs to no VM."""
         return not self.vm_id
 
     @property
     def waits_for_erase(self) -> bool:
-        """Set aside, and under the name for that: no start asks for it."""
+        """Whether it was set aside and has its new name already; only the erase is left to do."""
         return self.is_aside and self.aside_name == self.volume_id
 
     @property
     def idle_tags(self) -> frozenset[str]:
-        """Those that say since when no VM uses it."""
+        """The tags that record since when no VM uses the disk."""
         return self._tags("STOPPED_", "UNNEEDED_", "BOOT_")
 
     @property
     def unneeded_boot(self) -> tuple[str, int] | None:
-        """`boot` of the mark `unneeded`, None where it is of the other mark."""
+        """`boot` if it belongs to the mark UNNEEDED, None if it belongs to STOPPED."""
         return self.boot if self.stopped is None else None
 
     @property
     def unneeded_tags(self) -> frozenset[str]:
-        """Those of `idle_tags` that go when it is needed; a stopped one stays stopped."""
+        """Those of `idle_tags` that are removed if a VM needs the disk; the mark STOPPED is kept."""
         return self._tags("UNNEEDED_") if self.stopped is not None else self._tags("UNNEEDED_", "BOOT_")
 
     @property
@@ -177,13 +179,13 @@ class LocalDisk:
 
 
 def local_disks(vg: VolumeGroup) -> tuple[LocalDisk, ...]:
-    """All local disks of a volume group, ours and the older hook's."""
+    """All local disks of a volume group, those of vdsm's older hook included."""
     found = (LocalDisk.from_lv(lv) for lv in vg.lvs)
     return tuple(disk for disk in found if disk)
 
 
 def require_owner(disk: LocalDisk, vm_id: str, image_id: str, vg: str) -> None:
-    """Raise OtherOwner unless the disk is this VM's copy of this image, or nobody's any more."""
+    """Raise OtherOwner unless the disk is this VM's copy of this image, or was set aside."""
     if not disk.is_aside and (disk.vm_id, disk.image_id) != (vm_id, image_id):
         raise OtherOwner(vg=vg, lv=disk.volume_id, owner=disk.vm_id, image=disk.image_id)
 
@@ -195,19 +197,20 @@ def new_tags(vm_id: str, image_id: str, fingerprint: str, writes: int) -> frozen
 
 
 def stopped_tags(now: Moment, age: float = 0) -> frozenset[str]:
-    """The tags of a disk that is kept for `age` seconds by `now`."""
+    """The marks of a disk whose VM stopped `age` seconds before `now`."""
     return _marks("STOPPED", now, age)
 
 
 def drifted_tag(now: float) -> str:
-    """Of a disk whose VM ran from another volume when it stopped; `now` in seconds since the epoch."""
+    """The mark of a disk whose VM ran from another volume when it stopped; `now`: seconds since the epoch."""
     return f"DRIFTED_{int(now)}"
 
 
 def unneeded_tags(disk: LocalDisk, now: Moment, age: float = 0) -> frozenset[str]:
-    """The tags of a disk that no VM needs as far as gc sees for `age` seconds by `now`.
+    """The marks of a disk that gc has seen unneeded for `age` seconds at `now`.
 
-    One that is stopped has a boot already, of the other mark: then the date has to do.
+    A disk has one tag BOOT; if the disk is marked as stopped, BOOT belongs to that mark, and UNNEEDED has
+    only its date.
     """
     return _marks("UNNEEDED", now if disk.stopped is None else Moment(now.epoch), age)
 
@@ -218,7 +221,7 @@ def _marks(name: str, now: Moment, age: float) -> frozenset[str]:
 
 
 def aside_tags(disk: LocalDisk, erase: str, name: str) -> tuple[frozenset[str], frozenset[str]]:
-    """The tags to add and to remove so that a disk is nobody's, to be erased as `erase` says under `name`."""
+    """The tags to add and to remove to set a disk aside: how it must be erased, and its new name."""
     wanted = frozenset({OURS, DELETING, f"ERASE_{erase}", f"ASIDE_{name}"})
     return wanted - disk.lv.lv_tags, disk.lv.lv_tags - wanted
 
@@ -228,31 +231,31 @@ def aside_tags(disk: LocalDisk, erase: str, name: str) -> tuple[frozenset[str], 
 
 @frozen
 class Age:
-    """How long ago a disk was marked, in seconds; `doubt` says why that cannot be true, "" if it can."""
+    """How long ago a disk was marked, in seconds; `doubt`: why the mark's time is impossible, or ""."""
 
     seconds: float
     doubt: str = ""
-    is_late: bool = False  # the clock has been set forward since: the mark should be later
+    is_late: bool = False  # the clock was set forward since: by today's clock, the mark's time is too early
 
 
 def age_of(boot: tuple[str, int] | None, disk: LocalDisk, since: int, now: Moment) -> Age:
-    """How long ago the mark `since`, seconds since the epoch, was made on the disk, in which `boot`.
+    """How long ago a mark of the disk was made: at `since`, seconds since the epoch, in `boot`.
 
-    Within one boot the clock that counts from it decides.  From an earlier boot there is only the date, which
-    may have been wrong when the mark was made, and may be wrong now.
+    If the host has not booted since, the uptime decides.  Otherwise only the date is known, which may have
+    been wrong when the mark was made, and may be wrong now.
     """
     if boot and boot[0] == now.boot_id and boot[1] <= now.uptime:
         seconds = now.uptime - boot[1]
         return Age(seconds, is_late=now.epoch - since > seconds + SLACK)
     if since > now.epoch:
-        return Age(0, "the future, the clock went backwards")
+        return Age(0, "in the future, the clock went backwards")
     if since < max(disk.lv.lv_time, FIRST):
-        return Age(0, "the time before it was made, the clock was wrong then")
+        return Age(0, "before the disk was made, the clock was wrong then")
     return Age(now.epoch - since)
 
 
 def is_clock_wrong(disk: LocalDisk, now: Moment) -> bool:
-    """Whether the date is certainly wrong now: what it says would be in doubt later."""
+    """Whether the clock is certainly wrong now, so that no mark may be made with its time."""
     return now.epoch < max(disk.lv.lv_time, FIRST)
 
 
@@ -263,28 +266,29 @@ def is_clock_wrong(disk: LocalDisk, now: Moment) -> bool:
 class Start:
     """What a start does with the local disks of its image.  Without `reuse`, a new disk is made."""
 
-    reuse: LocalDisk | None = None  # the kept disk that the VM goes on with
-    remove: tuple[LocalDisk, ...] = ()  # at once: nobody keeps what they hold
-    replace: tuple[LocalDisk, ...] = ()  # kept disks that are removed once the disk of this start is ready
+    reuse: LocalDisk | None = None  # the kept disk that the VM uses again
+    remove: tuple[LocalDisk, ...] = ()  # removed at once: the policy does not keep their data
+    replace: tuple[LocalDisk, ...] = ()  # kept disks, removed when the disk of this start is ready
 
 
 @frozen
 class Wanted:
     """The disk that a start asks for."""
 
-    volume_id: str  # the leaf's; the local disk gets this name
-    fingerprint: str  # of what the guest sees
+    volume_id: str  # of the image's leaf; the local disk gets this name
+    fingerprint: str  # of the guest's view
     virtual_size: int  # bytes
 
 
 def plan_start(disks: Iterable[LocalDisk], wanted: Wanted, retention: Retention, vg: str) -> Start:
-    """What to do for a VM that is not running with `disks`, all local disks that it has of one image.
+    """What a start does with `disks`: all local disks that the VM, which does not run, has of one image.
 
-    Their owner was checked, and their locks are held.  A kept disk may be the copy of what was the image's
-    leaf before: what counts is whether it was made from the bytes that the guest sees now.
-    Raises DiskBusy if something has the disk open that is to be used; DiskDrifted, SourceChanged, OtherLeaf,
-    KeptStale if the operator must decide; DependentVolumes if a disk that other volumes depend on would have
-    to be removed or renamed.  Neither is done to a disk that `is_left_alone`.
+    Their owner was checked, and their locks are held.  A kept disk may be a copy of a volume that is no
+    longer the image's leaf: it is used again if its fingerprint is that of the present guest's view.
+
+    Raises DiskBusy if the disk to be used is open; DiskDrifted, SourceChanged, OtherLeaf, KeptStale if the
+    operator must decide; DependentVolumes if a disk on which other volumes depend would have to be removed or
+    renamed.  A disk that `is_left_alone` is neither removed nor renamed.
     """
     disks = tuple(disks)
     _require_no_drift(disks, vg)
@@ -318,7 +322,7 @@ def _plan_closed(every: list[LocalDisk], wanted: Wanted, retention: Retention, v
 
 
 def _require_no_drift(disks: Iterable[LocalDisk], vg: str) -> None:
-    """Raise DiskDrifted if one of these disks has data of its VM that are nowhere else."""
+    """Raise DiskDrifted if one of these disks has data of its VM that shared storage lacks."""
     for disk in disks:
         if disk.state is State.DRIFTED:
             raise DiskDrifted(vg=vg, lv=disk.volume_id)
@@ -336,19 +340,22 @@ def _require_closed(disk: LocalDisk, vg: str) -> None:
 
 
 def busy(disk: LocalDisk, vg: str) -> DiskBusy:
-    """The error of a disk that something has open; `holders.busy` looks what that is."""
+    """The error for an open disk, without the names of its users: `holders.busy` adds them."""
     fix = f"find it (lsblk, lsof /dev/{vg}/{disk.volume_id})"
     return DiskBusy(vg=vg, lv=disk.volume_id, state=disk.state.value, users="something", fix=fix)
 
 
 def _is_kept(disk: LocalDisk, retention: Retention) -> bool:
-    """Whether its stop has kept it, or would have."""
+    """Whether a stop has kept the disk, or would have kept it if it had been reported."""
     would_keep = retention.on_stop == "keep" or is_left_alone(disk, retention)
     return disk.state is State.STOPPED or (disk.state is State.READY and would_keep)
 
 
 def _is_good(disk: LocalDisk, wanted: Wanted, retention: Retention) -> bool:
-    """A disk of the older hook is used as that hook did: by its name, whatever its size is."""
+    """Whether a start may use the disk again.
+
+    A disk of the older hook is used as that hook used it: if the name matches, whatever its size is.
+    """
     if is_left_alone(disk, retention):
         return not disk.is_stale and disk.volume_id == wanted.volume_id
     is_large_enough = disk.lv.lv_size >= wanted.virtual_size
@@ -356,7 +363,10 @@ def _is_good(disk: LocalDisk, wanted: Wanted, retention: Retention) -> bool:
 
 
 def _is_same_source(disk: LocalDisk, wanted: Wanted) -> bool:
-    """A disk of the older hook has no fingerprint: its name alone says what it is a copy of."""
+    """Whether the disk was copied from the present guest's view.
+
+    A disk of the older hook has no fingerprint: only its name shows what it is a copy of.
+    """
     if disk.is_older and not disk.fingerprint:
         return disk.volume_id == wanted.volume_id
     return disk.fingerprint == wanted.fingerprint
@@ -374,16 +384,17 @@ def _changed(disk: LocalDisk, wanted: Wanted, vg: str) -> Error:
 def is_left_alone(disk: LocalDisk, retention: Retention) -> bool:
     """Whether it is a complete disk of vdsm's older hook, about which the operator has not decided yet.
 
-    That hook removed no disk and started its VM from it again and again: a guest's only data may be there.
+    That hook removed no disk and started the VM from the same disk each time: it may have the only copy of a
+    guest's data.
     """
     return disk.is_older and disk.is_complete and retention.older_disks == "keep"
 
 
 def require_room(vg: VolumeGroup, policy: Policy, size: int, writes: int) -> None:
-    """Raise unless a disk of `size` bytes that will hold `writes` bytes of data fits and leaves the margins.
+    """Raise if a new disk of `size` bytes, with `writes` bytes of data, would pass a limit of `margins`.
 
-    Raises VolumeGroupUnusable; NoSpace (lvm); NoThinPool, ThinPoolNotZeroing, ThinPoolInactive,
-    ThinPoolBroken, ThinPoolFull (lvmthin).
+    Raises VolumeGroupUnusable; for backend lvm NoSpace; for backend lvmthin NoThinPool, ThinPoolNotZeroing,
+    ThinPoolInactive, ThinPoolBroken, ThinPoolFull.
     """
     vg.require_usable()
     if policy.backend == "lvm":
@@ -426,12 +437,12 @@ def _require_thin_room(vg: VolumeGroup, pool_name: str, margins: Margins, writes
 
 
 def silent_pool(vg: str, pool: LogicalVolume) -> Error:
-    """What is wrong with a thin pool that does not tell how full it is."""
+    """The error for a thin pool of which LVM reports no usage."""
     return (ThinPoolBroken if pool.lv_active else ThinPoolInactive)(vg=vg, pool=pool.lv_name)
 
 
 def _still_to_write(lv: LogicalVolume) -> float:
-    """Bytes that an unfinished copy has been promised and not written yet."""
+    """Bytes of data that an unfinished copy has not written yet."""
     if not {OURS, UPDATING} <= lv.lv_tags:
         return 0
     writes = max(numbers_of(values_of(lv.lv_tags)["WRITES"]), default=0)
@@ -451,9 +462,9 @@ class Stop(enum.Enum):
 
 
 def plan_stop(disk: LocalDisk, retention: Retention) -> Stop:
-    """What to do, at once, with a disk whose VM has stopped and whose lock is held.
+    """What a stop does with a disk whose VM has stopped and whose lock is held.
 
-    A stop never waits: what is open or must be erased first is left to gc, as is what others depend on.
+    A stop never waits: gc removes later what is open, must be erased first, or has dependent volumes.
     """
     if disk.state is State.DRIFTED or is_left_alone(disk, retention):
         return Stop.LEAVE
@@ -483,7 +494,7 @@ def _state(tags: frozenset[str], stopped: int | None, is_drifted: bool) -> State
 
 
 def values_of(tags: Iterable[str]) -> Mapping[str, list[str]]:
-    """The values of tags NAME_VALUE by their name."""
+    """The values of tags `NAME_VALUE`, by name: `STOPPED_17` is {"STOPPED": ["17"]}."""
     values: defaultdict[str, list[str]] = defaultdict(list)
     for tag in tags:
         name, _, value = tag.partition("_")
@@ -492,10 +503,10 @@ def values_of(tags: Iterable[str]) -> Mapping[str, list[str]]:
 
 
 def only_uuid(values: list[str]) -> str:
-    """The one UUID that there is, "" otherwise."""
+    """The UUID if `values` is exactly one UUID, else ""."""
     return values[0] if len(values) == 1 and is_uuid(values[0]) else ""
 
 
 def numbers_of(values: list[str]) -> list[int]:
-    """Those of the values that are numbers, as tags have them."""
+    """Those of the values that are decimal numbers."""
     return [int(value) for value in values if _NUMBER.fullmatch(value)]

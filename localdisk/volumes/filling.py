@@ -1,7 +1,7 @@
-"""Thin pools that fill up under running VMs, and volume groups whose metadata area does.
+"""Warnings about thin pools that fill up while VMs run from them, and about metadata areas that fill up.
 
-What is seen is a pure function of a volume group as it was read.  `status` shows it; gc, starts and stops log
-it (`log_filling`), so that it is in the log of a host that nobody looks at.
+They are a pure function of a volume group as it was read.  `status` shows them; gc, starts and stops log them
+(`log_filling`), so that the log has them even if nobody calls `status`.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from localdisk.volumes import template
 from localdisk.volumes.disk import LocalDisk, State, local_disks
 from localdisk.volumes.lvm import LogicalVolume, VolumeGroup
 
-FULL = 90.0  # percent: from there on, what fills up is named
-_SHOWN = 5  # VMs
+FULL = 90.0  # percent: a pool or area that is fuller gets a warning
+_SHOWN = 5  # at most so many VMs are named
 
 
 @frozen
 class Filling:
-    """A thin pool from which VMs run, and which will be full before long."""
+    """A thin pool that is nearly full and from which VMs run."""
 
     pool: str  # VG/LV
-    parts: Mapping[str, float]  # how full, in percent: of data and metadata what is nearly full
-    left: int  # bytes of data
-    vm_ids: tuple[str, ...]  # whose local disks are open
+    parts: Mapping[str, float]  # of "data" and "metadata", those that are nearly full; percent
+    left: int  # bytes of data that are free
+    vm_ids: tuple[str, ...]  # the VMs whose local disks are open
     fixes: tuple[str, ...]  # what makes room, the surest first
 
     @property
@@ -36,7 +36,7 @@ class Filling:
         return ", ".join(f"{name} {percent:.1f} %" for name, percent in self.parts.items())
 
     def what(self, names: Mapping[str, str]) -> str:
-        """`names` of VMs by UUID, of those that libvirt knows."""
+        """The warning as one line; `names`: the names, by UUID, of the VMs that libvirt knows."""
         shown = [f"{plain(names.get(vm_id, ''))} ({vm_id})".lstrip() for vm_id in self.vm_ids[:_SHOWN]]
         more = len(self.vm_ids) - len(shown)
         vms = ", ".join([*shown, *([f"{more} more"] if more else [])])
@@ -83,9 +83,9 @@ def _fixes(
 
 
 def pools(vg: VolumeGroup, config: Config) -> tuple[tuple[LogicalVolume, Margins], ...]:
-    """The thin pools of a group that the configuration names or that local disks are in, with their margins.
+    """The thin pools of a group that the configuration names or that have local disks, with their margins.
 
-    The general one is the first.
+    The pool of the general configuration comes first.
     """
     policies = [policy for policy in config.policies if policy.volume_group == vg.vg_name]
     margins = {config.thin_pool: config.margins}
@@ -98,13 +98,13 @@ def pools(vg: VolumeGroup, config: Config) -> tuple[tuple[LogicalVolume, Margins
 
 
 def metadata_fix(vg: VolumeGroup) -> str:
-    """What to do where the metadata area of the group is nearly full; "" where it is not."""
+    """What to do if the metadata area of the group is nearly full; "" if it is not."""
     error = str(MetadataAreaFull(vg=vg.vg_name))
     return error.partition(" : ")[2] if vg.metadata_percent >= FULL else ""
 
 
 def log_filling(vg: VolumeGroup) -> None:
-    """Log what fills up."""
+    """Log a warning for each thin pool that fills up, and for the metadata area."""
     for each in of_group(vg):
         vms, rest = " ".join(each.vm_ids[:_SHOWN]), "; ".join(each.fixes[1:])
         fix = {"fix": each.fixes[0], **({"or": rest} if rest else {})}  # a field has 200 characters

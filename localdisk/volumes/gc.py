@@ -1,10 +1,10 @@
-"""Remove what no VM needs: unfinished copies, disks marked for removal, kept ones past their time, and
-disks whose VM has stopped unseen.
+"""The mode gc: removes unfinished copies, disks that are to be removed, kept disks whose time is over, disks
+whose VM stopped without a report, and template LVs that are no longer worth their room.
 
-Local disks and template LVs go the same way.  All are judged by one report of their volume group.  Those that
-change are taken in batches: locked, judged again by a second report, and changed by one LVM command for each
-kind of change.  What must be erased first is set aside there, and erased when no lock of a batch is held any
-more.  `verdict.py` decides; in doubt a disk is kept.
+Local disks and template LVs are treated alike.  `verdict.py` decides about each of them, from one report of
+its volume group.  Volumes to be changed are taken in batches: all of a batch are locked, decided about again
+from a second report, and changed with one LVM command for each kind of change.  A disk that must be erased is
+set aside with its batch, and erased after all batches, without their locks.  On any doubt a disk is kept.
 """
 
 from __future__ import annotations
@@ -44,20 +44,20 @@ from localdisk.volumes.verdict import (
     witnesses_for,
 )
 
-BATCH = 50  # volumes that are changed, and locked, at once; a start that wants one of them waits for all
+BATCH = 50  # volumes that are locked and changed at once; a start that needs one of them waits for all
 GAP = 0.5  # seconds between two erases
 ERASING = "gc.lock"  # held by the gc that erases what is set aside
 
-_LATER = Verdict(Action.KEEP, "left to the next gc: vdsm waits no longer")
+_LATER = Verdict(Action.KEEP, "left to the next gc, because vdsm does not wait longer for this one")
 _Tags = frozenset[str]
 
 
 @frozen
 class Finding:
-    """One local disk or template LV, what was decided, and what came of it."""
+    """One local disk or template LV, what was decided about it, and whether that failed."""
 
     vg_name: str
-    disk: LocalDisk  # of a template LV: it as what can be removed
+    disk: LocalDisk  # of a template LV: `Template.disk`
     verdict: Verdict
     failure: str = ""  # why it could not be done
     template: str = ""  # the volume that a template LV is a copy of, "" for a disk
@@ -68,8 +68,8 @@ class Finding:
         return self.disk.volume_id
 
     @property
-    def who(self) -> Mapping[str, str]:
-        """What the log calls it."""
+    def log_fields(self) -> Mapping[str, str]:
+        """The volume and its owner, for the log."""
         if self.template:
             return {"template": self.template, "lv": self.name}
         return {"vm": self.disk.vm_id, "disk": self.name}
@@ -81,7 +81,7 @@ class Finding:
 
 @frozen
 class Collection:
-    """One run of gc; `problems` are what it could not look at, one line each."""
+    """One run of gc; `problems`: why something could not be read, one line each."""
 
     findings: tuple[Finding, ...]
     problems: tuple[str, ...] = ()
@@ -91,7 +91,7 @@ class Collection:
         return bool(self.problems) or any(finding.is_problem for finding in self.findings)
 
 
-# -- looking and acting
+# -- deciding and carrying out
 
 
 def collect(
@@ -100,10 +100,11 @@ def collect(
     may_start: bool = True,
     ran_elsewhere: Callable[[Iterable[str]], Elsewhere] = lambda _vm_ids: frozenset(),
 ) -> Collection:
-    """Look at every local disk of the host and remove what no VM needs.
+    """Decide about every local disk and template LV of this host, and carry the decisions out.
 
-    `may_start` says whether vdsm can be starting VMs; `ran_elsewhere` reads libvirt's definitions of VMs.
-    Raises NoVolumeGroup, CommandFailed and so on where no volume group can be looked at.
+    `dry_run`: change nothing.  `may_start`: whether vdsm can be starting VMs.  `ran_elsewhere`: for stopped
+    VMs, reads in libvirt's definitions which of their disks are not on a local disk. Raises NoVolumeGroup,
+    CommandFailed and so on if no volume group can be read.
     """
     asked = libvirt.ask_domains()
     groups, failed = lvm.read_all(config.volume_groups)
@@ -127,28 +128,25 @@ def collect(
 
 
 def _answer(asked: libvirt.Question) -> tuple[Domains | None, LibvirtSilent | None]:
-    """What libvirt knows, or why it does not say."""
+    """The domains that libvirt knows, or the error if it did not answer."""
     try:
         return libvirt.read_domains(asked.text()), None
     except LibvirtSilent as error:
-        log.problem("gc asks libvirt in vain", why=error)
+        log.problem("libvirt does not answer gc", why=error)
         return None, error
 
 
 def _elsewhere(
     groups: Iterable[VolumeGroup], found: Domains | None, ask: Callable[[Iterable[str]], Elsewhere]
 ) -> Elsewhere | None:
-    """What VMs that stopped unseen have not on a local disk, None if that cannot be known."""
+    """Which disks of VMs, stopped without a report, were not on a local disk; None if that is not known."""
     stopped = found.known - found.active if found else frozenset[str]()
     asked = {disk.vm_id for vg in groups for disk in local_disks(vg) if has_run(disk) and not disk.is_open}
     try:
         return ask(asked & stopped) if asked & stopped else frozenset()
     except Error as error:
-        log.problem("gc cannot know what VMs ran from", vms=" ".join(sorted(asked & stopped)), why=error)
+        log.problem("gc cannot find out what VMs ran from", vms=" ".join(sorted(asked & stopped)), why=error)
         return None
-
-
-_LATER = Verdict(Action.KEEP, "left to the next gc: vdsm waits no longer")
 
 
 class _GaveUp(Exception):
@@ -160,12 +158,12 @@ def _give_up(_seconds: float) -> None:
 
 
 def _look_after_kept(config: Config, groups: tuple[VolumeGroup, ...], is_all: bool) -> None:
-    """Mark what somebody was about to mark as stale, and write down anew which VMs have kept disks."""
+    """Mark the disks that a killed process was about to mark as stale; record again who has kept disks."""
     for vm_id, images in kept.noted().items():
         try:
             if images:
                 stale.mark(config, vm_id, images, _give_up)
-        except _GaveUp:  # a process works on one of them; the next gc marks them
+        except _GaveUp:  # a process works on one of the disks; the next gc marks them
             pass
         except Error as error:
             log.problem("kept disks are not marked as stale yet", vm=vm_id, why=error)
@@ -185,21 +183,21 @@ def _count(found: Collection) -> None:
 
 @frozen
 class _Group:
-    """gc's work on one volume group, as it was at first."""
+    """gc's work on one volume group."""
 
     config: Config
-    vg: VolumeGroup
+    vg: VolumeGroup  # as it was when gc began
     may_start: bool
     elsewhere: Elsewhere | None
 
     def collect(self, known: Domains | None, dry_run: bool) -> Iterable[Finding]:
-        """What came of each volume; `known` is what libvirt knows, None if it does not say."""
+        """The finding of each volume; `known`: the domains that libvirt knows, None if it did not answer."""
         first = list(self._judge(self.vg, known, lock.held()))
         due = [found for found in first if found.verdict.action is not Action.KEEP]
         if dry_run:
             return first
         done: dict[str, Finding] = {}
-        waiting: dict[str, str] = {}  # names, by the first name, of what is set aside and not erased yet
+        waiting: dict[str, str] = {}  # old name to new name of disks that are set aside and not yet erased
         for start in range(0, len(due), BATCH):
             if run.is_spent():
                 done.update((found.name, replace(found, verdict=_LATER)) for found in due[start:])
@@ -212,11 +210,11 @@ class _Group:
         return [done.get(found.name, found) for found in first]
 
     def read(self) -> VolumeGroup:
-        """The group as it is now."""
+        """Read the group again."""
         return VolumeGroup.read(self.vg.vg_name, self.vg.devices)
 
     def judge_again(self, vg: VolumeGroup, known: Domains | None) -> Mapping[str, Finding]:
-        """Every volume, by name, as if no other process worked on it: for those whose locks are held."""
+        """The findings by name, without a look at the locks: this process holds those of its batch."""
         return {found.name: found for found in self._judge(vg, known, frozenset())}
 
     def _judge(self, vg: VolumeGroup, known: Domains | None, held: frozenset[str]) -> Iterator[Finding]:
@@ -234,7 +232,10 @@ class _Group:
             yield Finding(vg.vg_name, each.disk, verdict, template=each.volume_id)
 
     def _erase(self, waiting: Mapping[str, str], done: Mapping[str, Finding]) -> Mapping[str, Finding]:
-        """Erase and remove what is set aside, unless another gc erases at this moment."""
+        """Erase and remove the disks that are set aside, unless another gc erases at this moment.
+
+        Returns the findings that have changed: failures, or all disks if the other gc erases them.
+        """
         if not waiting:
             return {}
         with lock.trying(os.path.join(lock.RUN, ERASING)) as ours:
@@ -250,7 +251,7 @@ class _Group:
     def _erase_each(
         self, waiting: Mapping[str, str], done: Mapping[str, Finding]
     ) -> Iterator[tuple[str, Finding]]:
-        """What came of those that could not be erased and removed."""
+        """The findings of the disks that could not be erased and removed, by old name."""
         for number, (name, aside) in enumerate(waiting.items()):
             if number:
                 time.sleep(GAP)  # a start that waits for room comes first
@@ -260,7 +261,7 @@ class _Group:
                 yield name, _failed(done[name], error)
 
     def _erase_rest(self, tried: set[str]) -> None:
-        """Erase what other gcs have set aside meanwhile and left to this one."""
+        """Erase the disks that other gcs have set aside meanwhile: they leave them to this gc."""
         while True:
             rest = [
                 disk for disk in local_disks(self.read()) if disk.is_aside and disk.volume_id not in tried
@@ -277,15 +278,15 @@ class _Group:
 
 
 class _Batch:
-    """Volumes of a group that are changed at once."""
+    """Volumes of a group that are locked and changed together."""
 
     def __init__(self, group: _Group, due: Sequence[Finding]) -> None:
         self._group = group
         self._due = due
-        self.aside: dict[str, str] = {}  # the names, by the first name, under which volumes wait to be erased
+        self.aside: dict[str, str] = {}  # old name to new name of the disks that were set aside
 
     def carry_out(self) -> Mapping[str, Finding]:
-        """Do what was decided with those that still are what they were; what came of each, by name."""
+        """Carry out the decisions about volumes that have not changed since; the finding of each, by name."""
         busy = Verdict(Action.KEEP, "a process works on it")
         done = {found.name: replace(found, verdict=busy) for found in self._due}
         with ExitStack() as locks:
@@ -298,11 +299,11 @@ class _Batch:
         return done
 
     def _change(self, locked: Sequence[Finding]) -> Mapping[str, Finding]:
-        # Libvirt, too, is asked again: since the first look, a VM may have taken its disk.
+        # Libvirt is asked again, too: since the first time, a VM may have started with its disk.
         asked = libvirt.ask_domains()
         vg = self._group.read()
         again = self._group.judge_again(vg, _answer(asked)[0])
-        # What is not there any more, or is something else, somebody has just removed.
+        # A volume that is missing now, or has another kind, was removed by another process.
         due = [again[found.name] for found in locked if _is_same(found, again.get(found.name))]
         changed = [found for found in due if found.verdict.action is not Action.KEEP]
         if changed:
@@ -321,7 +322,7 @@ class _Batch:
         return {**{found.name: found for found in due}, **failed}
 
     def _remove(self, vg: VolumeGroup, due: Sequence[Finding]) -> Mapping[str, Error]:
-        """Remove at once what need not be erased, set aside the rest; why some could not be."""
+        """Remove the volumes that need no erase, set the others aside; returns the errors by name."""
         erase = {found.name: self._erase_mode(found) for found in due}
         at_once = [found.disk for found in due if erase[found.name] == "none"]
         failures = dict(removal.remove_all(vg, at_once, time.sleep))
@@ -334,7 +335,7 @@ class _Batch:
         return failures
 
     def _erase_mode(self, found: Finding) -> str:
-        """How it is erased; one that is set aside and has its name, as was decided then."""
+        """How the volume must be erased; if it was set aside already, the tag ERASE decides."""
         disk, config = found.disk, self._group.config
         if disk.waits_for_erase:
             return disk.erase or "none"
@@ -347,7 +348,7 @@ def _is_same(old: Finding, new: Finding | None) -> bool:
 
 
 def _record(found: Finding) -> None:
-    log.event(f"gc: {found.verdict.action.words}", **found.who, why=found.verdict.reason)
+    log.event(f"gc: {found.verdict.action.words}", **found.log_fields, why=found.verdict.reason)
     if found.template and found.verdict.action is Action.REMOVE and found.disk.state is State.READY:
         counters.template_evicted()
 
@@ -360,7 +361,7 @@ def _try_hold(name: str, locks: ExitStack) -> bool:
 
 
 def _change_tags(vg: VolumeGroup, due: Iterable[Finding], now: Moment) -> Mapping[str, Error]:
-    """Make and remove marks, one command for all that get and lose the same."""
+    """Set and remove marks, with one command for all volumes with the same change; the errors by name."""
     changes: dict[tuple[_Tags, _Tags], list[str]] = {}
     for found in due:
         change = _marks(found, now)
@@ -373,7 +374,7 @@ def _change_tags(vg: VolumeGroup, due: Iterable[Finding], now: Moment) -> Mappin
 
 
 def _marks(found: Finding, now: Moment) -> tuple[_Tags, _Tags] | None:
-    """The tags that a volume gets and loses, None if its verdict is not about them."""
+    """The tags to add and to remove, None if the verdict changes no tags."""
     disk, verdict = found.disk, found.verdict
     if verdict.action is Action.MARK_UNNEEDED:
         add = unneeded_tags(disk, now, verdict.age)
@@ -387,7 +388,7 @@ def _marks(found: Finding, now: Moment) -> tuple[_Tags, _Tags] | None:
 
 
 def _all_or_each(act: Callable[..., None], names: Sequence[str]) -> Mapping[str, Error]:
-    """Change volumes by one command, or, if LVM refuses that, each by its own; why some were not changed."""
+    """Change volumes with one command, or, if LVM refuses that, with one command each; the errors by name."""
     try:
         if names:
             act(*names)
@@ -401,7 +402,7 @@ def _all_or_each(act: Callable[..., None], names: Sequence[str]) -> Mapping[str,
 
 
 def _failed(found: Finding, error: Error) -> Finding:
-    log.problem("gc could not finish", **found.who, action=found.verdict.action.words, why=error)
+    log.problem("gc could not finish", **found.log_fields, action=found.verdict.action.words, why=error)
     return replace(found, failure=str(error))
 
 
@@ -409,7 +410,7 @@ def _failed(found: Finding, error: Error) -> Finding:
 
 
 def as_lines(collection: Collection, dry_run: bool) -> str:
-    """One line for each disk: name, VM, size, verdict, reason."""
+    """One line for each volume: name, VM or template, size, verdict, reason."""
     return "".join(f"{_line(finding, dry_run)}\n" for finding in collection.findings)
 
 

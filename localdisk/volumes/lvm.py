@@ -1,8 +1,8 @@
 """LVM: one volume group as an immutable snapshot, and the few commands that change it.
 
-A snapshot is one `lvm fullreport` (LVM 2.02.158 and later): the group, its logical volumes and its pools'
-segments in one command and under one lock.  Fields have the names of LVM's report columns.
-Nothing here knows what a local disk is; `disk.py` does.
+A snapshot is read with one `lvm fullreport` (LVM 2.02.158 and later): the group, its logical volumes and its
+pools' segments in one command and under one lock.  Fields have the names of LVM's report columns.
+Nothing in this module knows local disks; `disk.py` describes them.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ REPORT = {
     "lv": "lv_name,lv_uuid,lv_size,lv_time,lv_tags,lv_device_open,lv_active,lv_permissions,lv_layout,lv_role,"
     "pool_lv,origin,data_percent,metadata_percent,kernel_discards",
     "seg": "lv_name,zero,chunk_size",
-    # These two reports cannot be switched off; SELECT leaves nothing of them.
+    # These two reports cannot be switched off; SELECT makes them empty.
     "pv": "pv_name",
     "pvseg": "pvseg_start",
 }
-# lvm2, lib/format_text/format-text.c: the first since 2.03.09, the other before.
+# lvm2, lib/format_text/format-text.c: the first message since 2.03.09, the other one before.
 _METADATA_FULL = re.compile(
     r"VG (\S+) \d+ metadata on .* (?:exceeds maximum metadata size|too large for circular buffer)"
 )
 _ORIGINS = {"thickorigin", "multithickorigin", "extthinorigin", "multiextthinorigin"}
-_NO_QUESTIONS = ("--wipesignatures", "n")  # of old signatures; lvcreate refuses it for snapshots
-# What shapes the messages and reports that are read here (lvm.conf(5), "log" and "report"), and a bound.
-# `--config` takes the place of each of these keys and of nothing else: what an administrator sets of
-# devices, filters, locking and activation stays as it is.
+_NO_WIPE = ("--wipesignatures", "n")  # old signatures are left; lvcreate refuses the option for snapshots
+# Settings that shape the messages and reports that are read here (lvm.conf(5), "log" and "report"), and a
+# limit for LVM's archive.  `--config` overrides these keys only: the administrator's settings of devices,
+# filters, locking and activation still apply.
 SETTINGS = (
     'log{command_names=0 prefix="  " indent=0 silent=0 verbose=0 activation=0 report_command_log=0} '
     'report{output_format="basic" compact_output=0 compact_output_cols="" aligned=1 buffered=1 headings=1 '
@@ -57,12 +57,13 @@ SETTINGS = (
     'time_format="%s" mark_hidden_devices=1 two_word_unknown_device=0 '  # times in seconds since the epoch
     'lvs_sort="vg_name,lv_name" pvs_sort="pv_name" vgs_sort_full="vg_name" lvs_sort_full="vg_name,lv_name" '
     'pvs_sort_full="pv_name" segs_sort_full="lv_uuid,seg_start" pvsegs_sort_full="pv_uuid,pvseg_start"} '
-    # LVM archives a group's metadata before each change, and keeps all archives of 30 days: with a thousand
-    # disks 3 files of 600 KB for each start and stop.  These are of the group that is changed alone.
+    # By default LVM archives a group's metadata before each change, and keeps the archives for 30 days: with
+    # a thousand disks, 3 files of 600 KB for each start and stop.  The limit applies to the changed group
+    # only.
     "backup{retain_min=50 retain_days=0}"
 )
 SELECT = {"seg": "segtype=thin-pool", "pv": "pv_name=none", "pvseg": "pv_name=none"}
-SEE_ALL = 'devices{filter=["a|.*|"] global_filter=["a|.*|"]}'  # whatever filters the host has
+SEE_ALL = 'devices{filter=["a|.*|"] global_filter=["a|.*|"]}'  # overrides the host's filters
 _HIDING = {
     "filter": (
         (),
@@ -72,7 +73,7 @@ _HIDING = {
     "devices file": (("--devicesfile", ""), "", "vgimportdevices {vg}"),
 }
 
-# Why LVM does nothing in a group: its message, what that means, and what to do.
+# Why LVM refuses to work in a group: what is wrong, and what to do.  _REASONS finds them by LVM's message.
 _LEFT_INACTIVE = (
     "left inactive by LVM, whose activation/volume_list lacks it",
     "add {vg} to volume_list (lvmconfig activation/volume_list shows it, lvm.conf or lvmlocal.conf has it)",
@@ -106,43 +107,43 @@ _REASONS = (
 
 @frozen
 class LogicalVolume:
-    """One row of `lvs`; sizes in bytes, percentages 0 to 100 or None where LVM shows none."""
+    """One row of `lvs`; sizes in bytes, percentages 0 to 100 or None if LVM shows none."""
 
     lv_name: str
     lv_uuid: str
     lv_size: int
-    lv_time: int  # when it was made by the clock of then, in seconds since the epoch; 0: LVM does not know
+    lv_time: int  # when it was made, by the clock at that time; seconds since the epoch; 0: not known
     lv_tags: frozenset[str]
     lv_device_open: bool
     lv_active: bool
     lv_permissions: str  # "writeable", "read-only", …
     lv_layout: frozenset[str]
-    pool_lv: str  # of a thin volume, "" of others
+    pool_lv: str  # thin volume: its thin pool; "" for others
     data_percent: float | None
     metadata_percent: float | None
-    kernel_discards: str  # active thin pool: "passdown", "nopassdown" or "ignore"; "" otherwise
-    zero: bool  # thin pool: new blocks read as zeros
-    chunk_size: int = 0  # thin pool: bytes that it provides at once; 0 of others
-    dependents: tuple[str, ...] = ()  # what LVM would remove or change along with it
-    origin: str = ""  # what it is a snapshot of, as long as that is there
+    kernel_discards: str  # active thin pool: "passdown", "nopassdown" or "ignore"; "" for others
+    zero: bool  # thin pool: whether new blocks read as zeros
+    chunk_size: int = 0  # thin pool: bytes of one block; 0 for others
+    dependents: tuple[str, ...] = ()  # the volumes that LVM would remove or change together with it
+    origin: str = ""  # the volume that it is a snapshot of, if that still exists
 
     @classmethod
     def from_report(
         cls, row: dict[str, str], pool: dict[str, str] | None, dependents: tuple[str, ...] = ()
     ) -> LogicalVolume:
-        """From a row of the `lv` report and, of a thin pool, its row of the `seg` report."""
+        """From a row of the `lv` report and, for a thin pool, its row of the `seg` report."""
         return cls(
             lv_name=row["lv_name"],
             lv_uuid=row["lv_uuid"],
             lv_size=_bytes(row["lv_size"]),
             lv_time=_bytes(row["lv_time"] or "0"),
             lv_tags=_words(row["lv_tags"]),
-            # "unknown" for an inactive volume, which cannot be open; for an active one it counts as open.
+            # LVM may print "unknown": an inactive volume cannot be open, an active volume counts as open.
             lv_device_open=row["lv_active"] != "" and row["lv_device_open"] != "",
             lv_active=row["lv_active"] != "",
             lv_permissions=row["lv_permissions"],
             lv_layout=_words(row["lv_layout"]),
-            pool_lv=row["pool_lv"] if "thin" in row["lv_layout"] else "",  # not the pool of a cache
+            pool_lv=row["pool_lv"] if "thin" in row["lv_layout"] else "",  # not a cache pool
             data_percent=_percent(row["data_percent"]),
             metadata_percent=_percent(row["metadata_percent"]),
             kernel_discards=row["kernel_discards"],
@@ -159,7 +160,10 @@ class LogicalVolume:
 
 @frozen
 class VolumeGroup:
-    """One volume group as it was when it was read; sizes in bytes.  Its methods change the real one."""
+    """One volume group as it was when it was read; sizes in bytes.
+
+    The methods under "commands" change the real group, not this object.
+    """
 
     vg_name: str
     vg_uuid: str
@@ -170,13 +174,16 @@ class VolumeGroup:
     vg_exported: bool
     vg_lock_type: str
     vg_mda_size: int  # of the smallest metadata area
-    vg_mda_free: int  # of the fullest one
+    vg_mda_free: int  # of the fullest metadata area
     lvs: tuple[LogicalVolume, ...]
     devices: tuple[str, ...] = ()
 
     @classmethod
     def read(cls, vg_name: str, devices: tuple[str, ...] = ()) -> VolumeGroup:
-        """Ask LVM.  Raises NoVolumeGroup, VolumeGroupUnusable, CommandFailed, CommandTimeout."""
+        """Read a group with LVM; `devices`: the only devices that LVM may use, () for all.
+
+        Raises NoVolumeGroup, VolumeGroupUnusable, CommandFailed, CommandTimeout.
+        """
         argv = ["lvm", "fullreport", "--reportformat", "json", "--units", "b", "--nosuffix"]
         for report, columns in REPORT.items():
             argv += ["--configreport", report, "-o", columns]
@@ -195,7 +202,7 @@ class VolumeGroup:
 
     @classmethod
     def from_report(cls, text: str, devices: tuple[str, ...] = ()) -> VolumeGroup:
-        """From the JSON of `lvm fullreport` of one group.  Raises CommandFailed if it is no such report."""
+        """From the JSON of `lvm fullreport` for one group.  Raises CommandFailed if it is not understood."""
         try:
             report = json.loads(text)["report"][0]
             (vg,) = report["vg"]
@@ -229,9 +236,9 @@ class VolumeGroup:
 
     @property
     def metadata_percent(self) -> float:
-        """How full the metadata area is in which LVM describes the group, 0 to 100.
+        """How full the metadata area is, in which LVM describes the group as text; 0 to 100.
 
-        LVM writes the new text beside the old one, so a text can take half of the area.
+        LVM writes each new text beside the old one, so a text can take at most half of the area.
         """
         return 100 * (1 - 2 * self.vg_mda_free / self.vg_mda_size) if self.vg_mda_size else 0.0
 
@@ -239,7 +246,7 @@ class VolumeGroup:
         return next((lv for lv in self.lvs if lv.lv_name == lv_name), None)
 
     def path(self, lv_name: str) -> str:
-        """The device node of a logical volume, there while it is active."""
+        """The device node of a logical volume; it exists while the volume is active."""
         return f"/dev/{self.vg_name}/{lv_name}"
 
     def round_up(self, size: int) -> int:
@@ -247,14 +254,14 @@ class VolumeGroup:
         return -(-size // self.vg_extent_size) * self.vg_extent_size
 
     def require_usable(self) -> None:
-        """Raise VolumeGroupUnusable where no disk may be made or changed."""
+        """Raise VolumeGroupUnusable if no disk of the group may be made or changed."""
         if self.vg_exported:
             raise VolumeGroupUnusable(vg=self.vg_name, problem="exported", fix=f"vgimport {self.vg_name}")
         if self.vg_partial:
             raise VolumeGroupUnusable(
                 vg=self.vg_name,
                 problem="missing a physical volume",
-                # LVM may still miss a device that is back, where the group was changed meanwhile.
+                # If the group was changed meanwhile, LVM still counts the device as missing when it is back.
                 fix=f"bring the device back (and vgextend --restoremissing {self.vg_name} DEVICE), "
                 f"or vgreduce --removemissing {self.vg_name}",
             )
@@ -264,28 +271,26 @@ class VolumeGroup:
     # -- commands
 
     def create_thick(self, lv_name: str, size: int, tags: Iterable[str]) -> None:
-        """Create and activate a preallocated volume of `size` bytes, tags included, in one commit.
+        """Create and activate a preallocated volume of `size` bytes with these tags, in one commit.
 
-        Only its first 4 KiB are zeroed; the rest holds what was there before.
+        LVM zeroes only the first 4 KiB; the rest has old data of the device.
         """
-        self._create(
-            lv_name, tags, *_NO_QUESTIONS, "--zero", "y", "--size", f"{_sectors(size)}b", self.vg_name
-        )
+        self._create(lv_name, tags, *_NO_WIPE, "--zero", "y", "--size", f"{_sectors(size)}b", self.vg_name)
 
     def create_thin(self, lv_name: str, size: int, pool: str, tags: Iterable[str]) -> None:
-        """Create and activate a thin volume of `size` bytes in `pool`, tags included, in one commit.
+        """Create and activate a thin volume of `size` bytes in `pool` with these tags, in one commit.
 
-        Raises ThinPoolAtThreshold where the pool is too full for LVM, whose limits may lie below our margins;
-        ThinPoolUnusable.
+        Raises ThinPoolUnusable, and ThinPoolAtThreshold if the pool is too full for LVM: LVM's own limits may
+        be lower than the margins of the configuration.
         """
         size_and_place = ("--virtualsize", f"{_sectors(size)}b", "--thinpool", f"{self.vg_name}/{pool}")
         try:
-            self._create(lv_name, tags, *_NO_QUESTIONS, *size_and_place)
+            self._create(lv_name, tags, *_NO_WIPE, *size_and_place)
         except CommandFailed as error:
             raise _at_threshold(error, self.vg_name, pool) from None
 
     def create_snapshot(self, lv_name: str, origin: str, tags: Iterable[str]) -> None:
-        """Create and activate a writable thin snapshot of `origin`, tags included, in one commit.
+        """Create and activate a writable thin snapshot of `origin` with these tags, in one commit.
 
         Raises ThinPoolAtThreshold, ThinPoolUnusable.
         """
@@ -304,8 +309,8 @@ class VolumeGroup:
         call(["lvextend", "--quiet", *option, *_devices(self.devices), self._full_name(lv_name)])
 
     def _create(self, lv_name: str, tags: Iterable[str], *rest: str) -> None:
-        # --setactivationskip: it stays inactive at boot (--setautoactivation is refused for thin volumes
-        # by LVM 2.03.16); --ignoreactivationskip: but activate it now.
+        # --setactivationskip: do not activate it at boot (LVM 2.03.16 refuses --setautoactivation for thin
+        # volumes); --ignoreactivationskip: activate it now all the same.
         argv = ["lvcreate", "--quiet", "--yes", "--name", lv_name]
         argv += ["--setactivationskip", "y", "--ignoreactivationskip"]
         try:
@@ -314,7 +319,7 @@ class VolumeGroup:
             raise _explained(error) from None
 
     def change_tags(self, *lv_names: str, add: Iterable[str] = (), remove: Iterable[str] = ()) -> None:
-        """Add and remove tags, one commit a volume; removing an absent tag is no error."""
+        """Add and remove tags, in one commit for each volume; to remove an absent tag is no error."""
         tags = [*_repeat("--deltag", remove), *_repeat("--addtag", add)]
         call(["lvchange", "--quiet", *tags, *_devices(self.devices), *map(self._full_name, lv_names)])
 
@@ -326,14 +331,14 @@ class VolumeGroup:
             raise _explained(error) from None
 
     def set_read_only(self, lv_name: str) -> None:
-        """Let nobody write to a volume any more, whoever activates it."""
-        self._permit(lv_name, "r")
+        """Make a volume read-only, now and whenever it is activated."""
+        self._set_permission(lv_name, "r")
 
     def set_writable(self, lv_name: str) -> None:
-        """Take back `set_read_only`."""
-        self._permit(lv_name, "rw")
+        """Undo `set_read_only`."""
+        self._set_permission(lv_name, "rw")
 
-    def _permit(self, lv_name: str, permission: str) -> None:
+    def _set_permission(self, lv_name: str, permission: str) -> None:
         argv = ["lvchange", "--quiet", "--permission", permission]
         call([*argv, *_devices(self.devices), self._full_name(lv_name)])
 
@@ -342,7 +347,7 @@ class VolumeGroup:
         call(["lvchange", "--quiet", "--activate", "n", *_devices(self.devices), *names])
 
     def remove(self, *lv_names: str) -> None:
-        """Remove volumes; LVM refuses one that is open ("in use") or that is not there."""
+        """Remove volumes; if one of them is open ("in use") or does not exist, LVM removes none."""
         names = map(self._full_name, lv_names)
         call(["lvremove", "--quiet", "--yes", *_devices(self.devices), *names])
 
@@ -350,11 +355,11 @@ class VolumeGroup:
         call(["lvrename", "--quiet", *_devices(self.devices), self.vg_name, lv_name, new_name])
 
     def discard(self, lv_name: str, start: int, length: int) -> None:
-        """Discard so many bytes of an active volume."""
+        """Discard `length` bytes of an active volume from byte `start` on."""
         self._blkdiscard(lv_name, start, length)
 
     def zero(self, lv_name: str, start: int, length: int) -> None:
-        """Write zeros over so many bytes of an active volume, on the device when it returns."""
+        """Write zeros over `length` bytes of an active volume from byte `start` on, and sync."""
         self._blkdiscard(lv_name, start, length, "--zeroout")
 
     def _blkdiscard(self, lv_name: str, start: int, length: int, *options: str) -> None:
@@ -362,10 +367,10 @@ class VolumeGroup:
         run.run(["blkdiscard", *options, *place], deadline=3600)
 
     def dm_uuid(self, lv_name: str) -> str:
-        """The device-mapper UUID of an active volume's node, checked to be of this very group.
+        """The device-mapper UUID of an active volume's device, which is checked to be of this group.
 
-        `LVM-` and the UUIDs of group and volume without dashes (lvm2, lib/activate/dev_manager.c).
-        Raises DeviceNotReady; VolumeGroupUnusable if LVM has not activated the volume, without a word.
+        It is `LVM-` and the UUIDs of group and volume without dashes (lvm2, lib/activate/dev_manager.c).
+        Raises DeviceNotReady; VolumeGroupUnusable if LVM has silently not activated the volume.
         """
         path = self.path(lv_name)
         try:
@@ -380,12 +385,12 @@ class VolumeGroup:
     def _require_active(self, lv_name: str) -> None:
         """Raise VolumeGroupUnusable if a volume that was to be activated is not active.
 
-        `lvchange --activate y`, and `lvcreate` of a thin volume in an active pool, end with 0 and print
-        nothing if activation/volume_list leaves the group out (LVM 2.03.16).
+        If activation/volume_list does not list the group, `lvchange --activate y`, and `lvcreate` of a thin
+        volume in an active pool, print nothing and exit with 0 (LVM 2.03.16).
         """
         try:
             lv = VolumeGroup.read(self.vg_name, self.devices).find(lv_name)
-        except Error:  # the missing node is what is told
+        except Error:  # the caller reports the missing device node
             return
         if lv and not lv.lv_active:
             raise _unusable({"vg": self.vg_name}, _LEFT_INACTIVE)
@@ -395,10 +400,10 @@ class VolumeGroup:
 
 
 def call(argv: Sequence[str], config: str = "") -> str:
-    """Run a command of LVM's with SETTINGS and `config` and return its standard output.
+    """Run an LVM command with SETTINGS and `config`; returns its standard output.
 
-    `argv` begins with two words, the second without a value: `lvm fullreport`, `lvs --readonly`.
-    Raises CommandFailed, with `argv` as it could be typed; MetadataAreaFull, CommandTimeout, CommandMissing.
+    `--config` is inserted after the second word of `argv`: `lvm fullreport`, `lvs --readonly`.
+    Raises MetadataAreaFull, CommandTimeout, CommandMissing, and CommandFailed with `argv` without `--config`.
     """
     try:
         return run.run([*argv[:2], "--config", f"{SETTINGS} {config}".strip(), *argv[2:]])
@@ -410,9 +415,10 @@ def call(argv: Sequence[str], config: str = "") -> str:
 
 
 def _reason(stderr: str) -> str:
-    """What LVM says of why it failed: often the last line but one, which a general one follows.
+    """Why LVM failed, from its messages: the last three lines, because the last one is often too general.
 
-    WARNING lines tell of something else, unless there are no others; a hint on LVM's options is none for us.
+    Lines with WARNING are about something else, and are only used if there are no others; hints about LVM's
+    options are left out.
     """
     every = list(dict.fromkeys(filter(None, map(str.strip, stderr.splitlines()))))
     lines = [line for line in every if not line.startswith(("WARNING:", "Use --select", "Run `"))]
@@ -422,9 +428,9 @@ def _reason(stderr: str) -> str:
 def read_all(
     groups: Mapping[str, tuple[str, ...]],
 ) -> tuple[tuple[VolumeGroup, ...], tuple[Error, ...]]:
-    """Those of `groups`, names with their devices, that can be looked at, and why the others cannot.
+    """Read all `groups`, names with their devices: the groups that can be read, and the errors of the others.
 
-    Raises the first of these reasons where there is no other group.
+    If no group can be read, the first error is raised.
     """
     found: list[VolumeGroup] = []
     failures: list[Error] = []
@@ -439,9 +445,9 @@ def read_all(
 
 
 def read_tags(vg_name: str, lv_name: str, devices: Iterable[str]) -> frozenset[str]:
-    """The tags of a volume of any group, that of a storage domain, on these devices.
+    """The tags of a volume of any group, for example a storage domain's, on these devices.
 
-    Locks nothing and repairs nothing (`--readonly`): other hosts use the group.  Raises CommandFailed.
+    Nothing is locked or repaired (`--readonly`), because other hosts use the group.  Raises CommandFailed.
     """
     argv = ["lvs", "--readonly", "--reportformat", "json", "-o", "lv_tags", "--devices", ",".join(devices)]
     text = call([*argv, f"{vg_name}/{lv_name}"])
@@ -453,11 +459,11 @@ def read_tags(vg_name: str, lv_name: str, devices: Iterable[str]) -> frozenset[s
 
 
 def _dependents(row: dict[str, str], snapshots: Iterable[dict[str, str]]) -> Iterator[str]:
-    """The volumes that `lvremove --yes` removes along with the one of `row`, without a question.
+    """The volumes that `lvremove --yes` would remove, without a question, together with the volume of `row`.
 
-    `snapshots` are the rows of those that have it as their origin.  Tried with LVM 2.03.16: copy-on-write
-    snapshots, of thin volumes too; thin snapshots of an external origin, which is not in their pool; the
-    cache.  A thin snapshot in the same pool is independent.
+    `snapshots` are the rows of its snapshots.  Tried with LVM 2.03.16: LVM removes copy-on-write snapshots,
+    also those of thin volumes; thin snapshots of an external origin, which is not in their pool; and the
+    cache.  A thin snapshot in the same pool does not depend on its origin.
     """
     names = [each["lv_name"] for each in snapshots if _depends(each, row)]
     yield from names
@@ -481,9 +487,9 @@ def _depends(snapshot: dict[str, str], origin: dict[str, str]) -> bool:
 
 
 def _at_threshold(error: CommandFailed, vg_name: str, pool: str) -> Error:
-    """What LVM says of a pool that is too full for it and of nothing else, or what it said.
+    """ThinPoolAtThreshold if LVM only complains that the pool is too full; else ThinPoolUnusable or `error`.
 
-    LVM calls a pool that it cannot ask at its threshold, too: the line before it tells why.
+    LVM calls a pool whose state it cannot read "at its threshold", too: then the line before has the reason.
     """
     lines = [line for line in map(str.strip, error.stderr.splitlines()) if line]
     others = [line for line in lines if not re.search("(reached|above) threshold", line)]
@@ -496,7 +502,7 @@ def _at_threshold(error: CommandFailed, vg_name: str, pool: str) -> Error:
 
 
 def _explained(error: CommandFailed) -> Error:
-    """VolumeGroupUnusable if LVM's message has one of _REASONS, else the same error."""
+    """VolumeGroupUnusable if LVM's message matches one of _REASONS, else `error` itself."""
     for pattern, reason in _REASONS:
         match = re.search(pattern, error.stderr)
         if match:
@@ -510,7 +516,7 @@ def _unusable(names: Mapping[str, str], reason: tuple[str, str]) -> VolumeGroupU
 
 
 def _not_found(vg_name: str) -> NoVolumeGroup:
-    """VolumeGroupHidden if LVM does not see the group because of a filter or its devices file."""
+    """NoVolumeGroup, or VolumeGroupHidden if a filter or the devices file hides the group from LVM."""
     for how, (options, config, fix) in _HIDING.items():
         try:
             rows = physical_volumes(*options, config=config)
@@ -543,7 +549,7 @@ def _shared(vg_name: str, lock_type: str) -> VolumeGroupUnusable:
 
 
 def _sectors(size: int) -> int:
-    """LVM takes sizes in bytes as multiples of 512 only."""
+    """`size` in bytes, rounded up to a multiple of 512: LVM accepts no others."""
     return -(-size // 512) * 512
 
 
@@ -560,7 +566,7 @@ def _words(column: Any) -> frozenset[str]:
 
 
 def _bytes(column: str) -> int:
-    """A size of LVM's, which counts in 64 bits."""
+    """A number of bytes as LVM prints it, 64 bits at most."""
     if not re.fullmatch("[0-9]{1,19}", column):
         raise ValueError(f"{column[:40]!r} is no size")
     return int(column)

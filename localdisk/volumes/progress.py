@@ -1,7 +1,8 @@
-"""How far a start is with a disk: what its lock file says while the lock is held.
+"""The format of a lock file: how far a start is with a disk, while its lock is held.
 
-The text is JSON, `{"vm": …, "image": …, "phase": "copying", "size": …, "done": …, "written": …, "since": …,
-"at": …}`, the fields of `Progress`; the file's name is the LV's.
+The text of `/run/localdisk/<LV name>.lock` is one JSON object with the fields of `Progress`:
+`{"vm": …, "image": …, "phase": "copying", "size": …, "done": …, "written": …, "since": …, "at": …}`.
+`localdisk/lock.py` makes the files.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ class Progress:
 
     vm: str  # both "" for a template LV
     image: str
-    phase: str  # preparing: its source is looked at; waiting: for its turn to copy; copying; stalled
-    since: int  # when this phase began; of a stalled copy, when the copy did
-    at: int  # when this was said; of a stalled copy, when it last made progress
-    size: int = 0  # of the guest's view
-    done: int = 0  # of size
-    written: int = 0  # to the local disk, which is less where the source holds zeros
-    template: str = ""  # of a template LV: the volume that it is a copy of
+    phase: str  # preparing: before the copy; waiting: for its turn to copy; copying; stalled
+    since: int  # when this phase began; if stalled, when the copy began
+    at: int  # when this record was written; if stalled, when the copy last made progress
+    size: int = 0  # bytes of the guest's view
+    done: int = 0  # bytes of `size` that are copied
+    written: int = 0  # bytes written to the local disk: less than `done` if the source has zeros
+    template: str = ""  # for a template LV: the volume that it is a copy of
 
     @property
     def fraction(self) -> float:
@@ -43,7 +44,7 @@ class Progress:
 
     @property
     def seconds_left(self) -> int | None:
-        """At this pace; None where too little is done to say."""
+        """Seconds until the copy is complete, at its average rate; None if too little is done to know."""
         if self.fraction < 0.01 or self.at <= self.since:
             return None
         return round((self.at - self.since) * (1 - self.fraction) / self.fraction)
@@ -53,10 +54,10 @@ class Progress:
 
 
 def pace(rate: int, seconds_left: int | None) -> str:
-    """`310 MiB/s 00:41 left`, hours where there are any."""
+    """`310 MiB/s 00:41 left`, with hours if there are any."""
     if seconds_left is None:
         return f"{format_size(rate)}/s"
-    if not seconds_left:  # what is left is to get it onto the device
+    if not seconds_left:  # only the sync is left
         return f"{format_size(rate)}/s, finishing"
     minutes, seconds = divmod(seconds_left, 60)
     hours, minutes = divmod(minutes, 60)
@@ -65,7 +66,7 @@ def pace(rate: int, seconds_left: int | None) -> str:
 
 
 def read_all() -> Mapping[str, Progress | None]:
-    """Every disk that a living process holds the lock of, by volume; None where it says nothing (yet)."""
+    """The progress of every disk whose lock is held, by LV name; None if the lock file has none (yet)."""
     texts = {}
     for name in lock.names():
         volume_id, suffix = os.path.splitext(name)
@@ -75,7 +76,7 @@ def read_all() -> Mapping[str, Progress | None]:
 
 
 def parse(text: str) -> Progress | None:
-    """None where `text` is no such record: it is empty at first, and what a lock is taken for is not told."""
+    """The progress in a lock file; None if `text` is not a valid record (a new lock file is empty)."""
     try:
         found = json.loads(text)
         progress = Progress(**found)

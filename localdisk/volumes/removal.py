@@ -1,7 +1,7 @@
-"""Remove one local disk, erased as `retention.erase` says: the only place that takes data away.
+"""Removes local disks, erased as `retention.erase` demands: the only module that removes or overwrites data.
 
-What must be erased first is set aside: two LVM commits give its name back, so that neither a stop nor a new
-start waits for the erase, and gc does the rest.
+A disk that must be erased first is set aside: two LVM commits free its name, so that neither a stop nor a new
+start waits for the erase.  gc erases and removes it later.
 """
 
 from __future__ import annotations
@@ -28,25 +28,26 @@ from localdisk.ids import new_uuid
 from localdisk.volumes.disk import LocalDisk, aside_tags, busy, require_alone
 from localdisk.volumes.lvm import LogicalVolume, VolumeGroup
 
-TRIES = 20  # a writer that was just killed, or udev, may have it open for a moment
-PAUSE = 0.5  # seconds
+TRIES = 20  # a writer that was just killed, or udev, may have the volume open for a moment
+PAUSE = 0.5  # seconds between two tries
 ERASER = "erase.lock"  # held by the process that erases
 
 _MIB = 1 << 20
 _STEP = 64 * _MIB  # bytes that are zeroed at once
 _DISCARDED = 1024 * _MIB  # bytes that are discarded at once
 _BLKDISCARD = 0x1277  # linux/fs.h; takes offset and length in bytes
-_BLOCK = 64 << 10  # bytes; the smallest block of a thin pool, so that no hole beside data is filled
+_BLOCK = 64 << 10  # bytes; the smallest block of a thin pool: a larger step would write into holes
 
 Pause = Callable[[float], None]
 
 
 def remove_or_set_aside(vg: VolumeGroup, disk: LocalDisk, erase: str, pause: Pause) -> str:
-    """Free the name of a disk that nobody needs and whose lock is held.
+    """Free the name of a disk that no VM needs and whose lock is held: remove it, or set it aside.
 
-    One that is set aside already is erased as was decided then.  Returns the name of the volume that is left
-    to `erase_and_remove`, "" where nothing is left.  LVM refuses to remove what is open; a moment's use by
-    others is waited out with `pause(seconds)`.  Raises DependentVolumes, DiskBusy, CommandFailed.
+    `erase` is a value of `retention.erase`; if the disk was already set aside, the tag ERASE wins.  Returns
+    the new name of a disk that was set aside, which `erase_and_remove` must remove later; "" if the disk was
+    removed.  If the disk is open, tries again for 10 seconds with `pause(seconds)`.
+    Raises DependentVolumes, DiskBusy, CommandFailed.
     """
     erase = disk.erase or erase
     if erase != "none":
@@ -57,10 +58,11 @@ def remove_or_set_aside(vg: VolumeGroup, disk: LocalDisk, erase: str, pause: Pau
 
 
 def remove_all(vg: VolumeGroup, disks: Sequence[LocalDisk], pause: Pause) -> Mapping[str, Error]:
-    """Remove disks whose locks are held and that need no erase, with one command if LVM lets.
+    """Remove disks whose locks are held and that need no erase, with one LVM command if possible.
 
-    Returns why some are still there, by name.  One that fails keeps no other: LVM removes none at all if one
-    of them is in use (tried with 2.03.16), so that those that are closed are tried again without it.
+    Returns the errors of the disks that were not removed, by name.  A disk that cannot be removed does not
+    keep the others: if one volume is in use, LVM removes none of them (tried with 2.03.16), so the closed
+    disks are tried again without it.
     """
     failures: dict[str, Error] = {}
     left: dict[str, LocalDisk] = {}
@@ -85,7 +87,7 @@ def remove_all(vg: VolumeGroup, disks: Sequence[LocalDisk], pause: Pause) -> Map
 
 
 def require_erasable(vg: VolumeGroup, disk: LocalDisk, erase: str) -> None:
-    """Raise CannotDiscard, the disk as it was, if erasing it would leave its bytes on the device."""
+    """Raise CannotDiscard, with the disk unchanged, if a discard would leave its bytes on the device."""
     pool = vg.find(disk.lv.pool_lv) if disk.lv.pool_lv else None
     if (disk.erase or erase) != "discard" or (pool and not pool_keeps_bytes(pool)):
         return
@@ -93,15 +95,15 @@ def require_erasable(vg: VolumeGroup, disk: LocalDisk, erase: str) -> None:
     try:
         _require_discard(vg, disk)
     except CannotDiscard:
-        if not (disk.lv.lv_active or disk.lv.dependents):  # LVM deactivates snapshots along with it
+        if not (disk.lv.lv_active or disk.lv.dependents):  # LVM would deactivate its snapshots, too
             vg.deactivate(disk.volume_id)
         raise
 
 
 def _remove_closed(vg: VolumeGroup, left: dict[str, LocalDisk]) -> Mapping[str, Error]:
-    """Remove those of `left` that are closed, and take them out of it; why others never can be removed.
+    """Remove the closed disks of `left`, and delete them from `left`; returns the errors that are final.
 
-    What something has opened since is still in it.
+    A disk that was opened meanwhile is still in `left`, to be tried again.
     """
     names = [name for name, disk in left.items() if not disk.is_open]
     try:
@@ -130,7 +132,7 @@ def _remove_each(vg: VolumeGroup, left: dict[str, LocalDisk], names: Iterable[st
 
 
 def _still_there(vg: VolumeGroup, disks: Iterable[LocalDisk]) -> Iterator[tuple[str, LocalDisk]]:
-    """These disks as they are now, those that are there, by name."""
+    """Those of the disks that still exist under their name, as they are now, by name."""
     lvs = {lv.lv_uuid: lv for lv in vg.lvs}
     for disk in disks:
         lv = lvs.get(disk.lv.lv_uuid)
@@ -143,10 +145,10 @@ def _is_in_use(error: CommandFailed) -> bool:
 
 
 def set_aside(vg: VolumeGroup, disk: LocalDisk, erase: str, pause: Pause) -> str:
-    """Give back owner and name of a disk that must be erased; returns the name under which it waits for that.
+    """Remove the owner's tags of a disk that must be erased, and rename it; returns its new name.
 
-    Killed between the two commits, it is nobody's under its old name; the next start or gc renames it.
-    Raises DependentVolumes, DiskBusy, CommandFailed.
+    If the process is killed between these two commits, the disk has no owner but keeps its old name; the next
+    start or gc renames it.  Raises DependentVolumes, DiskBusy, CommandFailed.
     """
     name = disk.aside_name if disk.is_aside else ""
     if name == disk.volume_id:
@@ -177,9 +179,10 @@ def erase_aside(vg: VolumeGroup, name: str, settings: Settings, pause: Pause) ->
 
 
 def finish(vg: VolumeGroup, disk: LocalDisk, settings: Settings, pause: Pause) -> None:
-    """`erase_and_remove` as was promised when the disk was set aside.
+    """Erase a disk as it was decided when it was set aside, and remove it.
 
-    If it was to be discarded and that would do nothing, zeros do it once `retention.erase` is zero.
+    If it was to be discarded and its device cannot discard, zeros are written once `retention.erase` is zero.
+    Raises as `erase_and_remove`.
     """
     pace = Pace(settings.copy.bandwidth, pause)
     try:
@@ -192,32 +195,32 @@ def finish(vg: VolumeGroup, disk: LocalDisk, settings: Settings, pause: Pause) -
 
 @frozen
 class Pace:
-    """How fast zeros are written: `bandwidth` in bytes per second, None: as fast as the device goes."""
+    """How fast zeros are written: `bandwidth` in bytes per second, None: as fast as the device can."""
 
     bandwidth: int | None
     pause: Pause
 
     @property
     def step(self) -> int:
-        """Bytes to write at once: at most what a second has room for, in whole MiB."""
+        """Bytes to write at once, in whole MiB: at most as many as `bandwidth` allows in a second."""
         return min(_STEP, max(_MIB, (self.bandwidth or _STEP) // _MIB * _MIB))
 
     def keep(self, written: int, began: float) -> None:
-        """Wait as long as it should have taken to write so many bytes since `began`, time.monotonic()."""
+        """Wait until `written` bytes since `began`, time.monotonic(), are no faster than `bandwidth`."""
         left = written / self.bandwidth - (time.monotonic() - began) if self.bandwidth else 0
         if left > 0:
             self.pause(left)
 
 
 def erase_and_remove(vg: VolumeGroup, disk: LocalDisk, erase: str, pace: Pace) -> None:
-    """Erase and remove a disk that was set aside and whose lock is held; it may have begun before.
+    """Erase and remove a disk that was set aside and whose lock is held; it may be partly erased already.
 
-    It is erased step by step: what is told to end, ends after a step.  Only zeros are written, so only they
-    have a pace.  Raises DependentVolumes, DiskBusy, CommandFailed, CannotDiscard, EraseFailed.
+    It is erased in steps: a process that gets a signal ends after a step.  `pace` limits zeros; discards have
+    no limit.  Raises DependentVolumes, DiskBusy, CommandFailed, CannotDiscard, EraseFailed.
     """
     _wait_until_free(vg, disk, pace.pause)
     if erase != "none":
-        if disk.lv.lv_permissions == "read-only":  # a template LV; the kernel discards and zeroes none
+        if disk.lv.lv_permissions == "read-only":  # a template LV, which the kernel would not erase
             vg.set_writable(disk.volume_id)
         vg.activate(disk.volume_id)
         _erase(vg, disk, erase, pace)
@@ -236,13 +239,13 @@ def _erase(vg: VolumeGroup, disk: LocalDisk, erase: str, pace: Pace) -> None:
             vg.zero(disk.volume_id, start, length)
             pace.keep(length, began)
     else:
-        _zero_what_is_not(vg.path(disk.volume_id), pace)
+        _zero_thin_data(vg.path(disk.volume_id), pace)
 
 
 def _require_discard(vg: VolumeGroup, disk: LocalDisk) -> None:
     """Raise CannotDiscard if a discard would leave the bytes of an active disk on the device."""
     if disk.lv.pool_lv:
-        pool = VolumeGroup.read(vg.vg_name, vg.devices).find(disk.lv.pool_lv)  # active with the disk by now
+        pool = VolumeGroup.read(vg.vg_name, vg.devices).find(disk.lv.pool_lv)  # it is active, as the disk is
         problem = pool_keeps_bytes(pool) if pool else ""
     else:
         problem = "" if device_mapper.can_discard(vg.path(disk.volume_id)) else "its device cannot discard"
@@ -251,9 +254,10 @@ def _require_discard(vg: VolumeGroup, disk: LocalDisk) -> None:
 
 
 def pool_keeps_bytes(pool: LogicalVolume) -> str:
-    """Why a thin pool leaves the bytes on its device that are discarded in it, "" if it does not.
+    """Why discarded bytes of a thin pool stay on its device, "" if they do not.
 
-    The kernel's word counts, not the pool's setting: it passes nothing down to a device that cannot discard.
+    The kernel's report decides, not the pool's setting: the kernel passes no discards to a device that cannot
+    discard.
     """
     if pool.kernel_discards == "passdown":
         return ""
@@ -261,11 +265,11 @@ def pool_keeps_bytes(pool: LogicalVolume) -> str:
     return f"thin pool {pool.lv_name} passes no discards to its device ({how})"
 
 
-def _zero_what_is_not(path: str, pace: Pace) -> None:
-    """Write zeros over the data of a thin volume, and give the blocks back as it goes.
+def _zero_thin_data(path: str, pace: Pace) -> None:
+    """Write zeros over the data of a thin volume step by step, and discard each step's blocks.
 
-    Zeros everywhere would make the pool provide a block for every hole, and could fill it; so could zeros
-    over what is shared with a template LV, which the pool provides anew.
+    A zero in a hole, or over a block shared with a template LV, makes the pool allocate a new block, and so
+    could fill it.  So holes are left, and each step is discarded.
     """
     try:
         fd = os.open(path, os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC)
@@ -286,10 +290,10 @@ def _zero_what_is_not(path: str, pace: Pace) -> None:
 
 
 def _zero_data(fd: int, start: int, end: int) -> int:
-    """Write zeros over what is not zero from `start` to `end`; returns how many bytes."""
+    """Write zeros over all blocks from `start` to `end` that have other bytes; returns the bytes written."""
     zeros, buffer = bytes(_BLOCK), mmap.mmap(-1, _BLOCK)  # page-aligned, as O_DIRECT wants it
     offset, written = start, 0
-    while offset < end and (size := os.preadv(fd, [buffer], offset)):  # 0: it has become smaller
+    while offset < end and (size := os.preadv(fd, [buffer], offset)):  # 0: the volume was shrunk
         if buffer[:size] != zeros[:size]:
             buffer[:size] = zeros[:size]
             size = os.pwritev(fd, [memoryview(buffer)[:size]], offset)
@@ -311,9 +315,9 @@ def _remove(vg: VolumeGroup, disk: LocalDisk, pause: Pause) -> None:
 
 
 def _wait_until_free(vg: VolumeGroup, disk: LocalDisk, pause: Pause) -> None:
-    """Wait until an open disk is closed: it must not be erased under whoever has it open.
+    """Wait until an open disk is closed: it must not be erased while a process uses it.
 
-    Raises DependentVolumes at once if other volumes would be changed or removed along with it.
+    Raises DiskBusy if it stays open; DependentVolumes, without a wait, if other volumes depend on it.
     """
     require_alone(disk, vg.vg_name)
     if not disk.is_open:

@@ -1,8 +1,8 @@
-"""The mode remove: the operator gives up local disks by name, also those that gc keeps.
+"""The mode remove: the operator gives up local disks by name, also disks that gc keeps.
 
-What is named is found first, then all of it is judged, and only if nothing needs any of it the disks are
-removed, one after the other, each under its lock and after it was looked at again.  A disk that must be
-erased is set aside: its name is free at once, and the next gc erases and removes it.
+All named disks are found and checked first.  If any of them is needed, none is removed.  Otherwise they are
+removed one after the other, each under its lock and after a second check.  A disk that must be erased is set
+aside: its name is free at once, and the next gc erases and removes it.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from localdisk.volumes.disk import LocalDisk, State, local_disks
 from localdisk.volumes.lvm import VolumeGroup
 from localdisk.volumes.removal import remove_or_set_aside
 
-Vms = tuple[Mapping[str, str], frozenset[str]]  # the names of all by UUID, and which run
+Vms = tuple[Mapping[str, str], frozenset[str]]  # the names of all VMs by UUID; the UUIDs of running VMs
 
 
 @frozen
 class Named:
-    """A local disk, or a template LV with the volume on shared storage that it is a copy of."""
+    """A named local disk or template LV; `template`: the volume that the template LV is a copy of."""
 
     vg: VolumeGroup
     disk: LocalDisk
@@ -46,7 +46,7 @@ class Named:
 
 @frozen
 class Outcome:
-    """A line for one disk; `failure` is why it was refused or could not be removed."""
+    """A line for one disk; `failure`: why it was refused or could not be removed."""
 
     text: str
     failure: Error | None = None
@@ -55,8 +55,8 @@ class Outcome:
 def remove(config: Config, names: Iterable[str], dry_run: bool = False) -> Iterator[Outcome]:
     """Remove the local disks that `names` name: logical volumes, or VMs by UUID or name.
 
-    Raises NoSuchDisk, SeveralDisks and ForeignVolume before anything is changed, LibvirtSilent if nobody can
-    say which VMs run, NoVolumeGroup and so on if a volume group cannot be looked at.
+    Raises NoSuchDisk, SeveralDisks and ForeignVolume before anything is changed; LibvirtSilent if libvirt
+    does not answer; NoVolumeGroup and so on if a volume group cannot be read.
     """
     asked = libvirt.ask_names()
     groups, failures = lvm.read_all(config.volume_groups)
@@ -80,7 +80,7 @@ def remove(config: Config, names: Iterable[str], dry_run: bool = False) -> Itera
 
 
 def find(groups: Iterable[VolumeGroup], vm_names: Mapping[str, str], name: str) -> tuple[Named, ...]:
-    """What one argument names.  Raises NoSuchDisk, SeveralDisks, ForeignVolume."""
+    """The disks that one argument names.  Raises NoSuchDisk, SeveralDisks, ForeignVolume."""
     group_name, _, lv_name = name.removeprefix("/dev/").rpartition("/")
     every = [each for vg in groups for each in _all(vg) if group_name in ("", vg.vg_name)]
     found = [each for each in every if each.disk.volume_id == lv_name]
@@ -104,7 +104,7 @@ def _all(vg: VolumeGroup) -> Iterator[Named]:
     yield from (Named(vg, each.disk, each.volume_id) for each in template.templates(vg))
 
 
-# -- judging
+# -- checking
 
 
 def _is_locked(named: Named) -> bool:
@@ -112,7 +112,7 @@ def _is_locked(named: Named) -> bool:
 
 
 def _refusal(named: Named, vms: Vms, is_locked: bool) -> Error | None:
-    """Why something needs it, None if nothing does."""
+    """The error if something needs the disk, else None."""
     vg, disk, (vm_names, active) = named.vg, named.disk, vms
     problem = ""
     if disk.vm_id in active:
@@ -143,7 +143,7 @@ def _removed(named: Named, text: str, config: Config) -> Outcome:
             if refusal:
                 return Outcome(f"{text}: kept", refusal)
             how = _how(again, config)
-            if again.disk.aside_name != again.disk.volume_id:  # else gc erases it already
+            if again.disk.aside_name != again.disk.volume_id:  # otherwise it is set aside already
                 again.vg.require_usable()
                 erase = config.policy(again.disk.vm_id).retention.erase
                 remove_or_set_aside(again.vg, again.disk, erase, time.sleep)
@@ -155,7 +155,7 @@ def _removed(named: Named, text: str, config: Config) -> Outcome:
 
 
 def _again(named: Named) -> Named | None:
-    """It as it is now; None if it is not the same any more."""
+    """The same volume as it is now, None if it no longer exists."""
     vg = VolumeGroup.read(named.vg.vg_name, named.vg.devices)
     return next((each for each in _all(vg) if each.disk.lv.lv_uuid == named.disk.lv.lv_uuid), None)
 
@@ -171,7 +171,7 @@ def _how(named: Named, config: Config) -> str:
 
 
 def describe(named: Named, vm_names: Mapping[str, str], now: Moment) -> str:
-    """What a disk is, whose, how large and how old."""
+    """A disk's name, owner, size, state and age as one line."""
     disk = named.disk
     name = vm_names.get(disk.vm_id, "")
     whose = f"VM {disk.vm_id}{f' ({name})' if name else ''}, image {disk.image_id}"

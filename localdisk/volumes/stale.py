@@ -1,6 +1,7 @@
-"""Marks kept disks as stale: their VM is started on this host from shared storage, which will change there.
+"""Marks kept disks as stale: their VM starts here from shared storage, so the image there will change.
 
-Whoever is killed in between leaves the record of `kept.py`, and the disks are marked at the next start or gc.
+`kept.py` records the images first.  If the process is killed before the disks are marked, the next start or
+gc finds the record, and marks them.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from localdisk.volumes.lvm import VolumeGroup
 
 
 def mark(config: Config, vm_id: str, images: Sequence[str], pause: Pause) -> None:
-    """Mark the kept disks of these images, or of `kept.EVERY`.  Raises what LVM raises."""
+    """Mark the VM's kept disks of these images (`kept.EVERY`: of all its images).  Raises LVM's errors."""
     kept.doubt(vm_id, images)
     groups, failures = lvm.read_all(config.volume_groups)
     for vg in groups:
@@ -29,24 +30,24 @@ def mark(config: Config, vm_id: str, images: Sequence[str], pause: Pause) -> Non
 
 
 def is_usable(disk: LocalDisk) -> bool:
-    """Whether a start may go on with it, as far as it says itself."""
+    """Whether the disk's own tags allow a start to use it again: it is complete and not stale."""
     return disk.is_complete and not disk.is_stale
 
 
 def _mark(vg: VolumeGroup, vm_id: str, images: Sequence[str], pause: Pause) -> None:
     with ExitStack() as locks:
-        found = [disk.volume_id for disk in _meant(vg, vm_id, images)]
+        found = [disk.volume_id for disk in _usable(vg, vm_id, images)]
         for name in found:
             locks.enter_context(lock.holding(lock.disk_lock(name), pause))
         again = VolumeGroup.read(vg.vg_name, vg.devices) if found else vg
-        names = [d.volume_id for d in _meant(again, vm_id, images) if d.volume_id in found]
+        names = [d.volume_id for d in _usable(again, vm_id, images) if d.volume_id in found]
         if names:
             again.require_usable()
             again.change_tags(*names, add={STALE})
             log.event("kept disks are stale, the VM starts without them", vm=vm_id, disks=" ".join(names))
 
 
-def _meant(vg: VolumeGroup, vm_id: str, images: Sequence[str]) -> Iterator[LocalDisk]:
+def _usable(vg: VolumeGroup, vm_id: str, images: Sequence[str]) -> Iterator[LocalDisk]:
     own = [disk for disk in local_disks(vg) if disk.vm_id == vm_id and is_usable(disk)]
     own = [disk for disk in own if kept.EVERY in images or disk.image_id in images]
     runs = any(disk.is_open for disk in own) and _runs(vm_id)
@@ -54,7 +55,7 @@ def _meant(vg: VolumeGroup, vm_id: str, images: Sequence[str]) -> Iterator[Local
 
 
 def _runs(vm_id: str) -> bool:
-    """Whether the VM may run from a disk that is open; nobody touches that."""
+    """Whether the VM runs, or may run: then its open disk is not changed."""
     try:
         return vm_id in libvirt.active()
     except LibvirtSilent:

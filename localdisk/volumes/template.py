@@ -1,19 +1,19 @@
-"""Template LVs: local copies of templates' base volumes, which local disks start from.
+"""Template LVs: local copies of templates' volumes, from which local disks are made.
 
-As of a local disk, all that is known about one is in its tags:
+As with a local disk, the tags record everything:
 
-    localdisk           ours
-    TEMPLATE_<uuid>     the volume that it is a copy of
+    localdisk           made by localdisk
+    TEMPLATE_<uuid>     the oVirt volume that it is a copy of
     SOURCE_<hex>        fingerprint of that volume when it was copied
     UPDATING            the copy is incomplete
     WRITES_<bytes>      while UPDATING: the data that it will hold
-    HOLDS_<bytes>       the data that it holds, of a thin one
-    SAMPLE_<hex>        digest of blocks all over it (`cache.py`)
-    USED_<epoch>        when a disk last started from it, prefetch found it, or it was made, to the minute
+    HOLDS_<bytes>       the space that it takes; for a thin LV, its data
+    SAMPLE_<hex>        digest of blocks spread over the LV (`helper/cache.py`)
+    USED_<epoch>        last start from it, last prefetch that found it, or its making; to the minute
 
-It has no owner, so nothing takes it for a VM's disk.  Its name is made from what it is a copy of and of
-where it lies: whoever wants the same template comes to the same name, and to the same lock.
-A complete one is read-only and inactive; a disk that was made from it does not need it any more.
+A template LV has no tags of a VM or image, so nothing takes it for a VM's disk.  Its name is a hash of its
+source and place (`lv_name`): all starts from the same template find the same name, and so the same lock.
+A complete template LV is read-only and inactive; a disk that was made from it no longer needs it.
 Everything here is a pure function of frozen data.
 """
 
@@ -36,8 +36,8 @@ from localdisk.volumes.disk import (
 )
 from localdisk.volumes.lvm import LogicalVolume, VolumeGroup
 
-_MINUTE = 60  # seconds; of twenty VMs that start together, one writes down that it is used
-_NAMES = "5f2b6f5e-2a40-4b4d-9d0b-6f6a3c1e7d42"  # any, but always this one
+_MINUTE = 60  # seconds; if twenty VMs start together, only the first changes the tag USED
+_NAMES = "5f2b6f5e-2a40-4b4d-9d0b-6f6a3c1e7d42"  # namespace of the names; random, must never change
 
 
 @frozen
@@ -45,16 +45,16 @@ class Template:
     """A template LV as its logical volume and tags describe it."""
 
     lv: LogicalVolume
-    volume_id: str  # of the template, on shared storage
+    volume_id: str  # of the template's volume on shared storage
     fingerprint: str
     is_ready: bool
-    sample: str  # "" where none was recorded
+    sample: str  # "" if not recorded
     used: int  # seconds since the epoch
-    holds: int  # bytes that it takes of its volume group or pool, or will when it is complete
+    holds: int  # bytes that it takes of its volume group or thin pool, or will take when it is complete
 
     @classmethod
     def from_lv(cls, lv: LogicalVolume) -> Template | None:
-        """The template LV that `lv` is, or None where it is none, or not ours."""
+        """The template LV that `lv` is, None if it is not a template LV of localdisk."""
         values = values_of(lv.lv_tags)
         volume_id = only_uuid(values["TEMPLATE"])
         is_owned = bool(values["VM"] or values["IU"]) or DELETING in lv.lv_tags
@@ -89,16 +89,19 @@ class Template:
 
     @property
     def is_as_made(self) -> bool:
-        """Whether a complete one is as `cache.py` leaves it; no disk starts from another."""
-        is_told = is_fingerprint(self.fingerprint) and bool(self.sample)
-        return is_told and self.lv.lv_permissions == "read-only"
+        """Whether a complete template LV still has the tags and permission that it was made with.
+
+        No disk starts from a template LV that was changed.
+        """
+        has_tags = is_fingerprint(self.fingerprint) and bool(self.sample)
+        return has_tags and self.lv.lv_permissions == "read-only"
 
     @property
     def used_tags(self) -> frozenset[str]:
         return frozenset(tag for tag in self.lv.lv_tags if tag.startswith("USED_"))
 
     def is_used_at(self, now: float) -> bool:
-        """Whether its tags say that it is used at `now`, seconds since the epoch, to the minute."""
+        """Whether its tags have recorded a use less than a minute before `now`, seconds since the epoch."""
         return len(self.used_tags) == 1 and 0 <= int(now) - self.used < _MINUTE
 
     @property
@@ -107,7 +110,7 @@ class Template:
 
     @property
     def disk(self) -> LocalDisk:
-        """It as what can be removed: a local disk of nobody."""
+        """The template LV as a local disk without owner, for the functions that remove disks."""
         return LocalDisk(
             lv=self.lv,
             vm_id="",
@@ -129,7 +132,7 @@ def templates(vg: VolumeGroup) -> tuple[Template, ...]:
 
 
 def lv_name(volume_id: str, fingerprint: str, backend: str, thin_pool: str) -> str:
-    """The name of the template LV of a volume as it is now, in the volume group or in a thin pool of it."""
+    """The LV name for a template's volume with this fingerprint, in the group or in a thin pool of it."""
     place = f"{backend} {thin_pool}" if backend == "lvmthin" else backend
     return uuid_of(f"{volume_id} {fingerprint} {place}", _NAMES)
 
@@ -149,34 +152,34 @@ def used_tag(now: float) -> str:
 
 
 def is_sound(template: Template, fingerprint: str, size: int, vg: VolumeGroup) -> bool:
-    """Whether it may be used, as far as can be seen of it, for a base volume of `size` bytes."""
-    is_of_it = template.fingerprint == fingerprint and template.lv.lv_size == vg.round_up(size)
-    return template.is_ready and template.is_as_made and is_of_it
+    """Whether a template LV may be used for a base volume of `size` bytes; its content is not read."""
+    is_copy = template.fingerprint == fingerprint and template.lv.lv_size == vg.round_up(size)
+    return template.is_ready and template.is_as_made and is_copy
 
 
-# -- how much of it there may be
+# -- how much room template LVs may take
 
 
 def limit(vg: VolumeGroup, cache: Cache, pool: str) -> int:
-    """Bytes that template LVs may take: of the pool, where `pool` is the name of one, or of the group."""
+    """Bytes that template LVs may take (`cache.max_size`): of the thin pool; with `pool` "", of the group."""
     lv = vg.find(pool) if pool else None
     return cache.max_size.of(lv.lv_size if lv else vg.vg_size)
 
 
 def in_place(vg: VolumeGroup, pool: str) -> tuple[Template, ...]:
-    """The template LVs of a pool, or with pool "" those that are no pool's; least recently used first."""
+    """The template LVs in a thin pool, or with `pool` "" those in no pool; the least recently used first."""
     return tuple(each for each in templates(vg) if each.lv.pool_lv == pool)
 
 
 def too_many(vg: VolumeGroup, cache: Cache) -> frozenset[str]:
-    """The names of the template LVs that `cache.max_size` has no room for."""
+    """The names of the template LVs that must be removed so that the rest fits into `cache.max_size`."""
     pools = {each.lv.pool_lv for each in templates(vg)}
     found = (beyond(in_place(vg, pool), limit(vg, cache, pool)) for pool in pools)
     return frozenset(each.name for names in found for each in names)
 
 
 def beyond(found: Iterable[Template], most: int) -> Iterator[Template]:
-    """Those of `found`, in their order, that must go so that the rest takes at most `most` bytes."""
+    """The first ones of `found` that must be removed so that the rest takes at most `most` bytes."""
     every = tuple(found)
     left = sum(each.holds for each in every)
     for each in every:

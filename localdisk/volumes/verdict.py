@@ -1,6 +1,6 @@
-"""What gc does with a local disk or a template LV: pure functions of what was seen.
+"""Decides what gc does with a local disk or a template LV: pure functions of what gc has read.
 
-In doubt a disk is kept.  `gc.py` looks and carries out; `status` shows what gc would do.
+On any doubt a disk is kept.  `gc.py` reads and carries out the verdicts; `status` shows what gc would do.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from localdisk.volumes.lvm import LogicalVolume
 from localdisk.volumes.progress import Progress
 from localdisk.volumes.template import Template
 
-Elsewhere = frozenset["tuple[str, str]"]  # VM and image id
+Elsewhere = frozenset["tuple[str, str]"]  # (VM id, image id) of disks that ran from another volume
 
 
 class Action(enum.Enum):
@@ -26,54 +26,54 @@ class Action(enum.Enum):
 
     KEEP = "keep"
     REMOVE = "remove"
-    MARK_UNNEEDED = "mark_unneeded"  # since now no VM needs it
-    CLEAR_MARK = "clear_mark"  # it is needed after all
-    MARK_STOPPED = "mark_stopped"  # as the missed stop would have marked it
-    MARK_DRIFTED = "mark_drifted"  # as the missed stop would have marked it
-    DEACTIVATE = "deactivate"  # a template LV that nobody reads
+    MARK_UNNEEDED = "mark_unneeded"  # no VM seems to need the disk, from now on
+    CLEAR_MARK = "clear_mark"  # the disk is marked as unneeded, but a VM needs it
+    MARK_STOPPED = "mark_stopped"  # as the stop would have marked it that was not reported
+    MARK_DRIFTED = "mark_drifted"  # likewise
+    DEACTIVATE = "deactivate"  # a template LV that no process reads
 
     @property
     def words(self) -> str:
-        """For the log."""
+        """The action in words, for the log."""
         return self.value.replace("_", " ")
 
 
 @frozen
 class Witnesses:
-    """What speaks for a disk."""
+    """What is known, besides its tags, about whether a disk is needed."""
 
-    is_locked: bool  # a process works on it
-    vm_runs: bool | None  # or is paused; None: libvirt could not be asked
-    may_start: bool  # vdsm may be starting its VM just now
-    vm_is_defined: bool = (
-        False  # in libvirt, but does not run: vdsm may have prepared this disk for its start
-    )
+    is_locked: bool  # a process works on the disk
+    vm_runs: bool | None  # whether its VM runs or is paused; None: libvirt did not answer
+    may_start: bool  # whether vdsm can be starting VMs just now
+    vm_is_defined: bool = False  # libvirt knows the VM, which may be starting
     vm_is_prepared: bool = False  # a process works on another disk of its VM
-    ran_elsewhere: bool | None = (
-        False  # by libvirt's definition of its VM, which does not run; None: not known
-    )
+    # Whether the VM, which no longer runs, ran from another volume, by libvirt's definition; None: not known.
+    ran_elsewhere: bool | None = False
 
 
 @frozen
 class Verdict:
     action: Action
     reason: str
-    is_certain: bool = True  # False: a witness could not be asked, or the clock is wrong
-    due: float | None = None  # seconds since the epoch; kept until then as far as can be seen now
-    age: float = 0  # of the mark that is made, in seconds
+    is_certain: bool = True  # False: something is not known, or the clock is or was wrong
+    due: float | None = None  # until when the disk is probably kept; seconds since the epoch
+    age: float = 0  # of a mark that is made: seconds before now
 
 
 def decide(disk: LocalDisk, witnesses: Witnesses, policy: Policy, now: Moment) -> Verdict:
-    """What to do with `disk`.
+    """What gc does with `disk`.
 
-    Never removed: what is open, locked, or of a VM that runs, is being prepared, or cannot be asked about;
-    what other volumes depend on; an older hook's disk about which the operator has not decided.
+    A disk is never removed if it is open or locked; if its VM runs or is being prepared; if libvirt did not
+    answer; if other volumes depend on it; or if it is an older hook's disk and the operator has not decided.
 
-    A VM that libvirt knows and that does not run needs nothing: vdsm leaves its placeholder behind if it is
-    restarted during a start, and the domain of a VM that is shut off until the engine destroys it.  But vdsm
-    may be starting it.  So a complete disk of such a VM, and one that nothing says to be given up, is not
-    removed on one look: the first marks it, one that is at least `grace` later removes it, unless no VM can
-    be starting: then vdsm waits for us, and what must be erased is left to the next gc.
+    A VM that libvirt knows, and that does not run, may need its disks or not.  It may be starting.  Or
+    nothing will ever use it: a vdsm that was restarted during a start leaves the VM's placeholder, and a VM
+    that was shut off stays defined until the engine destroys it.  So if the disk is complete and its VM is
+    known, or if no stop was reported, two runs of gc are needed: the first one marks the disk, one at least
+    `grace` later removes it.
+
+    With `may_start` false (before vdsm starts), no VM can be starting, so one run is enough.  But vdsm waits
+    for this gc: disks that must be erased are left to the next one.
     """
     if disk.is_open:
         return _needed(disk, "in use, its device is open")
@@ -95,24 +95,24 @@ def decide(disk: LocalDisk, witnesses: Witnesses, policy: Policy, now: Moment) -
 
 
 def has_run(disk: LocalDisk) -> bool:
-    """Whether its VM may have run from it last, and no stop has been seen since."""
+    """Whether its VM may have run from the disk, and no stop was reported since."""
     return disk.state is State.READY and not disk.is_stale
 
 
 def _drifted(is_certain: bool | None) -> Verdict:
-    """The VM stopped unseen, as when the host crashed; libvirt has its definition until vdsm destroys it."""
+    """The VM stopped without a report, as in a crash of the host; libvirt still has its definition."""
     if is_certain:
         return Verdict(Action.MARK_DRIFTED, "its VM ran from another volume, see localdisk status")
     return Verdict(Action.KEEP, "libvirt cannot be asked what its VM ran from", is_certain=False)
 
 
 def _unless_others_depend(lv: LogicalVolume, verdict: Verdict) -> Verdict:
-    """Whatever LVM would remove or deactivate along with ours is not ours."""
+    """The verdict, but keep a volume if LVM would remove or deactivate other volumes with it."""
     if lv.dependents and verdict.action is Action.DEACTIVATE:
         return replace(verdict, action=Action.KEEP)
     if verdict.action is not Action.REMOVE or not lv.dependents:
         return verdict
-    why = f"{verdict.reason}, but LVM would remove {', '.join(lv.dependents)} along with it"
+    why = f"{verdict.reason}, but LVM would remove {', '.join(lv.dependents)} with it"
     return Verdict(Action.KEEP, why, is_certain=False)
 
 
@@ -120,7 +120,7 @@ def _decide_idle(disk: LocalDisk, witnesses: Witnesses, policy: Policy, now: Mom
     if disk.state is State.UNFINISHED:
         return Verdict(Action.REMOVE, "unfinished copy that nobody works on")
     if disk.is_aside and not witnesses.may_start:
-        return Verdict(Action.KEEP, "set aside, the next gc erases it: vdsm does not wait for that")
+        return Verdict(Action.KEEP, "set aside; the next gc erases it, because vdsm waits for this one")
     if disk.is_aside:
         return Verdict(Action.REMOVE, "set aside to be erased")
     if disk.state is State.DELETING:
@@ -130,7 +130,8 @@ def _decide_idle(disk: LocalDisk, witnesses: Witnesses, policy: Policy, now: Mom
     else:
         verdict = _decide_ready(disk, witnesses, policy, now)
     is_final = verdict.action is Action.REMOVE or (
-        verdict.action is Action.MARK_STOPPED and disk.stopped is None  # not one that is only marked anew
+        verdict.action is Action.MARK_STOPPED
+        and disk.stopped is None  # otherwise the mark's time is corrected
     )
     if is_final and witnesses.vm_is_defined and witnesses.may_start:
         return _after_grace(disk, policy, now, verdict)
@@ -145,10 +146,10 @@ def witnesses_for(
     may_start: bool = True,
     elsewhere: Elsewhere | None = frozenset(),
 ) -> Witnesses:
-    """What speaks for `disk`.
+    """What is known about `disk` from these sources.
 
-    `found` is what libvirt knows, None if it does not say; `prepared` is `progress.read_all`; `elsewhere` are
-    the images that their VMs, which do not run, have not on a local disk by libvirt's definition.
+    `found`: the domains that libvirt knows, None if it did not answer.  `prepared`: `progress.read_all`.
+    `elsewhere`: the disks of stopped VMs that are not on a local disk, by libvirt's definition.
     """
     if disk.is_aside:
         return Witnesses(is_locked, False, may_start)
@@ -172,7 +173,7 @@ def _needed(disk: LocalDisk, why: str) -> Verdict:
 def _decide_stopped(disk: LocalDisk, policy: Policy, now: Moment) -> Verdict:
     age, keep_for = age_of(disk.boot, disk, disk.stopped or 0, now), policy.retention.keep_for
     if age.doubt:
-        return _in_doubt(disk, Action.MARK_STOPPED, f"stopped in {age.doubt}", keep_for, now)
+        return _in_doubt(disk, Action.MARK_STOPPED, f"marked as stopped {age.doubt}", keep_for, now)
     left = keep_for - age.seconds
     if left <= 0:
         return Verdict(Action.REMOVE, f"stopped {format_duration(int(age.seconds))} ago, past keep_for")
@@ -181,27 +182,27 @@ def _decide_stopped(disk: LocalDisk, policy: Policy, now: Moment) -> Verdict:
 
 
 def _kept(age: Age, again: Action, why: str, due: float) -> Verdict:
-    """Not removed yet; the mark is made anew where the clock has been set forward since."""
+    """Keep the disk; if the clock was set forward since it was marked, correct the mark's time (`again`)."""
     if age.is_late:
         return Verdict(again, f"{why}; the clock was set since it was marked", due=due, age=age.seconds)
     return Verdict(Action.KEEP, why, due=due)
 
 
 def _in_doubt(disk: LocalDisk, again: Action, why: str, wait: int, now: Moment) -> Verdict:
-    """Kept.  A mark that is too early is made anew, as of now: that only keeps the disk longer.
+    """Keep the disk; if its mark is too early, replace it by a mark of now, which only keeps the disk longer.
 
-    One in the future is not, nor is any while the clock is wrong: the new mark would be too early once it is
-    right again.
+    If the mark is in the future, or the clock is wrong now, it is not replaced: once the clock is right
+    again, a new mark would be too early.
     """
     mark = disk.stopped if again is Action.MARK_STOPPED else disk.unneeded
     if (mark or 0) > now.epoch or is_clock_wrong(disk, now):
         return Verdict(Action.KEEP, why, is_certain=False)
-    why = f"{why}; marked anew, kept for {format_duration(wait)} from now"
+    why = f"{why}; marked again, kept for {format_duration(wait)} from now"
     return Verdict(again, why, is_certain=False, due=now.epoch + wait)
 
 
 def _decide_ready(disk: LocalDisk, witnesses: Witnesses, policy: Policy, now: Moment) -> Verdict:
-    """A complete copy, closed, that is not marked as stopped: its VM stopped unseen, or is just starting."""
+    """A complete, closed disk without the mark STOPPED: no stop was reported, or its VM is just starting."""
     if policy.retention.on_stop == "keep":
         kept = format_duration(policy.retention.keep_for)
         why = f"its VM does not run, kept for {kept} from now"
@@ -212,7 +213,7 @@ def _decide_ready(disk: LocalDisk, witnesses: Witnesses, policy: Policy, now: Mo
 
 
 def _after_grace(disk: LocalDisk, policy: Policy, now: Moment, then: Verdict) -> Verdict:
-    """Mark the disk, and `grace` later do `then`."""
+    """Mark the disk as unneeded; if it was marked at least `grace` ago, do `then`."""
     grace = policy.retention.grace
     if disk.unneeded is None:
         done = "marked as stopped" if then.action is Action.MARK_STOPPED else "removed"
@@ -220,7 +221,7 @@ def _after_grace(disk: LocalDisk, policy: Policy, now: Moment, then: Verdict) ->
         return Verdict(Action.MARK_UNNEEDED, why, due=now.epoch + grace)
     age = age_of(disk.unneeded_boot, disk, disk.unneeded, now)
     if age.doubt:
-        return _in_doubt(disk, Action.MARK_UNNEEDED, f"unneeded since {age.doubt}", grace, now)
+        return _in_doubt(disk, Action.MARK_UNNEEDED, f"marked as unneeded {age.doubt}", grace, now)
     since = format_duration(int(age.seconds))
     if age.seconds < grace:
         why = f"no VM needs it since {since}, of {format_duration(grace)} (grace)"
@@ -234,10 +235,10 @@ def _after_grace(disk: LocalDisk, policy: Policy, now: Moment, then: Verdict) ->
 def decide_template(
     found: Template, is_locked: bool, is_wanted: bool, is_too_much: bool, keep_for: int, now: float
 ) -> Verdict:
-    """What to do with a template LV; `keep_for` in seconds since its last use.
+    """What gc does with a template LV; `keep_for`: seconds since its last use.
 
-    Never removed: what is open or locked, or what other volumes depend on.  No disk needs one: it only saves
-    the next start a copy.
+    A template LV is never removed if it is open or locked, or if other volumes depend on it.  No local disk
+    needs its template LV: without it, the next start has more to copy.
     """
     if found.is_open:
         return Verdict(Action.KEEP, "in use, its device is open")
@@ -257,10 +258,14 @@ def _decide_idle_template(
     if not is_wanted:
         return Verdict(Action.REMOVE, "cache.templates is off")
     if is_too_much:
-        return Verdict(Action.REMOVE, "the cache is larger than cache.max_size, and others were used later")
+        return Verdict(
+            Action.REMOVE, "the cache is larger than cache.max_size, and this is its least recently used"
+        )
     since = now - found.used
     if since < 0:
-        return Verdict(Action.KEEP, "used in the future, the clock went backwards", is_certain=False)
+        return Verdict(
+            Action.KEEP, "its last use is in the future, the clock went backwards", is_certain=False
+        )
     if since >= keep_for:
         return Verdict(Action.REMOVE, f"not used for {format_duration(int(since))}, past cache.keep_for")
     left = f"kept for another {format_duration(int(keep_for - since))}"

@@ -111,7 +111,7 @@ def archives(group: str) -> list[Path]:
 
 
 def test_archives_of_metadata_are_bounded(file_storage: FileStorage) -> None:
-    """S3: LVM keeps all of 30 days, three for each start and stop.  What it keeps of others stays."""
+    """By default LVM keeps three archives of each start and stop for 30 days.  Other groups' are kept."""
     others = ("fedora", f"{host.VOLUME_GROUP}_2", host.VOLUME_GROUP[:-1])
     for number in range(80):
         for group in (host.VOLUME_GROUP, *others):

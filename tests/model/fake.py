@@ -416,7 +416,7 @@ class FakeWorld:
             (run, "read_errors", lambda _helper: ""),
             (run, "end", lambda _helper: None),
             (lock, "Lock", TrackedLock),
-            (removal, "_zero_what_is_not", lambda path, _pace: self._zero(path)),
+            (removal, "_zero_thin_data", lambda path, _pace: self._zero(path)),
             (gc, "time", SimpleNamespace(sleep=self._sleep)),
         ):
             monkeypatch.setattr(module, attribute, value)

@@ -888,9 +888,7 @@ def test_what_is_evicted_is_erased_first(
 ) -> None:
     """Now, as its room is wanted, and though it is read-only."""
     zeroed: list[str] = []
-    monkeypatch.setattr(
-        "localdisk.volumes.removal._zero_what_is_not", lambda path, _pace: zeroed.append(path)
-    )
+    monkeypatch.setattr("localdisk.volumes.removal._zero_thin_data", lambda path, _pace: zeroed.append(path))
     old = add_template(host, backend, 1, other(1))
     room_for(host, backend, SIZE - BASE_SIZE if backend == "lvm" else EXTENT - BASE_SIZE // 2)
     hook = Hook(host, f"{{cache: {{templates: on}}, retention: {{erase: {erase}}}}}")

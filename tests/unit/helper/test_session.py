@@ -182,7 +182,7 @@ def test_taking_over_a_disk_of_the_older_hook(host: FakeHost) -> None:
 def test_a_disk_of_the_older_hook_stays_as_it_is_until_the_operator_decides(
     host: FakeHost, text: str
 ) -> None:
-    """D3: its guest has lived in it for months."""
+    """The disk may have months of a guest's data."""
     volume = host.add(VOLUME, tags(ours=False), SIZE // 2, lv_active="")
     assert Hook(host, text).start() == KEPT
     assert host.tools == ["virsh", "fullreport", "lvchange"]
@@ -369,7 +369,7 @@ def test_a_kept_disk_whose_source_changed_is_refused(host: FakeHost, fingerprint
 @pytest.mark.parametrize("text", [RECOPY, ""])
 @pytest.mark.parametrize("is_late", [False, True])
 def test_a_kept_disk_that_others_depend_on_is_not_replaced(host: FakeHost, text: str, is_late: bool) -> None:
-    """D5: one of the same name refuses the start, also if it is depended on only just before its new name."""
+    """If it has the claimed name, the start is refused, even if the snapshot is made only just before."""
     before = tags("STOPPED_5", fingerprint=OTHER_FINGERPRINT)
     old = host.add(VOLUME, before, SIZE)
     hook = Hook(host, text)

@@ -509,7 +509,7 @@ def test_no_start_while_a_disk_of_the_image_has_drifted(name: str, is_open: bool
 def test_a_disk_that_others_depend_on_is_neither_removed_nor_renamed(
     state: State, on_stop: str, on_change: str
 ) -> None:
-    """D5, for each way in which a start would want to: refused, or left beside the new disk."""
+    """It is neither removed nor renamed: the start is refused, or leaves it beside the new disk."""
     retention = frozen.replace(RETENTION, on_stop=on_stop, on_source_change=on_change)
     for fingerprint, mates in itertools.product(
         ("same", "other"), ((), (kept(OTHER_VOLUME),), (kept(OTHER_VOLUME, "other"),))
@@ -537,7 +537,7 @@ def test_a_disk_that_others_depend_on_is_neither_removed_nor_renamed(
 def test_a_disk_of_the_older_hook_is_left_alone(
     state: State, on_stop: str, on_change: str, fingerprint: str
 ) -> None:
-    """D3: whatever there is beside it, it is used as it is, or stays as it is until the operator decides."""
+    """With any other disks beside it, it is used as it is, or kept until the operator decides."""
     retention = Retention(on_stop, 3600, 600, on_change, "none", "keep")
     older = found_disk(state, False, fingerprint, SIZE // 2, is_older=True)
     stale = local_disk(frozen.replace(older.lv, lv_tags=older.lv.lv_tags | {"STALE"}))

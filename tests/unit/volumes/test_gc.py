@@ -170,12 +170,12 @@ def test_decide_does_what_the_design_says() -> None:
 @pytest.mark.parametrize(
     ("lv_tags", "text", "may_start", "reason"),
     [
-        (tags(f"STOPPED_{NOW + 1}"), "", True, "stopped in the future, the clock went backwards"),
+        (tags(f"STOPPED_{NOW + 1}"), "", True, "marked as stopped in the future, the clock went backwards"),
         (tags(f"STOPPED_{NOW - 3600}"), "", True, "kept for another 6 d 23 h"),
         (tags(f"STOPPED_{NOW - KEEP_FOR - 3600}"), "", True, "stopped 7 d 1 h ago, past keep_for"),
         (tags(), "", True, "no VM needs it; removed if that is so after 10 min"),
         (tags(f"UNNEEDED_{NOW - 61}"), "", True, "no VM needs it since 1 min 1 s, of 10 min (grace)"),
-        (tags(f"UNNEEDED_{NOW + 1}"), "", True, "unneeded since the future, the clock went backwards"),
+        (tags(f"UNNEEDED_{NOW + 1}"), "", True, "marked as unneeded in the future, the clock went backwards"),
         (tags(LONG_MARKED), "", True, "no VM needs it since 10 min, past grace"),
         (tags(LONG_MARKED), "", False, "its VM stopped while vdsm did not run"),
         (tags(), KEEP, True, "its VM does not run, kept for 7 d from now"),
@@ -183,8 +183,8 @@ def test_decide_does_what_the_design_says() -> None:
         (tags("DELETING"), "", True, "marked for removal when its VM stopped"),
         (tags(f"UNNEEDED_{NOW - 61}"), KEEP, True, "its VM does not run, kept for 7 d from now"),
         (ASIDE, "", True, "set aside to be erased"),
-        (ASIDE, "", False, "set aside, the next gc erases it: vdsm does not wait for that"),
-        (NOT_RENAMED, "", False, "set aside, the next gc erases it: vdsm does not wait for that"),
+        (ASIDE, "", False, "set aside; the next gc erases it, because vdsm waits for this one"),
+        (NOT_RENAMED, "", False, "set aside; the next gc erases it, because vdsm waits for this one"),
     ],
 )
 def test_reasons(lv_tags: set[str], text: str, may_start: bool, reason: str) -> None:
@@ -314,7 +314,7 @@ def decided(text: str, lv_tags: set[str], now: Moment) -> Verdict:
 def test_within_a_boot_the_date_of_a_mark_does_not_count(
     kind: str, text: str, again: Action, date: int, age: int
 ) -> None:
-    """D4: the host booted without the right time, or with it and lost it."""
+    """The clock was wrong when the host booted, or went wrong later."""
     now = Moment(NOW, BOOT, 500000.5)
     verdict = decided(text, tags(f"{kind}_{date}", f"BOOT_{BOOT}_{500000 - age}"), now)
     assert verdict.is_certain
@@ -335,7 +335,7 @@ def test_a_mark_that_cannot_be_true_is_in_doubt(kind: str, text: str, again: Act
     for date in (5, 978307200, FIRST - 1, made - 1):
         verdict = decided(text, tags(f"{kind}_{date}", *filter(None, [boot])), now)
         assert (verdict.action, verdict.is_certain, verdict.due) == (again, False, NOW + 3600)
-        assert "the time before it was made, the clock was wrong then" in verdict.reason
+        assert "before the disk was made, the clock was wrong then" in verdict.reason
     assert decided(text, tags(f"{kind}_{made}"), now).action is Action.REMOVE
 
 
@@ -408,13 +408,13 @@ def test_the_clocks_of_this_machine() -> None:
 @pytest.mark.parametrize("more", ["UPDATING", "DELETING", LONG_MARKED, LONG_STOPPED])
 @pytest.mark.parametrize("erase", ["none", "zero"])
 def test_what_others_depend_on_is_kept_and_said(host: FakeHost, more: str, erase: str) -> None:
-    """D5: LVM would remove an administrator's snapshot along with it."""
+    """LVM would remove an administrator's snapshot with the disk."""
     volume = host.add(VOLUME, tags(more), SIZE)
     host.add("backup", (), SIZE, origin=VOLUME)
     before = host.report()
     found = gc.collect(parsed(f"retention: {{erase: {erase}}}"))
     assert (outcome(found), found.is_problem) == ({"1": "keep"}, True)
-    assert found.findings[0].verdict.reason.endswith("but LVM would remove backup along with it")
+    assert found.findings[0].verdict.reason.endswith("but LVM would remove backup with it")
     assert host.report() == before
     del host.volumes["backup"]
     assert outcome(gc.collect(parsed())) == {"1": "remove"}
@@ -1121,7 +1121,7 @@ def many(host: FakeHost, count: int, *more: str) -> list[Volume]:
 
 
 def test_many_disks_are_changed_with_few_commands(host: FakeHost) -> None:
-    """S5: it was a report, a question to libvirt and a command for each disk."""
+    """Not one report, one question to libvirt and one command for each disk."""
     count = 2 * gc.BATCH + 1
     volumes = many(host, count, "DELETING")
     found = gc.collect(parsed())
@@ -1633,11 +1633,11 @@ def test_decide_template_does_what_the_design_says() -> None:
         (TemplateCase(False, False, True, True, False, True, True, 0), "cache.templates is off"),
         (
             TemplateCase(False, False, True, True, True, True, True, 0),
-            "the cache is larger than cache.max_size, and others were used later",
+            "the cache is larger than cache.max_size, and this is its least recently used",
         ),
         (
             TemplateCase(False, False, True, True, True, False, True, -1),
-            "used in the future, the clock went backwards",
+            "its last use is in the future, the clock went backwards",
         ),
         (
             TemplateCase(False, False, True, True, True, False, True, 31 * 86400),

@@ -478,7 +478,7 @@ def test_a_pool_that_ignores_discards(host: FakeHost, thin_disk: Path, discards:
 def test_zeros_are_written_in_steps_at_the_pace_of_copies(
     host: FakeHost, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """S5: it was one call of the kernel for a whole device, which nothing could end."""
+    """One call of the kernel for a whole device could not be interrupted."""
     volume = host.add(VOLUME, ASIDE, 20 << 20)
     vg = VolumeGroup.from_report(host.report())
     disk = next(filter(None, map(LocalDisk.from_lv, vg.lvs)))
