@@ -1,6 +1,6 @@
-"""Arguments to mode: the one place that reads the command line, prints, and turns errors into exit codes.
+"""The command line: reads arguments, runs a mode, prints its output, and turns errors into exit codes.
 
-A mode imports what it needs when it runs: hooks and their helper are started for every disk of every VM.
+A mode imports what it needs when it runs, because a hook and its helper start for every disk of every VM.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from localdisk.config import Config
 
 GOOD, PROBLEMS, REFUSED = 0, 1, 2
-GC_BUDGET = 30  # seconds before vdsm starts; a tool that hangs gets 10 s more to end
+GC_BUDGET = 30  # seconds that gc may take before vdsm starts; a tool that hangs gets 10 s more to end
 VERSION = f"localdisk {__version__}"
 
 
@@ -47,8 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             return _run(words)
         finally:
-            if sys.stdout:  # None where it was closed
-                sys.stdout.flush()  # here, where a failure is told and counts
+            if sys.stdout:  # None if it was closed
+                sys.stdout.flush()  # here, so that a failure is reported and sets the exit code
     except (Error, Interrupted) as error:
         return _report(str(error), error.exit_code, point)
     except BrokenPipeError:
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _point(words: Sequence[str]) -> str:
-    """The hook point that is called, by vdsm's link or by `hook POINT`; "" if none."""
+    """The hook point that is called, by vdsm's link or by `hook POINT`; "" if it is none."""
     by_link = os.path.basename(os.path.dirname(words[0]))
     named = words[2] if len(words) == 3 and words[1] == "hook" else by_link
     return named if named in POINTS else ""
@@ -83,7 +83,7 @@ def _run(words: Sequence[str]) -> int:
 
         print(rehearsal.rehearse(words[2:]))
         return GOOD
-    if list(words[1:]) == ["--version"]:  # without what reads arguments, which is slow to import
+    if list(words[1:]) == ["--version"]:  # without argparse, which is slow to import
         print(VERSION)
         return GOOD
     arguments = parser().parse_args(words[1:])
@@ -91,13 +91,13 @@ def _run(words: Sequence[str]) -> int:
 
 
 def _drop_output() -> None:
-    """What could not be written to standard output shall not fail again when Python ends."""
+    """Discard the rest of standard output, so that Python does not fail again when it flushes at its end."""
     with contextlib.suppress(OSError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _report(message: str, exit_code: int, point: str = "") -> int:
-    """Print an error; returns the exit code, which at a hook point is for vdsm to understand."""
+    """Print an error; returns the exit code, at a hook point the one that vdsm expects."""
     if os.environ.get("LOCALDISK_DEBUG") == "1":
         import traceback
 
@@ -133,7 +133,7 @@ def _hook(point: str) -> int:
 
 
 def _serve(point: str) -> None:
-    if point == "before_vdsm_start":  # root's, and no VM's
+    if point == "before_vdsm_start":  # runs as root, and for no VM
         before_vdsm_start()
         return
     from localdisk.hook import points
@@ -142,11 +142,11 @@ def _serve(point: str) -> None:
 
 
 def before_vdsm_start() -> None:
-    """Remove what no VM needs, before vdsm starts any.
+    """Run gc before vdsm starts any VM.
 
-    If vdsm runs (somebody calls this by hand), a VM may be starting, and this behaves like plain `gc`.
-    systemd ends us after 90 s, and vdsm with us: what takes longer (LVM's lock is held, many disks) is left
-    to cron's next gc.
+    If vdsm runs already (somebody calls this by hand), a VM may be starting, and this behaves like plain
+    `gc`. After 90 s systemd would end this process, and vdsm's start with it: work that takes longer (LVM's
+    lock is held, many disks) is left to cron's next gc.
     """
     from localdisk import config, log, run
     from localdisk.volumes import gc
@@ -155,19 +155,19 @@ def before_vdsm_start() -> None:
         found = gc.collect(config.load(), may_start=hook_call.is_running(), ran_elsewhere=ran_elsewhere)
         problems = found.problems
         if run.is_spent():
-            problems = (*problems, f"{GC_BUDGET} s are over, the next gc goes on")
+            problems = (*problems, f"{GC_BUDGET} s are over, the next gc does the rest")
     for problem in problems:
         log.problem("gc before vdsm starts", why=problem)
 
 
 def _cancel(_number: int, _frame: FrameType | None) -> NoReturn:
-    """The helper has seen that our VM was powered off: end as if interrupted."""
+    """Signal handler: the helper has seen that our VM was powered off.  Raises StartCancelled."""
     _ignore_signals()
     raise StartCancelled(vm=os.environ.get("vmId", ""))  # noqa: SIM112 (vdsm's name)
 
 
 def _interrupt(number: int, _frame: FrameType | None) -> NoReturn:
-    """End once, tidily: what unwinds tells the helper and waits until it has removed what is unfinished."""
+    """Signal handler.  Raises Interrupted: on the way out, the helper removes the unfinished disk."""
     import signal
 
     _ignore_signals()
@@ -214,7 +214,7 @@ def _gc_mode(arguments: argparse.Namespace) -> int:
 
 
 def ran_elsewhere(vm_ids: Iterable[str]) -> frozenset[tuple[str, str]]:
-    """VM and image id of what these VMs, which libvirt knows and which do not run, have not on a local disk.
+    """(VM id, image id) of the disks that are not local, by libvirt's definitions of these stopped VMs.
 
     Raises LibvirtSilent, BadDomain.
     """
@@ -225,7 +225,7 @@ def ran_elsewhere(vm_ids: Iterable[str]) -> frozenset[tuple[str, str]]:
 
 
 def _older_hook() -> Iterator[str]:
-    """What is wrong after an update of vdsm's package, which brings its own hook back."""
+    """The problem if an update of vdsm's package has brought its own hook back."""
     from localdisk import log
     from localdisk.host import files as host_files
 
@@ -271,7 +271,7 @@ def _watch(frames: Iterator[str]) -> int:
 
 
 def _metrics(arguments: argparse.Namespace) -> int:
-    """Where the configuration is refused, or nothing can be looked at, the metrics tell that, too."""
+    """Write metrics, also if the configuration is refused or no volume group can be read."""
     from localdisk import counters
     from localdisk.status import metrics, snapshot
 
@@ -347,7 +347,7 @@ def _install_mode(arguments: argparse.Namespace) -> int:
 
     _refuse_config(arguments)
     _require_root("install")
-    return _tell(install.install(os.path.realpath(sys.argv[0]), _root(arguments), arguments.dry_run))
+    return _print(install.install(os.path.realpath(sys.argv[0]), _root(arguments), arguments.dry_run))
 
 
 def _uninstall_mode(arguments: argparse.Namespace) -> int:
@@ -355,7 +355,7 @@ def _uninstall_mode(arguments: argparse.Namespace) -> int:
 
     _refuse_config(arguments)
     _require_root("uninstall")
-    return _tell(uninstall.uninstall(_root(arguments), arguments.dry_run, arguments.force))
+    return _print(uninstall.uninstall(_root(arguments), arguments.dry_run, arguments.force))
 
 
 def _root(arguments: argparse.Namespace) -> str:
@@ -364,8 +364,8 @@ def _root(arguments: argparse.Namespace) -> str:
     return arguments.root or ""
 
 
-def _tell(lines: Iterator[str]) -> int:
-    """Print what is done as it is done."""
+def _print(lines: Iterator[str]) -> int:
+    """Print each line when its step is done."""
     for line in lines:
         print(line, flush=True)
     return GOOD
@@ -391,7 +391,7 @@ def _require_root(mode: str) -> None:
 
 def _refuse_config(arguments: argparse.Namespace) -> None:
     if arguments.config is not None:
-        raise UsageError(problem="this mode takes no --config, it reads /etc/localdisk.yaml and nothing else")
+        raise UsageError(problem="this mode takes no --config, it always reads /etc/localdisk.yaml")
 
 
 # -- arguments
@@ -419,53 +419,57 @@ def parser() -> argparse.ArgumentParser:
 
     hook_mode = mode("hook", _hook_mode, "serve one hook point (vdsm)")
     hook_mode.add_argument("point", nargs="?", choices=sorted(POINTS), metavar="POINT")
-    gc_mode = mode("gc", _gc_mode, "remove what no VM needs, and say why (cron, root)")
-    gc_mode.add_argument("--dry-run", action="store_true", help="only say what would be removed")
+    gc_mode = mode("gc", _gc_mode, "remove disks and templates that no VM needs (cron, root)")
+    gc_mode.add_argument("--dry-run", action="store_true", help="only print what would be removed")
     gc_mode.add_argument(
         "--json", action="store_true", help="print JSON, as schema/gc.schema.json describes it"
     )
     status_mode = mode(
-        "status", _status_mode, "show what is local, for whom, in what state, and what is wrong"
+        "status", _status_mode, "show local disks, copies, the template cache, free space and problems"
     )
     form = status_mode.add_mutually_exclusive_group()
     form.add_argument(
         "--json", action="store_true", help="print JSON, as schema/status.schema.json describes it"
     )
-    form.add_argument("--watch", action="store_true", help="draw it anew every second, until Ctrl-C")
+    form.add_argument("--watch", action="store_true", help="draw the table again every second, until Ctrl-C")
     form.add_argument(
         "--prometheus",
         nargs="?",
         const="-",
         metavar="FILE",
-        help="print metrics, or write them to FILE at once, for node_exporter's textfile collector",
+        help="print metrics, or replace FILE by them, for node_exporter's textfile collector",
     )
-    status_mode.add_argument("--full", action="store_true", help="whole ids and names, however wide")
-    check_mode = mode("check", _check_mode, "say what is wrong with the configuration and this host")
+    status_mode.add_argument("--full", action="store_true", help="do not shorten ids and names")
+    check_mode = mode("check", _check_mode, "check the configuration and this host, and show fixes")
     check_mode.add_argument("--json", action="store_true", help="print JSON")
     prefetch_mode = mode(
-        "prefetch", _prefetch_mode, "bring templates into the cache before a VM needs them (root, or vdsm)"
+        "prefetch", _prefetch_mode, "copy templates into the cache before a VM needs them (root or vdsm)"
     )
     prefetch_mode.add_argument("volumes", nargs="+", metavar="PATH|VOLUME")
     prefetch_mode.add_argument(
         "--backend",
         choices=("lvm", "lvmthin"),
-        help="for VMs of this backend; without it, the configured one",
+        help="for VMs with this backend; default: the configured backend",
     )
     remove_mode = mode(
-        "remove", _remove_mode, "remove local disks that you give up, of a VM or by name (root)"
+        "remove", _remove_mode, "remove local disks, named by disk or by VM; their data are lost (root)"
     )
     remove_mode.add_argument("names", nargs="+", metavar="DISK|VM")
-    remove_mode.add_argument("--dry-run", action="store_true", help="only say what would be removed")
-    install_mode = mode(
-        "install", _install_mode, "put it on this host, or bring up to date what is there (root)"
-    )
+    remove_mode.add_argument("--dry-run", action="store_true", help="only print what would be removed")
+    install_mode = mode("install", _install_mode, "install localdisk on this host, or update it (root)")
     uninstall_mode = mode(
-        "uninstall", _uninstall_mode, "take it away, but for configuration and local disks (root)"
+        "uninstall",
+        _uninstall_mode,
+        "remove localdisk from this host; configuration and local disks are kept (root)",
     )
     for each in (install_mode, uninstall_mode):
-        each.add_argument("--root", metavar="DIR", help="below DIR, an image's root directory")
-        each.add_argument("--dry-run", action="store_true", help="only say what would be done")
-    uninstall_mode.add_argument("--force", action="store_true", help="whatever runs or is unfinished")
-    mode("helper", _helper_mode, "the privileged half of hook (vdsm, through sudo)")
+        each.add_argument(
+            "--root", metavar="DIR", help="change the files below DIR, an image's root directory"
+        )
+        each.add_argument("--dry-run", action="store_true", help="only print what would be changed")
+    uninstall_mode.add_argument(
+        "--force", action="store_true", help="even if VMs run from local disks or work is unfinished"
+    )
+    mode("helper", _helper_mode, "do the privileged work of a hook (vdsm, through sudo)")
     mode("schema", _schema_mode, "print the JSON schema of the configuration")
     return top

@@ -321,12 +321,14 @@ class ThinPoolNotZeroing(Error):
 
 
 class ThinPoolInactive(Error):
-    what = "thin pool {vg}/{pool} is not active, so it does not tell how full it is"
+    what = "thin pool {vg}/{pool} is not active, so LVM does not report how full it is"
     fix = "lvchange --activate y {vg}/{pool}"
 
 
 class ThinPoolBroken(Error):
-    what = "thin pool {vg}/{pool} is active and does not tell how full it is, its metadata may be damaged"
+    what = (
+        "thin pool {vg}/{pool} is active, but LVM does not report how full it is, its metadata may be damaged"
+    )
     fix = "see the system log of this host, then lvchange --activate n and lvconvert --repair {vg}/{pool}"
 
 

@@ -194,11 +194,11 @@ def _thin_pool(
 ) -> Iterator[Finding]:
     change = f"lvchange{_devices_option(group)}"
     if not pool.lv_active:
-        why = "so it does not tell how full it is, and no thin disk is made"
+        why = "so LVM does not report how full it is, and no thin disk is made"
         yield Finding(f"thin pool {full} is not active", why, f"{change} --activate y {full}")
     elif pool.data_percent is None or pool.metadata_percent is None:
         repair = f"lvconvert{_devices_option(group)} --repair {full}"
-        what = f"thin pool {full} is active and does not tell how full it is"
+        what = f"thin pool {full} is active, but LVM does not report how full it is"
         fix = f"{change} --activate n {full} && {repair} && {change} --activate y {full}"
         yield Finding(what, "its metadata may be damaged", fix)
     if not pool.zero:

@@ -1,4 +1,4 @@
-"""The VMs of this host as libvirt has them: their names, and what those that run run from."""
+"""The VMs that libvirt knows on this host: their names, and the devices of the running VMs."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from localdisk.vdsm.domain_xml import Running
 
 @frozen
 class Vms:
-    """`names` by UUID of all VMs that libvirt knows in any state; `running` those that run."""
+    """The VMs that libvirt knows."""
 
-    names: Mapping[str, str]
+    names: Mapping[str, str]  # by UUID, of VMs in any state
     running: tuple[Running, ...]
-    unread: tuple[str, ...] = ()  # VMs that run and whose XML is not understood
+    unread: tuple[str, ...] = ()  # UUIDs of running VMs whose XML is not understood
 
     @property
     def domains(self) -> Domains:
@@ -27,21 +27,21 @@ class Vms:
         return Domains(frozenset(self.names), frozenset(vm.vm_id for vm in self.running).union(self.unread))
 
     def disk_name(self, vm_id: str, volume_id: str) -> str:
-        """What a volume is called in its VM that runs, such as `vda`; "" where it does not run from it."""
+        """The disk's name in the VM, such as `vda`; "" if the VM does not run from this volume."""
         found = (disk for vm, disk, volume in self._local() if (vm, volume) == (vm_id, volume_id))
         return next(found, "")
 
     def user_of(self, volume_id: str) -> str:
-        """The VM that runs from the local disk of that name, "" if none."""
+        """The VM that runs from the local disk of this name, "" if there is none."""
         return next((vm for vm, _, volume in self._local() if volume == volume_id), "")
 
     def is_below(self, volume_id: str) -> bool:
-        """Whether a VM that runs has this local disk open only below another volume, such as a snapshot's."""
+        """Whether a running VM uses this local disk only below another volume, such as a snapshot's."""
         top = (os.path.basename(disk.path) for vm in self.running for disk in vm.disks)
         return volume_id not in top and bool(self.user_of(volume_id))
 
     def _local(self) -> Iterator[tuple[str, str, str]]:
-        """VM, name of its disk, volume: what VMs have open, also below a snapshot that was made since."""
+        """(VM, name of its disk, LV name) of all block devices of running VMs, also below a snapshot."""
         for vm in self.running:
             paths = [(disk.name, disk.path) for disk in vm.disks if disk.disk_type == "block"]
             for name, path in [*paths, *vm.backing]:
@@ -49,7 +49,7 @@ class Vms:
 
 
 def answer(asked: libvirt.Question) -> Vms:
-    """From the answer to `domains.ask_names`, and the XML of the VMs that run.  Raises LibvirtSilent."""
+    """The VMs, from the answer to `libvirt.ask_names` and the XML of running VMs.  Raises LibvirtSilent."""
     names, active = libvirt.read_names(asked.text())
     running, unread = [], set(active)
     for xml in libvirt.xmls(active):

@@ -1,7 +1,7 @@
 """A snapshot and the counters as metrics in Prometheus' text format, for node_exporter's textfile collector.
 
-METRICS is all there is: each metric's name, meaning, labels, and how its values come from what was seen.
-The table in docs/operations.md, examples/metrics/ and their tests follow it.
+METRICS lists all metrics: name, meaning, labels, and how the values are computed from a snapshot or counters.
+The table in docs/operations.md, examples/metrics/ and their tests follow this list.
 
 Format: https://prometheus.io/docs/instrumenting/exposition_formats/; names and units:
 https://prometheus.io/docs/practices/naming/.
@@ -29,7 +29,7 @@ PHASES = (PREPARING, WAITING, COPYING, STALLED)
 STATES = (*PHASES, "running", *(state.value for state in State))
 TEMPLATE_STATES = (*PHASES, State.UNFINISHED.value, State.READY.value)
 
-# Shown as 0 before they happen: to Prometheus' increase() a series that begins with 1 has not increased.
+# Shown as 0 before they happen: for Prometheus' increase(), a series that begins with 1 has not increased.
 REASONS = (
     "copy_broken_off",
     "preparation_broken_off",
@@ -44,13 +44,13 @@ REASONS = (
 
 UNCACHED = (*uncached.REASONS, "cache_full", "no_space", "thin_pool_full", "thin_pool_at_threshold")
 
-Samples = Mapping[tuple[str, ...], float]  # a value by the values of the metric's labels
+Samples = Mapping[tuple[str, ...], float]  # values of the metric, by the values of its labels
 Seen = TypeVar("Seen")
 
 
 @dataclass(frozen=True)
 class Metric(Generic[Seen]):
-    """A metric, one line of `meaning`; it is left out where `samples` finds nothing."""
+    """A metric; `meaning` is one line.  If `samples` returns nothing, the metric is left out."""
 
     name: str
     meaning: str
@@ -72,9 +72,9 @@ class Metric(Generic[Seen]):
 
 
 def render(snapshot: Snapshot | None, counters: Counters, config_valid: bool) -> str:
-    """All metrics; without a snapshot those that are known all the same."""
-    look = _Look(config_valid, snapshot is not None)
-    texts = [metric.text(look) for metric in _OF_LOOK]
+    """All metrics; without a snapshot, those that do not need one."""
+    run = _Run(config_valid, snapshot is not None)
+    texts = [metric.text(run) for metric in _OF_RUN]
     texts += [metric.text(snapshot) for metric in _OF_SNAPSHOT if snapshot]
     texts += [metric.text(counters) for metric in _OF_COUNTERS]
     return "".join(texts)
@@ -95,12 +95,12 @@ def _escaped(value: str) -> str:
     return valid.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
 
 
-# -- how values come from what was seen
+# -- how values are computed
 
 
 @dataclass(frozen=True)
-class _Look:
-    """How far this look has come."""
+class _Run:
+    """What this run of `status` could do."""
 
     config_valid: bool
     has_snapshot: bool
@@ -115,7 +115,7 @@ def _groups(value: Callable[[Group], float]) -> Callable[[Snapshot], Samples]:
 
 
 def _pools(value: Callable[[Pool], float | None]) -> Callable[[Snapshot], Samples]:
-    """Of the pools that tell it."""
+    """One value for each thin pool of which LVM reports it."""
 
     def samples(snapshot: Snapshot) -> Samples:
         pools = [(group.name, pool) for group in snapshot.volume_groups for pool in group.pools]
@@ -130,7 +130,7 @@ def _ratio(percent: float | None) -> float | None:
 
 
 def _counted(words: Iterable[str], all_words: Iterable[str]) -> dict[str, int]:
-    """How often each word is there; those of `all_words` that are not are 0."""
+    """How often each word occurs; 0 for those of `all_words` that do not occur."""
     counts = dict.fromkeys(all_words, 0)
     for word in words:
         counts[word] = counts.get(word, 0) + 1
@@ -154,7 +154,7 @@ def _by_state(snapshot: Snapshot, rows: Iterable[Row | TemplateRow], states: Ite
 
 
 def _caches(value: Callable[[CacheUse], int]) -> Callable[[Snapshot], Samples]:
-    """Of volume groups and pools where the cache is on, or has something."""
+    """One value for each volume group and thin pool in which the cache is on, or has template LVs."""
 
     def samples(snapshot: Snapshot) -> Samples:
         groups = snapshot.volume_groups
@@ -166,10 +166,10 @@ def _caches(value: Callable[[CacheUse], int]) -> Callable[[Snapshot], Samples]:
 
 
 def _disk_sizes(snapshot: Snapshot) -> Samples:
-    """Of disks that have their volume.
+    """The sizes of disks whose volume was made.
 
-    The labels are what stays the same from the making of a disk to its removal, one series a disk: its state,
-    its VM's name and its name in the VM change, and each change would begin another series.
+    The labels do not change from the making of a disk to its removal, so each disk has one series.  Its
+    state, its VM's name and its name in the VM can change, and each change would begin another series.
     """
     made = (row for row in snapshot.disks if row.state not in (PREPARING, WAITING))
     return {(row.vg, row.vm, row.volume): row.size for row in made}
@@ -182,7 +182,10 @@ def _copies(snapshot: Snapshot) -> Samples:
 
 
 def _phase(row: Row | TemplateRow) -> str:
-    """What is done with what is being prepared, "" for others; a lock may say nothing yet."""
+    """The phase of a disk or template LV that is being prepared, "" for others.
+
+    The lock file may have no progress yet; then the state is the phase.
+    """
     if row.copy:
         return row.copy.phase
     return row.state if row.state in PHASES else ""
@@ -217,25 +220,25 @@ def _by_reason(reasons: Iterable[str], counted: Mapping[str, int]) -> Samples:
 _VG = ("volume_group",)
 _POOL = ("volume_group", "thin_pool")
 
-_OF_LOOK: tuple[Metric[_Look], ...] = (
+_OF_RUN: tuple[Metric[_Run], ...] = (
     Metric(
         "localdisk_build_info",
         "Always 1; the version of localdisk is the label.",
         ("version",),
-        lambda _look: {(__version__,): 1},
+        lambda _run: {(__version__,): 1},
     ),
     Metric(
         "localdisk_config_valid",
-        "1: the configuration is good; 0: it is refused, and no VM starts from local disks.",
+        "1: the configuration is valid; 0: it is refused, and no VM starts from local disks.",
         (),
-        lambda look: _one(int(look.config_valid)),
+        lambda run: _one(int(run.config_valid)),
     ),
     Metric(
         "localdisk_snapshot_taken",
-        "1: the host was looked at; 0: no volume group could be, and metrics of groups, disks and problems "
+        "1: the host was read; 0: no volume group could be read, and metrics of groups, disks and problems "
         "are missing.",
         (),
-        lambda look: _one(int(look.has_snapshot)),
+        lambda run: _one(int(run.has_snapshot)),
     ),
 )
 
@@ -245,13 +248,13 @@ _OF_SNAPSHOT: tuple[Metric[Snapshot], ...] = (
     ),
     Metric(
         "localdisk_volume_group_free_bytes",
-        "What no logical volume of the group has, the reserve included.",
+        "Bytes of the group that no logical volume has, the reserve included.",
         _VG,
         _groups(lambda vg: vg.free),
     ),
     Metric(
         "localdisk_volume_group_reserve_bytes",
-        "What of the free bytes no new disk gets (margins.reserve).",
+        "Bytes of the group that are kept free of new disks (margins.reserve).",
         _VG,
         _groups(lambda vg: vg.reserve),
     ),
@@ -270,7 +273,8 @@ _OF_SNAPSHOT: tuple[Metric[Snapshot], ...] = (
     ),
     Metric(
         "localdisk_thin_pool_data_limit_ratio",
-        "From where on no new thin disk is made (margins.thin_data), 0 to 1.",
+        "If a new thin disk would use more of the pool's data than this, it is not made (margins.thin_data), "
+        "0 to 1.",
         _POOL,
         _pools(lambda pool: _ratio(pool.data_limit)),
     ),
@@ -282,7 +286,8 @@ _OF_SNAPSHOT: tuple[Metric[Snapshot], ...] = (
     ),
     Metric(
         "localdisk_thin_pool_metadata_limit_ratio",
-        "From where on no new thin disk is made (margins.thin_metadata), 0 to 1.",
+        "If more of the pool's metadata is used than this, no new thin disk is made (margins.thin_metadata), "
+        "0 to 1.",
         _POOL,
         _pools(lambda pool: _ratio(pool.metadata_limit)),
     ),
@@ -294,8 +299,8 @@ _OF_SNAPSHOT: tuple[Metric[Snapshot], ...] = (
     ),
     Metric(
         "localdisk_disk_size_bytes",
-        "Size of the local disk; disk is its volume id, vm the VM's id, empty where it was set aside for "
-        "erasing.",
+        "Size of the local disk; disk: its volume id; vm: the VM's id, empty if the disk was set aside to be "
+        "erased.",
         ("volume_group", "vm", "disk"),
         _disk_sizes,
     ),
@@ -307,13 +312,13 @@ _OF_SNAPSHOT: tuple[Metric[Snapshot], ...] = (
     ),
     Metric(
         "localdisk_template_bytes",
-        "What template LVs take of the volume group (backend lvm) or of the thin pool (lvmthin).",
+        "Bytes that template LVs take of the volume group (backend lvm) or of the thin pool (lvmthin).",
         ("volume_group", "backend"),
         _caches(lambda cache: cache.used),
     ),
     Metric(
         "localdisk_cache_limit_bytes",
-        "What template LVs may take of it (cache.max_size).",
+        "Bytes that template LVs may take of the volume group or thin pool (cache.max_size).",
         ("volume_group", "backend"),
         _caches(lambda cache: cache.limit),
     ),
@@ -325,19 +330,19 @@ _OF_SNAPSHOT: tuple[Metric[Snapshot], ...] = (
     ),
     Metric(
         "localdisk_copy_longest_wait_seconds",
-        "How long the copy that has waited longest has waited for its turn so far; 0 where none waits.",
+        "How long the copy that waits longest has waited for its turn so far; 0: no copy waits.",
         (),
         _longest_wait,
     ),
     Metric(
         "localdisk_problems",
-        "What localdisk status calls a problem, by kind: " + ", ".join(problems.KINDS) + ".",
+        "Problems that localdisk status shows, by kind: " + ", ".join(problems.KINDS) + ".",
         ("kind",),
         _problems,
     ),
     Metric(
         "localdisk_unseen",
-        "What could not be looked at, such as libvirt; problems there may be missing.",
+        "How many things, such as libvirt, could not be read; their problems are missing.",
         (),
         lambda snapshot: _one(len(snapshot.unseen)),
     ),
@@ -346,7 +351,7 @@ _OF_SNAPSHOT: tuple[Metric[Snapshot], ...] = (
 _OF_COUNTERS: tuple[Metric[Counters], ...] = (
     Metric(
         "localdisk_copies_total",
-        "Copies completed since boot, those of templates among them.",
+        "Copies completed since boot, copies of templates included.",
         (),
         lambda sums: _one(sums.copies),
     ),
@@ -358,31 +363,31 @@ _OF_COUNTERS: tuple[Metric[Counters], ...] = (
     ),
     Metric(
         "localdisk_copy_duration_seconds_total",
-        "Time that completed copies took since boot, added up.",
+        "Time that all completed copies since boot took together.",
         (),
         lambda sums: _one(sums.copy_seconds),
     ),
     Metric(
         "localdisk_template_hits_total",
-        "Disks that were made from a template LV since boot, the one that it was made for among them.",
+        "Disks that were made from a template LV since boot; the first disk of each template LV counts, too.",
         (),
         lambda sums: _one(sums.template_hits),
     ),
     Metric(
         "localdisk_template_misses_total",
-        "Template LVs that had to be made since boot: a template was read from shared storage.",
+        "Template LVs that were made since boot, each from a template on shared storage.",
         (),
         lambda sums: _one(sums.template_misses),
     ),
     Metric(
         "localdisk_template_evictions_total",
-        "Template LVs that were removed since boot: for room, or because their time was over.",
+        "Template LVs that were removed since boot, for room or by gc.",
         (),
         lambda sums: _one(sums.templates_evicted),
     ),
     Metric(
         "localdisk_uncached_disks_total",
-        "Disks that were copied without a template LV since boot though the cache is on, by reason.",
+        "Disks that were copied without a template LV since boot although the cache is on, by reason.",
         ("reason",),
         _uncached,
     ),
@@ -394,19 +399,19 @@ _OF_COUNTERS: tuple[Metric[Counters], ...] = (
     ),
     Metric(
         "localdisk_gc_runs_total",
-        "Runs of localdisk gc that came to their end since boot.",
+        "Completed runs of localdisk gc since boot.",
         (),
         lambda sums: _one(sums.gc_runs),
     ),
     Metric(
         "localdisk_gc_last_run_timestamp_seconds",
-        "When gc last came to its end, since the epoch; 0: not since boot.",
+        "When gc was last completed, in seconds since the epoch; 0: not since boot.",
         (),
         lambda sums: _one(sums.gc_last_run),
     ),
     Metric(
         "localdisk_gc_last_success_timestamp_seconds",
-        "When gc last had neither doubts nor failures, since the epoch; 0: not since boot.",
+        "When gc last had neither doubts nor failures, in seconds since the epoch; 0: not since boot.",
         (),
         lambda sums: _one(sums.gc_last_success),
     ),
@@ -424,17 +429,17 @@ _OF_COUNTERS: tuple[Metric[Counters], ...] = (
     ),
 )
 
-METRICS: tuple[Metric[Any], ...] = (*_OF_LOOK, *_OF_SNAPSHOT, *_OF_COUNTERS)
+METRICS: tuple[Metric[Any], ...] = (*_OF_RUN, *_OF_SNAPSHOT, *_OF_COUNTERS)
 
 
 # -- the file
 
 
 def write(path: str, text: str) -> None:
-    """Replace the file `path` by one of mode 0644 that holds `text`; readers see all of the old or the new.
+    """Replace the file `path` by `text`, with mode 0644; readers see the old file or the new one.
 
-    Raises Error where it cannot; `path` is then as it was, and nothing is beside it.  The temporary file's
-    name is fixed, so that the next run replaces what a killed one leaves; one run at a time writes it.
+    On failure raises MetricsUnwritable: `path` is unchanged, and no temporary file is left.  If a run is
+    killed, the next one replaces its temporary file, whose name is fixed; one run at a time writes.
     """
     try:
         with lock.holding(os.path.join(lock.RUN, "metrics.lock"), time.sleep):
@@ -445,7 +450,7 @@ def write(path: str, text: str) -> None:
 
 
 def _require_replaceable(path: str) -> None:
-    """A file that takes the place of /dev/null or /dev/stdout harms more than metrics help."""
+    """Raise MetricsUnwritable for anything but a regular file, such as /dev/null or /dev/stdout."""
     with contextlib.suppress(FileNotFoundError):
         if not stat.S_ISREG(os.lstat(path).st_mode):
             raise MetricsUnwritable(path=path, problem="it is not a regular file")

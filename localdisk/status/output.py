@@ -1,4 +1,4 @@
-"""The mode status: a snapshot as a table, as JSON, as metrics, once or again and again.
+"""The mode status: prints a snapshot as a table, once or every second, or as JSON.
 
 The JSON is described by `schema/status.schema.json`.
 """
@@ -21,7 +21,7 @@ from localdisk.status.table import Look
 
 INTERVAL = 1.0  # seconds between two frames
 
-ENTER, LEAVE = "\033[?1049h\033[?25l", "\033[?25h\033[?1049l"  # another screen, without cursor; and back
+ENTER, LEAVE = "\033[?1049h\033[?25l", "\033[?25h\033[?1049l"  # another screen without cursor; and back
 _HOME, _CLEAR_LINE, _CLEAR_BELOW = "\033[H", "\033[K", "\033[J"
 
 
@@ -30,7 +30,7 @@ def as_json(found: Snapshot) -> str:
 
 
 def as_table(found: Snapshot, full: bool = False) -> str:
-    """For standard output: as wide as its terminal, coloured there unless NO_COLOR says not to."""
+    """The table for standard output: as wide as the terminal, in colour on a terminal without NO_COLOR."""
     return table.render(found, _look(full))
 
 
@@ -43,7 +43,7 @@ def _look(full: bool = False) -> Look:
 
 
 def frames(config: Config, full: bool) -> Iterator[str]:
-    """The table of each new look, as what draws it over the one before: nothing flickers."""
+    """For each new snapshot, the text that draws its table over the one before without flicker."""
     while True:
         look, (_, height) = _look(full), shutil.get_terminal_size((table.WIDTH, 24))
         lines = [f"localdisk status, {time.strftime('%H:%M:%S')}, Ctrl-C ends", "", *_lines(config, look)]
@@ -53,7 +53,7 @@ def frames(config: Config, full: bool) -> Iterator[str]:
 
 
 def _lines(config: Config, look: Look) -> list[str]:
-    """What cannot be looked at now may come back."""
+    """The table, or the error: the next snapshot may succeed."""
     try:
         return table.render(snapshot.take(config), look).splitlines()
     except Error as error:

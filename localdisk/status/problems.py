@@ -1,6 +1,7 @@
-"""Where this host is not as it should be: pure functions of what was seen, but for who has a disk open.
+"""The problems that `status` shows: pure functions of the snapshot's parts, except that they look up which
+process has a disk open.
 
-A `Problem` has a kind, one of the words below, by which the metrics count it; what it is; and what to do.
+A `Problem` has a kind, one of the words below, by which the metrics count it; what is wrong; and what to do.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from localdisk.volumes.progress import Progress
 from localdisk.volumes.template import Template
 from localdisk.volumes.verdict import Action, decide, witnesses_for
 
-NEAR = 0.9  # of a limit
+NEAR = 0.9  # near a limit: more than this share of it
 
 NOT_USABLE = "not_usable"  # a volume group or thin pool
 NEAR_LIMIT = "near_limit"
@@ -38,7 +39,7 @@ STALLED = "stalled"  # a copy
 DRIFTED = "drifted"
 NOT_AS_MADE = "not_as_made"  # a template LV
 CLOCK = "clock"
-DEPENDENTS = "dependents"  # LVM would remove others' volumes along with a disk
+DEPENDENTS = "dependents"  # LVM would remove other volumes together with a disk
 UNREAD = "unread"
 KINDS = (
     NOT_USABLE,
@@ -73,8 +74,8 @@ class Problem:
         return f"{self.what} : {self.fix}"
 
 
-def told(error: Error) -> Problem:
-    """A volume group or pool that cannot be looked at or used, as its error tells it."""
+def not_usable(error: Error) -> Problem:
+    """The problem of a volume group or thin pool that cannot be read or used, from its error."""
     what, _, fix = str(error).partition(" : ")
     return Problem(NOT_USABLE, what, fix)
 
@@ -83,7 +84,7 @@ def told(error: Error) -> Problem:
 
 
 def of_groups(groups: Iterable[VolumeGroup], vms: Vms | None, config: Config) -> Iterator[Problem]:
-    """Thin pools that fill up under running VMs; groups and pools near the point where no disk is made."""
+    """Thin pools that fill up while VMs run from them; groups and pools near the limit for new disks."""
     for vg in groups:
         for each in filling.of_group(vg):
             yield Problem(FILLING, each.what(vms.names if vms else {}), "; ".join(each.fixes))
@@ -143,14 +144,14 @@ def of_copies(held: Held, now: float) -> Iterator[Problem]:
 
 
 def of_disks(disks: Disks, held: Held, vms: Vms | None, config: Config, now: Moment) -> Iterator[Problem]:
-    """Local disks that nobody looks after, or somebody that should not, and VMs that do not use theirs."""
+    """Problems of local disks, and running VMs that should run from local disks and do not."""
     found = tuple(disks)
     for vg, disk in found:
         name = f"local disk {vg.vg_name}/{disk.volume_id}"
         if disk.volume_id in held:
             continue
         if disk.is_open:
-            yield from _who_has_it(vg, disk, name, vms)
+            yield from _open_by_no_vm(vg, disk, name, vms)
         elif disk.lv.dependents and disk.state in (State.UNFINISHED, State.DELETING):
             yield depended_on(vg, disk)
         elif disk.state is State.UNFINISHED:
@@ -163,18 +164,18 @@ def of_disks(disks: Disks, held: Held, vms: Vms | None, config: Config, now: Mom
         for vm in vms.running:
             yield from _of_vm(vm, found, config)
         for vm_id in vms.unread:
-            what = f"the domain XML of VM {vm_id} is not understood, nor what it runs from"
+            what = f"the domain XML of VM {vm_id} is not understood, so its disks are not known"
             yield Problem(UNREAD, what, f"virsh --readonly dumpxml {vm_id}")
 
 
-def _who_has_it(vg: VolumeGroup, disk: LocalDisk, name: str, vms: Vms | None) -> Iterator[Problem]:
+def _open_by_no_vm(vg: VolumeGroup, disk: LocalDisk, name: str, vms: Vms | None) -> Iterator[Problem]:
     if vms is None or vms.unread or vms.user_of(disk.volume_id):
         return
     yield _open_elsewhere(vg.path(disk.volume_id), f"{name} is open, but by no VM")
 
 
 def _drifted(vg: VolumeGroup, disk: LocalDisk, name: str) -> Problem:
-    """Its VM has stopped; docs/drifted.md has the same at length, and a test does what is said here."""
+    """A disk whose VM stopped on another volume.  docs/drifted.md explains the steps; a test runs them."""
     what = f"{name} has data that shared storage lacks: VM {disk.vm_id} stopped on another volume"
     lv = f"{vg.vg_name}/{disk.volume_id}"
     steps = (
@@ -222,7 +223,7 @@ def _uncertain(
 
 
 def of_templates(templates: Templates, held: Held, now: float) -> Iterator[Problem]:
-    """Template LVs that nobody looks after, or that no start will use.  `now` in seconds since the epoch."""
+    """Problems of template LVs.  `now` in seconds since the epoch."""
     a_copy_may_read = any(record is None or not record.template for record in held.values())
     for vg, found in templates:
         full = f"{vg.vg_name}/{found.name}"
@@ -243,7 +244,7 @@ def of_templates(templates: Templates, held: Held, now: float) -> Iterator[Probl
 
 
 def _change(found: Template) -> str:
-    """What a start would not accept of a template LV, as far as that can be told without its source."""
+    """Why no start would use a template LV, "" if nothing is wrong; its source is not read for that."""
     if found.lv.lv_permissions != "read-only":
         return "it can be written to"
     if not is_fingerprint(found.fingerprint):
@@ -254,7 +255,7 @@ def _change(found: Template) -> str:
 def _of_vm(
     vm: Running, disks: tuple[tuple[VolumeGroup, LocalDisk], ...], config: Config
 ) -> Iterator[Problem]:
-    """Disks of a VM that should run from local disks and does not."""
+    """The disks of a running VM that should be local and are not."""
     own = {disk.image_id: (group, disk) for group, disk in disks if disk.vm_id == vm.vm_id}
     asked = vm.property_value if vm.property_value in ("on", "lvm", "lvmthin") else ""
     policy = config.policy(vm.vm_id, asked or "on")
@@ -269,15 +270,15 @@ def _of_vm(
 
 
 def _back(vm: Running, disk: Disk, local: tuple[VolumeGroup, LocalDisk] | None) -> str:
-    """How a disk of a running VM comes back to its local disk, if it has one."""
+    """How a running VM can be brought back to its local disk, if it has one."""
     if local is None or local[1].state is not State.READY:
-        return "what it wrote since is there; shut it down, and start it anew"
+        return "the VM's data are on that volume; shut the VM down, and start it again"
     path = local[0].path(local[1].volume_id)
     if (disk.name, path) in vm.backing:
         command = f"virsh blockcommit {vm.vm_id} {disk.name} --active --pivot --wait"
-        return f"do not stop it; {command} brings it back"
-    kept = "the local disk is kept, and localdisk status then says how the data come together"
-    return f"what it wrote before is in {path} alone; shut it down: {kept}"
+        return f"do not stop the VM; {command} brings it back"
+    kept = "the local disk is kept, and localdisk status then shows how to bring the data together"
+    return f"what the VM wrote before is only in {path}; shut the VM down: {kept}"
 
 
 def _can_be_local(disk: Disk) -> bool:

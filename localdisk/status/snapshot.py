@@ -1,8 +1,7 @@
-"""What is local on this host, for whom, in what state, and what is wrong: looked at once, frozen.
+"""A snapshot of this host: its local disks and template LVs, their VMs, states and problems; frozen.
 
-Local disks and template LVs are rows of their own.  `take` asks LVM one command a volume group and libvirt at
-the same time, and reads what locks say.  All that is made of it is a pure function of these answers.
-`table.py`, `metrics.py` and `output.py` show it.
+`take` runs one LVM command for each volume group and asks libvirt at the same time, and reads the lock files.
+The snapshot is a pure function of their answers.  `table.py`, `metrics.py` and `output.py` show it.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from localdisk.volumes.verdict import Action, Verdict, decide, decide_template, 
 
 @frozen
 class CacheUse:
-    """Bytes that template LVs take of a volume group or of a pool, and may take (cache.max_size)."""
+    """Bytes that template LVs take of a volume group or thin pool (`used`), and may take (cache.max_size)."""
 
     used: int
     limit: int
@@ -38,7 +37,7 @@ class CacheUse:
 
 @frozen
 class Pool:
-    """A thin pool: what is used of it, None where it does not tell, and the margins, all in percent."""
+    """A thin pool: its usage, None if LVM does not report it, and the margins; all in percent."""
 
     name: str
     size: int
@@ -46,21 +45,21 @@ class Pool:
     metadata_percent: float | None
     data_limit: float
     metadata_limit: float
-    cache: CacheUse | None = None  # None where it is off, and there is no template LV
+    cache: CacheUse | None = None  # None: the cache is off, and the pool has no template LV
 
 
 @frozen
 class Group:
-    """A volume group; `reserve` are the bytes of `free` that no new disk gets."""
+    """A volume group; `reserve`: bytes of `free` that are kept free of new disks."""
 
     name: str
     size: int
     free: int
     reserve: int
     pool: Pool | None
-    cache: CacheUse | None = None  # of preallocated ones; None where it is off, and there is no template LV
+    cache: CacheUse | None = None  # preallocated template LVs; None: the cache is off, and there are none
     metadata_percent: float = 0.0  # how full the area is in which LVM describes the group
-    other_pools: tuple[Pool, ...] = ()  # that sections of VMs name, or that local disks are in
+    other_pools: tuple[Pool, ...] = ()  # pools that sections of VMs name, or that have local disks
 
     @property
     def pools(self) -> tuple[Pool, ...]:
@@ -69,7 +68,7 @@ class Group:
 
 @frozen
 class Copy:
-    """What is being prepared, how far; `done` from 0 to 1, `rate` in bytes written per second."""
+    """How far a copy is; `done` from 0 to 1, `rate` in bytes written per second."""
 
     phase: str  # preparing | waiting | copying | stalled
     since: int
@@ -81,7 +80,7 @@ class Copy:
 
 @frozen
 class Next:
-    """What happens to a disk or template LV if nothing else does, and when, None: that depends on others."""
+    """What happens next to a disk or template LV if nobody does anything, and when; None: not known."""
 
     action: str  # copy | remove | keep
     at: int | None
@@ -94,18 +93,18 @@ class Row:
 
     vg: str
     vm: str
-    vm_name: str  # "" where libvirt does not know it
-    disk: str  # its name in the VM that runs, such as vda; "" otherwise
+    vm_name: str  # "" if libvirt does not know the VM
+    disk: str  # its name in the running VM, such as vda; "" if the VM does not run
     image: str
     volume: str
     size: int
     backend: str
-    # One of these; active is all that can be seen without root:
+    # One of these; without root only running and active can be told:
     # preparing|waiting|copying|stalled|ready|running|stopped|unfinished|drifted|deleting|active
     state: str
     open: bool
     used: int | None  # bytes of a thin disk that hold data
-    stopped: int | None  # since then
+    stopped: int | None  # when its VM stopped
     copy: Copy | None
     next: Next
     older: bool = False  # of vdsm's older hook, kept until the operator decides
@@ -116,34 +115,34 @@ class TemplateRow:
     """One template LV, or one that is about to be made."""
 
     vg: str
-    volume: str  # of the template, on shared storage
+    volume: str  # the template's volume on shared storage
     name: str  # of the logical volume
     size: int
-    backend: str  # "" where it is not made yet
+    backend: str  # "" if it is not made yet
     state: str  # preparing | waiting | copying | stalled | ready | unfinished
     open: bool
     holds: int  # bytes that it takes of its volume group or pool
-    last_used: int | None  # when a disk last started from it, or when it was made; None while it is not made
+    last_used: int | None  # when a disk last started from it, or when it was made; None if it is not made yet
     copy: Copy | None
     next: Next
 
 
 @frozen
 class Snapshot:
-    """All of it.  Sizes in bytes, times in seconds since the epoch."""
+    """The whole snapshot.  Sizes in bytes, times in seconds since the epoch."""
 
     at: int
     volume_groups: tuple[Group, ...]
     disks: tuple[Row, ...]
     templates: tuple[TemplateRow, ...] = ()
     problems: tuple[Problem, ...] = ()
-    unseen: tuple[str, ...] = ()  # what could not be looked at, one line each
+    unseen: tuple[str, ...] = ()  # what could not be read, one line each
     # Disks since boot that were copied without a template LV though the cache is on, by reason.
     uncached: Mapping[str, int] = field(default_factory=dict)
 
 
 def take(config: Config) -> Snapshot:
-    """Look once.  Raises NoVolumeGroup, CommandFailed and so on where no volume group can be looked at."""
+    """Take a snapshot.  Raises NoVolumeGroup, CommandFailed and so on if no volume group can be read."""
     asked = libvirt.ask_names()
     if os.geteuid() != 0:
         return _without_root(config, asked)
@@ -158,7 +157,7 @@ def take(config: Config) -> Snapshot:
     cached = tuple((vg, each) for vg in groups for each in template.templates(vg))
     templates = [row for vg in groups for row in view.template_rows(vg)]
     templates += view.templates_without_volume({each.name for _, each in cached})
-    found = [*map(problems.told, failures), *(p for vg in groups for p in _unusable(vg, config))]
+    found = [*map(problems.not_usable, failures), *(p for vg in groups for p in _unusable(vg, config))]
     found += problems.of_groups(groups, vms, config)
     found += problems.of_copies(held, now)
     found += problems.of_disks(disks, held, vms, config, moment)
@@ -211,7 +210,7 @@ def _pool(vg: VolumeGroup, pool: LogicalVolume, margins: Margins, config: Config
 
 
 def _cache_use(vg: VolumeGroup, config: Config, pool: str) -> CacheUse | None:
-    """Of a pool, or with pool "" of the volume group."""
+    """The cache in a thin pool, or with `pool` "" the cache of preallocated template LVs."""
     found = template.in_place(vg, pool)
     if not found and not config.caches_templates(vg.vg_name):
         return None
@@ -222,10 +221,10 @@ def _unusable(vg: VolumeGroup, config: Config) -> Iterator[Problem]:
     try:
         vg.require_usable()
     except VolumeGroupUnusable as error:
-        yield problems.told(error)
+        yield problems.not_usable(error)
     for pool, _ in filling.pools(vg, config):
         if pool.data_percent is None:
-            yield problems.told(silent_pool(vg.vg_name, pool))
+            yield problems.not_usable(silent_pool(vg.vg_name, pool))
 
 
 # -- disks
@@ -233,7 +232,7 @@ def _unusable(vg: VolumeGroup, config: Config) -> Iterator[Problem]:
 
 @frozen
 class _View:
-    """From where the disks are looked at."""
+    """What is needed besides LVM's report to make the rows."""
 
     config: Config
     vms: Vms | None
@@ -247,7 +246,7 @@ class _View:
     def row(self, vg: VolumeGroup, disk: LocalDisk) -> Row:
         policy, name = self.config.policy(disk.vm_id), vg.vg_name
         record = self.held.get(disk.volume_id)
-        state = _state(disk, self.held, self._has_it_open(disk))
+        state = _state(disk, self.held, self._vm_runs(disk))
         percent = disk.lv.data_percent
         return Row(
             vg=name,
@@ -268,7 +267,7 @@ class _View:
         )
 
     def rows_without_volume(self, there: set[str]) -> Iterator[Row]:
-        """Of starts that have not made their volume yet."""
+        """The rows of starts that have not made their volume yet."""
         for volume_id, record in self.held.items():
             if record is None or record.template or volume_id in there:
                 continue
@@ -291,7 +290,7 @@ class _View:
             )
 
     def template_rows(self, vg: VolumeGroup) -> Iterator[TemplateRow]:
-        """Of all template LVs of a group, the least recently used first."""
+        """The rows of all template LVs of a group, the least recently used first."""
         too_many = template.too_many(vg, self.config.cache)
         for found in template.templates(vg):
             record, is_locked = self.held.get(found.name), found.name in self.held
@@ -313,7 +312,7 @@ class _View:
             )
 
     def templates_without_volume(self, there: set[str]) -> Iterator[TemplateRow]:
-        """Of those that are about to be made.  Nothing says where: most likely in the general group."""
+        """The rows of template LVs that are about to be made; probably in the general volume group."""
         for name, record in self.held.items():
             if record is None or not record.template or name in there:
                 continue
@@ -338,8 +337,8 @@ class _View:
         verdict = decide_template(found, is_locked, is_wanted, is_too_much, keep_for, self.now)
         return _removal(verdict, self.config.retention.erase != "none", self.now)
 
-    def _has_it_open(self, disk: LocalDisk) -> bool:
-        """Whether its VM runs from it, as far as can be seen."""
+    def _vm_runs(self, disk: LocalDisk) -> bool:
+        """Whether its VM runs from the disk; if libvirt's answer is missing, whether the disk is open."""
         doubt = self.vms is None or disk.vm_id in self.vms.unread
         return disk.is_open and bool(doubt or (self.vms and self.vms.user_of(disk.volume_id)))
 
@@ -366,7 +365,7 @@ class _View:
         return replace(coming, text=f"stale, {coming.text}") if disk.is_stale and disk.is_complete else coming
 
 
-_FILLED = (progress.COPYING, progress.STALLED)  # states of what is there and incomplete
+_FILLED = (progress.COPYING, progress.STALLED)  # states of a volume that is being filled
 
 
 def _filled(record: Progress | None) -> str:
@@ -421,7 +420,7 @@ def _when_closed(disk: LocalDisk, policy: Policy) -> Next:
 
 
 def _by_gc(verdict: Verdict, disk: LocalDisk, policy: Policy, now: float) -> Next:
-    """What gc, of which `verdict` is what it would say just now, will come to."""
+    """What gc will do with the disk, and when; `verdict` is what it would decide now."""
     if verdict.action is Action.MARK_STOPPED:
         return Next("keep", None, f"kept {format_duration(policy.retention.keep_for)} by gc")
     is_kept = verdict.action is not Action.REMOVE and verdict.due is None and verdict.is_certain
@@ -444,7 +443,7 @@ def _removal(verdict: Verdict, is_erased: bool, now: float) -> Next:
 
 
 def _without_root(config: Config, asked: libvirt.Question) -> Snapshot:
-    """What an ordinary user can see: active volumes, and what libvirt says of the VMs that run."""
+    """The snapshot that an ordinary user can take: active volumes, and running VMs."""
     vms, unseen = _answered(asked)
     rows = []
     for volume in device_mapper.logical_volumes(config.volume_groups):
@@ -467,5 +466,5 @@ def _without_root(config: Config, asked: libvirt.Question) -> Snapshot:
                 next=Next("keep", None, ""),
             )
         )
-    unseen += ("volume groups, closed disks, copies and problems: run it as root",)
+    unseen += ("volume groups, closed disks, copies and problems: run localdisk status as root",)
     return Snapshot(int(time.time()), (), tuple(rows), unseen=unseen)

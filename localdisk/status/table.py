@@ -1,6 +1,6 @@
-"""A snapshot as text for a terminal: the disks, the templates, the room, what is wrong.
+"""A snapshot as text for a terminal: disks, templates, copies, room, problems.
 
-Pure: the width, and whether there may be colours, come in.  Without colours it says the same.
+Pure functions: width and colours are arguments.  Colours carry no information that the text lacks.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from localdisk.status.snapshot import CacheUse, Copy, Group, Pool, Row, Snapshot
 from localdisk.units import format_duration, format_size
 from localdisk.volumes import progress
 
-WIDTH = 100  # columns, where nobody says how many there are
+WIDTH = 100  # columns if there is no terminal
 BAR = 16  # columns of a bar
 SHORT = 8  # characters of a UUID
 _FILLED = (progress.COPYING, progress.STALLED)
-_WORTH_SAYING = 50  # percent of a group's metadata area
+_SHOW_METADATA = 50  # percent: a group's metadata area is shown only if it is fuller
 
 _GREEN, _YELLOW, _RED, _CYAN, _DIM, _BOLD = "32", "33", "31", "36", "2", "1"
 _COLOURS = {
@@ -40,7 +40,7 @@ _MAY_BE_EMPTY = {"USED", "LV"}
 
 @frozen
 class Look:
-    """How it is shown; `full`: whole ids and names, however wide."""
+    """How to show it; `full`: whole ids and names, even if a line is wider than `width`."""
 
     width: int = WIDTH
     colours: bool = False
@@ -51,7 +51,7 @@ class Look:
 
 
 def render(snapshot: Snapshot, look: Look) -> str:
-    """Every line ends with a newline; none is wider than `look.width` but where the ids need it."""
+    """The whole text.  No line is wider than `look.width`, except if ids or a fix need it."""
     parts = [_disks(snapshot, look), _templates(snapshot, look), [*_bars(snapshot, look)]]
     parts += [[*_room(snapshot.volume_groups, look), *_uncached(snapshot, look)]]
     parts += [[*_problems(snapshot, look)], [*_wrapped("not seen: ", snapshot.unseen, look)]]
@@ -80,12 +80,12 @@ def _older(rows: Iterable[Row], look: Look) -> Iterator[str]:
 def _grid(
     head: tuple[str, ...], cells: Sequence[tuple[str, ...]], states: Sequence[str], look: Look
 ) -> list[str]:
-    """Rows of `cells` below their head; the first column gives way where they are too wide."""
+    """Rows of `cells` below their head; if they are too wide, the first column is shortened."""
     used = [i for i, name in enumerate(head) if name not in _MAY_BE_EMPTY or any(row[i] for row in cells)]
     widths = {i: max(columns(row[i]) for row in [head, *cells]) for i in used}
     if "copying" in states:
         state = head.index("STATE")
-        widths[state] = max(widths[state], len("copying 100%"))  # or columns would jump
+        widths[state] = max(widths[state], len("copying 100%"))  # otherwise columns would jump
     spare = look.width - sum(widths.values()) - 2 * (len(used) - 1)
     if spare < 0 and not look.full:
         widths[0] = max(SHORT, widths[0] + spare)
@@ -99,7 +99,7 @@ def _grid(
 
 
 def _sorted(rows: Iterable[Row]) -> list[Row]:
-    """Those of VMs that have a name first."""
+    """The rows of VMs that have a name first."""
     return sorted(rows, key=lambda row: (row.vm_name or "~", row.vm, row.disk, row.volume))
 
 
@@ -146,7 +146,7 @@ def cut(text: str, width: int) -> str:
 
 
 def columns(text: str) -> int:
-    """How many columns of a terminal a text takes: two for a wide character, none for one upon another."""
+    """How many columns of a terminal a text takes: a wide character two, a combining character none."""
     if text.isascii():
         return len(text)
     return sum(map(_columns, text))
@@ -159,7 +159,7 @@ def _columns(character: str) -> int:
 
 
 def _painted(line: str, state: str, look: Look) -> str:
-    """The state in its colour."""
+    """The line with its state in colour."""
     before, found, after = line.rpartition(f"  {state}")
     return (
         f"{before}  {look.paint(state, _COLOURS.get(state, ''))}{after}" if found and look.colours else line
@@ -208,7 +208,7 @@ def _copy_bar(copy: Copy | None, size: int, name: str, look: Look) -> Iterator[s
 
 @frozen
 class _Gauge:
-    """How full something is; `limit` is the share from where on no more is made."""
+    """How full something is; `limit`: the share from which on no new disk is made."""
 
     name: str
     share: float
@@ -236,7 +236,7 @@ def _gauges(group: Group) -> Iterator[_Gauge]:
     limit = 1 - group.reserve / group.size if group.size else 1.0
     reserve = f" (reserve {format_size(group.reserve)})" if group.reserve else ""
     words = f"{used:.0%} of {format_size(group.size)} used, {format_size(group.free)} free{reserve}"
-    words += f", metadata {group.metadata_percent:.0f}%" if group.metadata_percent >= _WORTH_SAYING else ""
+    words += f", metadata {group.metadata_percent:.0f}%" if group.metadata_percent >= _SHOW_METADATA else ""
     yield _Gauge(f"volume group {group.name}", used, limit, words)
     yield from _cache_gauge(f"cache in {group.name}", group.cache, group.size)
     for pool in group.pools:
@@ -246,14 +246,14 @@ def _gauges(group: Group) -> Iterator[_Gauge]:
 
 
 def _cache_gauge(name: str, cache: CacheUse | None, size: int) -> Iterator[_Gauge]:
-    """Of where the cache is on; a full one is as it should be, the least recently used make room."""
+    """The gauge of a cache; a full cache is no problem: the least recently used template LVs make room."""
     if cache and size:
         words = f"{format_size(cache.used)} of at most {format_size(cache.limit)} used"
         yield _Gauge(name, cache.used / size, cache.limit / size, words, may_be_full=True)
 
 
 def _uncached(snapshot: Snapshot, look: Look) -> Iterator[str]:
-    """How often the cache was of no use, and why."""
+    """How many disks were copied without the cache, and why."""
     if snapshot.uncached:
         often = sorted(snapshot.uncached.items(), key=lambda each: (-each[1], each[0]))
         text = ", ".join(f"{count} {plain(reason)}" for reason, count in often)
@@ -262,13 +262,13 @@ def _uncached(snapshot: Snapshot, look: Look) -> Iterator[str]:
 
 def _used(pool: Pool) -> str:
     if pool.data_percent is None or pool.metadata_percent is None:
-        return f"{format_size(pool.size)}, does not tell how full it is"
+        return f"{format_size(pool.size)}, LVM does not report how full it is"
     data = f"{pool.data_percent:.0f}% of {format_size(pool.size)} used (limit {pool.data_limit:g}%)"
     return f"{data}, metadata {pool.metadata_percent:.0f}% ({pool.metadata_limit:g}%)"
 
 
 def _bar(share: float, limit: float = 1.0) -> str:
-    """`[#######---|-]`: used, then where no more is given."""
+    """`[#######---|-]`: the used share, and a mark at the limit."""
     filled = round(min(1.0, max(0.0, share)) * BAR)
     bar = "#" * filled + "-" * (BAR - filled)
     mark = round(limit * BAR)
@@ -286,7 +286,7 @@ def _problems(snapshot: Snapshot, look: Look) -> Iterator[str]:
         yield look.paint(f"{count} problem{'s' * (count > 1)}:", _RED)
     for problem in snapshot.problems:
         yield from _wrapped("  ", [problem.what], look)
-        yield "      " + look.paint(problem.fix, _BOLD)  # whole: it is there to be copied
+        yield "      " + look.paint(problem.fix, _BOLD)  # not wrapped, so that it can be copied
 
 
 def _wrapped(head: str, lines: Iterable[str], look: Look) -> Iterator[str]:

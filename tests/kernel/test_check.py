@@ -470,7 +470,7 @@ def test_a_broken_thin_pool() -> None:
         metadata.fail()
         attempt("dmsetup", "message", mapped, "0", "create_thin 1")
         metadata.mend()
-        fixed(f"thin pool {full} is active and does not tell how full it is")
+        fixed(f"thin pool {full} is active, but LVM does not report how full it is")
 
 
 @pytest.mark.usefixtures("throwaway")

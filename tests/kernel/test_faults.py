@@ -527,7 +527,7 @@ def test_pool_metadata_fills_up_while_copying(group: Group, image: Image) -> Non
     line = fails(image, THIN, fault=lambda: fill_metadata(100))
     assert f"to {device(image)} failed: " in line
     refusal = refused_disk(image, THIN)
-    is_given_up = refusal.startswith(f"{BROKEN_POOL} is active and does not tell how full it is")
+    is_given_up = refusal.startswith(f"{BROKEN_POOL} is active, but LVM does not report how full it is")
     assert is_given_up or "margins.thin_metadata: 100.0 % of 80 % allowed" in refusal
     assert told("gc") == (0, "", ())
     (problem,) = shown()
@@ -553,7 +553,7 @@ def test_pool_metadata_cannot_be_written(group: Group, image: Image) -> None:
     make_pool()
     metadata = FailingDevice.of(f"{MAPPED}-{host.THIN_POOL}_tmeta")
     assert f"to {device(image)} failed: " in fails(image, THIN, fault=metadata.fail)
-    broken = f"{BROKEN_POOL} is active and does not tell how full it is"
+    broken = f"{BROKEN_POOL} is active, but LVM does not report how full it is"
     assert refused_disk(image, THIN).startswith(broken)
     assert told("gc") == (0, "", ())
     (problem,) = shown()

@@ -108,7 +108,9 @@ def as_nobody(image: Image, vm: Vm) -> None:
     jsonschema.Draft202012Validator(SCHEMA).validate(document)
     (row,) = document["disks"]
     assert (row["vm"], row["volume"], row["disk"], row["state"]) == (vm.id, image.leaf.id, "vda", "running")
-    assert document["unseen"] == ["volume groups, closed disks, copies and problems: run it as root"]
+    assert document["unseen"] == [
+        "volume groups, closed disks, copies and problems: run localdisk status as root"
+    ]
 
 
 def test_a_live_snapshot_went_past_us(volume_group: str, file_storage: FileStorage) -> None:

@@ -522,7 +522,7 @@ def test_the_start_of_vdsm_does_not_wait_for_all_of_it(
     cli.before_vdsm_start()
     assert set(host_vdsm.host.volumes) == {"pool0", OTHER_VOLUME}
     (line,) = (line for line in logged if "gc before vdsm starts" in line)
-    assert line.endswith("why=30 s are over, the next gc goes on")
+    assert line.endswith("why=30 s are over, the next gc does the rest")
     assert not run.is_spent()
     cli.before_vdsm_start()
     assert set(host_vdsm.host.volumes) == {"pool0"}

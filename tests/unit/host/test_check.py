@@ -661,12 +661,12 @@ def test_no_thin_pool() -> None:
     [
         (
             {"lv_active": "", "data_percent": "", "metadata_percent": ""},
-            f"thin pool {POOL} is not active, so it does not tell how full it is, and no thin disk is made"
+            f"thin pool {POOL} is not active, so LVM does not report how full it is, and no thin disk is made"
             f" : lvchange --activate y {POOL}",
         ),
         (
             {"data_percent": ""},
-            f"thin pool {POOL} is active and does not tell how full it is, its metadata may be"
+            f"thin pool {POOL} is active, but LVM does not report how full it is, its metadata may be"
             " damaged : lvchange"
             f" --activate n {POOL} && lvconvert --repair {POOL} && lvchange --activate y {POOL}",
         ),

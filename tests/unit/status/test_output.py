@@ -620,7 +620,9 @@ def test_a_pool_that_does_not_tell(host: FakeHost) -> None:
     host.volumes["pool0"].data_percent = host.volumes["pool0"].metadata_percent = ""
     (problem,) = take().problems
     assert problem.kind == problems.NOT_USABLE
-    assert problem.what.startswith("thin pool ovirt-local/pool0 is active and does not tell how full it is")
+    assert problem.what.startswith(
+        "thin pool ovirt-local/pool0 is active, but LVM does not report how full it is"
+    )
 
 
 def test_hostile_words_of_a_vm(host: FakeHost) -> None:
@@ -867,7 +869,7 @@ def test_without_root(monkeypatch: pytest.MonkeyPatch, host: FakeHost, tmp_path:
         (OTHER_VOLUME, "active", "", ""),
     ]
     assert taken.disks[0].size == SIZE
-    assert taken.unseen == ("volume groups, closed disks, copies and problems: run it as root",)
+    assert taken.unseen == ("volume groups, closed disks, copies and problems: run localdisk status as root",)
     assert not [command for command in host.commands if command.startswith("lvm")]
 
 

@@ -220,7 +220,7 @@ def test_a_stop_in_the_future_and_a_pool_that_does_not_tell() -> None:
     stopped = row(4, state="stopped", stopped=NOW + 99)
     text = render(Snapshot(NOW, (replace(GROUP, pool=pool, reserve=0),), (stopped,)), Look())
     assert "stopped 0 s" in text
-    assert "] 400 GiB, does not tell how full it is" in text
+    assert "] 400 GiB, LVM does not report how full it is" in text
     assert "850 GiB free\n" in text
 
 
