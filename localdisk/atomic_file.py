@@ -17,11 +17,11 @@ def temporary_name(path: str) -> str:
 
 
 def replace(
-    path: str, data: bytes, mode: int, owner: tuple[int, int], judge: Callable[[str], None] | None = None
+    path: str, data: bytes, mode: int, owner: tuple[int, int], validate: Callable[[str], None] | None = None
 ) -> None:
     """Make `path` a regular file with these bytes, mode and owner; it is synced when this returns.
 
-    `judge` gets the path of the temporary file first, and raises an error to refuse it.  Raises OSError.
+    `validate` gets the path of the temporary file first, and raises an error to refuse it.  Raises OSError.
     """
     temporary = temporary_name(path)
     with removed_on_failure(temporary):
@@ -31,8 +31,8 @@ def replace(
             os.fchown(file.fileno(), *owner)
             os.fchmod(file.fileno(), mode)
             os.fsync(file.fileno())
-        if judge:
-            judge(temporary)
+        if validate:
+            validate(temporary)
         os.replace(temporary, path)
     sync(os.path.dirname(path))
 

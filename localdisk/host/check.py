@@ -1,7 +1,7 @@
-"""What is wrong with the configuration and this host, one line a problem, with the command that fixes it.
+"""The mode check: finds problems of the configuration and this host, and prints each with its fix.
 
-`check` looks (`facts.py`) and judges: the configuration here, the host in `check_system.py` and its volume
-groups in `check_storage.py`.  The judging is pure functions of frozen data.
+`facts.py` collects what is there.  Pure functions of that find the problems: of the configuration in this
+module, of the host in `check_system.py`, of its volume groups in `check_storage.py`.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from localdisk.host.finding import Finding
 
 @frozen
 class Report:
-    """What was found; `path` is the configuration's."""
+    """All findings; `path`: the configuration file."""
 
     path: str
-    is_there: bool  # False: the built-in defaults hold
+    is_there: bool  # False: the file does not exist, and the built-in defaults apply
     about_configuration: tuple[Finding, ...]
     about_host: tuple[Finding, ...]
 
@@ -38,14 +38,14 @@ class Report:
 
 
 def check(config: Config, named: str | None, program: str) -> Report:
-    """Judge `config`, which is from the file `named` (None: from the default one), and the host it is for.
+    """Check `config`, which was read from the file `named` (None: the default file), and this host.
 
-    `program` is the file that vdsm and cron are to run.  Raises ConfigUnreadable.
+    `program`: the file that vdsm and cron must run.  Raises ConfigUnreadable.
     """
     path = configuration.DEFAULT_PATH if named is None else named
     is_there = os.path.lexists(path)
     found = configuration.places(path) if is_there else {}
-    host = hosts.look(config, program)
+    host = hosts.collect(config, program)
     return Report(
         path=path,
         is_there=is_there,
@@ -55,10 +55,10 @@ def check(config: Config, named: str | None, program: str) -> Report:
 
 
 def as_lines(report: Report) -> str:
-    """A line for each finding; one for the configuration and one for the host where these are good."""
+    """A line for each finding; if there is none, a line that the configuration or the host is good."""
     lines = list(map(_line, report.about_configuration))
     if _is_good(report.about_configuration):
-        state = "good" if report.is_there else "not there, the built-in defaults hold"
+        state = "good" if report.is_there else "does not exist, the built-in defaults apply"
         lines.append(f"{report.path}: {state}")
     lines += map(_line, report.about_host)
     if _is_good(report.about_host):
@@ -79,7 +79,7 @@ def as_json(report: Report) -> str:
 
 def _line(finding: Finding) -> str:
     text = f"{'hint: ' if finding.is_hint else ''}{finding.what}, {finding.why} : {finding.fix}"
-    # Names of files and mappings are whatever somebody made them.
+    # Names of files and mappings may have any characters.
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -91,33 +91,33 @@ def _is_good(findings: tuple[Finding, ...]) -> bool:
 
 
 def check_configuration(config: Config, path: str, where: Mapping[str, str]) -> Iterator[Finding]:
-    """What is valid but does not do what it says; `where` has FILE:LINE:COLUMN by dotted key."""
+    """Keys that are valid but have no effect; `where`: FILE:LINE:COLUMN by dotted key."""
     for vm_id, vm in config.vms.items():
         key = f"vms.{vm_id}"
         if vm == config.others:
-            why = "what it says holds without it, too"
-            yield Finding(f"{where.get(key, path)}: {key} changes nothing", why, "take the section out")
+            why = "the general settings are the same"
+            yield Finding(f"{where.get(key, path)}: {key} changes nothing", why, "remove the section")
         elif vm.policy.disks is not None and not vm.policy.enabled:
             key += ".disks"
             why = "with enabled: off no disk of the VM is local"
             yield Finding(
-                f"{where.get(key, path)}: {key} changes nothing", why, "take disks or enabled out there"
+                f"{where.get(key, path)}: {key} changes nothing", why, "remove disks or enabled there"
             )
     yield from _cache_of_all(config, where)
 
 
 def _cache_of_all(config: Config, where: Mapping[str, str]) -> Iterator[Finding]:
-    """What a VM's section says of templates that other VMs start from, too."""
+    """Keys of a VM's section about templates, which other VMs use, too."""
     for vm_id, vm in config.vms.items():
         for name in ("max_size", "keep_for"):
             key, general = f"vms.{vm_id}.cache.{name}", f"cache.{name}"
             if key in where and getattr(vm.policy.cache, name) != getattr(config.cache, name):
-                why = f"a template is no VM's own, and gc goes by {general} for all of them"
+                why = f"a template belongs to no VM, and gc applies {general} to all templates"
                 yield Finding(f"{where[key]}: {key} is for one VM alone", why, f"write {general} instead")
 
 
 def strangers(config: Config, host: Host, where: Mapping[str, str]) -> Iterator[Finding]:
-    """Sections of VMs that nobody here has heard of: they may be stopped, or gone, or mistyped."""
+    """Sections of VMs that are unknown here: stopped, no longer on this host, or mistyped."""
     groups_seen = [group for group in host.groups if group.vg]
     if host.known_vms is None or len(groups_seen) < len(config.volume_groups):
         return
@@ -126,5 +126,5 @@ def strangers(config: Config, host: Host, where: Mapping[str, str]) -> Iterator[
         if vm_id not in heard_of:
             key = f"vms.{vm_id}"
             what = f"{where.get(key, key)}: neither libvirt nor a local disk knows VM {vm_id}"
-            why = "so it is stopped, or not on this host any more"
-            yield Finding(what, why, "take the section out if the engine has no such VM here", is_hint=True)
+            why = "so it is stopped, or no longer on this host"
+            yield Finding(what, why, "remove the section if the engine has no such VM here", is_hint=True)

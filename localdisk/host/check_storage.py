@@ -1,4 +1,4 @@
-"""Judge a host's volume groups and thin pools: pure functions from what `facts.py` saw to findings."""
+"""Checks a host's volume groups and thin pools: pure functions of what `storage_facts.py` has collected."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from localdisk.volumes.removal import pool_keeps_bytes
 
 
 def check_group(group: Group, config: Config, settings: LvmSettings | None) -> Iterator[Finding]:
-    """Whether disks can be made in a volume group."""
+    """Findings that keep disks from being made in a volume group."""
     yield from _devices(group, settings)
     if group.vg is None:
         if not group.hidden and not group.multipaths:
@@ -28,7 +28,7 @@ def check_group(group: Group, config: Config, settings: LvmSettings | None) -> I
         return
     unusable = _unusable(group, group.vg)
     if unusable:
-        if not group.hidden:  # then it is only partial because of that
+        if not group.hidden:  # a hidden device makes the group partial
             yield unusable
         return
     yield from _activation(group.name, settings)
@@ -37,14 +37,14 @@ def check_group(group: Group, config: Config, settings: LvmSettings | None) -> I
 
 
 def check_content(group: Group, config: Config, program_time: float, now: float) -> Iterator[Finding]:
-    """What is in a volume group that disks can be made in; times in seconds since the epoch."""
+    """Findings about the content of a usable volume group; times in seconds since the epoch."""
     if group.vg is None or _unusable(group, group.vg):
         return
     yield from dict.fromkeys(_caches(group.vg, config))
     yield from _discards(group, group.vg, config)
     yield from _nodes(group)
     yield from _dependents(group.vg)
-    if now >= program_time:  # else the clock is wrong, not they
+    if now >= program_time:  # otherwise the clock is wrong, not the marks
         yield from _marks(group, now)
 
 
@@ -85,30 +85,33 @@ def _duplicates(group: Group, settings: LvmSettings | None) -> Finding:
     copies = " ".join(map(shlex.quote, group.duplicates))
     fix = f"for device in {copies}; do lvm lvmdevices --deldev $device; done"
     if not (settings and settings.use_devices_file):
-        # A device is accepted if one of its names is: after a general "a" nothing would be rejected.
+        # LVM accepts a device if it accepts one of its names: a general "a" would accept them all.
         rest = settings.filters.get("global_filter", ()) if settings else ()
         reject = [f"r|^{_pattern(device)}$|" for device in group.duplicates]
         fix = _append_command(
             "devices", {"global_filter": (*reject, *(word for word in rest if word != "a|.*|"))}
         )
     what = f"LVM sees physical volumes of volume group {group.name} twice (also on {copies})"
-    return Finding(what, "so it makes and removes nothing there", f"{fix} # or detach what is the copy")
+    return Finding(what, "so it makes and removes nothing there", f"{fix} # or detach the copy")
 
 
 def _pattern(device: str) -> str:
-    """A pattern of a filter of LVM's that matches this path, and hardly any other."""
+    """A pattern for LVM's filters that matches this path, and hardly any other."""
     return re.sub(r"[^\w/-]", ".", device)
 
 
 def _append_command(section: str, lists: Mapping[str, Iterable[str]]) -> str:
-    """The command that adds lists to LVM's configuration of this host; the last of a name counts."""
+    """The command that appends lists to this host's LVM configuration, where the last value wins."""
     words = (f"{name} = [ {', '.join(json.dumps(word) for word in each)} ]" for name, each in lists.items())
     text = shlex.quote(f"{section} {{ {' '.join(words)} }}")
     return f"printf '%s\\n' {text} >> /etc/lvm/lvmlocal.conf"
 
 
 def _activation(vg_name: str, settings: LvmSettings | None) -> Iterator[Finding]:
-    """Whether LVM activates volumes of the group, to be written to; lists with tags are left to the trial."""
+    """Findings if LVM would not activate the group's volumes, or only read-only.
+
+    Lists with tags are not understood here; the trial of a start shows their effect.
+    """
     wanted, unwanted = (settings.volume_list, settings.read_only_volume_list) if settings else (None, None)
     if wanted is not None and vg_name not in wanted and not any(word.startswith("@") for word in wanted):
         fix = _append_command("activation", {"volume_list": (*wanted, vg_name)})
@@ -135,7 +138,7 @@ def _multipath(vg_name: str, multipath: Multipath) -> Finding:
         f"{{ {again}; }}",
     )
     what = f"multipath device {multipath.name} is under volume group {vg_name}"
-    why = "a local disk has one path, without which multipath holds all writes back"
+    why = "a local disk has only one path, and if that fails, multipath holds all writes back"
     return Finding(what, why, " && ".join(steps))
 
 
@@ -147,8 +150,8 @@ def _unusable(group: Group, vg: VolumeGroup) -> Finding | None:
         if vg.vg_exported:
             fix = f"vgimport{devices} {name}"
         elif vg.vg_partial:
-            restore = f"vgextend{devices} --restoremissing {name} DEVICE where it is back"
-            fix = f"vgreduce{devices} --removemissing {name} # where the device is gone for good; {restore}"
+            restore = f"vgextend{devices} --restoremissing {name} DEVICE if it is back"
+            fix = f"vgreduce{devices} --removemissing {name} # if the device is lost for good; {restore}"
         else:
             fix = unshare_command(name)
         what = f"volume group {name} is {error.fields['problem']}"
@@ -157,15 +160,15 @@ def _unusable(group: Group, vg: VolumeGroup) -> Finding | None:
 
 
 def unshare_command(vg_name: str) -> str:
-    """What makes a shared volume group one of this host alone."""
-    return f"vgchange -y --lock-type none --lock-opt force {vg_name} # where no other host uses it"
+    """The command that makes a shared volume group local to this host."""
+    return f"vgchange -y --lock-type none --lock-opt force {vg_name} # if no other host uses it"
 
 
 # -- thin pools
 
 
 def _pools_in_use(group: Group, config: Config) -> set[str]:
-    """The pools of this group that thin disks are or will be in, and the general one where it is there."""
+    """The thin pools of this group that have thin disks or will have some, and other configured pools."""
     assert group.vg  # noqa: S101 (asked by check_group)
     overrides = (config.others, *config.vms.values())
     policies = [override.policy for override in overrides if override.policy.volume_group == group.name]
@@ -207,7 +210,7 @@ def _thin_pool(
     watch = group.pools.get(pool.lv_name)
     if watch and pool.lv_active and not _is_safe_when_full(watch, settings):
         what = f"thin pool {full} neither grows by itself nor fails writes when it is full"
-        why = "then every VM on it would hang for a minute and more"
+        why = "every VM on it would hang for a minute or more"
         yield Finding(what, why, f"{change} --errorwhenfull y {full}")
 
 
@@ -220,7 +223,7 @@ def _is_safe_when_full(watch: PoolWatch, settings: LvmSettings | None) -> bool:
 
 
 def _caches(vg: VolumeGroup, config: Config) -> Iterator[Finding]:
-    """Where `cache.max_size` is more than the margins leave; the same finding once for each that says so."""
+    """Findings if `cache.max_size` is more than the margins leave; a policy may repeat another's finding."""
     for policy in config.policies:
         if not policy.cache.templates or policy.volume_group != vg.vg_name:
             continue
@@ -236,11 +239,11 @@ def _caches(vg: VolumeGroup, config: Config) -> Iterator[Finding]:
 
 
 def _cache(policy: Policy, place: str, size: int, margin: str, left: int) -> Iterator[Finding]:
-    """`left` of the `size` bytes of `place` are what a margin lets be used."""
+    """`left`: how many of the `size` bytes of `place` the margin leaves."""
     limit = policy.cache.max_size.of(size)
-    if limit > left + 1:  # of percentages, fractions of a byte count as one
+    if limit > left + 1:  # one byte more may come from rounding of percentages
         what = f"cache.max_size is {format_size(limit)} of {place}, {margin} leaves {format_size(left)}"
-        why = f"so the cache never gets {format_size(limit - left)} of it"
+        why = f"so the cache can never use {format_size(limit - left)} of it"
         fix = f"write cache.max_size: {100 * (left + 1) // size}% or less in {files.CONFIG}"
         yield Finding(what, why, fix)
 
@@ -249,7 +252,7 @@ def _cache(policy: Policy, place: str, size: int, margin: str, left: int) -> Ite
 
 
 def _discards(group: Group, vg: VolumeGroup, config: Config) -> Iterator[Finding]:
-    """Where `erase: discard` would leave the bytes on the device."""
+    """Findings if `erase: discard` would leave the bytes on the device."""
     mine = [policy for policy in config.policies if policy.volume_group == vg.vg_name]
     fix = f"set retention.erase: zero in {files.CONFIG}"
     erased = [policy for policy in mine if policy.retention.erase == "discard"]
@@ -267,14 +270,14 @@ def _discards(group: Group, vg: VolumeGroup, config: Config) -> Iterator[Finding
 
 
 def _dependents(vg: VolumeGroup) -> Iterator[Finding]:
-    """Others' volumes that LVM would remove along with a disk: the disk is kept for them."""
+    """Other volumes that LVM would remove together with a disk; the disk is kept because of them."""
     found = [("local disk", disk.lv, disk.state is State.DELETING) for disk in local_disks(vg)]
     found += [("template LV", each.lv, False) for each in template.templates(vg)]
     for kind, lv, is_due in found:
         if lv.dependents:
             what = f"{', '.join(lv.dependents)} depends on {kind} {vg.vg_name}/{lv.lv_name}"
             fix = f"remove {lv.dependents[0]} when nobody needs it"
-            yield Finding(what, "so that one is not removed", fix, is_hint=not is_due)
+            yield Finding(what, f"so the {kind} is not removed", fix, is_hint=not is_due)
 
 
 def _nodes(group: Group) -> Iterator[Finding]:
@@ -286,18 +289,18 @@ def _nodes(group: Group) -> Iterator[Finding]:
 
 
 def _marks(group: Group, now: float) -> Iterator[Finding]:
-    """Disks and templates marked at a time that the clock has not reached: gc never removes them."""
+    """Disks and template LVs with a mark in the future: gc never removes them."""
     marked = [("local disk", each.volume_id, "STOPPED", each.stopped) for each in group.disks]
     marked += [("local disk", each.volume_id, "UNNEEDED", each.unneeded) for each in group.disks]
-    shelved = template.templates(group.vg) if group.vg else ()
-    marked += [("template LV", each.name, "USED", each.used) for each in shelved]
+    cached = template.templates(group.vg) if group.vg else ()
+    marked += [("template LV", each.name, "USED", each.used) for each in cached]
     for kind, lv_name, tag, since in marked:
         if since is None or since <= now:
             continue
         full = f"{group.name}/{lv_name}"
         change = f"lvchange{_devices_option(group)} --deltag {tag}_{since} --addtag {tag}_$(date +%s) {full}"
-        what = f"{kind} {full} has the tag {tag}_{since}, a time to come"
-        yield Finding(what, "gc never removes it", f"{change} # where date tells the right time")
+        what = f"{kind} {full} has the tag {tag}_{since}, a time in the future"
+        yield Finding(what, "gc never removes it", f"{change} # if date shows the right time")
 
 
 def _devices_option(group: Group) -> str:

@@ -1,4 +1,4 @@
-"""Judge a host: pure functions from what `facts.py` saw to findings, each with the command that fixes it."""
+"""Checks a host: pure functions of what `facts.py` has collected; each finding has a fix."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from localdisk.host.facts import PACKAGES, Entry, Host, Rehearsal
 from localdisk.host.finding import Finding
 from localdisk.vdsm.hook_call import POINTS
 
-# lvm.py asks with `lvm fullreport`, which came with 2.02.158; --devices came with 2.03.12.
+# lvm.py runs `lvm fullreport`, which came with 2.02.158; --devices came with 2.03.12.
 LVM_FULLREPORT = (2, 2, 158)
 LVM_DEVICES = (2, 3, 12)
 # copy.py: convert --target-is-zero came with QEMU 5.0, convert -r (copy.bandwidth) with 5.2.
@@ -25,7 +25,7 @@ QEMU_IMG = (5, 2)
 
 
 def check_host(config: Config, host: Host) -> Iterator[Finding]:
-    """Everything about the host, the cause before what comes of it."""
+    """All findings about the host, causes before their effects."""
     has_cause = False
     for finding in _causes(config, host):
         has_cause = has_cause or not finding.is_hint
@@ -36,7 +36,7 @@ def check_host(config: Config, host: Host) -> Iterator[Finding]:
 
 
 def _causes(config: Config, host: Host) -> Iterator[Finding]:
-    """What keeps VMs from starting, and so explains why a rehearsed start fails."""
+    """Findings that keep VMs from starting, and so explain why the trial of a start fails."""
     yield from _tools(host)
     yield from _versions(config, host)
     yield from _accounts(host)
@@ -62,7 +62,7 @@ def _others(config: Config, host: Host) -> Iterator[Finding]:
     for group in host.groups:
         yield from check_content(group, config, _program_time(host), host.now)
     if not host.is_root:
-        what = "volume groups, thin pools, local disks and the sudo rule were not looked at"
+        what = "volume groups, thin pools, local disks and the sudo rule were not checked"
         yield Finding(what, "only root sees them", f"sudo {shlex.quote(host.program)} check", is_hint=True)
 
 
@@ -90,7 +90,7 @@ def _install(host: Host, tool: str) -> str:
     return f"dnf install -y --best {of_el}" if host.has_dnf else f"apt-get install -y {of_debian}"
 
 
-# The packages of vdsm and qemu make them so; the numbers are oVirt's own.
+# As the packages of vdsm and qemu make them; the numbers are fixed by oVirt.
 _GROUPS = {"kvm": 36, "qemu": 107}
 _USERS = {
     "vdsm": "useradd -r -u 36 -g kvm -G qemu -M -d / -s /sbin/nologin vdsm # or dnf install vdsm",
@@ -117,12 +117,12 @@ def _accounts(host: Host) -> Iterator[Finding]:
 
 
 def _program(host: Host) -> Iterator[Finding]:
-    """Nobody but root may be able to change what root runs."""
+    """Findings if a user other than root can change the program, or vdsm cannot run it."""
     program, quoted = host.program, shlex.quote(host.program)
-    others = [entry for entry in host.way if not entry.is_roots_alone]
+    others = [entry for entry in host.program_path if not entry.is_roots_alone]
     why = "root runs this program, so whoever can change it is root"
     if others and not program.startswith(("/usr/", "/opt/")):
-        what = f"{program} lies where others than root can write ({others[-1].path})"
+        what = f"{program} is in a directory that others than root can write to ({others[-1].path})"
         fix = f"install -D -o root -g root -m 0755 {quoted} {files.PROGRAM}"
         fix += f" && {files.PROGRAM} install && {files.PROGRAM} check"
         yield Finding(what, why, fix)
@@ -131,15 +131,15 @@ def _program(host: Host) -> Iterator[Finding]:
         path = shlex.quote(entry.path)
         fix = f"chown root:root {path} && chmod go-w {path}"
         yield Finding(f"{_owned(entry)} can be written by others than root", why, fix)
-    for entry in host.way:
+    for entry in host.program_path:
         needed = 0o001 if entry.is_directory else 0o005
         if entry.mode & needed != needed:
             fix = f"chmod {'o+x' if entry.is_directory else '0755'} {shlex.quote(entry.path)}"
-            yield Finding(f"{_owned(entry)} is not for others", "vdsm cannot run the program", fix)
+            yield Finding(f"{_owned(entry)} is closed to other users", "vdsm cannot run the program", fix)
 
 
 def _install_ours(host: Host) -> str:
-    """The command that puts the program in its place, and all of its rules and links."""
+    """The command that installs the program with its rules and links."""
     fix = f"{shlex.quote(host.program)} install"
     return fix if host.program == files.PROGRAM else f"{fix} && {files.PROGRAM} check"
 
@@ -149,7 +149,7 @@ def _owned(entry: Entry) -> str:
 
 
 def _sudo(host: Host, is_explained: bool) -> Iterator[Finding]:
-    """`is_explained`: another finding says why the helper ends without an answer."""
+    """`is_explained`: another finding explains why the helper ends without an answer."""
     problem = host.rehearsal.sudo if host.rehearsal else ""
     if problem and not is_explained:
         yield _no_helper(host, problem)
@@ -165,7 +165,7 @@ def _has_our_rule(host: Host) -> bool:
 
 
 def _no_helper(host: Host, problem: str) -> Finding:
-    """The finding that vdsm cannot run the helper; what sudo says decides what to do about it."""
+    """The finding that vdsm cannot run the helper; its fix depends on sudo's message."""
     said, _, fix = problem.partition(" : ")
     said = said.replace("cannot run the privileged helper: ", "")
     if fix.startswith("check the sudo rule"):
@@ -177,18 +177,16 @@ def _no_helper(host: Host, problem: str) -> Finding:
 
 
 def _rehearsal(host: Host) -> Iterator[Finding]:
-    """What vdsm meets where a VM would start, if no other finding explains it."""
+    """The errors that user vdsm got in the trial of a start."""
     found = host.rehearsal or Rehearsal()
     for message in (found.libvirt, *found.disks):
         if message:
             what, _, fix = message.partition(" : ")
-            yield Finding(
-                f"user vdsm tried what a start does: {what}", "so no VM can start from local disks", fix
-            )
+            yield Finding(f"user vdsm tried a start: {what}", "so no VM can start from local disks", fix)
 
 
 def _rules(text: str) -> set[str]:
-    """What a sudoers file says, without comments; `#` begins one there, but for `#include` and `#UID`."""
+    """The lines of a sudoers file without comments; `#include` and `#UID` are no comments."""
     lines = (" ".join(line.split()) for line in text.splitlines())
     return {line for line in lines if line and not re.match(r"#(?!include)(?!\d)", line)}
 
@@ -224,7 +222,7 @@ _OLDER_RULES = {
 
 
 def _older_rules(host: Host) -> Iterator[Finding]:
-    """Of the hook that vdsm's package brings; its scripts are found among all other hooks."""
+    """Rules of the hook in vdsm's package; `_hooks` finds its scripts."""
     for path, why in _OLDER_RULES.items():
         if path in host.older_files:
             what = f"{path} belongs to the localdisk hook of vdsm's package"
@@ -236,7 +234,7 @@ def _older_rules(host: Host) -> Iterator[Finding]:
 
 def _cron(host: Host) -> Iterator[Finding]:
     fix = _install_ours(host)
-    why = "gc would remove nothing but when vdsm starts"
+    why = "gc would only run when vdsm starts"
     if host.cron is None:
         if not _failed(host, files.CRON):
             yield Finding(f"there is no {files.CRON}", why, fix)
@@ -247,7 +245,7 @@ def _cron(host: Host) -> Iterator[Finding]:
 
 
 def _runs_gc(line: str, program: str) -> bool:
-    """Whether a line of cron's runs gc: five fields of time or @word, the user, the command."""
+    """Whether a line of a cron file runs gc: five fields of time or @word, the user, the command."""
     found = re.fullmatch(r"\s*(?:@\w+|(?:[\d*,/\-A-Za-z]+\s+){4}[\d*,/\-A-Za-z]+)\s+root\s+(.*)", line)
     words = found[1].split() if found else []
     return words[1:2] == ["gc"] and os.path.realpath(words[0]) == program
@@ -271,7 +269,7 @@ def _names_group(rule: str, vg_name: str) -> bool:
 
 
 def _scan_lvs(host: Host) -> Iterator[Finding]:
-    """udev's rules hide local disks from what goes by udev; LVM's own commands go by its configuration."""
+    """Whether LVM would look into local disks: udev's rules do not prevent that, LVM's configuration does."""
     settings = host.lvm_settings
     if settings and settings.scan_lvs and not settings.use_devices_file:
         what = "LVM looks for volume groups in logical volumes (devices/scan_lvs)"
@@ -287,7 +285,7 @@ def _clock(host: Host) -> Iterator[Finding]:
 
 
 def _program_time(host: Host) -> float:
-    return next((entry.mtime for entry in host.way if entry.path == host.program), 0.0)
+    return next((entry.mtime for entry in host.program_path if entry.path == host.program), 0.0)
 
 
 def _run_directory(host: Host) -> Iterator[Finding]:
@@ -309,16 +307,16 @@ def _failed(host: Host, path: str) -> bool:
 
 
 def _failure(error: Error) -> Finding:
-    """The finding that something could not be looked at."""
+    """The finding that something could not be read."""
     what, _, fix = str(error).partition(" : ")
     why = "so this could not be checked"
     if isinstance(error, LibvirtSilent):
-        why = "so no local disk is removed, and no kept one is used"
+        why = "so no local disk is removed, and no kept disk is used"
         fix = "systemctl restart virtqemud.socket || systemctl restart libvirtd"
     elif isinstance(error, VolumeGroupUnusable):
         why = "so no local disk can be made or changed"
         if str(error.fields["problem"]).startswith("shared"):
             fix = unshare_command(str(error.fields["vg"]))
     elif isinstance(error, CommandFailed) and error.argv:
-        fix = f"{shlex.join(error.argv)} # shows the whole of it"
+        fix = f"{shlex.join(error.argv)} # shows the whole message"
     return Finding(what, why, fix)

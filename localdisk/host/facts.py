@@ -1,9 +1,9 @@
-"""The host as it is, for `check`: what is installed, who may do what.
+"""Collects what `check` must know about this host: tools, users, files, hooks, and a trial of a start.
 
-Changes nothing but that vdsm makes a tiny volume in each group, which is removed at once (`rehearsal.py`).
+Nothing is changed, except that user vdsm makes a tiny volume in each group and removes it (`rehearsal.py`).
 
-`look` gathers all of it into one frozen `Host`, with what `storage_facts.py` sees of volume groups; what
-cannot be asked is a failure in it.  Nothing is judged here, `check_system.py` and `check_storage.py` do that.
+`collect` returns one frozen `Host`, with what `storage_facts.py` reads of volume groups.  What could not be
+read is a failure in it.  `check_system.py` and `check_storage.py` decide what is wrong.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     T = TypeVar("T")
 
-# The packages that have the tools that we run, EL's and Debian's.
+# The packages of the tools that we run: EL's name, Debian's name.
 PACKAGES = {
     "lvm": ("lvm2", "lvm2"),
     "qemu-img": ("qemu-img", "qemu-utils"),
@@ -51,7 +51,7 @@ Version = tuple[int, ...]
 
 @frozen
 class Entry:
-    """A file or directory, no link followed; `text` is what a small file says."""
+    """A file or directory, links not followed; `text`: the content of a small file, if it was read."""
 
     path: str
     uid: int
@@ -71,7 +71,7 @@ class Entry:
 
 @frozen
 class Hook:
-    """An executable file in a directory of vdsm's hook points; `target` is what it really is."""
+    """An executable file in a directory of vdsm's hook points; `target`: its path without links."""
 
     point: str
     path: str
@@ -80,7 +80,7 @@ class Hook:
 
 @frozen
 class Accounts:
-    """Those of the users vdsm and qemu and the groups kvm and qemu that exist, and the groups of vdsm."""
+    """Those of users vdsm and qemu and groups kvm and qemu that exist, and which of them vdsm is in."""
 
     users: Mapping[str, int]
     groups: Mapping[str, int]
@@ -89,7 +89,7 @@ class Accounts:
 
 @frozen
 class Rehearsal:
-    """What user vdsm meets where a VM would start: a whole message each, "" if there is none."""
+    """The errors that user vdsm got in the trial of a start: whole messages, "" if there is none."""
 
     sudo: str = ""  # why the helper does not run
     libvirt: str = ""
@@ -98,7 +98,7 @@ class Rehearsal:
 
 @frozen
 class Host:
-    """Everything; None where it could not be asked, which `failures` or an ordinary user explain."""
+    """All facts; None: not known, because of one of `failures`, or because only root can read it."""
 
     program: str
     is_root: bool
@@ -109,13 +109,13 @@ class Host:
     qemu_img_version: Version | None
     known_vms: frozenset[str] | None
     accounts: Accounts
-    way: tuple[Entry, ...]  # the program, and the directories above it
+    program_path: tuple[Entry, ...]  # the program, and the directories above it
     hooks: tuple[Hook, ...]
-    udev_rules: tuple[Entry, ...]  # those of places.UDEV_RULES that are there
-    older_files: tuple[str, ...]  # those of places.OLDER_FILES that are there
+    udev_rules: tuple[Entry, ...]  # those of files.UDEV_RULES that exist
+    older_files: tuple[str, ...]  # those of files.OLDER_FILES that exist
     cron: Entry | None
     sudoers: Entry | None
-    sudo_options: tuple[str, ...] | None  # what the host's sudo knows of what our rule says
+    sudo_options: tuple[str, ...] | None  # those options of our rule that the host's sudo knows
     run_directory: Entry | None
     lvm_settings: LvmSettings | None
     groups: tuple[Group, ...]
@@ -123,8 +123,8 @@ class Host:
     failures: tuple[Error, ...]
 
 
-def look(config: Config, program: str) -> Host:
-    """Look at everything that this user may see; `program` is the file that vdsm and cron are to run."""
+def collect(config: Config, program: str) -> Host:
+    """Collect everything that this user may read; `program`: the file that vdsm and cron must run."""
     is_root = os.geteuid() == 0
     asked = _Asked()
     missing = tuple(tool for tool in PACKAGES if not run.tool_exists(tool))
@@ -136,7 +136,7 @@ def look(config: Config, program: str) -> Host:
         settings = asked(storage_facts.settings)
         for name, devices in config.volume_groups.items():
             hides = bool(settings and settings.use_devices_file and not devices)
-            group = asked(partial(storage_facts.look, name, devices, hides, owner))
+            group = asked(partial(storage_facts.collect, name, devices, hides, owner))
             groups += [group] if group else []
     return Host(
         program=program,
@@ -148,7 +148,7 @@ def look(config: Config, program: str) -> Host:
         qemu_img_version=None if "qemu-img" in missing else asked(_qemu_img_version),
         known_vms=None if "virsh" in missing else asked(libvirt.known),
         accounts=accounts,
-        way=tuple(filter(None, (asked(partial(entry, path)) for path in _way(program)))),
+        program_path=tuple(filter(None, (asked(partial(entry, path)) for path in _with_parents(program)))),
         hooks=asked(lambda: tuple(_hooks())) or (),
         udev_rules=tuple(filter(None, (asked(partial(entry, path, read=True)) for path in files.UDEV_RULES))),
         older_files=tuple(files.older_files()),
@@ -166,7 +166,7 @@ def look(config: Config, program: str) -> Host:
 
 
 class _Asked:
-    """Asks one thing after the other; what cannot be asked is None, and a failure."""
+    """Calls functions; if one fails, its result is None, and its error is in `failures`."""
 
     def __init__(self) -> None:
         self.failures: list[Error] = []
@@ -185,7 +185,7 @@ class _Asked:
 
 
 def entry(path: str, read: bool = False) -> Entry | None:
-    """What is at `path`, with the text of a file if `read`; None where nothing is.  Raises OSError."""
+    """The file or directory `path`, with a file's text if `read`; None if it is missing.  Raises OSError."""
     try:
         status = os.lstat(path)
     except FileNotFoundError:
@@ -197,7 +197,7 @@ def entry(path: str, read: bool = False) -> Entry | None:
     return Entry(path, status.st_uid, status.st_gid, status.st_mode, status.st_mtime, text)
 
 
-def _way(program: str) -> Iterator[str]:
+def _with_parents(program: str) -> Iterator[str]:
     path = program
     yield path
     while path != os.path.dirname(path):
@@ -206,7 +206,7 @@ def _way(program: str) -> Iterator[str]:
 
 
 def _hooks() -> Iterator[Hook]:
-    """Every file that vdsm runs as a hook, as it finds them (lib/vdsm/common/hooks.py)."""
+    """Every file that vdsm would run as a hook (as lib/vdsm/common/hooks.py finds them)."""
     if not os.path.isdir(files.HOOKS):
         return
     for point in sorted(os.listdir(files.HOOKS)):
@@ -264,9 +264,9 @@ def _version(argv: list[str], out: str, pattern: str) -> Version:
 
 
 def starts(config: Config, groups: Iterable[Group]) -> tuple[str, ...]:
-    """What vdsm tries: `VM=PROPERTY`, one for each volume group and backend that disks are or will be in.
+    """The starts to try, as `VM=PROPERTY`: one for each volume group and backend that VMs may use.
 
-    A thin pool that is there counts for the backend, too: the property of a VM may ask for it.
+    If the configured thin pool exists, its backend is tried, too: the property of a VM may ask for it.
     """
     pools = {
         (group.name, lv.lv_name) for group in groups if group.vg for lv in group.vg.lvs if lv.is_thin_pool
@@ -285,7 +285,7 @@ def starts(config: Config, groups: Iterable[Group]) -> tuple[str, ...]:
 
 
 def _rehearse(program: str, tried: tuple[str, ...]) -> Rehearsal:
-    """Have vdsm do what a start does; the program itself is run, so that vdsm's rights to it count, too."""
+    """Run the trial of a start as user vdsm, with the program itself, to test vdsm's rights to it, too."""
     argv = [program, "rehearsal", *tried]
     out = run.run(argv, user="vdsm")
     try:

@@ -1,7 +1,7 @@
-"""Changes to the files of a host: each is data, complete or not there, and on the disk when `do` returns.
+"""Changes to a host's files.  A change is frozen data; `do` makes it, completely or not at all, and syncs.
 
-A change that is broken off leaves at most a temporary file of a fixed name, which the next try replaces.
-Paths are absolute.  `do` raises OSError, and what run.py raises.
+If `do` is interrupted, it leaves at most a temporary file of a fixed name, which the next try replaces.
+Paths are absolute.  `do` raises OSError and the errors of run.py.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class MakeDirectory:
     verbs: ClassVar = ("make", "made")
 
     @property
-    def rest(self) -> str:
+    def what(self) -> str:
         return f"directory {self.path}"
 
     def do(self) -> None:
@@ -38,30 +38,30 @@ class MakeDirectory:
 
 @frozen
 class Write:
-    """Make `path` a regular file, whatever is there, if `judge`, a command, accepts what is written."""
+    """Make `path` a regular file if the command `validate` accepts it; what is there is replaced."""
 
     path: str
     data: bytes = field(repr=False)
     mode: int
-    judge: tuple[str, ...] = ()
+    validate: tuple[str, ...] = ()
 
     verbs: ClassVar = ("write", "wrote")
 
     @property
-    def rest(self) -> str:
+    def what(self) -> str:
         return f"{self.path} (mode {self.mode:04o})"
 
     def do(self) -> None:
-        judge = self._judged if self.judge else None
-        atomic_file.replace(self.path, self.data, self.mode, owner(), judge)
+        validate = self._validated if self.validate else None
+        atomic_file.replace(self.path, self.data, self.mode, owner(), validate)
 
-    def _judged(self, temporary: str) -> None:
-        run.run([*self.judge, temporary])
+    def _validated(self, temporary: str) -> None:
+        run.run([*self.validate, temporary])
 
 
 @frozen
 class Link:
-    """Make `path` a symbolic link, in the place of a link that is there."""
+    """Make `path` a symbolic link; a link that is there is replaced."""
 
     path: str
     target: str
@@ -69,7 +69,7 @@ class Link:
     verbs: ClassVar = ("link", "linked")
 
     @property
-    def rest(self) -> str:
+    def what(self) -> str:
         return f"{self.path} to {self.target}"
 
     def do(self) -> None:
@@ -83,7 +83,7 @@ class Link:
 
 @frozen
 class Move:
-    """Rename a file, in the place of what is there; `why` is told."""
+    """Rename a file; a file that is there is replaced.  `why` is part of the line that is printed."""
 
     path: str
     to: str
@@ -92,7 +92,7 @@ class Move:
     verbs: ClassVar = ("move", "moved")
 
     @property
-    def rest(self) -> str:
+    def what(self) -> str:
         return f"{self.path} to {self.to}, {self.why}"
 
     def do(self) -> None:
@@ -103,14 +103,14 @@ class Move:
 
 @frozen
 class Remove:
-    """Remove a file, a link, an empty directory, or a directory with all that is in it."""
+    """Remove a file, a link, or a directory with its content."""
 
     path: str
 
     verbs: ClassVar = ("remove", "removed")
 
     @property
-    def rest(self) -> str:
+    def what(self) -> str:
         return self.path
 
     def do(self) -> None:
@@ -123,7 +123,7 @@ class Remove:
 
 @frozen
 class Prune:
-    """Remove the trees of other builds than `keep` that no process runs from; `found` are these."""
+    """Remove extracted packages of other builds than `keep` that no process uses; `found` names them."""
 
     trees: str
     keep: str
@@ -132,7 +132,7 @@ class Prune:
     verbs: ClassVar = ("remove", "removed")
 
     @property
-    def rest(self) -> str:
+    def what(self) -> str:
         return f"what other builds extracted to {self.trees}: {', '.join(self.found)}"
 
     def do(self) -> None:
@@ -148,7 +148,7 @@ class Call:
     verbs: ClassVar = ("run", "ran")
 
     @property
-    def rest(self) -> str:
+    def what(self) -> str:
         return " ".join(self.argv)
 
     def do(self) -> None:
@@ -159,20 +159,20 @@ Change = Union[MakeDirectory, Write, Link, Move, Remove, Prune, Call]
 
 
 def planned(change: Change) -> str:
-    """The line that tells a change that would be made."""
-    return f"would {change.verbs[0]} {change.rest}"
+    """The line about a change that would be made."""
+    return f"would {change.verbs[0]} {change.what}"
 
 
 def made(change: Change) -> str:
-    """The line that tells a change that was made."""
-    return f"{change.verbs[1]} {change.rest}"
+    """The line about a change that was made."""
+    return f"{change.verbs[1]} {change.what}"
 
 
 # -- what is there
 
 
 def is_as_written(write: Write) -> bool:
-    """Whether the file is what it would be made: its bytes, owner and mode."""
+    """Whether the file already has the content, owner and mode of `write`."""
     try:
         status = os.lstat(write.path)
     except (FileNotFoundError, NotADirectoryError):
@@ -185,7 +185,7 @@ def is_as_written(write: Write) -> bool:
 
 
 def temporary_link(path: str) -> str:
-    """Beside the directory of `path`: everything inside of a hook point's directory may be run."""
+    """The temporary name of a link: outside the hook point's directory, in which vdsm may run every file."""
     directory, name = os.path.split(path)
     above, point = os.path.split(directory)
     return f"{above}/.{point}-{name}.new"
@@ -195,5 +195,5 @@ def temporary_link(path: str) -> str:
 
 
 def owner() -> tuple[int, int]:
-    """Whose the files are: root's, or of whoever tries this out."""
+    """The owner of the files: root; without root, for tests, the user that runs this."""
     return (0, 0) if os.geteuid() == 0 else (os.geteuid(), os.getegid())

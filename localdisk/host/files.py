@@ -1,6 +1,6 @@
-"""Where localdisk's parts are on a host, and what those of them say that are text.
+"""The paths of localdisk's files on a host, and the texts of its sudo rule, udev rule and cron file.
 
-`examples/host/` shows these texts for the volume group ovirt-local; a test compares them.
+`examples/host/` has these texts for the volume group ovirt-local; a test compares them.
 """
 
 from __future__ import annotations
@@ -8,9 +8,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 
-PROGRAM = "/usr/local/libexec/localdisk"  # where install puts it; any place that is root's alone will do
-TREES = "/var/cache/localdisk"  # bootstrap.py's
-TREES_BESIDE = f"{PROGRAM}.extracted"  # bootstrap.py's, if TREES is mounted noexec
+PROGRAM = "/usr/local/libexec/localdisk"  # where install puts it; any place that only root can write will do
+TREES = "/var/cache/localdisk"  # the extracted packages (bootstrap.py)
+TREES_BESIDE = f"{PROGRAM}.extracted"  # the same, if TREES is mounted noexec
 HOOKS = "/usr/libexec/vdsm/hooks"
 HOOKS_ASIDE = "/usr/libexec/vdsm/hooks.aside"  # for another program's hooks; vdsm does not look there
 LINK = "50_localdisk"
@@ -19,29 +19,30 @@ SUDOERS = "/etc/sudoers.d/50_localdisk"
 CRON = "/etc/cron.d/localdisk"
 MULTIPATH = "/etc/multipath/conf.d"
 
-# The same text twice, between the rules that name a logical volume and those that probe what is in it: on EL
-# 11-dm-lvm.rules and 13-dm-disk.rules, on Debian 56-lvm.rules and 60-persistent-storage-dm.rules.
+# The same text twice.  It must come after the rules that name a logical volume, and before the rules that
+# probe its content: on EL 11-dm-lvm.rules and 13-dm-disk.rules, on Debian 56-lvm.rules and
+# 60-persistent-storage-dm.rules.
 UDEV_RULES = ("/etc/udev/rules.d/12-localdisk.rules", "/etc/udev/rules.d/58-localdisk.rules")
-# Where it was put by hand, before there was install.
+# Its path before there was `install`, when it was copied by hand.
 UDEV_RULE_BEFORE = "/etc/udev/rules.d/90-localdisk.rules"
 
 # node_exporter's textfile collector reads here, on Debian and on EL.
 COLLECTORS = ("/var/lib/prometheus/node-exporter", "/var/lib/node_exporter/textfile_collector")
 METRICS = "localdisk.prom"
 
-# The older hook's (vdsm_hooks/localdisk/Makefile.am): vdsm may run its helper, which takes any LV name, as
-# root, and every LV of the group is vdsm's.
+# The older hook's rules (vdsm_hooks/localdisk/Makefile.am): vdsm may run its helper, which takes any LV name,
+# as root; and every LV of the group belongs to vdsm.
 OLDER_SUDOERS = "/etc/sudoers.d/50_vdsm_hook_localdisk"
 OLDER_UDEV_RULE = "/usr/lib/udev/rules.d/12-vdsm-localdisk.rules"
-# What vdsm's package brings back when it is updated.  Its helper is not here: without the sudo rule it does
-# nothing.
+# The files that an update of vdsm's package brings back.  The older helper is not listed: without the sudo
+# rule it has no effect.
 OLDER_FILES = (
     f"{HOOKS}/after_disk_prepare/localdisk",
     f"{HOOKS}/before_vm_migrate_source/localdisk",
     OLDER_SUDOERS,
     OLDER_UDEV_RULE,
 )
-ASIDE = ".aside"  # neither sudo nor udev reads a file whose name ends so
+ASIDE = ".aside"  # neither sudo nor udev reads a file with this ending
 
 _HEX = "[0-9a-f]"
 _UUID = "-".join(_HEX * length for length in (8, 4, 4, 4, 12))
@@ -53,11 +54,11 @@ def hook_link(point: str) -> str:
 
 
 def older_files() -> list[str]:
-    """Those of OLDER_FILES that are there; without root, the sudo rule is not seen."""
+    """Those of OLDER_FILES that exist; without root, the sudo rule is not visible."""
     return [path for path in OLDER_FILES if os.path.lexists(path)]
 
 
-# What sudo 1.8.29 (EL8) does not know yet; `sudo_rule.py` finds out which of them a host's sudo knows.
+# Options that sudo 1.8.29 (EL8) does not know yet; `sudo_rule.py` finds out which of them this host knows.
 NEWER_SUDO_OPTIONS = (
     "!log_servers",  # 1.9.0
     "!runas_check_shell",  # 1.8.30
@@ -142,5 +143,5 @@ def cron(program: str, collectors: Iterable[str]) -> str:
 
 
 def cron_line(program: str) -> str:
-    """The line of CRON that removes local disks; what gc prints is in the log, too, problems are mailed."""
+    """The line of CRON that runs gc; its output is in the log, too, and cron mails its problems."""
     return f"*/10 * * * * root {program} gc >/dev/null"

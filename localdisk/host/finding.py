@@ -10,15 +10,15 @@ from localdisk.frozen import frozen
 
 @frozen
 class Finding:
-    """One problem; a hint may be none, and does not count."""
+    """One problem.  A hint is possibly no problem, and does not change the exit code."""
 
     what: str
-    why: str
-    fix: str  # a command for root's shell, or what to write where
+    why: str  # why it matters
+    fix: str  # a command for root's shell, or what to write into which file
     is_hint: bool = False
 
 
 def write_command(path: str, lines: Iterable[str], mode: str) -> str:
-    """The command that makes these lines the file `path`, root's, whatever is there now."""
+    """The command that writes these lines to the file `path`, owned by root; an old file is replaced."""
     text = " ".join(map(shlex.quote, lines))
     return f"printf '%s\\n' {text} | install -D -o root -g root -m {mode} /dev/stdin {shlex.quote(path)}"

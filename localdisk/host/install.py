@@ -1,8 +1,8 @@
-"""What localdisk puts on a host: the program, its rules, and the links through which vdsm calls it.
+"""The mode install: puts on a host the program, its rules, and the links through which vdsm calls it.
 
-Install looks at what is there and decides which changes are missing; then it makes them, one after the
-other.  So it can be broken off anywhere, run again, and is done when nothing is missing.  Below another root
-directory, an image's, no command runs but the syntax check of the sudo rule.
+Install reads what is there, decides which changes are missing, and makes them one after the other.  So it can
+be interrupted anywhere and run again; it is complete when nothing is missing.  Below another root directory,
+an image's, it only runs the syntax check of the sudo rule.
 """
 
 from __future__ import annotations
@@ -47,15 +47,16 @@ from localdisk.zipapp import extract
 
 LOCK = os.path.join(lock.RUN, "install.lock")
 RELOAD = Call(("udevadm", "control", "--reload"))
-# Local disks that are active already become what the rule says.
+# Applies the new rule to local disks that are active already.
 TRIGGER = Call(("udevadm", "trigger", "--settle", "--action=change", "--sysname-match=dm-*"))
 
-# Last the one whose older hook is taken away: a VM that starts just then is made local by before_vm_start.
+# after_disk_prepare is last, where the older hook is moved aside: if a VM starts at this moment,
+# before_vm_start makes its disks local.
 _IN_ORDER = sorted(POINTS, key=lambda point: (point == "after_disk_prepare", point))
 
 
 def install(program: str, root: str = "", dry_run: bool = False) -> Iterator[str]:
-    """Put `program`, the built file, and all that belongs to it on this host, or below the directory `root`.
+    """Install `program`, the built file, with its rules and links on this host, or below directory `root`.
 
     Yields a line for each change that was made.  Raises InstallRefused, ConfigRefused, ConfigUnreadable,
     CommandFailed and OSError.
@@ -73,7 +74,7 @@ def install(program: str, root: str = "", dry_run: bool = False) -> Iterator[str
             yield f"left {root}{files.TREES} to the first run of the program, which extracts itself there"
     elif changes:
         with lock.holding(LOCK, time.sleep):
-            changes = decide(program, root)  # another one may have been faster
+            changes = decide(program, root)  # another install may have been faster
             yield from make(changes, root)
     if not root:
         yield from _older_disks()
@@ -95,7 +96,7 @@ def _older_disks() -> Iterator[str]:
 
 
 def make(changes: tuple[Change, ...], root: str) -> Iterator[str]:
-    """Make the changes in turn, and tell and log each."""
+    """Make the changes in turn; yield and log a line for each."""
     for change in changes:
         change.do()
         line = made(change)
@@ -134,7 +135,7 @@ def _program(program: str, root: str) -> Iterator[Change]:
 
 
 def _rules(root: str) -> Iterator[Change]:
-    """What sudo, udev and cron read, and a first configuration."""
+    """The files of sudo, udev and cron, and a first configuration."""
     settings = f"{root}{files.CONFIG}"
     example = config.example_text().encode()
     if os.path.lexists(settings):
@@ -143,12 +144,12 @@ def _rules(root: str) -> Iterator[Change]:
         groups = config.parse(example, settings).volume_groups
         yield Write(settings, example, 0o644)
     sudoers = files.sudoers(_called(root), sudo_rule.known_options()).encode()
-    yield from _file(Write(f"{root}{files.SUDOERS}", sudoers, 0o440, judge=("visudo", "-cf")))
+    yield from _file(Write(f"{root}{files.SUDOERS}", sudoers, 0o440, validate=("visudo", "-cf")))
     rule = files.udev_rule(groups).encode()
     udev = [change for path in files.UDEV_RULES for change in _file(Write(root + path, rule, 0o644))]
     udev += [*_removed(f"{root}{files.UDEV_RULE_BEFORE}"), *_older(f"{root}{files.OLDER_UDEV_RULE}")]
     yield from udev
-    # Broken off before, it is not needed either: udevd looks for changed rules itself every few seconds.
+    # If install is interrupted before these, nothing is lost: udevd itself reads changed rules after seconds.
     yield from (RELOAD, TRIGGER) if udev and not root else ()
     collectors = [path for path in files.COLLECTORS if os.path.isdir(root + path)]
     yield from _file(Write(f"{root}{files.CRON}", files.cron(files.PROGRAM, collectors).encode(), 0o644))
@@ -156,9 +157,9 @@ def _rules(root: str) -> Iterator[Change]:
 
 
 def _called(root: str) -> str:
-    """The path by which hooks call the program through sudo, without links: /usr/local may be one.
+    """The path by which hooks call the program through sudo, without links: /usr/local may be a link.
 
-    What links mean on a host whose files are in `root` is not known here.
+    Below another `root`, links cannot be resolved as the host will resolve them.
     """
     return files.PROGRAM if root else os.path.realpath(files.PROGRAM)
 
@@ -169,7 +170,7 @@ def _older(path: str) -> Iterator[Change]:
 
 
 def _hooks(root: str) -> Iterator[Change]:
-    """A link at each of our points, and nothing else for local disks at any."""
+    """The changes after which each of our hook points has our link, and no other hook for local disks."""
     links = {f"{root}{files.hook_link(point)}": point for point in _IN_ORDER}
     others = [path for path in hook_files(root) if path not in links]
     for path, point in links.items():
@@ -186,7 +187,7 @@ def _hooks(root: str) -> Iterator[Change]:
 
 
 def _trees(root: str) -> Iterator[Change]:
-    """What other builds have extracted; our own tree is there, for root runs nothing without."""
+    """Remove the packages that other builds have extracted and no process uses; our own are in use."""
     trees, keep = os.path.split(_up(__file__, 4))
     if not root and trees in (files.TREES, files.TREES_BESIDE):
         found = [name for name in sorted(os.listdir(trees)) if name != keep and not name.startswith(".")]
@@ -202,7 +203,7 @@ def _up(path: str, levels: int) -> str:
 
 
 def _with_directories(root: str, changes: list[Change]) -> Iterator[Change]:
-    """The changes, each after those that make the directories which it needs."""
+    """The changes, each after the changes that make its directories."""
     there: set[str] = set()
     for change in changes:
         path = change.to if isinstance(change, Move) else getattr(change, "path", "")
@@ -212,7 +213,7 @@ def _with_directories(root: str, changes: list[Change]) -> Iterator[Change]:
 
 
 def _missing(root: str, directory: str, there: set[str]) -> list[str]:
-    """The directories that are missing on the way to `directory`, highest first; then they are `there`."""
+    """The missing directories of the path `directory`, highest first; they are added to `there`."""
     missing: list[str] = []
     while directory not in there and directory not in ("", "/", root) and not os.path.lexists(directory):
         missing.insert(0, directory)
@@ -225,7 +226,7 @@ def _missing(root: str, directory: str, there: set[str]) -> list[str]:
 
 
 def require_inside(root: str, directory: str) -> None:
-    """Raise InstallRefused where a link in an image leads to this system's own files."""
+    """Raise InstallRefused if a link in an image leads to this system's own files."""
     real = os.path.realpath(directory)
     if root and os.path.commonpath([root, real]) != root:
         fix = "make it a relative link, or chroot there and leave out --root"
@@ -236,7 +237,7 @@ def require_inside(root: str, directory: str) -> None:
 
 
 def hook_files(root: str) -> Iterator[str]:
-    """Everything at vdsm's hook points that is called localdisk or leads to us, and that vdsm may run."""
+    """The files at vdsm's hook points that vdsm may run and that are named localdisk or lead to us."""
     hooks = f"{root}{files.HOOKS}"
     for point in sorted(os.listdir(hooks)) if os.path.isdir(hooks) else ():
         directory = os.path.join(hooks, point)
@@ -247,7 +248,7 @@ def hook_files(root: str) -> Iterator[str]:
 
 
 def is_ours(path: str) -> bool:
-    """Whether it is a link to our program, on the host that it is for."""
+    """Whether it is a link to our program."""
     if not os.path.islink(path):
         return False
     return os.readlink(path) == files.PROGRAM or os.path.realpath(path) == os.path.realpath(files.PROGRAM)
@@ -269,7 +270,7 @@ def _aside(root: str, path: str) -> Change:
 
 
 def _file(write: Write) -> Iterator[Change]:
-    """Write the file unless it is so already."""
+    """The change that writes the file; none if the file is already as it should be."""
     if os.path.isdir(write.path) and not os.path.islink(write.path):
         raise InstallRefused(problem=f"{write.path} is a directory", fix="move it away")
     if not is_as_written(write):
@@ -283,7 +284,7 @@ def _removed(path: str) -> list[Change]:
 
 
 def _is_used(tree: str) -> bool:
-    """Whether a process runs from the tree: see bootstrap.py."""
+    """Whether a process uses the extracted packages in `tree`: see bootstrap.py."""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         fd = os.open(os.path.join(tree, extract.FILES), os.O_RDONLY | os.O_CLOEXEC)
         try:

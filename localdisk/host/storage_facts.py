@@ -1,4 +1,4 @@
-"""The volume groups of a host as LVM, device-mapper and udev have them, for `check`.  Changes nothing."""
+"""Collects what `check` must know about volume groups, from LVM, device-mapper and udev.  Changes nothing."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Optional
 
-    Owner = tuple[Optional[int], Optional[int]]  # user and group, by number; None: there is no such
+    Owner = tuple[Optional[int], Optional[int]]  # numbers of user and group; None: it does not exist
 
 
 @frozen
 class LvmSettings:
-    """What the host's LVM configuration says."""
+    """Settings of the host's LVM configuration."""
 
     use_devices_file: bool
     autoextend_threshold: int  # percent; 100: thin pools do not grow by themselves
@@ -44,7 +44,7 @@ class Multipath:
 
 @frozen
 class PoolWatch:
-    """What LVM does for a thin pool that fills up."""
+    """What LVM does if a thin pool fills up."""
 
     error_when_full: bool
     is_monitored: bool
@@ -57,8 +57,8 @@ class Group:
     name: str
     devices: tuple[str, ...]
     vg: VolumeGroup | None
-    hidden: tuple[str, ...] = ()  # its physical volumes that LVM's devices file or filter leaves out
-    duplicates: tuple[str, ...] = ()  # further devices with what is on its physical volumes
+    hidden: tuple[str, ...] = ()  # its physical volumes that LVM's devices file or filter hides
+    duplicates: tuple[str, ...] = ()  # further devices with the same content as its physical volumes
     multipaths: tuple[Multipath, ...] = ()
     pools: Mapping[str, PoolWatch] = field(default_factory=dict)
     no_discard: tuple[str, ...] = ()  # its physical volumes that cannot discard
@@ -70,14 +70,14 @@ class Group:
 
 
 def settings() -> LvmSettings:
-    """Raises CommandFailed, CommandTimeout."""
-    # --mergedconfig: not only what the command itself is given.
+    """Read the settings.  Raises CommandFailed, CommandTimeout."""
+    # --mergedconfig: the host's configuration, too, not only `--config`.
     out = lvm.call(["lvm", "lvmconfig", "--typeconfig", "full", "--mergedconfig", "devices", "activation"])
     values = dict(re.findall(r"^\s*(\w+)=\[?(.*?)\]?\s*$", out, re.M))
     return LvmSettings(
         use_devices_file=values.get("use_devicesfile", "0") == "1",  # absent before LVM 2.03.12
         autoextend_threshold=int(values.get("thin_pool_autoextend_threshold", "100")),
-        scan_lvs=values.get("scan_lvs", "1") == "1",  # absent before LVM 2.03, which does
+        scan_lvs=values.get("scan_lvs", "1") == "1",  # absent before LVM 2.03, which scans them
         volume_list=_list(values.get("volume_list")),
         read_only_volume_list=_list(values.get("read_only_volume_list")),
         filters={name: _list(values.get(name)) or () for name in ("filter", "global_filter")},
@@ -88,8 +88,8 @@ def _list(text: str | None) -> tuple[str, ...] | None:
     return None if text is None else tuple(re.findall(r'"([^"]*)"', text))
 
 
-def look(name: str, devices: tuple[str, ...], uses_devices_file: bool, owner: Owner) -> Group:
-    """One volume group; `owner` is who its local disks should belong to.
+def collect(name: str, devices: tuple[str, ...], uses_devices_file: bool, owner: Owner) -> Group:
+    """Collect the facts of one volume group; `owner`: the owner that its local disks should have.
 
     Raises VolumeGroupUnusable for a shared group, CommandFailed, CommandTimeout.
     """
@@ -145,7 +145,7 @@ def _report(argv: list[str], kind: str) -> list[dict[str, str]]:
 
 
 def _multipaths(device: str) -> Iterator[Multipath]:
-    """The multipath devices that `device` is, lies on, or is a path of."""
+    """The multipath devices that `device` is, is on, or is a path of."""
     name = os.path.basename(os.path.realpath(device))
     for mapping in (name, *device_mapper.holders(name), *_below(name)):
         dm_name, uuid = device_mapper.name_and_uuid(mapping)
@@ -160,7 +160,7 @@ def _below(name: str) -> Iterator[str]:
 
 
 def _misowned(vg: VolumeGroup, owner: Owner) -> Iterator[str]:
-    if None in owner:  # that is another problem
+    if None in owner:  # a missing user or group is a finding of its own
         return
     for disk in local_disks(vg):
         path = vg.path(disk.volume_id)
@@ -169,7 +169,7 @@ def _misowned(vg: VolumeGroup, owner: Owner) -> Iterator[str]:
 
 
 def _mode(path: str) -> tuple[int, int, int] | None:
-    """User, group and permissions of a device node; None where it is missing."""
+    """User, group and permissions of a device node; None if it is missing."""
     try:
         status = os.stat(path)
     except FileNotFoundError:

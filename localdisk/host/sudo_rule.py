@@ -1,4 +1,4 @@
-"""Which options of our sudo rule this host's sudo knows; `places.sudoers` has the text."""
+"""Which options of our sudo rule this host's sudo knows; `files.sudoers` has the text of the rule."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from localdisk.host import files
 
 
 def known_options() -> tuple[str, ...]:
-    """Those of places.NEWER_SUDO_OPTIONS that visudo accepts.  Raises CommandMissing, CommandTimeout.
+    """Those of files.NEWER_SUDO_OPTIONS that visudo accepts.  Raises CommandMissing, CommandTimeout.
 
-    visudo is asked, not the version: EL's sudo 1.8.29 and 1.9.5 have features of later versions, and a sudo
-    can be built without a feature.  An option that sudo does not know makes visudo refuse the file, and sudo
-    print a warning at each run.
+    The version of sudo does not decide it: EL's sudo 1.8.29 and 1.9.5 have features of later versions, and
+    sudo can be built without a feature.  With an unknown option, visudo refuses the file, and sudo prints a
+    warning at each run.
     """
     every = files.NEWER_SUDO_OPTIONS
     return every if _accepts(every) else tuple(option for option in every if _accepts([option]))

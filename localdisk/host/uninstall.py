@@ -1,6 +1,7 @@
-"""Take from a host what install put there, and put back what install moved away.
+"""The mode uninstall: removes what install has put on a host, and moves back what install has moved aside.
 
-Configuration and local disks stay.  Unfinished work would never be finished: it is looked for first.
+Configuration and local disks are kept.  While a start, stop or removal is unfinished, uninstall is refused:
+nobody would finish it.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ from localdisk.volumes.template import Template, templates
 
 
 def uninstall(root: str = "", dry_run: bool = False, force: bool = False) -> Iterator[str]:
-    """Undo install on this host, or below the directory `root`; yields a line for each change and what stays.
+    """Undo install on this host, or below directory `root`; yields lines for changes and for what is kept.
 
-    Raises WorkUnfinished, unless `force`, and whatever speaks against looking; CommandFailed and OSError.
+    Raises WorkUnfinished (unless `force`), the errors of reading the volume groups, CommandFailed, OSError.
     """
     root = checked_root(root)
     if not root and not force:
-        _require_rest()
-    left = tuple(_left(root))  # while everything that looking needs can still be imported
+        _require_no_work()
+    left = tuple(_left(root))  # before the packages that it imports are removed
     if dry_run:
         yield from map(planned, [*decide(root), *_state(root)])
     elif root:
@@ -41,11 +42,11 @@ def uninstall(root: str = "", dry_run: bool = False, force: bool = False) -> Ite
     yield from left
 
 
-# -- what speaks against it
+# -- unfinished work
 
 
-def _require_rest() -> None:
-    """Raise WorkUnfinished where a start or stop is under way, or a disk in use or not removed yet."""
+def _require_no_work() -> None:
+    """Raise WorkUnfinished if a start or stop is under way, or a disk is in use, unfinished or DELETING."""
     busy = [f"{path} is held" for path in sorted(lock.held() - {LOCK})]
     busy += [f"local disk {vg.vg_name}/{disk.volume_id} is {why}" for vg, disk, why in _busy_disks()]
     busy += [f"template LV {vg.vg_name}/{found.name} is {why}" for vg, found, why in _busy_templates()]
@@ -86,7 +87,7 @@ def _groups() -> Iterator[VolumeGroup]:
 
 
 def decide(root: str) -> tuple[Change, ...]:
-    """What is there of install, the way in first: vdsm's links, then what they lead to."""
+    """The changes that undo install: first vdsm's links, then the files that they lead to."""
     changes = (*_hooks(root), *_rules(root), *_removed(f"{root}{files.PROGRAM}"))
     for change in changes:
         if isinstance(change, (Remove, Move)):
@@ -104,7 +105,7 @@ def _hooks(root: str) -> Iterator[Change]:
 
 
 def _hooks_back(aside: str, hooks: str) -> Iterator[Change]:
-    """What lies in one goes to the other, where its place is free."""
+    """Move the files of `aside` back to `hooks`, if their place there is free."""
     found = [os.path.relpath(path, aside) for path in _files_below(aside)]
     back = [change for path in found for change in _back(f"{aside}/{path}", f"{hooks}/{path}")]
     yield from back
@@ -138,7 +139,7 @@ def _older_back(path: str) -> Iterator[Change]:
 
 
 def _state(root: str) -> Iterator[Change]:
-    """What localdisk makes while it runs; last, for our own lock is in it."""
+    """Remove what localdisk makes while it runs; last, because our own lock is there."""
     for path in (files.TREES, files.TREES_BESIDE, lock.RUN):
         yield from _removed(root + path)
 
@@ -153,7 +154,7 @@ def _removed(path: str) -> list[Change]:
     return [Remove(path)] if os.path.lexists(path) else []
 
 
-# -- what stays
+# -- what is kept
 
 
 def _left(root: str) -> Iterator[str]:

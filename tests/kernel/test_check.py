@@ -88,10 +88,10 @@ def test_a_well_made_host() -> None:
     found = json.loads(localdisk("check", "--json"))
     assert found == {"configuration": str(CONFIG), "problems": []}
     CONFIG.unlink()
-    good_here = f"{CONFIG}: not there, the built-in defaults hold\nthis host: good\n"
+    good_here = f"{CONFIG}: does not exist, the built-in defaults apply\nthis host: good\n"
     assert localdisk("check") == good_here
     as_vdsm = attempt(str(host.PROGRAM), "check", user="vdsm")
-    hint = "hint: volume groups, thin pools, local disks and the sudo rule were not looked at, only root sees"
+    hint = "hint: volume groups, thin pools, local disks and the sudo rule were not checked, only root sees"
     assert (as_vdsm.returncode, as_vdsm.stderr) == (0, "")
     assert as_vdsm.stdout.replace("this host: good\n", "").splitlines()[1].startswith(hint)
 
@@ -122,7 +122,7 @@ def test_parts_that_do_nothing() -> None:
         f"{CONFIG}:3:3: vms.{same} changes nothing",
         f"{CONFIG}:4:56: vms.{off}.disks changes nothing",
     )
-    assert fixes == ["take the section out", "take disks or enabled out there"]
+    assert fixes == ["remove the section", "remove disks or enabled there"]
     configure(f"vms:\n  {off}: {{enabled: off}}\n  {strange}: {{enabled: off}}\n")
     hint, *rest = localdisk("check").splitlines()
     assert hint.startswith(f"hint: {CONFIG}:3:3: neither libvirt nor a local disk knows VM {strange}, ")
@@ -223,7 +223,7 @@ def test_a_program_that_others_can_write() -> None:
         host.PROGRAM.parent.chmod(0o755)
         shutil.chown(host.PROGRAM, "root")
     host.PROGRAM.chmod(0o700)
-    fixed(f"{host.PROGRAM} (user 0, mode 0700) is not for others")
+    fixed(f"{host.PROGRAM} (user 0, mode 0700) is closed to other users")
 
 
 def test_a_program_outside_of_the_system() -> None:
@@ -294,7 +294,7 @@ def test_a_disk_marked_in_the_future() -> None:
     volume = local_disk()
     future = int(time.time()) + 10**6
     run("lvchange", "--addtag", f"STOPPED_{future}", f"{host.VOLUME_GROUP}/{volume}")
-    fixed(f"has the tag STOPPED_{future}, a time to come")
+    fixed(f"has the tag STOPPED_{future}, a time in the future")
     (tag,) = (tag for tag in host.logical_volumes()[volume] if tag.startswith("STOPPED_"))
     assert abs(int(tag.rpartition("_")[2]) - time.time()) < 60
     host.remove(volume)
@@ -577,7 +577,7 @@ def test_a_later_rule_forbids_the_helper_to_run_lvm() -> None:
     """The fix shows the rule; somebody must remove it."""
     with later_rule(f"vdsm ALL=(root) NOPASSWD: NOEXEC: {host.PROGRAM} helper"):
         start_meets("lvm cannot be run, although the mode of /usr/sbin/lvm allows it", "sudo -l -U vdsm")
-        named("user vdsm tried what a start does: lvm cannot be run")
+        named("user vdsm tried a start: lvm cannot be run")
     good()
 
 
@@ -595,9 +595,7 @@ def test_libvirt_is_not_for_vdsm(file_storage: FileStorage) -> None:
     virsh = Path("/usr/bin/virsh")
     virsh.chmod(0o750)
     try:
-        (fix,) = named(
-            "user vdsm tried what a start does: libvirt does not say which VMs run: virsh cannot be run"
-        )
+        (fix,) = named("user vdsm tried a start: libvirt does not say which VMs run: virsh cannot be run")
         vm = Vm(new_id(), (Disk("vda", file_storage.template(4 * MIB)),))
         line = one_line(run_point("before_vm_start", vm.id, domain_xml(vm), THICK))
         assert "virsh cannot be run by this user" in line
@@ -635,7 +633,7 @@ def test_a_full_group() -> None:
     """The fix is the operator's choice: here something else makes room."""
     run("lvcreate", "-y", "-Wn", "-Zn", "-l", "100%FREE", "-n", "full", host.VOLUME_GROUP)
     before = failures()
-    (fix,) = named("user vdsm tried what a start does: volume group ovirt-local lacks 4 MiB")
+    (fix,) = named("user vdsm tried a start: volume group ovirt-local lacks 4 MiB")
     assert fix.startswith("remove local disks (localdisk gc), extend the volume group")
     assert failures() == before, "no start has failed"
     host.remove("full")
@@ -666,7 +664,7 @@ def test_another_udev_rule_takes_the_devices_away() -> None:
     rule.write_text('ENV{DM_VG_NAME}=="ovirt-local", RUN+="/usr/bin/chown root:disk $env{DEVNAME}"\n')
     run("udevadm", "control", "--reload")
     try:
-        (fix,) = named("user vdsm tried what a start does: cannot write to /dev/ovirt-local/")
+        (fix,) = named("user vdsm tried a start: cannot write to /dev/ovirt-local/")
         command = fix.partition("(")[2].rpartition(")")[0]
         assert str(rule) in run("sh", "-c", command)
     finally:
@@ -688,7 +686,7 @@ def test_lvm_leaves_the_group_inactive() -> None:
         fixed("LVM's activation/volume_list lacks volume group ovirt-local")
         start_works(custom)
     lvm_says('activation { volume_list = [ "@nobody" ] }\n')
-    named("user vdsm tried what a start does: volume group ovirt-local is left inactive by LVM")
+    named("user vdsm tried a start: volume group ovirt-local is left inactive by LVM")
     lvm_says('activation { read_only_volume_list = [ "ovirt-local" ] }\n')
     start_meets("cannot write to /dev/ovirt-local/", "read_only_volume_list", custom=THICK)
     fixed("LVM's activation/read_only_volume_list has volume group ovirt-local")

@@ -141,7 +141,7 @@ HOST = "this host: good\n"
 
 @pytest.fixture(name="good_host")
 def fixture_good_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(facts, "look", lambda _config, _program: None)
+    monkeypatch.setattr(facts, "collect", lambda _config, _program: None)
     monkeypatch.setattr(check, "strangers", lambda *_: ())
     monkeypatch.setattr(check, "check_host", lambda *_: ())
 
@@ -162,7 +162,7 @@ def test_check(run: Run, tmp_path: Path) -> None:
 def test_check_of_the_default_file(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "localdisk.yaml"
     monkeypatch.setattr(config, "DEFAULT_PATH", str(path))
-    assert run("check") == (0, f"{path}: not there, the built-in defaults hold\n{HOST}", "")
+    assert run("check") == (0, f"{path}: does not exist, the built-in defaults apply\n{HOST}", "")
     path.write_text("")
     assert run("check") == (0, f"{path}: good\n{HOST}", "")
 

@@ -83,7 +83,7 @@ GOOD = Host(
     qemu_img_version=(6, 2),
     known_vms=frozenset(),
     accounts=ACCOUNTS,
-    way=WAY,
+    program_path=WAY,
     hooks=HOOKS,
     udev_rules=RULES,
     older_files=(),
@@ -201,20 +201,20 @@ def test_devices_need_a_newer_lvm() -> None:
         ),
         (
             a_file(PROGRAM, 0o700),
-            f"{PROGRAM} (user 0, mode 0700) is not for others, vdsm cannot run the program"
+            f"{PROGRAM} (user 0, mode 0700) is closed to other users, vdsm cannot run the program"
             f" : chmod 0755 {PROGRAM}",
         ),
         (
             a_directory("/usr/local", 0o700),
-            "/usr/local (user 0, mode 0700) is not for others, vdsm cannot run the program"
+            "/usr/local (user 0, mode 0700) is closed to other users, vdsm cannot run the program"
             " : chmod o+x /usr/local",
         ),
     ],
 )
 def test_the_program_is_roots_alone(entry: Entry, line: str) -> None:
     way = tuple(entry if each.path == entry.path else each for each in WAY)
-    assert lines(way=way) == [line]
-    assert lines(way=way, rehearsal=no_helper("sudo: refused")) == [line], "what comes of it is not told"
+    assert lines(program_path=way) == [line]
+    assert lines(program_path=way, rehearsal=no_helper("sudo: refused")) == [line], "its effect is not shown"
 
 
 def test_a_program_outside_of_the_system() -> None:
@@ -222,18 +222,18 @@ def test_a_program_outside_of_the_system() -> None:
     hooks = tuple(replace(hook, target=program) for hook in HOOKS)
     cron = a_file(files.CRON, text=files.cron_line(PROGRAM))
     way = (a_file(program, 0o755), a_directory("/tmp", 0o1777), a_directory("/"))
-    first, *_ = lines(program=program, way=way, hooks=hooks, cron=cron)
+    first, *_ = lines(program=program, program_path=way, hooks=hooks, cron=cron)
     assert first == (
-        "/tmp/local disk lies where others than root can write (/tmp), root runs this program, so whoever can"
-        f" change it is root : install -D -o root -g root -m 0755 '/tmp/local disk' {PROGRAM} &&"
-        f" {PROGRAM} install && {PROGRAM} check"
+        "/tmp/local disk is in a directory that others than root can write to (/tmp), root runs this"
+        f" program, so whoever can change it is root : install -D -o root -g root -m 0755"
+        f" '/tmp/local disk' {PROGRAM} && {PROGRAM} install && {PROGRAM} check"
     )
 
 
 def test_a_program_that_is_not_where_install_puts_it() -> None:
     program = "/opt/localdisk"
     way = (a_file(program, 0o755), a_directory("/opt"), a_directory("/"))
-    fixes = {line.partition(" : ")[2] for line in lines(program=program, way=way)}
+    fixes = {line.partition(" : ")[2] for line in lines(program=program, program_path=way)}
     assert fixes == {f"{program} install && {PROGRAM} check"}
 
 
@@ -258,8 +258,8 @@ def test_what_keeps_sudo_from_running(said: str, fix: str) -> None:
 def test_what_only_vdsm_meets() -> None:
     found = lines(rehearsal=Rehearsal("", "no libvirt : do that", ("no report : do this",)))
     assert found == [
-        "user vdsm tried what a start does: no libvirt, so no VM can start from local disks : do that",
-        "user vdsm tried what a start does: no report, so no VM can start from local disks : do this",
+        "user vdsm tried a start: no libvirt, so no VM can start from local disks : do that",
+        "user vdsm tried a start: no report, so no VM can start from local disks : do this",
     ]
     group = a_group(vg=None)
     assert len(lines(rehearsal=Rehearsal(disks=("no report : do this",)), groups=(group,))) == 1
@@ -384,7 +384,7 @@ NOT_RUN = f"{files.CRON} does not run `{PROGRAM} gc` as root, "
 @pytest.mark.parametrize(
     ("cron", "what"),
     [
-        (None, f"there is no {files.CRON}, gc would remove nothing but when vdsm starts : {INSTALL}"),
+        (None, f"there is no {files.CRON}, gc would only run when vdsm starts : {INSTALL}"),
         (a_file(files.CRON, text=""), NOT_RUN),
         (a_file(files.CRON, text=f"# */10 * * * * root {PROGRAM} gc"), NOT_RUN),
         (a_file(files.CRON, text=f"*/10 * * * * vdsm {PROGRAM} gc"), NOT_RUN),
@@ -473,8 +473,8 @@ def test_udev_rule_of_several_groups() -> None:
         (
             {"vg": replace(a_group().vg, vg_partial=True)},
             "volume group ovirt-local is missing a physical volume, so no local disk can be made or changed"
-            " : vgreduce --removemissing ovirt-local # where the device is gone for good;"
-            " vgextend --restoremissing ovirt-local DEVICE where it is back",
+            " : vgreduce --removemissing ovirt-local # if the device is lost for good;"
+            " vgextend --restoremissing ovirt-local DEVICE if it is back",
         ),
         (
             {"vg": replace(a_group().vg, vg_exported=True, vg_partial=True)},
@@ -484,7 +484,7 @@ def test_udev_rule_of_several_groups() -> None:
         (
             {"vg": replace(a_group().vg, vg_lock_type="dlm")},
             "volume group ovirt-local is shared (dlm), so no local disk can be made or changed : vgchange -y"
-            " --lock-type none --lock-opt force ovirt-local # where no other host uses it",
+            " --lock-type none --lock-opt force ovirt-local # if no other host uses it",
         ),
         (
             {"misowned": ("/dev/ovirt-local/a", "/dev/ovirt-local/b")},
@@ -515,14 +515,14 @@ def test_volume_groups(changes: dict[str, object], line: str) -> None:
             {"duplicates": ("/dev/b",)},
             "LVM sees physical volumes of volume group ovirt-local twice (also on /dev/b), so it makes and"
             """ removes nothing there : printf '%s\\n' 'devices { global_filter = [ "r|^/dev/b$|" ] }'"""
-            " >> /etc/lvm/lvmlocal.conf # or detach what is the copy",
+            " >> /etc/lvm/lvmlocal.conf # or detach the copy",
         ),
         (
             {"use_devices_file": True},
             {"duplicates": ("/dev/b",)},
             "LVM sees physical volumes of volume group ovirt-local twice (also on /dev/b), so it makes and"
             " removes nothing there : for device in /dev/b; do lvm lvmdevices --deldev $device; done"
-            " # or detach what is the copy",
+            " # or detach the copy",
         ),
         (
             {"volume_list": ("other",)},
@@ -552,8 +552,8 @@ def test_multipath(changes: dict[str, object]) -> None:
     (line,) = lines(groups=(group,))
     what, _, fix = line.partition(" : ")
     assert what == (
-        "multipath device mpath a is under volume group ovirt-local, a local disk has one path, without which"
-        " multipath holds all writes back"
+        "multipath device mpath a is under volume group ovirt-local, a local disk has only one path,"
+        " and if that fails, multipath holds all writes back"
     )
     assert fix == (
         "printf '%s\\n' 'blacklist {' '  wwid \"3600\"' '}' | install -D -o root -g root -m 0644 /dev/stdin"
@@ -568,10 +568,10 @@ def test_disks_marked_in_the_future() -> None:
     fake.add(VOLUME, tags(f"STOPPED_{NOW:.0f}0", "UNNEEDED_1"))
     group = a_group(fake)
     assert lines(groups=(group,)) == [
-        f"local disk ovirt-local/{VOLUME} has the tag STOPPED_20000000000, a time to come, gc never"
+        f"local disk ovirt-local/{VOLUME} has the tag STOPPED_20000000000, a time in the future, gc never"
         " removes it"
         " : lvchange --deltag STOPPED_20000000000 --addtag STOPPED_$(date +%s)"
-        f" ovirt-local/{VOLUME} # where date tells the right time"
+        f" ovirt-local/{VOLUME} # if date shows the right time"
     ]
     (line,) = lines(groups=(group,), now=5.0)
     assert line.startswith("the clock of this host is before"), "a wrong clock says nothing about the tags"
@@ -581,7 +581,9 @@ def test_a_template_used_in_the_future() -> None:
     fake = FakeHost()
     fake.add(VOLUME, {"localdisk", f"TEMPLATE_{OTHER_VM}", f"USED_{NOW:.0f}0"}, lv_active="")
     (line,) = lines(groups=(a_group(fake, ("/dev/a",)),))
-    assert line.startswith(f"template LV ovirt-local/{VOLUME} has the tag USED_20000000000, a time to come, ")
+    assert line.startswith(
+        f"template LV ovirt-local/{VOLUME} has the tag USED_20000000000, a time in the future, "
+    )
     assert " : lvchange --devices /dev/a --deltag USED_20000000000 --addtag USED_$(date +%s) " in line
 
 
@@ -598,12 +600,12 @@ ON_THIN = "cache: {templates: on, max_size: 80%}\nmargins: {thin_data: 75%}\n"
         (
             ON_RESERVE,
             "cache.max_size is 4 GiB of volume group ovirt-local, margins.reserve leaves 3.2 GiB, so the"
-            " cache never gets 818.8 MiB of it : write cache.max_size: 40% or less in /etc/localdisk.yaml",
+            " cache can never use 818.8 MiB of it : write cache.max_size: 40% or less in /etc/localdisk.yaml",
         ),
         (
             f"{ON_THIN}backend: lvmthin\n",
             f"cache.max_size is 819.2 MiB of thin pool {POOL}, margins.thin_data leaves 768 MiB, so the cache"
-            " never gets 51.2 MiB of it : write cache.max_size: 75% or less in /etc/localdisk.yaml",
+            " can never use 51.2 MiB of it : write cache.max_size: 75% or less in /etc/localdisk.yaml",
         ),
         (f"{ON_RESERVE}vms: {{{VM}: {{hotplug: shared}}}}\n", "cache.max_size is 4 GiB of volume group"),
         (f"{ON_RESERVE}vms: {{{VM}: {{backend: lvmthin}}}}\n", "cache.max_size is 4 GiB of volume group"),
@@ -700,9 +702,8 @@ def test_a_thin_pool_when_it_is_full(watch: PoolWatch, threshold: int | None, is
     settings = None if threshold is None else LvmSettings(False, threshold)
     found = lines(groups=(a_group(pools={"pool0": watch}),), lvm_settings=settings)
     line = (
-        f"thin pool {POOL} neither grows by itself nor fails writes when it is full, then every VM on"
-        " it would"
-        f" hang for a minute and more : lvchange --errorwhenfull y {POOL}"
+        f"thin pool {POOL} neither grows by itself nor fails writes when it is full, every VM on it"
+        f" would hang for a minute or more : lvchange --errorwhenfull y {POOL}"
     )
     assert found == (["this host: good"] if is_good else [line])
 
@@ -717,7 +718,7 @@ def test_volumes_that_lvm_would_remove_along_with_a_disk() -> None:
         fake.add(VOLUME, tags(*more))
         fake.add("backup", (), origin=VOLUME)
         (line, *rest) = lines(groups=(a_group(fake),))
-        what = f"backup depends on local disk ovirt-local/{VOLUME}, so that one is not removed"
+        what = f"backup depends on local disk ovirt-local/{VOLUME}, so the local disk is not removed"
         assert line == f"{head}{what} : remove backup when nobody needs it"
         assert rest == (["this host: good"] if head else [])
 
@@ -772,18 +773,18 @@ def test_what_devices_say_of_discards(monkeypatch: pytest.MonkeyPatch, tmp_path:
     [
         (
             LibvirtSilent(problem="x"),
-            "libvirt does not say which VMs run: x, so no local disk is removed, and no kept one is used"
+            "libvirt does not say which VMs run: x, so no local disk is removed, and no kept disk is used"
             " : systemctl restart virtqemud.socket || systemctl restart libvirtd",
         ),
         (
             VolumeGroupUnusable(vg="fast", problem="shared (sanlock)", fix="x"),
             "volume group fast is shared (sanlock), so no local disk can be made or changed : vgchange -y"
-            " --lock-type none --lock-opt force fast # where no other host uses it",
+            " --lock-type none --lock-opt force fast # if no other host uses it",
         ),
         (
             CommandFailed(("lvm", "pvs", "a b"), 5, "no"),
             "lvm pvs failed (exit code 5): no, so this could not be checked"
-            " : lvm pvs 'a b' # shows the whole of it",
+            " : lvm pvs 'a b' # shows the whole message",
         ),
         (
             CommandTimeout(tool="lvm pvs", seconds=120),
@@ -808,7 +809,7 @@ def test_what_could_not_be_seen_is_not_missing() -> None:
 
 def test_an_ordinary_user() -> None:
     hint = (
-        "hint: volume groups, thin pools, local disks and the sudo rule were not looked at, only"
+        "hint: volume groups, thin pools, local disks and the sudo rule were not checked, only"
         " root sees them"
         f" : sudo {PROGRAM} check"
     )
@@ -854,25 +855,25 @@ def test_places(tmp_path: Path) -> None:
         (
             f"vms:\n  {VM}:\n    cache:\n      max_size: 9%\n      keep_for: 1d\n",
             [
-                f"F:4:7: vms.{VM}.cache.max_size is for one VM alone, a template is no VM's own, and gc goes"
-                " by cache.max_size for all of them : write cache.max_size instead",
-                f"F:5:7: vms.{VM}.cache.keep_for is for one VM alone, a template is no VM's own, and gc goes"
-                " by cache.keep_for for all of them : write cache.keep_for instead",
+                f"F:4:7: vms.{VM}.cache.max_size is for one VM alone, a template belongs to no VM, and gc"
+                " applies cache.max_size to all templates : write cache.max_size instead",
+                f"F:5:7: vms.{VM}.cache.keep_for is for one VM alone, a template belongs to no VM, and gc"
+                " applies cache.keep_for to all templates : write cache.keep_for instead",
             ],
         ),
         (
             f"retention: {{keep_for: 1d}}\nvms:\n  {VM}: {{retention: {{keep_for: 24h}}, disks: all}}\n",
             [
-                f"F:3:3: vms.{VM} changes nothing, what it says holds without it, too : take the section out",
+                f"F:3:3: vms.{VM} changes nothing, the general settings are the same : remove the section",
             ],
         ),
-        (f"vms:\n  {VM}: {{}}\n", [f"F:2:3: vms.{VM} changes nothing, what it says holds without it, too"]),
+        (f"vms:\n  {VM}: {{}}\n", [f"F:2:3: vms.{VM} changes nothing, the general settings are the same"]),
         (f"vms:\n  {VM}: {{backend: lvm}}\n", ["F: good"]),  # it wins over the VM's property
         (
             f"vms:\n  {VM}:\n    enabled: off\n    disks: [{OTHER_VM}]\n",
             [
                 f"F:4:5: vms.{VM}.disks changes nothing, with enabled: off no disk of the VM is local"
-                " : take disks or enabled out there"
+                " : remove disks or enabled there"
             ],
         ),
     ],
@@ -886,9 +887,8 @@ def test_parts_that_do_nothing(text: str, found: list[str]) -> None:
 def test_vms_that_nobody_knows() -> None:
     text = f"vms:\n  {VM}: {{enabled: off}}\n"
     assert configured(text) == [
-        f"hint: F:2:3: neither libvirt nor a local disk knows VM {VM}, so it is stopped, or not on"
-        " this host any"
-        " more : take the section out if the engine has no such VM here",
+        f"hint: F:2:3: neither libvirt nor a local disk knows VM {VM}, so it is stopped, or no longer"
+        " on this host : remove the section if the engine has no such VM here",
         "F: good",
     ]
     fake = FakeHost()
@@ -1019,7 +1019,7 @@ def fixture_door(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Door:
 
 
 def look(text: str = "", program: str = PROGRAM) -> Host:
-    return facts.look(config.parse(text.encode(), "F"), program)
+    return facts.collect(config.parse(text.encode(), "F"), program)
 
 
 def test_looking(door: Door) -> None:
@@ -1119,7 +1119,7 @@ def test_files(door: Door, tmp_path: Path) -> None:
     door.answers[str(program)] = json.dumps({"sudo": "", "libvirt": "", "disks": []})
     seen = look(program=str(program))
     assert seen.hooks == (Hook("before_vm_start", str(point / "50_localdisk"), str(program)),)
-    assert [entry.path for entry in seen.way] == [str(program), *map(str, program.parents)]
+    assert [entry.path for entry in seen.program_path] == [str(program), *map(str, program.parents)]
     assert seen.cron
     assert (seen.cron.text, seen.cron.is_directory) == ("text\n", False)
     assert seen.run_directory
@@ -1214,9 +1214,9 @@ def test_check(door: Door, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     path = tmp_path / "localdisk.yaml"
     monkeypatch.setattr(config, "DEFAULT_PATH", str(path))
     rules = tuple(replace(rule, path=path) for rule, path in zip(RULES, files.UDEV_RULES))
-    monkeypatch.setattr(facts, "look", lambda _config, _program: replace(GOOD, udev_rules=rules))
+    monkeypatch.setattr(facts, "collect", lambda _config, _program: replace(GOOD, udev_rules=rules))
     found = check.check(config.load(), None, PROGRAM)
-    assert as_lines(found) == f"{path}: not there, the built-in defaults hold\nthis host: good\n"
+    assert as_lines(found) == f"{path}: does not exist, the built-in defaults apply\nthis host: good\n"
     path.write_text(f"vms:\n  {VM}: {{}}\n")
     found = check.check(config.load(), None, PROGRAM)
     assert [finding.what for finding in found.about_configuration] == [
