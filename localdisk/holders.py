@@ -1,7 +1,7 @@
-"""What has a block device open: processes, and what only the kernel knows, by name and with how to end it.
+"""Finds what holds a block device open, and how to end that.
 
-`lsof` and `fuser` show processes alone.  A loop device, a mapping upon it (of kpartx, of a guest's own volume
-group, of an overlay), a RAID, a mount and swap hold a device without any.
+`lsof` and `fuser` show only processes.  A loop device, a device-mapper device (of kpartx, a guest's own
+volume group, an overlay), a RAID, a mount and swap hold a device without a process.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ from localdisk.errors import DiskBusy, plain
 from localdisk.frozen import frozen
 
 PROC = "/proc"
-_DEPTH = 8  # of devices upon each other
+_DEPTH = 8  # at most so many devices on top of each other
 
 
 @frozen
 class Holder:
-    """`what` it is, and the command that `end`s it; "" for a process, about which somebody must decide."""
+    """`what` holds the device; the command that `end`s it, "" for a process: a human must decide about it."""
 
     what: str
     end: str = ""
 
 
 def holders(path: str) -> tuple[Holder, ...]:
-    """All that has the block device open, what must end first being first; as far as this user can see."""
+    """What holds the block device open, in the order in which it must end; as far as this user can see."""
     numbers = device_mapper.numbers_of(path)
     return tuple(dict.fromkeys(_of_device(numbers, path, _DEPTH))) if numbers else ()
 
 
 def described(path: str) -> tuple[str, str]:
-    """Who has the device open, and how to end that."""
+    """What holds the device open, and how to end that, as two texts."""
     found = holders(path)
     who = ", ".join(each.what for each in found) or "something that neither /proc nor /sys shows"
     ends = [each.end for each in found if each.end]
@@ -43,7 +43,7 @@ def described(path: str) -> tuple[str, str]:
 
 
 def busy(error: DiskBusy) -> DiskBusy:
-    """The same error with what has the disk open."""
+    """The same error, with the names of what holds the disk open, and how to end that."""
     vg, lv = error.fields["vg"], error.fields["lv"]
     users, fix = described(f"/dev/{vg}/{lv}")
     return DiskBusy(vg=vg, lv=lv, state=error.fields["state"], users=users, fix=fix)
@@ -62,12 +62,12 @@ def _of_device(numbers: str, path: str, depth: int) -> Iterator[Holder]:
 
 
 def _device(name: str, path: str) -> Holder:
-    """The device of this name, which lies on the one at `path`."""
+    """The device of this name, which is on top of the device `path`."""
     mapping, uuid = device_mapper.name_and_uuid(name)
     shown = plain(mapping)
     if re.match("part[0-9]+-", uuid):
         return Holder(f"partition {shown}", f"kpartx -d {path}")
-    if uuid.startswith("LVM-"):  # LVM itself mostly does not see that group: it scans no logical volumes
+    if uuid.startswith("LVM-"):  # not lvchange: LVM usually does not scan logical volumes, nor see that group
         return Holder(f"logical volume {shown} of a group in it", f"dmsetup remove {shown}")
     if mapping:
         return Holder(f"device-mapper device {shown}", f"dmsetup remove {shown}")

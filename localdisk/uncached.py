@@ -1,7 +1,7 @@
-"""Why a disk does not start from its template's local copy, though the cache is on.
+"""The reasons for which the hook does not use the template cache for a disk, although the cache is on.
 
-The hook sends these words to the helper, which logs and counts them; what the helper itself finds out is
-counted by the name of its error (`cache_full`).
+The hook sends the reason to the helper, which logs and counts it.  If the helper finds a reason itself, it
+counts it by the name of its error (`cache_full`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ REASONS = {
     METADATA_UNCLEAR: "the .meta file of the image's base volume is cut off, or has a key twice",
     NOT_LEGAL: "the .meta file of the image's base volume does not have LEGALITY=LEGAL",
     NOT_IN_TEMPLATE: "the image that IMAGE in the .meta file names does not have this base volume",
-    SMALLER_LAYER: "a layer of the image is smaller than what it stands on",
+    SMALLER_LAYER: "a layer of the image is smaller than the layer below it",
     OTHER_LAYOUT: "the image's base volume is in no volume group of a storage domain",
-    SPOILED: "the template LV was not as it was made when it had just been made",
+    SPOILED: "the template LV was made, and had changed when the disk was to be made from it",
 }

@@ -1,9 +1,11 @@
-"""Fill a logical volume from a source: qemu-img convert, the zeroed tail, fsync.
+"""Copies a source to a logical volume: runs qemu-img convert, zeroes the rest of the volume, and syncs.
 
-A whole chain in one pass; or on a local copy of its base: the layers above it, one pass each, onto a clone
-of that copy, or all of it in one pass with that copy in the place of the base.
+There are three ways.  `copy`: the whole chain in one pass.  `apply`: the volume is a clone of the template
+LV, and the layers above the base are copied onto it, one pass each.  `copy_on`: the whole chain in one pass,
+with the base read from the template LV.
 
-Runs as vdsm.  qemu-img dies with us (setpriv --pdeathsig), so a killed hook leaves no writer behind.
+This runs as user vdsm.  If the hook is killed, qemu-img is killed with it (setpriv --pdeathsig), so that no
+process goes on writing.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from localdisk.hook import sources
 from localdisk.hook.sources import Layer, Source
 from localdisk.protocol import Device, Target
 
-NODE_DEADLINE = 10.0  # seconds until udev has made the node and given it to us
+NODE_DEADLINE = 10.0  # seconds; by then udev must have made the node with vdsm as its owner
 MEMORY = 4 << 30  # bytes of address space; the tables of 64 layers take at most 32 MiB each (qemu, L2 cache)
 HEARTBEAT = 1.0  # seconds between two calls of `on_progress`
 
@@ -42,7 +44,7 @@ OnProgress = Callable[[float, int], None]
 
 @frozen
 class _Pass:
-    """One run of qemu-img convert: what it reads, with the descriptors `fds`, and what it is told."""
+    """One run of qemu-img convert: the source's name with its descriptors `fds`, and further options."""
 
     filename: str
     fds: tuple[int, ...]
@@ -51,7 +53,7 @@ class _Pass:
 
 
 def copy(source: Source, target: Target, on_progress: OnProgress) -> None:
-    """Fill `target` so that it equals the guest's view of `source`, zeros behind it, all on the device.
+    """Fill `target` with the guest's view of `source` and zeros after it, and sync.
 
     Raises CopyFailed, PoolFilledUp, DeviceNotReady, CommandMissing, and whatever `on_progress` raises.
     """
@@ -61,7 +63,7 @@ def copy(source: Source, target: Target, on_progress: OnProgress) -> None:
 
 
 def copy_on(source: Source, base: Device, target: Target, on_progress: OnProgress) -> None:
-    """As `copy`, but read from the device `base` what the source's base holds; it has the same content."""
+    """As `copy`, but read the base from the device `base` (a template LV), which has the same content."""
     with _as_copy_failed(source, target), _opened(base, os.O_RDONLY) as fd:
         fds = (*(layer.fd for layer in source.above), fd)
         whole = _Pass(source.filename_on(fd), fds, _is_direct(source.above))
@@ -69,9 +71,9 @@ def copy_on(source: Source, base: Device, target: Target, on_progress: OnProgres
 
 
 def apply(source: Source, target: Target, on_progress: OnProgress) -> None:
-    """As `copy`, for a target that has the content of the source's base, and zeros behind it, already.
+    """As `copy`, for a target that already has the content of the source's base, and zeros after it.
 
-    Only what the layers above the base hold is read and written, zeros that hide the base's data included.
+    Only the layers above the base are read and written, with their zeros that hide data of the base.
     """
     _fill(source, target, on_progress, [_layer(layer) for layer in reversed(source.above)])
 
@@ -96,11 +98,11 @@ def rehearse(device: Device) -> None:
 
 @contextmanager
 def _layer(layer: Layer) -> Iterator[_Pass]:
-    # A file is read through the page cache: its tables are there since its mapping was looked at, and so are
-    # not read again.  A block device may have old pages there: other hosts write to it.
+    # A file is read through the page cache, which still has its tables from the look at its mapping.  For a
+    # block device, the page cache may have old data: other hosts write to the device.
     is_direct = layer.is_block and _is_direct((layer,))
     with sources.alone(layer) as (filename, fds):
-        # The target stands for the layer's backing file: what the layer does not hold is left as it is there.
+        # qemu-img takes the target as the layer's backing file: blocks that the layer lacks are not written.
         yield _Pass(filename, fds, is_direct, ("-B", "below", "-F", "raw"))
     if not layer.is_block:
         os.posix_fadvise(layer.fd, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -113,7 +115,7 @@ def _is_direct(layers: tuple[Layer, ...]) -> bool:
 def _fill(
     source: Source, target: Target, on_progress: OnProgress, passes: Sequence[AbstractContextManager[_Pass]]
 ) -> None:
-    """Carry out the passes, from the bottom up."""
+    """Run the passes in order, the lowest layer first."""
     before = 0  # bytes that earlier steps wrote
 
     def part(number: int, fraction: float, written: int) -> None:
@@ -138,7 +140,7 @@ def _as_copy_failed(source: Source, target: Target) -> Iterator[None]:
 
 @contextmanager
 def _opened(device: Device, flags: int) -> Iterator[int]:
-    """A descriptor of a volume, once udev has given it to us; it is surely the one that the helper means."""
+    """A descriptor of a volume when udev has made vdsm its owner; checked to be the helper's volume."""
     fd = _open_when_ready(device.path, flags)
     try:
         if device_mapper.read_uuid(os.fstat(fd).st_rdev) != device.dm_uuid:
@@ -162,13 +164,14 @@ def _open_when_ready(path: str, flags: int) -> int:
 
 
 def _zero_tail(fd: int, begin: int, on_progress: OnProgress) -> int:
-    """Zero what lies behind the guest's view: the volume is whole extents, and old bytes are there.
+    """Zero the volume after the guest's view, because it has old data there; returns how many bytes.
 
-    Returns how many bytes.
+    A volume has whole extents, so it can be larger than the guest's view.
     """
     start, end = begin, os.lseek(fd, 0, os.SEEK_END)
-    # The guest's view is whole sectors of 512 bytes, the device's may be larger: the kernel refuses to zero a
-    # part of one.  Written and on the device before qemu-img writes around the page cache.
+    # The guest's view has whole sectors of 512 bytes; the device's sectors may be larger, and the kernel
+    # refuses to zero a part of a sector.  So this part is written, and synced before qemu-img writes
+    # directly.
     rest = min(-start % _LARGEST_SECTOR, end - start)
     if rest > 0:
         os.pwrite(fd, bytes(rest), start)
@@ -183,7 +186,7 @@ def _zero_tail(fd: int, begin: int, on_progress: OnProgress) -> int:
 
 
 def _convert(source: Source, read: _Pass, target: Target, fd: int, on_progress: OnProgress) -> int:
-    """One pass; returns the bytes that were written."""
+    """Run one pass; returns how many bytes were written."""
     process = run.start_reporting(_command(read, target, fd), (*read.fds, fd))
     written = 0
     try:
@@ -191,7 +194,7 @@ def _convert(source: Source, read: _Pass, target: Target, fd: int, on_progress: 
             written = _written(process.pid, int(fraction * source.virtual_size))
             on_progress(fraction, written)
         said = run.read_errors(process)
-        if process.returncode in (126, 127):  # what setpriv, prlimit and nice say where they cannot run it
+        if process.returncode in (126, 127):  # setpriv, prlimit or nice could not run the next program
             raise CommandMissing(tool="qemu-img")
         if process.returncode != 0:
             raise _failed(source, target, said or f"qemu-img: {how_it_ended(process.returncode)}")
@@ -202,10 +205,10 @@ def _convert(source: Source, read: _Pass, target: Target, fd: int, on_progress: 
 
 def _command(read: _Pass, target: Target, fd: int) -> list[str]:
     argv = ["setpriv", "--pdeathsig", "KILL", "--"]
-    # A forged image can make a tool eat memory; how long a copy takes is not bounded.  A crash leaves no
-    # file with a guest's data.
+    # A forged image could make qemu-img use much memory, so it is limited; time is not.  A crash must leave
+    # no core file with a guest's data.
     argv += ["prlimit", f"--as={MEMORY}", "--core=0", "--"]
-    # vdsmd runs at nice -20 and we inherit that; the configured value is absolute.
+    # vdsmd runs at nice -20, and we inherit that; the configured value is absolute, `nice -n` is relative.
     argv += ["nice", "-n", str(target.nice - os.getpriority(os.PRIO_PROCESS, 0))]
     argv += ["qemu-img", "convert", "-p", "-n", "-W", "-m", "8", "-t", "none"]
     if read.is_direct:
@@ -218,9 +221,9 @@ def _command(read: _Pass, target: Target, fd: int) -> list[str]:
 
 
 def _progress(process: run.Process[bytes]) -> Iterator[float]:
-    """The fraction done, about once a second until the tool closes its standard output, and then."""
+    """The fraction done, about once a second, and once more when the tool closes its standard output."""
     assert process.stdout is not None  # noqa: S101 (started with a pipe)
-    fd, fraction, told = process.stdout.fileno(), 0.0, time.monotonic()
+    fd, fraction, reported = process.stdout.fileno(), 0.0, time.monotonic()
     yield fraction
     while True:
         if select.select([fd], [], [], HEARTBEAT)[0]:
@@ -230,13 +233,13 @@ def _progress(process: run.Process[bytes]) -> Iterator[float]:
                 return
             found = _PROGRESS.findall(text)
             fraction = float(found[-1]) / 100 if found else fraction
-        if time.monotonic() - told >= HEARTBEAT:
-            told = time.monotonic()
+        if time.monotonic() - reported >= HEARTBEAT:
+            reported = time.monotonic()
             yield fraction
 
 
 def _written(pid: int, otherwise: int) -> int:
-    """Bytes that a process has had written to devices; `otherwise` where the kernel does not count them."""
+    """Bytes that a process has written to devices; `otherwise` if the kernel does not count them."""
     try:
         with open(f"/proc/{pid}/io", encoding="ascii") as file:
             return int(re.findall(r"^write_bytes: (\d+)$", file.read(), re.M)[0])
@@ -245,6 +248,6 @@ def _written(pid: int, otherwise: int) -> int:
 
 
 def _failed(source: Source, target: Target, problem: str) -> Error:
-    if os.strerror(errno.ENOSPC) in problem:  # a preallocated volume never says so
+    if os.strerror(errno.ENOSPC) in problem:  # only thin volumes get this error
         return PoolFilledUp(volume=source.layers[0].path, path=target.path)
     return CopyFailed(volume=source.layers[0].path, path=target.path, problem=problem)

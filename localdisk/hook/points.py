@@ -1,8 +1,8 @@
-"""One function per hook point: what vdsm asks, and what it gets back.
+"""One function for each hook point of a VM.
 
-A function returns the data that vdsm reads back, or None if nothing changes; it raises to refuse.
-`vdsm/hook_call.py` is the contract, `helper/session.py` the privileged half.  The one point that runs as
-root, before_vdsm_start, is no VM's: `cli.py` serves it.
+A function returns the text that vdsm reads back, or None if nothing changes; it raises an error to refuse
+the operation.  `vdsm/hook_call.py` describes what vdsm expects of hooks; `helper/session.py` does the work
+of root. `cli.py` serves before_vdsm_start, which is for no VM and runs as root.
 """
 
 from __future__ import annotations
@@ -41,14 +41,15 @@ if TYPE_CHECKING:
 def run(point: str, environ: Mapping[str, str]) -> None:
     """Serve one hook point as vdsm calls it.  Raises Error to refuse."""
     if point == "after_disk_prepare":
-        # Before all else: for a VM that runs, neither its property nor the configuration may refuse anything.
+        # This comes first: a VM that runs may not be refused, even if its property or the configuration is
+        # wrong.
         vm_id = hook_call.local_vm(environ)
         if vm_id and not _is_start(vm_id):
             return
     call = hook_call.read_call(point, environ)
     if call.vm_id and call.property_value == "off":
         if point in BEGINNINGS:
-            _begins_without(call)
+            _mark_stale(call)
         return
     answer = POINTS[point](call)
     if answer is not None:
@@ -56,7 +57,7 @@ def run(point: str, environ: Mapping[str, str]) -> None:
 
 
 # Why vdsm prepares the disks of a VM that it does not start (vm.py, `_run`; clientIF.py,
-# `_preparePathsForRecoveredVMs`).  For a start it has defined a placeholder before.
+# `_preparePathsForRecoveredVMs`).  Before a start, vdsm defines a placeholder for the VM in libvirt.
 _NO_START = {
     DomainState.ACTIVE: "the VM runs, vdsm recovers it",
     DomainState.SHUT_OFF: "the VM has run and is shut off, vdsm recovers it",
@@ -67,8 +68,8 @@ _NO_START = {
 def _is_start(vm_id: str) -> bool:
     """Whether vdsm prepares the disks of this VM to start it.
 
-    If libvirt does not answer, the VM may be one that runs: nothing is done for it, either.  The start of
-    another VM is refused at before_vm_start then.
+    If libvirt does not answer, the VM may run already, so nothing is done for it.  If it is being started,
+    before_vm_start refuses the start.
     """
     try:
         state = libvirt.state(vm_id)
@@ -81,14 +82,14 @@ def _is_start(vm_id: str) -> bool:
 
 
 def after_disk_prepare(call: Call) -> str | None:
-    """Make one disk of a VM that vdsm starts local, and point vdsm to it."""
+    """Make a local copy of one disk of a VM that vdsm starts, and return the disk with the local path."""
     text = hook_call.read_data(call)
     disk = disk_json.read_disk(text)
     if disk.device in ("cdrom", "floppy"):
         return None
     if disk.was_local:
         log.event(
-            "disk left as it is", vm=call.vm_id, disk=disk.volume_id, why="it is read from a VM that ran"
+            "disk left as it is", vm=call.vm_id, disk=disk.volume_id, why="vdsm read it from a VM that ran"
         )
         return None
     with Helper(call.vm_id, call.property_value) as helper:
@@ -97,7 +98,7 @@ def after_disk_prepare(call: Call) -> str | None:
 
 
 def before_vm_start(call: Call) -> str | None:
-    """Make sure that every disk that must be local is, just before the domain is created."""
+    """Just before the domain is created, make sure that every disk that must be local is local."""
     xml = hook_call.read_data(call)
     domain_id, every_disk = domain_xml.read_domain(xml)
     if domain_id != call.vm_id:
@@ -114,16 +115,18 @@ def before_vm_start(call: Call) -> str | None:
         ]
         if shared:
             helper.mark_stale(shared)
-        paths = {disk.name: _be_local(helper, call.vm_id, disk, looked) for disk, looked in zip(disks, looks)}
-    # Also what after_disk_prepare has made local: vdsm can leave `file=` beside `dev=` there.
+        paths = {
+            disk.name: _require_local(helper, call.vm_id, disk, looked) for disk, looked in zip(disks, looks)
+        }
+    # Also disks that after_disk_prepare has made local: vdsm may have left `file=` beside `dev=` in the XML.
     return domain_xml.localize_domain(xml, {name: path for name, path in paths.items() if path})
 
 
 def before_vm_destroy(call: Call) -> None:
     """End the preparation of the disks of a VM that vdsm powers off while it starts.
 
-    libvirt knows a VM that starts by vdsm's placeholder, or does not know it yet; a VM that has started has
-    disks there until vdsm has powered it off.
+    While a VM starts, libvirt has only vdsm's placeholder for it, or nothing yet.  So if libvirt has its full
+    definition, the VM has started, and nothing is done here.
     """
     with contextlib.suppress(LibvirtSilent):
         if libvirt.state(call.vm_id) in (DomainState.ACTIVE, DomainState.SHUT_OFF):
@@ -133,7 +136,7 @@ def before_vm_destroy(call: Call) -> None:
 
 
 def after_vm_destroy(call: Call) -> None:
-    """Release the local disks of a VM that has stopped; those that it ran beside in the end are kept."""
+    """Release the local disks of a VM that has stopped, and mark those it did not run from as drifted."""
     drifted = [(image_id, path) for image_id, path in _ran_from(call) if not is_local_path(path)]
     with Helper(call.vm_id, call.property_value) as helper:
         if drifted:
@@ -142,9 +145,9 @@ def after_vm_destroy(call: Call) -> None:
 
 
 def _ran_from(call: Call) -> Iterator[tuple[str, str]]:
-    """What the VM's disks ran from when it stopped, as vdsm and libvirt say: image id, path.
+    """(image id, path) of the VM's disks when it stopped, from vdsm's XML and libvirt's definition.
 
-    vdsm's own XML may be of before a snapshot; libvirt's definition is undefined after this hook point.
+    vdsm's XML may be older than a snapshot; so libvirt is asked, too, which still has the definition now.
     """
     try:
         yield from domain_xml.read_ran_from(hook_call.read_data(call), is_live=True)
@@ -171,7 +174,7 @@ def before_vm_dehibernate(call: Call) -> None:
 
 
 def before_disk_hotplug(call: Call) -> None:
-    """Refuse a disk that is plugged into a running local VM, or let it stay on shared storage."""
+    """Refuse to plug a disk into a VM with local disks, or leave it on shared storage (`hotplug`)."""
     disk = domain_xml.read_disk_element(hook_call.read_data(call))
     policy = _policy(call)
     if policy.is_local(disk.image_id) and policy.hotplug == "refuse" and disk.device == "disk":
@@ -179,7 +182,7 @@ def before_disk_hotplug(call: Call) -> None:
 
 
 def before_disk_hotunplug(call: Call) -> None:
-    """Refuse to unplug a local disk: plugged in again, it would be the shared one, with older data."""
+    """Refuse to unplug a local disk: plugged in again, it would come from shared storage, with older data."""
     disk = domain_xml.read_disk_element(hook_call.read_data(call))
     if disk.is_local:
         raise UnplugRefused(vm=call.vm_id, disk=disk.name, path=disk.path)
@@ -199,11 +202,11 @@ POINTS: dict[str, Callable[[Call], str | None]] = {
 }
 
 
-def _begins_without(call: Call) -> None:
-    """A VM without the property begins to run here: kept disks that it has here are stale from now on.
+def _mark_stale(call: Call) -> None:
+    """A VM with the property off starts here: mark its kept disks on this host as stale.
 
-    It has no part in localdisk, and is not refused, whatever goes wrong: the helper has written down that its
-    disks must be marked, and the next local start of it, or gc, does so.
+    A failure does not refuse the VM, which does not use localdisk: the helper has recorded first that the
+    disks must be marked, and the VM's next local start, or gc, marks them.
     """
     try:
         with Helper(call.vm_id) as helper:
@@ -224,9 +227,9 @@ def _policy(call: Call) -> Policy:
 
 
 def _is_resumed(vm_id: str, disks: Sequence[Disk], looks: Sequence[Looked]) -> bool:
-    """Whether the VM is resumed from a saved state: libvirt does not know it yet.
+    """Whether the VM is resumed from a saved state: then libvirt does not know it yet.
 
-    vdsm starts the saved domain then, whatever the answer here is; before_vm_dehibernate refuses.
+    vdsm starts the saved domain, whatever this hook point answers; before_vm_dehibernate refuses.
     """
     is_prepared = all(disk.path == looked.path for disk, looked in zip(disks, looks) if looked.is_local)
     if is_prepared or libvirt.state(vm_id) is not DomainState.UNKNOWN:
@@ -235,10 +238,10 @@ def _is_resumed(vm_id: str, disks: Sequence[Disk], looks: Sequence[Looked]) -> b
     return True
 
 
-def _be_local(helper: Helper, vm_id: str, disk: Disk, looked: Looked) -> str:
-    """The local path of a disk of the domain, "" where it stays on shared storage.
+def _require_local(helper: Helper, vm_id: str, disk: Disk, looked: Looked) -> str:
+    """The local path of a disk of the domain, "" if the disk stays on shared storage.  Raises NotLocal.
 
-    after_disk_prepare has made it local; with a vdsm that has no such hook point, it is done here.
+    after_disk_prepare has made the disk local; a vdsm without this hook point gets it made here.
     """
     if not looked.is_local:
         return ""
@@ -250,7 +253,7 @@ def _be_local(helper: Helper, vm_id: str, disk: Disk, looked: Looked) -> str:
 
 
 def _make_local(helper: Helper, disk: Disk) -> str:
-    """The path of the local copy of `disk`, which is ready; "" where it stays on shared storage."""
+    """Make `disk` local; returns the path of the ready copy, "" if the disk stays on shared storage."""
     if not disk.is_vdsm_image:
         fix = "detach it from this VM, or run the VM without the custom property localdisk"
         raise DiskRefused(disk=disk.name or disk.path, problem="no image of a storage domain", fix=fix)
@@ -269,7 +272,7 @@ def _make_local(helper: Helper, disk: Disk) -> str:
 
 
 def _base(source: Source) -> tuple[Base | None, str]:
-    """What storage says that this disk and others may start from, or why nothing is (`uncached.REASONS`)."""
+    """The template's volume below this disk; or None and the reason why none is used (`uncached.REASONS`)."""
     layer = source.base
     domain_id = template_source.domain_of(layer) if layer.is_block else ""
     why = _why_no_base(source, domain_id)
@@ -285,11 +288,11 @@ def _why_no_base(source: Source, domain_id: str) -> str:
         return template_source.why_no_template(source.base)
     if not domain_id:
         return uncached.OTHER_LAYOUT
-    return "" if source.above else uncached.NO_TEMPLATE  # a block volume without layers is the image's own
+    return "" if source.above else uncached.NO_TEMPLATE  # without layers above, it is the image's own volume
 
 
 def _prepare(helper: Helper, source: Source, is_thin: bool, base: Base | None) -> Prepared:
-    """Have the disk made, from its template's local copy where `base` is one and the helper has it."""
+    """Have the helper prepare the disk, from the template LV of `base` if possible."""
     disk = source.virtual_size, source.fingerprint
     if base:
         writes = source.writes_above() if is_thin else source.virtual_size
@@ -304,14 +307,14 @@ def _prepare(helper: Helper, source: Source, is_thin: bool, base: Base | None) -
 
 
 def fill(helper: Helper, base: Source, is_thin: bool, show: OnProgress | None = None) -> bool:
-    """Copy a template's volume into the cache; False where the helper does not take it."""
+    """Copy a template's volume into the cache; False if the helper does not use the cache for it."""
     target = helper.fill(base.writes(is_thin))
     if target is None:
         return False
-    tell = _tell(helper, base)
+    report = _reporter(helper, base)
 
     def on_progress(fraction: float, written: int) -> None:
-        tell(fraction, written)
+        report(fraction, written)
         if show:
             show(fraction, written)
 
@@ -327,7 +330,7 @@ def _require_copyable(disk: Disk) -> None:
     if disk.shared in ("shared", "true"):
         problem = "shared between VMs; a local copy would split them"
     elif disk.shared == "transient":
-        problem = "transient; its changes are thrown away by vdsm itself"
+        problem = "transient; vdsm itself discards its changes"
     elif disk.disk_type not in ("file", "block"):
         problem = f"on {disk.disk_type} storage, which cannot be read as a file or block device"
     if problem:
@@ -336,16 +339,16 @@ def _require_copyable(disk: Disk) -> None:
 
 
 def _copy(helper: Helper, source: Source, prepared: Prepared) -> None:
-    target, tell = prepared.target, _tell(helper, source)
-    assert target  # noqa: S101 (nothing is copied otherwise)
+    target, report = prepared.target, _reporter(helper, source)
+    assert target  # noqa: S101 (otherwise nothing is copied)
     if prepared.how is How.LAYERS:
-        copy.apply(source, target, tell)
+        copy.apply(source, target, report)
     elif prepared.base_device:
-        copy.copy_on(source, prepared.base_device, target, tell)
+        copy.copy_on(source, prepared.base_device, target, report)
     else:
-        copy.copy(source, target, tell)
+        copy.copy(source, target, report)
     helper.commit()
 
 
-def _tell(helper: Helper, source: Source) -> OnProgress:
+def _reporter(helper: Helper, source: Source) -> OnProgress:
     return lambda fraction, written: helper.progress(int(fraction * source.virtual_size), written)

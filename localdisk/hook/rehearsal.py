@@ -1,7 +1,8 @@
-"""What a start does, done as user vdsm and without a VM; `check` runs it.
+"""A trial of a start, as user vdsm and without a VM; `check` runs it.
 
-libvirt is asked about a VM that there is nowhere.  Through sudo, the helper makes a tiny volume as it makes
-a local disk; this half opens it, writes to it and reads it back; the helper removes it.
+It asks libvirt about a VM that does not exist.  Through sudo, the helper makes a tiny volume as it makes a
+local disk (`helper/trial.py`).  The trial opens the volume, writes to it and reads it back; the helper
+removes it.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from localdisk.ids import NOBODY
 
 
 def rehearse(starts: Iterable[str]) -> str:
-    """Try these starts, each `VM=PROPERTY`: what a disk of such a VM with that property would meet.
+    """Try these starts, each `VM=PROPERTY`: a VM's id, and the value of its custom property.
 
-    Returns one JSON object, `{"sudo": "…", "libvirt": "…", "disks": ["…", …]}`: messages of errors, "" where
-    there is none.
+    Returns one JSON object, `{"sudo": "…", "libvirt": "…", "disks": ["…", …]}`: error messages, "" if there
+    is none.
     """
     found = {"sudo": "", "libvirt": _libvirt()}
     disks: dict[str, None] = {}
