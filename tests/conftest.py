@@ -1,4 +1,4 @@
-"""What holds for all unit tests."""
+"""Fixtures for all tests."""
 
 from __future__ import annotations
 

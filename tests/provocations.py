@@ -1,8 +1,8 @@
-"""The table of test_messages.py: for every message of the product, something that provokes it.
+"""The table of test_messages.py: for every message of the product, a function that provokes it.
 
-A provocation drives the real code, with fakes at the door or with real files, and gets a `World`.  What an
-attacker would choose it asks the world for: "evil" when the message is read, and thousands of hostile
-characters when it is measured.
+A provocation runs the real code, with fakes for tools or with real files, and gets a `World`.  A value that
+an attacker could choose comes from the world: "evil" when the message is read, and thousands of hostile
+characters when the message is measured.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The Pythons that the built file is for and that this machine has."""
+"""The versions of Python that the built file supports and this machine has."""
 
 from __future__ import annotations
 

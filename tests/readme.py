@@ -1,6 +1,6 @@
-"""The generated parts of README.md and docs/: `python -m tests.readme` writes them anew.
+"""The generated parts of README.md and docs/: `python -m tests.readme` writes them again.
 
-A part stands between `<!-- reference: NAME -->` and `<!-- end -->`.
+A part is between `<!-- reference: NAME -->` and `<!-- end -->`.
 """
 
 from __future__ import annotations

@@ -11,16 +11,16 @@ Where it runs, the first that works (places.py; `--where PLACE` forces one):
                  the same, of the User Mode Linux of this machine's own release
     emulation    a throw-away guest in qemu, emulated: five to ten times slower
 
-Debian packages that a place needs are installed.  In a guest the machine's own file system is visible
-read-only below a throw-away overlay: nothing that the command writes stays.  The command runs in the
-repository's root directory and finds its disks in the environment, as LOCALDISK_BED_LOCAL and
-LOCALDISK_BED_SHARED (host.py uses them); LOCALDISK_BED_THROWAWAY=1 says that the machine is a guest.
-A guest gets no other environment: `-- env NAME=VALUE COMMAND`.  The output is streamed live: as it is on
-a terminal, line by line elsewhere, where of a line with carriage returns (a progress bar) only the last
-state is shown.  Without a COMMAND nothing runs but `true`.
+Debian packages that a place needs are installed.  A guest sees the machine's own file system through a
+throw-away overlay: files that the command writes are lost when the guest ends.  The command runs in the
+repository's root directory.  The environment names its disks, as LOCALDISK_BED_LOCAL and
+LOCALDISK_BED_SHARED (host.py uses them); LOCALDISK_BED_THROWAWAY=1 means that the machine is a guest.  A
+guest gets no other environment: `-- env NAME=VALUE COMMAND`.  The output is shown live.  If it is not a
+terminal, it is shown line by line, and of a line with carriage returns (a progress bar) only the last state.
+Without a COMMAND, `true` runs.
 
-Exit status: that of the command; 69 no such kernel can be had here, with what is missing;
-70 the guest died before the command ended; 124 the deadline passed and the guest was killed.
+Exit status: the command's; 69: this machine has no such kernel, and what is missing is printed; 70: the guest
+died before the command ended; 124: the deadline passed and the guest was killed.
 """
 
 from __future__ import annotations

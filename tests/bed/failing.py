@@ -1,9 +1,9 @@
-"""Block devices that fail when they are told to.
+"""Block devices that a test can make fail.
 
     with failing_device("bed-a", 256 << 20) as device:     in the place of a disk
-        device.fail(start)        reads and writes behind byte `start` fail from now on
-        device.vanish()           the device is gone, its node too; nothing may have it open
-        device.mend()             it is as good as before, with all that was written to it
+        device.fail(start)        reads and writes after byte `start` fail from now on
+        device.vanish()           removes the device and its node; nothing may have it open
+        device.mend()             the device works again, with its data
     FailingDevice.of("ovirt--local-pool0_tmeta")           a linear LV fails like that, too
 
 A disk is a file on the bed's shared storage.  LVM does not see the loop device between: what is on the disk

@@ -1,4 +1,4 @@
-"""What every throw-away guest needs: its disks, its command, its exit status, and its output shown live."""
+"""The common parts of all throw-away guests: disks, command, exit status, live output."""
 
 from __future__ import annotations
 

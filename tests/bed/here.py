@@ -1,4 +1,4 @@
-"""This machine's own kernel as the place to run: with loop devices as disks, and left as it was."""
+"""This machine's own kernel as the place to run: loop devices are the disks, and are removed at the end."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Makes this kernel an oVirt host as far as localdisk can see.  Runs as root inside boot.py's machine.
 
     python -m tests.bed.host setup      users, storage, volume group, rules, the program and its links
-    python -m tests.bed.host leave      takes all of it but the users away again
+    python -m tests.bed.host leave      removes all of this again, except the users
 
 `setup` can be run again, also on the disks of an earlier boot: what exists stays.  In a guest the
 users get a host's own numbers; on a machine that is not ours to change they get free ones.

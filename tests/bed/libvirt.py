@@ -1,9 +1,9 @@
-"""A real libvirt in the bed: starts its daemons where systemd does not, and does what vdsm does with it.
+"""A real libvirt in the bed: starts its daemons if systemd does not, and does with it what vdsm does.
 
 start()                          once; afterwards virsh works, read-only for user vdsm
-define_placeholder(vm_id)        what vdsm has there while it prepares the disks of a VM
-start_domain(xml)                a VM starts as vdsm starts it: its domain stays when it ends
-create(xml); destroy(vm_id)      a VM starts whose domain goes when it ends; a VM is pulled the plug
+define_placeholder(vm_id)        defines the domain that vdsm defines while it prepares a VM's disks
+start_domain(xml)                starts a VM as vdsm does: its domain is still defined when the VM ends
+create(xml); destroy(vm_id)      starts a VM whose domain is removed when it ends; powers a VM off
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Installs Debian packages, also single files of another release without touching the machine's apt.
+"""Installs Debian packages, and unpacks packages of another release without a change of the machine's apt.
 
-install("lvm2", "sudo")                     those that are not installed yet
+install("lvm2", "sudo")                     installs those that are not installed yet
 missing(TOOLS)                              the packages of tools that this machine does not have
-fetch(PINS, Path(".bed/uml"))               files of packages from Debian's other suites, unpacked
+fetch(PINS, Path(".bed/uml"))               unpacks files of packages from Debian's other suites
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
-"""The places where there is a kernel with device-mapper, and which of them this machine has.
+"""The places that can have a kernel with device-mapper, and which of them work on this machine.
 
     choose("auto").boot(order)
 
-Each place is really tried, with a deadline: /dev/kvm may be there and hang, a kernel may die at its first
-program.  What came of it is printed in one line.  That a guest boots, dies or hangs is remembered in .bed/
-until this machine boots again; what could not be tried, for want of a package perhaps, is tried again.
+Each place is really tried, with a deadline: /dev/kvm may exist and hang, or a kernel may die at its first
+program.  The result is printed in one line.  If a guest boots, dies or hangs, that is remembered in .bed/
+until this machine boots again; a place that could not be tried, for example without a package, is tried
+again.
 """
 
 from __future__ import annotations

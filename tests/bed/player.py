@@ -1,14 +1,15 @@
-"""Plays vdsm's side of the hook contract: one hook point, called as vdsm calls it.
+"""Calls one hook point as vdsm calls it.
 
     result = run_point("after_disk_prepare", vm_id, disk_json, custom={"localdisk": "lvm"})
 
 Every executable file of the point's directory runs, in the order of the paths, without arguments and
 without input, as user vdsm (before_vdsm_start: as root), in a process group of its own, at vdsmd's
 nice -20.  Its environment is vdsm's own, the VM's custom properties, vmId, a PYTHONPATH whose first
-entry is empty, and the path of one temporary file with the data, which is read back in the end.
+entry is empty, and the path of one temporary file with the data, which is read again when all scripts have
+ended.
 
-`start_point` returns while the first script runs, for tests that kill it or look at it.
-Runs as root.  Written from the contract, not from vdsm's code.
+`start_point` returns while the first script runs, for tests that kill it or watch it.
+Runs as root.  Written from vdsm's documentation of hooks, not from its code.
 """
 
 from __future__ import annotations

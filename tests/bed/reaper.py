@@ -1,10 +1,10 @@
-"""Runs a command and adopts and buries every process that loses its parent meanwhile.
+"""Runs a command, and meanwhile waits (wait(2)) for every process that loses its parent.
 
     python3 reaper.py COMMAND [ARGUMENT...]
 
-That is the work of a machine's first process, and the one of virtme-ng's guests does not do it while a
-command runs.  libvirt waits 80 s for every qemu that has ended but was not buried.
-Exit status: that of the command, 128 + the signal's number if one ended it.
+This is the work of a machine's first process, which virtme-ng's first process does not do while a command
+runs. libvirt waits 80 s for a qemu that has ended and is still a zombie. Exit status: the command's; 128 and
+the signal's number if a signal ended it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Runs commands for the bed: argument lists, no standard input unless given, failures say it all."""
+"""Runs commands for the bed: argument lists, no standard input unless given, failures with all output."""
 
 from __future__ import annotations
 

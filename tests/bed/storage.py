@@ -1,4 +1,4 @@
-"""Builds shared storage as vdsm lays it out, and says what a guest sees of it.
+"""Builds shared storage as vdsm does, and computes the guest's view of its images.
 
     storage = FileStorage()                                  or BlockStorage(): volumes are LVs
     template = storage.template(64 << 20, "raw", seed=1)     one base volume with data

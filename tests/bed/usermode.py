@@ -1,14 +1,14 @@
 """A throw-away guest of User Mode Linux: a whole Linux kernel that runs as a process of this one.
 
-It has real device-mapper and real LVM below its programs, and these run at nearly their own speed, where
-an emulated machine needs five to ten times as long; it boots in two seconds.  The machine's own file
-system is seen through hostfs, below a throw-away overlay (usermode.sh).
+It has real device-mapper and real LVM, and programs run at nearly their own speed, while an emulated machine
+needs five to ten times as long; it boots in two seconds.  It sees the machine's own file system through
+hostfs, below a throw-away overlay (usermode.sh).
 
-There are two of it, both Debian's package user-mode-linux:
+There are two kernels, both from Debian's package user-mode-linux:
 
-    recent()         of a newer Debian, fetched into .bed/ (pins/kernel.txt); its seccomp mode runs on every
+    recent()         a newer Debian's, fetched into .bed/ (pins/kernel.txt); its seccomp mode runs on every
                      processor that was tried
-    distribution()   of the machine's own release; it dies on processors with AMX, whose registers are more
+    distribution()   the machine's own release's; it dies on processors with AMX, which have more registers
                      than it expects
 """
 

@@ -1,6 +1,6 @@
-"""A throw-away guest by virtme-ng: a distribution's kernel in qemu, the machine's own files below it.
+"""A throw-away guest by virtme-ng: a distribution's kernel in qemu, with the machine's own files.
 
-Under KVM it is as fast as the machine, under emulation five to ten times slower.
+Under KVM it is as fast as the machine, in emulation five to ten times slower.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """python -m tests.crash [--all | --match TEXT]: runs the crash matrix in guests, prints the table.
 
-Without either a selection is run.  A first guest makes the scene and runs each flow once; its disks are
-copied for as many guests as there are CPUs (`--guests`), which share the cases.  Exit status: 0 where no case
-found a violation, else 1.
+Without both options, a selection is run.  A first guest makes what the flows need and runs each flow once.
+Its disks are copied for as many guests as there are CPUs (`--guests`), which share the cases.  Exit status: 0
+if no case found a violation, else 1.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""Runs in a guest:
+"""Runs cases of the crash matrix inside a guest:
 
-    python -m tests.crash.cases prepare MATCH                  the scene, and which tools each flow runs
-    python -m tests.crash.cases run MATCH PART PARTS EVERY     its share of the cases
+    python -m tests.crash.cases prepare MATCH                  makes what the flows need, lists their tools
+    python -m tests.crash.cases run MATCH PART PARTS EVERY     runs this guest's share of the cases
 
-Of the cases with MATCH, or one of several texts separated by |, in their name one of EVERY is chosen, and of
-these every PARTS-th from PART on is run.  What was found is on the shared disk, so that the next boot goes on
-where a case has stopped the kernel.
-Each line of output is one JSON object: a result, or `{"dies": CASE}` just before the kernel is stopped.
+MATCH is a text in the names of cases, or several texts separated by |.  Of these cases, one in EVERY is
+chosen; of the chosen ones, this guest runs every PARTS-th, beginning with PART.  Results are kept on the
+shared disk, so that the next boot continues after the case that has switched the kernel off. Each line of
+output is one JSON object: a result, or `{"dies": CASE}` just before the kernel is switched off.
 """
 
 from __future__ import annotations

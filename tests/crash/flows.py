@@ -1,8 +1,8 @@
-"""The flows: what localdisk does, each with what must be there before and what it should find after.
+"""The flows of localdisk; each has its preparation, and what must be true after it.
 
-All flows are those of one disk of one VM, on the volume group of the bed.  A flow's disk is made here, with
-LVM's own commands and the tags of `localdisk/volumes/disk.py`, so that nothing of localdisk runs before it
-counts.
+All flows are about one disk of one VM, in the volume group of the bed.  The preparation makes the disk with
+LVM's own commands and the tags of `localdisk/volumes/disk.py`, so that localdisk itself first runs in the
+flow.
 """
 
 from __future__ import annotations

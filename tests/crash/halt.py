@@ -1,7 +1,7 @@
-"""Stops localdisk at a chosen moment: a script in the place of the tools that it runs.
+"""Stops localdisk at a chosen moment, by a script in the place of the tools that it runs.
 
-While `armed` holds, calls of tools are counted.  The chosen one stops before or after the tool has run, or
-while it runs, until `go_on`.  localdisk itself knows nothing of it.
+Inside `armed`, the script counts the calls of tools.  The chosen call waits before, while or after the tool
+runs, until `go_on`.  localdisk itself does not notice.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
-"""Faults below us on real devices: the VM is refused with one line, nothing is left, and it starts once the
-fault is gone.
+"""Faults of real devices: the VM is refused with one line, nothing is left, and it starts after the fault.
 
-The volume group is one of the tests' own, on two devices that fail when they are told to.
+The tests have their own volume group, on two devices that they can make fail.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""gc on real LVM and real libvirt: what no VM needs goes, what a VM needs or may need stays."""
+"""gc on real LVM and real libvirt: disks that no VM needs are removed, disks that a VM may need are kept."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Hostile images on real LVM: only the volumes that vdsm named are read, nothing is left, one line is said.
+"""Hostile images on real LVM: only volumes that vdsm named are read, nothing is left, one line is printed.
 
 Each attack forges the leaf of an image; then vdsm prepares it.  The canary is a file that user vdsm can read;
-inotify tells whether anything opened it.
+inotify detects whether anything opened it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`install` and `uninstall` on a real host: it is put there, hides what guests write, and goes again."""
+"""`install` and `uninstall` on a real host: it is installed, hides what guests write, and is removed."""
 
 from __future__ import annotations
 

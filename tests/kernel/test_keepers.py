@@ -1,4 +1,4 @@
-"""Nothing that anyone still needs is lost: older disks, snapshots, wrong clocks."""
+"""Disks that somebody may still need are not lost: older hooks' disks, snapshots, wrong clocks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Kept disks whose image has changed, or has another leaf: used, refused or replaced, and never lost before.
+"""Kept disks whose image has changed, or has another leaf: they are used, refused or replaced, but not lost.
 
 On file storage and on block storage.
 """

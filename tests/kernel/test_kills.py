@@ -1,6 +1,6 @@
 """Killed while copying or waiting: the next start succeeds, and nothing is left behind.
 
-What is killed at a command of its own is in the crash matrix (tests/crash).
+The crash matrix (tests/crash) has the cases that are killed at a certain command.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""LVM as administrators leave it: settings that shape what it prints, metadata that was restored."""
+"""Unusual states of LVM: settings that change its output, restored metadata, an archive that grows."""
 
 from __future__ import annotations
 

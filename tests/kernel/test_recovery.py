@@ -1,4 +1,4 @@
-"""vdsm prepares disks of VMs that it does not start: it recovers them, or they come from elsewhere.
+"""vdsm prepares disks of VMs that it does not start: it recovers the VMs, or they are migrated or resumed.
 
 Real VMs on real libvirt; `tests/bed/vdsm.py` plays vdsm.
 """

@@ -1,4 +1,4 @@
-"""Bad input and bad hosts on real LVM: one line that says what to do, exit 2, nothing created or lost."""
+"""Bad input and bad hosts on real LVM: one line that explains what to do, exit 2, nothing made or lost."""
 
 from __future__ import annotations
 

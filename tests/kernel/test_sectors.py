@@ -1,6 +1,6 @@
-"""A volume group on a device whose sectors have 4096 bytes: copied, cached, erased, booted from.
+"""A volume group on a device with sectors of 4096 bytes: disks are copied, cached, erased and booted from.
 
-Guests and images count in sectors of 512 bytes, so a disk may end in the middle of one of the device's.
+Guests and images have sectors of 512 bytes, so a disk may end in the middle of a sector of the device.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Old bytes: in a group and a pool full of a pattern, a local disk holds what its guest sees, or zeros."""
+"""Old bytes: in a group and a pool full of a pattern, a local disk has only its guest's view and zeros."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What status sees on a real kernel: VMs that run, copies, drift, as root and as anybody; and the log."""
+"""`status` on a real kernel: running VMs, copies, drifted disks, as root and without root; and the log."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""sudo as hardening guides leave it: whatever is set for all commands, a start works.
+"""sudo with the settings of hardening guides: a start works whatever is set for all commands.
 
-Each setting is in a file that sudo reads before our rule, and in one that it reads after it.
+Each setting is tried in a file that sudo reads before our rule, and in a file that it reads after our rule.
 """
 
 from __future__ import annotations

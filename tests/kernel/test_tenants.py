@@ -1,9 +1,9 @@
 """Two tenants: VM B, through the real hook, never gets VM A's local disk nor one byte of it.
 
-A's local disk holds SECRET, which is nowhere else: not on shared storage, not in any image of B's.  An
-attempt is what vdsm would hand to the hook for B where everything that B's owner can influence is forged;
-each is made while A runs, is stopped and kept, waits to be removed, and is set aside to be erased.  It is
-refused with one line, or B gets its own bytes; A's logical volume stays as it is.
+Only A's local disk has SECRET; it is neither on shared storage nor in an image of B.  In an attempt, vdsm
+calls the hook for B, and everything that B's owner can influence is forged.  Each attempt is made while A
+runs, while its disk is kept, while the disk waits to be removed, and while it is set aside to be erased.
+The attempt is refused with one line, or B gets its own bytes; A's logical volume does not change.
 """
 
 from __future__ import annotations

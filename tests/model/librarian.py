@@ -1,7 +1,7 @@
 """Compares the template LVs of a host with those of a state, as `judge.py` does with local disks.
 
-After a call that nothing befell they are exactly what `shelf.py` says.  After trouble, and after calls that
-overlapped, they are what no order of things may break: see `_require_possible`.
+After a call without trouble they are exactly what `shelf.py` predicts.  After trouble, and after calls that
+overlapped, they must be as any order of events could have left them: see `_require_possible`.
 """
 
 from __future__ import annotations

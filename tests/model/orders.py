@@ -1,7 +1,7 @@
 """The orders in which two calls at once may have happened.
 
-While a call is paused others are made.  What comes out must be as if its parts had happened one by one at
-some time among them.  `Branch` is one such order; all that fit what was seen are kept.
+While one call is paused, others are made.  The result must be one that the parts of the calls, one after the
+other in some order, would have.  A `Branch` is one such order; the orders that fit what was seen are kept.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What a call should do: the state afterwards, whether it is refused, every stage of every disk on the way.
 
-A call that ends well leaves each disk at its last stage.  One that is killed leaves each disk at *some*
-stage: that is the promise "everything is found again", and what comes next is predicted from there.
+A call that succeeds leaves each disk at its last stage.  A call that is killed leaves each disk at any of its
+stages; the next calls are predicted from that stage.
 """
 
 from __future__ import annotations
@@ -331,7 +331,7 @@ def _owned(state: State, vm_id: str, image_id: str) -> str:
 
 
 def _make_way(p: Prediction, vm_id: str, image_id: str) -> Making | None:
-    """DESIGN.md, "Preparing one disk", up to the copy; returns what is made, None if nothing is."""
+    """The preparation of one disk up to the copy; returns what is made, None if nothing is made."""
     state, source = p.state, p.state.sources[image_id]
     if image_id not in _local_images(state, vm_id):
         if state.vms[vm_id].using != "off":
@@ -754,7 +754,7 @@ def _gc_dry_run(p: Prediction) -> None:
 
 
 def _collect(p: Prediction, key: str, may_start: bool, does_erase: bool) -> None:
-    """DESIGN.md, "gc"; in doubt a disk stays."""
+    """What gc does; on any doubt a disk is kept."""
     disk, now = p.state.disks[key], p.state.now
     policy = p.state.rules.of(disk.vm)
     if p.state.is_locked(key):

@@ -1,6 +1,6 @@
 """What starts, prefetches and gc do with template LVs (docs/architecture.md, "Template cache inside").
 
-As `predict.py`, of which this is the part about templates; sizes are bytes.
+This is the part of `predict.py` about templates; sizes are bytes.
 """
 
 from __future__ import annotations

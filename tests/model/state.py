@@ -1,4 +1,4 @@
-"""All that is known: the rules, the VMs, their sources, the local disks.  Nothing is changed in place."""
+"""The state of the model: rules, VMs, their sources, local disks.  It is immutable."""
 
 from __future__ import annotations
 

@@ -1,19 +1,19 @@
-"""A random walk: steps that are chosen by a seed, done on a host, and told to the model.
+"""A random walk: a seed chooses the steps; each is done on a host, and predicted by the model.
 
     Walk(world, Plan(seed, steps), repeat).run()
 
 A *step* is one thing that people, vdsm, VMs or cron do; it makes one or more *calls*.  A call can meet
 *trouble*.  After each call:
 
-- every local disk is exactly what the model says, to its tags, its size, its bytes and its LVM UUID; after
-  trouble it is at one of the stages that it passes through;
-- the call is refused, or gc has doubts, exactly where the model says so;
-- every template LV is so, too, where nothing has befallen the call; else it is in use as it was, or what is
-  left of it can do no harm;
-- others' volumes are as they were, and there is no lock file but of a start that is still copying;
-- what is gone was erased as its VM's rules say.
+- every local disk is exactly as the model predicts, with its tags, size, bytes and LVM UUID; after trouble it
+  is at one of the stages that the call passes through;
+- the call is refused, or gc has doubts, exactly if the model predicts that; - every template LV is as the
+model predicts, too; after trouble it is unchanged if it is in use, or what is left
+  of it can do no harm;
+- foreign volumes are unchanged, and there is no lock file except of a start that is still copying;
+- removed disks were erased as their VM's rules demand.
 
-In the end everything stops, time goes by, gc runs, and nothing may be left.
+In the end everything stops, time passes, gc runs, and nothing may be left.
 """
 
 from __future__ import annotations

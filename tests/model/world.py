@@ -1,4 +1,4 @@
-"""What a host must offer to be walked on."""
+"""What a host must offer to the walk."""
 
 from __future__ import annotations
 

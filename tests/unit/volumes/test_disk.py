@@ -377,7 +377,7 @@ def expected_start(
     is_older: bool,
     older_disks: str,
 ) -> str | type[Error]:
-    """DESIGN.md's table, for a VM that is not running and whose disk nobody else holds."""
+    """The expected plan, for a VM that does not run and whose disk nobody else holds."""
     if is_open:
         return DiskBusy
     if is_older and older_disks == "keep" and state in (State.READY, State.STOPPED):

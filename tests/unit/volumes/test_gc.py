@@ -130,7 +130,7 @@ CASES = [
 
 
 def expected(case: Case) -> tuple[Action, bool]:
-    """What DESIGN.md says: the action, and whether all that counts could be asked."""
+    """The expected action, and whether everything that matters is known."""
     can_go = not case.is_open and not case.is_locked and case.vm in ("unknown", "defined")
     is_kept = case.state == "ready" and case.on_stop == "keep"
     is_over = case.state == "stopped" and case.stopped >= KEEP_FOR
@@ -1592,7 +1592,7 @@ TEMPLATE_CASES = [
 
 
 def expected_of_template(case: TemplateCase) -> tuple[Action, bool]:
-    """What DESIGN.md says: the action, and whether the clock was right as far as it counts."""
+    """The expected action, and whether the clock was right if that matters."""
     is_free = not case.is_open and not case.is_locked
     is_given_up = not (case.is_ready and case.is_as_made and case.is_wanted) or case.is_too_much
     if not is_free:
