@@ -114,7 +114,7 @@ class Policy(Settings):
 
 @frozen
 class Override:
-    """A VM's policy but for its property value; `backend` is what its own section says, None: nothing."""
+    """A VM's policy before its property is known; `backend`: of its own section, None if it has none."""
 
     policy: Policy
     backend: str | None
@@ -208,7 +208,7 @@ def schema_text() -> str:
 
 
 def example_text() -> str:
-    """A configuration to start from, as text: it says the defaults."""
+    """A configuration to start from, as text: it has the defaults."""
     return _packed("examples", "minimal.yaml")
 
 
@@ -351,7 +351,7 @@ def _key_hint(key: str, known: list[str]) -> str:
 
 
 def _mismatch(value: object, text: str, schema: Any) -> str:
-    """Why `value`, written as `text`, is not what the schema node says."""
+    """Why `value`, written as `text`, does not fit the schema node."""
     return f"{_shown(value, text)} is not {_expected(schema)}{_value_hint(value, schema)}"
 
 
@@ -416,7 +416,7 @@ def _name_problems(tree: Tree) -> Iterator[Problem]:
 
 
 def _lines(file: str, problems: set[Problem]) -> tuple[str, ...]:
-    """One line for each problem in the order of the file; the last tells of those that are too many."""
+    """One line for each problem in the file's order; if there are too many, the last counts the others."""
     ordered = sorted(problems, key=lambda p: (p.line, p.column, p.what))
     lines = [f"{file}:{p.line}:{p.column}: {_dotted(p.path)}{p.what}" for p in ordered]
     if len(lines) > _SHOWN_PROBLEMS:

@@ -49,7 +49,7 @@ class Counters:
 
 
 def read() -> Counters:
-    """What has been counted; zeros where there is nothing, or nothing that is understood."""
+    """What has been counted; zeros if the file is missing or not understood."""
     try:
         with _opened(os.O_RDONLY, fcntl.LOCK_SH) as fd:
             return _parse(os.pread(fd, _LIMIT, 0))
@@ -106,7 +106,7 @@ def template_evicted() -> None:
 
 
 def gc_ran(removed: int, removed_bytes: int, is_good: bool) -> None:
-    """gc has come to its end; `is_good` where it had no doubts and no failures."""
+    """A run of gc is complete; `is_good`: it had no doubts and no failures."""
     now = int(time.time())
     _change(
         lambda old: replace(
@@ -142,7 +142,7 @@ def _opened(flags: int, operation: int) -> Iterator[int]:
 
 
 def _parse(text: bytes) -> Counters:
-    """Each field that is as it should be; the others begin anew."""
+    """The fields that are valid; the others begin again at 0."""
     values: dict[str, Any] = {}
     with contextlib.suppress(ValueError, RecursionError):
         found = json.loads(text)

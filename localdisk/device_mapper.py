@@ -135,7 +135,7 @@ def not_ready(path: str, error: OSError) -> DeviceNotReady:
 
 
 def another_device(path: str, whose: str) -> DeviceNotReady:
-    """The error that the node of a local disk is that of another device; `whose` says more."""
+    """The error if the node of a local disk is another device's; `whose`: more about that device."""
     problem = f"it is another device {whose}"
     return DeviceNotReady(path=path, problem=problem, fix=_NO_NODE)
 

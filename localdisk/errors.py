@@ -1,4 +1,4 @@
-"""What can go wrong, as the operator sees it: one class per thing that can be acted on.
+"""Every error that an operator can see: one class for each problem with its own remedy.
 
 An error is one line, `<what> : <what to do>`, made from the class's two templates and the fields
 it was raised with.  Fields may come from a guest, an image or the engine: control characters are
@@ -20,7 +20,7 @@ FIELD_LIMIT = 200
 def plain(value: object) -> str:
     """`value` as printable text of at most 200 characters: control characters become escapes.
 
-    A longer one is cut in its middle: what is wrong with a long name often stands behind it.
+    A longer text is cut in its middle, because the problem often follows after a long name.
     """
     text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(value))
     half = FIELD_LIMIT // 2
@@ -130,7 +130,7 @@ class BadDomain(Error):
 
 
 class DiskRefused(Error):
-    """A disk that must not be copied by what it is (shared, transient, network, no image)."""
+    """A disk of a kind that cannot be copied (shared, transient, network, no image)."""
 
     what = "disk {disk} is {problem}"
     fix = "{fix}"
@@ -184,7 +184,7 @@ class CommandFailed(Error):
     fix = "see the system log of this host"
 
     def __init__(self, argv: tuple[str, ...], exit_code: int, stderr: str, said: str = "") -> None:
-        """`said`: what is shown of `stderr`; by itself its last line."""
+        """`said`: the part of `stderr` that is shown; if empty, its last line."""
         lines = [line.strip() for line in stderr.splitlines() if line.strip()]
         said = said or (lines[-1] if lines else "it said nothing")
         super().__init__(tool=" ".join(argv[:2]), target=target(argv), how=how_it_ended(exit_code), said=said)
@@ -204,14 +204,14 @@ class CommandMissing(Error):
 
 
 class CommandForbidden(CommandMissing):
-    """The tool is there and this user may not run it."""
+    """The tool is installed, but this user may not run it."""
 
     what = "{tool} cannot be run by this user: it is user {uid}'s, group {gid}'s, mode {mode}"
     fix = "chmod o+rx {path}"
 
 
 class CommandBlocked(CommandMissing):
-    """The tool is there, its mode allows it, and the kernel or a preloaded library refuses."""
+    """The tool's mode allows this user to run it, but the kernel or a preloaded library refuses."""
 
     what = "{tool} cannot be run, although the mode of {path} allows it"
     fix = "look for NOEXEC in sudo's rules (sudo -l -U vdsm), a mount with noexec, a denial in the audit log"
@@ -222,7 +222,7 @@ class Unseen(Error):
     fix = "ls -ld {path}"
 
 
-# By what sudo says; it is the last line of its standard error.
+# By the last line of sudo's standard error.
 _SUDO_FIXES = (
     ("contact your system administrator", "chage --expiredate -1 vdsm, or look at /etc/pam.d/sudo"),
     ("reset your password", "chage --expiredate -1 --maxdays -1 vdsm"),
@@ -247,14 +247,14 @@ class HelperUnavailable(Error):
 
 
 class HelperRefused(Error):
-    """What the helper answered instead of doing it; `message` is already a whole error message."""
+    """The helper refused a request; `message` is its whole error message."""
 
     def __init__(self, message: str) -> None:
         super().__init__()
         self.message = message
 
     def __str__(self) -> str:
-        # A configuration's problems are several lines, each of them plain; the last one says what to do.
+        # The problems of a configuration are several lines, each one plain; the last line has what to do.
         every = self.message.splitlines()
         lines = [line[:1000] for line in (*every[:99], *every[99:][-1:])]
         shown = ["".join(c for c in line if c.isprintable()) for line in lines]
@@ -343,7 +343,7 @@ class ThinPoolAtThreshold(Error):
 
 
 class ThinPoolUnusable(Error):
-    """LVM refuses for something else than its threshold; nothing that is removed would help."""
+    """LVM refuses for another reason than its threshold; to remove something would not help."""
 
     what = "LVM makes no new disk in thin pool {vg}/{pool}: {said}"
     fix = (
@@ -378,7 +378,7 @@ class OtherOwner(Error):
 
 
 class DiskBusy(Error):
-    """`holders.busy` names what has it open, and how to end that."""
+    """`holders.busy` adds what has the disk open, and how to end that."""
 
     what = "local disk {vg}/{lv} is {state} and still open by {users}"
     fix = "{fix}, then start the VM again"
@@ -431,7 +431,7 @@ class SourceChanged(Error):
 
 
 class OtherLeaf(Error):
-    """The image has another leaf than when it was copied, and the guest would see other bytes there."""
+    """The image has another leaf than when it was copied, and its guest's view has changed."""
 
     what = "kept local disk {vg}/{lv} was not copied from what its image's volume {volume} shows now"
     fix = (
@@ -498,7 +498,7 @@ class VmForgotten(Error):
 
 
 class Interrupted(Message):
-    """Somebody ends this run.  It is no Error: whoever carries on after an error ends here all the same."""
+    """A signal ends this run.  It is no Error: code that handles errors and goes on must not handle it."""
 
     what = "ended by signal {signal} before it was done"
     fix = "start the VM again; nothing is left behind"

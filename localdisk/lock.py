@@ -1,8 +1,9 @@
 """Locks and turns in /run/localdisk: which process works on which disk, and which processes may copy now.
 
 A lock is a file with a flock of the process that holds it, so the lock always ends with that process.  The
-file's text is the progress of the copy.  Only root can open the files: an ordinary user who could open a file
-could also lock it.  To wait, these functions call `pause(seconds)`, which may raise an error to end the wait.
+file's text is the progress of the copy; `volumes/progress.py` has its format.  Only root can open the files:
+an ordinary user who could open a file could also lock it.  To wait, these functions call `pause(seconds)`,
+which may raise an error to end the wait.
 """
 
 from __future__ import annotations

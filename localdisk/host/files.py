@@ -49,7 +49,7 @@ _UUID = "-".join(_HEX * length for length in (8, 4, 4, 4, 12))
 
 
 def hook_link(point: str) -> str:
-    """The link through which vdsm calls us at a hook point."""
+    """The link through which vdsm calls us at a hook point; `install.hook_files` finds a host's links."""
     return f"{HOOKS}/{point}/{LINK}"
 
 

@@ -329,7 +329,7 @@ def _require_no_drift(disks: Iterable[LocalDisk], vg: str) -> None:
 
 
 def require_alone(disk: LocalDisk, vg: str) -> None:
-    """Raise DependentVolumes if LVM would change or remove other volumes along with the disk."""
+    """Raise DependentVolumes if LVM would change or remove other volumes with the disk."""
     if disk.lv.dependents:
         raise DependentVolumes(vg=vg, lv=disk.volume_id, others=", ".join(disk.lv.dependents))
 

@@ -130,5 +130,19 @@ def test_every_module_is_in_architecture() -> None:
     assert named == set(MODULES)
 
 
+def test_what_is_to_be_found_is_there() -> None:
+    """The functions and classes that architecture.md names with their file."""
+    text = (DOCS / "architecture.md").read_text()
+    named = re.findall(r"`(\w+)`(?: and `(\w+)`)? in `(localdisk/[\w/]+\.py)`", text)
+    assert len(named) > 10
+    wrong = []
+    for first, second, path in named:
+        source = (ROOT / path).read_text()
+        for name in filter(None, (first, second)):
+            if not re.search(rf"^(def {name}\(|class {name}\b|{name}\b.* = )", source, re.M):
+                wrong.append(f"{name} in {path}")
+    assert wrong == []
+
+
 def test_every_kind_of_problem_is_explained() -> None:
     assert tuple(table(DOCS / "operations.md", "| kind | problem |")) == problems.KINDS
