@@ -1,7 +1,7 @@
-"""The demonstration: the whole life of a VM's local disks on real LVM and real libvirt, narrated.
+"""The demo: the whole life of a VM's local disks on real LVM and real libvirt, with comments.
 
-Runs as root in the test bed (`./build.sh demo`).  Every promise is checked; the first one that does not
-hold ends it with exit code 1.
+Runs as root in the test bed (`./build.sh demo`).  Every promise is checked; if one does not hold, the demo
+ends with exit code 1.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ def main() -> int:
     started = time.monotonic()
     try:
         vm, storage = prepare_host()
-        act("1. Custom property localdisk=lvm: thick copies that go when the VM stops")
+        act("1. Custom property localdisk=lvm: preallocated copies, removed when the VM stops")
         life(vm, storage, "lvm", keep=False)
-        act("2. localdisk=lvmthin and `on_stop: keep`: thin copies that outlive the stop")
+        act("2. localdisk=lvmthin and `on_stop: keep`: thin copies, kept when the VM stops")
         host.thin_pool()
         life(vm, storage, "lvmthin", keep=True)
     except (BrokenPromise, vdsm.Refused, CommandFailed, AssertionError) as error:
@@ -85,7 +85,7 @@ def life(vm: Vm, storage: FileStorage, backend: str, keep: bool) -> None:
 
 
 def starts(vm: Vm, storage: FileStorage, custom: dict[str, str], name: str, expect_copy: bool = True) -> Vm:
-    """vdsm prepares both disks; then shared storage is taken away, and the VM boots all the same."""
+    """vdsm prepares both disks; then the images are moved away, and the VM boots all the same."""
     serial = host.SCRATCH / f"{name}-{custom['localdisk']}"
     vm = replace(vm, serial_file=serial)
     expected = [guest_bytes(disk.image.leaf) for disk in vm.disks]
@@ -107,11 +107,11 @@ def starts(vm: Vm, storage: FileStorage, custom: dict[str, str], name: str, expe
 
 
 def prepares(vm_id: str, disk: Disk, custom: dict[str, str], expect_copy: bool) -> Disk:
-    """One after_disk_prepare with a progress bar, as `localdisk status` tells it."""
+    """One after_disk_prepare with a progress bar."""
     copies: list[float] = []
     answer = watched(lambda: vdsm.prepare(vm_id, disk, custom), disk, copies)
     if not expect_copy:
-        promise(not copies, f"{disk.name}: the kept copy is taken back, nothing is copied")
+        promise(not copies, f"{disk.name}: the kept copy is used again, nothing is copied")
     return answer
 
 

@@ -75,15 +75,15 @@ def sudoers(program: str, options: Sequence[str] = NEWER_SUDO_OPTIONS) -> str:
 # Made by localdisk install: root:root, mode 0440.
 # vdsm may run exactly this one command as root: no wildcard, no other argument.
 #
-# Nothing of vdsm's environment reaches it.  Without a pty, a log of what it reads and writes, and a PAM
-# session in between, sudo becomes the helper instead of staying beside it: its standard input ends when the
-# hook does.  Each run is logged, although vdsm's own sudoers file has !syslog for everything that vdsm runs.
+# The helper gets nothing of vdsm's environment.  Without a pty, without logs of its input and output, and
+# without a PAM session, sudo executes the helper in its own place and does not stay as its parent: so the
+# helper's standard input ends when the hook ends.  Each run is logged, although vdsm's own sudoers file has
+# !syslog for everything that vdsm runs.
 #
-# sudo applies Defaults for one command after those that a host has for all commands or for vdsm, and the
-# tags of a rule after all Defaults.  The helper runs LVM (EXEC, !intercept), copies take hours
-# (!command_timeout), and the helper must know where its own file is (fdexec).  NOSETENV: vdsm sets no
-# variable.  The last Defaults are of newer versions of sudo; install leaves out what this host's sudo does
-# not know.
+# sudo applies Defaults for one command after Defaults for all commands or for vdsm, and the tags of a rule
+# after all Defaults.  The helper runs LVM (EXEC, !intercept), copies take hours (!command_timeout), and the
+# helper must know the path of its own file (fdexec).  NOSETENV: vdsm may set no variable.  The last Defaults
+# are of newer versions of sudo; install leaves out those that this host's sudo does not know.
 
 Defaults!{program} env_reset, !env_keep, !env_check
 Defaults!{program} secure_path = /usr/sbin:/usr/bin:/sbin:/bin
@@ -99,18 +99,18 @@ vdsm ALL=(root) NOPASSWD: EXEC: NOSETENV: NOLOG_INPUT: NOLOG_OUTPUT: {program} h
 def udev_rule(volume_groups: Iterable[str]) -> str:
     """The text of UDEV_RULES for the local disks in these volume groups."""
     return f"""\
-# Made by localdisk install: the nodes of local disks belong to vdsm:qemu, mode 0660, and this host looks at
-# nothing that is in them.  They are the LVs of these volume groups whose name is a canonical UUID; no other
-# LV of a group (the thin pool and its parts, somebody's own) matches.
+# Made by localdisk install: the nodes of local disks belong to vdsm:qemu, mode 0660, and this host does not
+# probe their content.  Local disks are the LVs of these volume groups whose name is a canonical UUID; no
+# other LV of a group (the thin pool and its parts, an administrator's LV) matches.
 #
-# What a guest writes to its disk is the guest's: a file system's UUID or label there must not become a link
-# below /dev/disk that this host mounts, nor a PV there a volume group that this host activates, nor a RAID
-# member an array.
+# A guest decides what is on its disk.  A UUID or label of a file system there must not become a link below
+# /dev/disk that this host mounts, a PV there must not become a volume group that this host activates, and a
+# RAID member there must not become an array.
 #
-# This file is there twice, as 12-localdisk.rules for EL, where 11-dm-lvm.rules names the LV and
+# This file exists twice: as 12-localdisk.rules for EL, where 11-dm-lvm.rules names the LV and
 # 13-dm-disk.rules probes it, and as 58-localdisk.rules for Debian, where these are 56-lvm.rules and
-# 60-persistent-storage-dm.rules.  On EL the second does nothing.  Both are before 95-dm-notify.rules, which
-# lets lvcreate return: what runs after it leaves the node to root:disk for a moment.
+# 60-persistent-storage-dm.rules.  On EL the second file has no effect.  Both come before 95-dm-notify.rules,
+# which lets lvcreate return: with a later rule, the node would belong to root:disk for a moment.
 
 ACTION=="remove", GOTO="localdisk_end"
 SUBSYSTEM!="block", GOTO="localdisk_end"
@@ -123,12 +123,12 @@ ENV{{.LOCALDISK}}="1"
 # RUN, because OWNER=, GROUP= and MODE= would reset the node's SELinux label and pause its VM.
 RUN+="/usr/bin/chown vdsm:qemu $env{{DEVNAME}}", RUN+="/usr/bin/chmod 0660 $env{{DEVNAME}}"
 
-# Device-mapper's own rules for what is in a disk (blkid, /dev/disk/by-uuid and so on) leave it out, and
-# everyone else's (LVM's 69-dm-lvm.rules and 69-lvm.rules, btrfs, MD, multipath, kpartx) do, too.
+# Device-mapper's own rules for a disk's content (blkid, /dev/disk/by-uuid and so on) skip local disks, and so
+# do all other rules (LVM's 69-dm-lvm.rules and 69-lvm.rules, btrfs, MD, multipath, kpartx).
 ENV{{DM_UDEV_DISABLE_DISK_RULES_FLAG}}="1", ENV{{DM_UDEV_DISABLE_OTHER_RULES_FLAG}}="1"
-# No event when it is closed after writing: nobody is to look at it then, or has it open when it is removed.
+# No event when a disk is closed after writing: no rule may probe it, or have it open when it is removed.
 OPTIONS:="nowatch"
-# systemd starts nothing that waits for it, udisks does not show it.
+# systemd starts nothing that waits for the disk, and udisks does not show it.
 ENV{{SYSTEMD_READY}}="0", ENV{{UDISKS_IGNORE}}="1"
 
 LABEL="localdisk_end"
