@@ -110,7 +110,7 @@ def user(name: str, number: int, primary: str, other: str) -> None:
 
 
 def free_number(command: str, option: str, names: dict[str, int], number: int) -> None:
-    """Moves whoever has `number` to a number that nobody has."""
+    """If a user or group has `number`, move it to a number that is free."""
     for name, taken in names.items():
         if taken == number:
             unused = next(n for n in range(900, 400, -1) if n not in names.values())
@@ -155,7 +155,7 @@ def thin_pool(size: str = "2g") -> None:
 
 
 def remove(*names: str) -> None:
-    """Removes these LVs of the volume group, whatever they are."""
+    """Removes these LVs of the volume group, of any kind."""
     if names:
         run("lvremove", "-f", "-y", *(f"{VOLUME_GROUP}/{name}" for name in names))
 
@@ -197,7 +197,7 @@ def hook_links() -> tuple[Path, ...]:
 
 
 def leave() -> None:
-    """Undoes `setup` but for the users, whatever of it is there."""
+    """Undoes `setup`, also an incomplete one, except for the users."""
     libvirt.stop()
     if PROGRAM.exists():
         run(str(PROGRAM), "uninstall", "--force")

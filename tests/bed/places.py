@@ -57,7 +57,7 @@ def may_be(place: Place, wanted: str) -> bool:
 
 
 def why_not(place: Place) -> str | None:
-    """What came of trying `place`: None if it works.  It is printed; a trial is made once a boot."""
+    """Why `place` does not work, None if it works.  It is printed, and tried only once after each boot."""
     memory = Memory(place.name)
     found = memory.read()
     if found is None:

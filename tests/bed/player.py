@@ -56,7 +56,7 @@ RAISING_POINTS = frozenset(
 
 @dataclass(frozen=True)
 class Script:
-    """How one script ended: its exit code (negative: the signal that ended it) and all that it said."""
+    """How one script ended: its exit code (negative: the signal that ended it) and its whole output."""
 
     path: Path
     rc: int
@@ -69,7 +69,7 @@ class Result:
     """How the hook point ended.
 
     `rc` and `stderr` are the last failing script's (0 and empty: none failed): `stderr` is what the
-    engine shows.  `refused` says that vdsm refuses the operation.  `data` is what vdsm goes on with.
+    engine shows.  `refused`: vdsm refuses the operation.  `data`: the data that vdsm uses from then on.
     """
 
     rc: int
@@ -80,7 +80,7 @@ class Result:
 
     @property
     def reason(self) -> str:
-        """What the last failing script said, and how it ended if that was by a signal or without a word."""
+        """The last failing script's error output, and how it ended if by a signal or without output."""
         failed = [script for script in self.scripts if script.rc]
         if not failed:
             return ""

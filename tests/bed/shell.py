@@ -11,7 +11,7 @@ SBIN = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
 class CommandFailed(AssertionError):
-    """A command of the bed did not exit with 0; the message holds all that it said."""
+    """A command of the bed did not exit with 0; the message has its whole output."""
 
 
 def run(*argv: str, text: str = "", cwd: str | None = None, user: str = "root") -> str:

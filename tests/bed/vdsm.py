@@ -74,7 +74,7 @@ def stop(vm: Vm, custom: Custom) -> Result:
 
 
 def release(vm: Vm, custom: Custom) -> Result:
-    """The engine has a VM destroyed that has ended, also one that vdsm has recovered."""
+    """The engine has vdsm destroy a VM that has ended, also a VM that vdsm has recovered."""
     result = run_point("after_vm_destroy", vm.id, domain_xml(vm), custom)
     if vm.id in libvirt.known():
         libvirt.undefine(vm.id)
@@ -93,7 +93,7 @@ def recovered_disk(disk: Disk) -> str:
 
 
 def recover(vm: Vm, custom: Custom) -> list[Result]:
-    """vdsm takes up a VM that libvirt knows, `vm` being as it was before it was started."""
+    """vdsm, restarted, recovers a VM that libvirt knows; `vm`: the VM as it was before its start."""
     return [run_point("after_disk_prepare", vm.id, recovered_disk(disk), custom) for disk in vm.disks]
 
 

@@ -210,7 +210,7 @@ def run_case(scene: Scene, case: Case) -> None:
 
 
 def kill(flow: Flow, scene: Scene, case: Case) -> bool:
-    """Do the flow up to the case's point and kill it there; False where it ended before."""
+    """Run the flow up to the case's point and kill it there; False if it ended before that."""
     with halt.armed(Point(case.number, case.moment)):
         call = flow.do(scene)
         results: list[Result] = []
@@ -303,7 +303,7 @@ def wrong_bytes(scene: Scene, allowed: tuple[str, ...], when: str) -> Iterator[s
 
 
 def wrong_templates(scene: Scene) -> Iterator[str]:
-    """Those that are not complete, not of the scene, or have other bytes."""
+    """The template LVs that are incomplete, were not prepared, or have other bytes."""
     names = {words[0] for words in scene.cached.values()}
     for name, its_tags in templates().items():
         if name not in names or "UPDATING" in its_tags:

@@ -181,7 +181,7 @@ def cache(scene: Scene, how: str, *place: str) -> None:
 
 
 def old_templates(scene: Scene) -> None:
-    """One that is unfinished, one that is past its time, one that somebody has left active."""
+    """Three template LVs: one unfinished, one past its time, one that was left active."""
     for more in (("UPDATING",), (f"USED_{LONG_AGO}",)):
         words = ("localdisk", f"TEMPLATE_{new_id()}", f"SOURCE_{'0' * 32}", *more)
         options = [word for tag in words for word in ("--addtag", tag)]

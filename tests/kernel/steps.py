@@ -98,7 +98,7 @@ def comes_back(image: Image, vm_id: str, custom: dict[str, str]) -> None:
 
 
 def refused(point: str, vm_id: str, data: str, custom: Mapping[str, str] = THICK) -> str:
-    """The hook point refuses with one line that says what to do, and changes nothing; returns that line."""
+    """The hook point refuses with one line that has what to do, and changes nothing; returns the line."""
     before = seqno()
     result = run_point(point, vm_id, data, custom)
     line = one_line(result)
@@ -148,7 +148,7 @@ def lv_uuid(image: Image) -> str:
 
 
 def seqno() -> str:
-    """The number of the volume group's last metadata commit; "" where there is no group."""
+    """The number of the volume group's last metadata commit; "" if there is no group."""
     return attempt("vgs", "--noheadings", "-o", "vg_seqno", host.VOLUME_GROUP).stdout.strip()
 
 
@@ -161,7 +161,7 @@ def localdisk(*words: str, code: int = 0) -> str:
 
 
 def status() -> dict[str, dict[str, Any]]:
-    """The rows of `status --json` by volume id; its exit code says whether there are problems."""
+    """The rows of `status --json` by volume id; its exit code must fit its problems."""
     document = json.loads(attempt(str(host.PROGRAM), "status", "--json").stdout)
     return {row["volume"]: row for row in document["disks"]}
 

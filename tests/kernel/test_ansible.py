@@ -63,7 +63,7 @@ def loop_device(name: str) -> Iterator[str]:
 
 
 class Played:
-    """What a run of the playbook said."""
+    """The output of a run of the playbook."""
 
     def __init__(self, done: subprocess.CompletedProcess[str]) -> None:
         self.text = done.stdout + done.stderr

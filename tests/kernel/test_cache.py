@@ -262,7 +262,7 @@ def test_a_template_that_has_changed(file_storage: FileStorage, custom: Mapping[
     [(THICK, "written to"), (THIN, "written to"), (THIN, "unfinished"), (THICK, "small"), (THIN, "writable")],
 )
 def test_a_spoiled_template_lv(file_storage: FileStorage, custom: Mapping[str, str], how: str) -> None:
-    """It is made anew."""
+    """It is made again."""
     template = file_storage.template(SIZE, seed=1)
     start_and_stop(file_storage.clone(template, seed=2), custom)
     name, before = of(template), counted()
@@ -317,7 +317,7 @@ def begin(image: Image, custom: Mapping[str, str]) -> tuple[str, Call]:
 
 @BACKENDS
 def test_the_next_goes_on(file_storage: FileStorage, custom: Mapping[str, str]) -> None:
-    """The one that copies the base is killed; the one that waits for it copies it."""
+    """The process that copies the base is killed; the process that waits for it copies the base."""
     configure(f"{ON}copy: {{bandwidth: 8MiB}}\n")  # of which each of two gets its half
     template = file_storage.template(SIZE, seed=1)
     run("qemu-io", "-f", "raw", "-c", f"write -P 5 0 {SIZE}", str(template.leaf.path))
@@ -368,7 +368,7 @@ def use(template: Image, tag: str) -> None:
 
 
 def test_a_start_that_needs_room(file_storage: FileStorage) -> None:
-    """It evicts the template LV that was used least recently; one in use stays, and so does the rest."""
+    """It evicts the least recently used template LV; a template LV in use is kept, and so are the others."""
     two = [file_storage.template(SIZE, seed=seed) for seed in (1, 2)]
     for number, template in enumerate(two):
         start_and_stop(file_storage.clone(template, seed=9), THICK)
@@ -385,7 +385,7 @@ def test_a_start_that_needs_room(file_storage: FileStorage) -> None:
 
 @pytest.mark.usefixtures("throwaway")
 def test_a_pool_that_is_too_full_for_lvm(file_storage: FileStorage) -> None:
-    """LVM's own threshold lies below our margin: what is idle goes, and the VM starts."""
+    """LVM's own threshold is lower than our margin: idle template LVs are evicted, and the VM starts."""
     before = LVM_LOCAL.read_text() if LVM_LOCAL.exists() else ""
     LVM_LOCAL.write_text("activation { monitoring=0 }\n")  # dmeventd would extend the pool within 10 s
     run("lvcreate", "-y", "--type", "thin-pool", "-L", "64m", "-n", "small", host.VOLUME_GROUP)

@@ -107,7 +107,7 @@ def test_cancelled_while_copying(thin_pool: str, image: Image, custom: dict[str,
 def test_cancelled_while_waiting_for_a_turn(
     volume_group: str, image: Image, file_storage: FileStorage
 ) -> None:
-    """The copy that has the turn goes on."""
+    """The copy that has the turn continues."""
     configure(SLOW)
     other = file_storage.template(16 * MIB, seed=3)
     first, second = new_id(), new_id()
@@ -144,7 +144,7 @@ def test_cancelled_while_another_process_has_the_disks_lock(volume_group: str, i
 
 
 def test_cancelled_while_another_vm_copies_the_template(volume_group: str, file_storage: FileStorage) -> None:
-    """First the VM that waits is powered off, then the one that copies; then a third copies it anew."""
+    """First the waiting VM is powered off, then the copying VM; then a third VM copies the template again."""
     configure(SLOW + "cache: {templates: on}\n")
     template = file_storage.template(48 * MIB, seed=1)
     fill(template.leaf, 48 * MIB)

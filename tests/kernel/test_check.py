@@ -58,7 +58,7 @@ def paste(fix: str) -> None:
 
 
 def fixed(*whats: str, **replaced: str) -> None:
-    """Check names exactly these problems; their fixes, pasted, leave none.
+    """`check` prints exactly these problems; after their fixes were pasted, it prints none.
 
     `replaced`: words in capital letters, which stand for what only the administrator knows.
     """
@@ -204,7 +204,7 @@ def test_rules_that_say_something_else() -> None:
 
 
 def test_a_program_that_others_can_write() -> None:
-    """Root does not run it at all; check tells others."""
+    """Root does not run it at all; `check` run by another user reports it."""
     shutil.chown(host.PROGRAM, "vdsm")
     host.PROGRAM.parent.chmod(0o777)
     try:
@@ -279,7 +279,7 @@ def test_libvirt_is_silent() -> None:
 
 @pytest.mark.usefixtures("throwaway")
 def test_clock() -> None:
-    """The fix asks a time server, which there is none of here: the clock is set by hand."""
+    """The fix asks a time server, which does not exist here: the clock is set by hand."""
     before, since = time.time(), time.monotonic()
     run("date", "-s", "@1000000000")
     try:
@@ -321,7 +321,7 @@ def test_nodes_of_local_disks() -> None:
 
 @contextmanager
 def group_on(*devices: object) -> Iterator[None]:
-    """The volume group of these tests is the configured one; goes with all that is in it."""
+    """Configure the volume group of these tests; at the end remove it with all its volumes."""
     configure(f"volume_group: {NAME}\n")
     localdisk("install")
     if devices:

@@ -110,7 +110,7 @@ def test_a_snapshot_of_a_running_vm_is_taken_back(
 def test_a_snapshot_of_a_vm_that_stopped(
     volume_group: str, block_storage: BlockStorage, image: Image, told_by: str
 ) -> None:
-    """vdsm's XML may be of before the snapshot; then libvirt's definition tells.
+    """vdsm's XML may be older than the snapshot; then libvirt's definition has the new volume.
 
     "gc": the VM stopped while vdsm did not run, as when the host crashes.
     """
@@ -139,7 +139,7 @@ def test_a_snapshot_of_a_vm_that_stopped(
 
 
 def is_kept(vm: Vm, image: Image) -> None:
-    """Whatever comes: a second stop, gc, gc before vdsm starts."""
+    """The disk is kept by a second stop, by gc, and by gc before vdsm starts."""
     stop(vm.id, image)
     configure("retention: {grace: 0s}\n")
     assert "see localdisk status" in localdisk("gc")
@@ -163,7 +163,7 @@ def refused(vm: Vm, image: Image, layer: Volume) -> None:
 
 
 def bring_back(image: Image, layer: Volume) -> None:
-    """As status says, word for word, after a boot."""
+    """Run the steps that `status` shows, word for word, after a boot."""
     run("lvchange", "-an", f"{host.VOLUME_GROUP}/{image.leaf.id}")
     fix = problems()["drifted"]["fix"]
     (activate,) = re.findall(r"lvchange [^;]+", fix)

@@ -101,7 +101,7 @@ def devices(machine: None) -> Iterator[tuple[FailingDevice, FailingDevice]]:
 def group(
     monkeypatch: pytest.MonkeyPatch, libvirt: None, devices: tuple[FailingDevice, FailingDevice]
 ) -> Iterator[Group]:
-    """An empty volume group of two devices, in the place of the bed's own; goes with all that is in it."""
+    """An empty volume group of two devices, in the place of the bed's own; removed at the end."""
     run("vgcreate", "-y", "-s", "1m", NAME, *(str(each.path) for each in devices))
     monkeypatch.setattr(host, "VOLUME_GROUP", NAME)
     configure()
@@ -113,7 +113,7 @@ def group(
 
 
 def clear(group: Group) -> None:
-    """Take away whatever the group has left, after a test that failed in the middle also what hangs."""
+    """Remove all that is left of the group, also hanging devices if a test failed in the middle."""
     for pid in [*helpers(), *copiers(), *host.processes_of("vdsm")]:
         os.kill(pid, signal.SIGKILL)
     if attempt("vgremove", "-ff", "-y", NAME).returncode:
@@ -231,7 +231,7 @@ def begin(image: Image, vm_id: str, custom: Mapping[str, str]) -> Call:
 
 
 def comes_back(image: Image, custom: Mapping[str, str] = THICK, vm_id: str = "") -> None:
-    """The fault is gone: a start succeeds with the right bytes, and its stop leaves nothing."""
+    """After the fault, a start succeeds with the right bytes, and its stop leaves nothing."""
     configure()
     vm_id = start(image, custom, vm_id)
     assert equals_source(image)
@@ -317,7 +317,7 @@ def test_kept_disk_and_a_device_is_gone(group: Group, image: Image, whose: str) 
 
 
 def test_running_vm_and_a_device_is_gone(group: Group, image: Image) -> None:
-    """vdsm recovers it, its stop is refused and changes nothing; the disk goes once the device is back."""
+    """vdsm recovers the VM; its stop fails; the disk is removed when the device is back."""
     vm = Vm(new_id(), (Disk("vda", image),))
     started = vdsm.start(vm, THICK)
     before = tags(image)
@@ -332,7 +332,7 @@ def test_running_vm_and_a_device_is_gone(group: Group, image: Image) -> None:
 
 
 def test_a_device_goes_while_copying(group: Group, image: Image) -> None:
-    """All that is below the copy: nothing can be taken away before it is back."""
+    """The device below the copy fails: the disk cannot be removed before the device is back."""
     configure(SLOW)
     vm_id = new_id()
 
@@ -566,7 +566,7 @@ BROKEN_POOL = f"localdisk: thin pool {NAME}/{host.THIN_POOL}"
 
 
 def repair_pool() -> None:
-    """What the refusal says to do."""
+    """Do what the refusal says."""
     pool = f"{NAME}/{host.THIN_POOL}"
     run("lvchange", "-an", pool)
     run("lvconvert", "-y", "--repair", pool)
@@ -646,7 +646,7 @@ def test_exported_group(group: Group, image: Image) -> None:
 
 
 def test_shared_group(group: Group, image: Image) -> None:
-    """Without lvmlockd LVM tells nothing of such a group but that."""
+    """Without lvmlockd, LVM reports nothing else about such a group."""
     text = Path("/run/bed-faults.vg")
     run("vgcfgbackup", "-f", str(text), NAME)
     lock = 'format = "lvm2"\nlock_type = "sanlock"\nlock_args = "1.0.0:lvmlock"\n'

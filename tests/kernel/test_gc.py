@@ -153,7 +153,7 @@ def test_two_sightings(volume_group: str) -> None:
 
 
 def test_a_dry_run_changes_nothing(volume_group: str) -> None:
-    """Then the same without it does what was said."""
+    """Then gc without --dry-run does what was printed."""
     configure("retention: {grace: 0s, keep_for: 0s}\n")
     kinds = {
         make("UPDATING"): "remove",
@@ -339,7 +339,7 @@ def test_a_snapshot_made_while_the_vm_was_stopped(volume_group: str, file_storag
 
 @contextmanager
 def slow_blkdiscard() -> Iterator[Path]:
-    """blkdiscard waits before it begins until the file that is yielded is gone."""
+    """blkdiscard waits, before it begins, until the yielded file is removed."""
     waits, real, script = Path("/run/gc-blkdiscard"), Path("/run/gc-real"), Path("/run/gc-script")
     run("cp", BLKDISCARD, str(real))
     script.write_text(f'#!/bin/sh\nwhile [ -e {waits} ]; do sleep 0.1; done\nexec {real} "$@"\n')

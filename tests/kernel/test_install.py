@@ -244,7 +244,7 @@ def test_the_older_hook() -> None:
 
 
 def test_an_update_of_vdsms_package_brings_its_hook_back() -> None:
-    """check names all four files, gc tells cron, and install moves them aside again."""
+    """`check` lists all four files, gc reports them to cron, and install moves them aside again."""
     texts = {
         host.HOOKS / "after_disk_prepare/localdisk": "#!/bin/sh\n",
         host.HOOKS / "before_vm_migrate_source/localdisk": "#!/bin/sh\n",
@@ -451,7 +451,7 @@ def test_the_rules_in_els_order(volume_group: str, file_storage: FileStorage) ->
 
 
 def test_other_volumes_of_the_group_are_left_alone(volume_group: str) -> None:
-    """Somebody's own LV stays root's, and what is in it is found as ever."""
+    """An administrator's LV still belongs to root, and its content is still found."""
     other = "somebodys-own"
     run("lvcreate", "-y", "-Wn", "-L", "8m", "-n", other, host.VOLUME_GROUP)
     node = Path("/dev", host.VOLUME_GROUP, other)

@@ -235,7 +235,7 @@ def test_a_clock_that_jumps_forward(volume_group: str, file_storage: FileStorage
 
 
 def test_a_mark_from_before_the_disk_was_made(volume_group: str, file_storage: FileStorage) -> None:
-    """Of an earlier boot: kept, said once, and marked anew."""
+    """The mark is of an earlier boot: the disk is kept, reported once, and marked again."""
     configure(KEEP)
     image = file_storage.template(SIZE, seed=78)
     stop(start(image), image)

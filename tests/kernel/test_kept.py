@@ -114,7 +114,7 @@ def test_another_leaf_is_a_changed_source(block_storage: Storage) -> None:
 def test_a_start_that_is_refused_for_room_has_removed_nothing(
     file_storage: Storage, is_other_leaf: bool, erase: str
 ) -> None:
-    """Where what it replaces would make enough room, that goes first; otherwise it stays."""
+    """If the kept disk would make enough room, it is removed first; otherwise it is kept."""
     retention = f"on_stop: keep, on_source_change: recopy, erase: {erase}"
     configure(f"retention: {{{retention}}}\n")
     image = file_storage.template(16 * MIB, seed=4)
@@ -137,7 +137,7 @@ def test_a_start_that_is_refused_for_room_has_removed_nothing(
 
 
 def test_a_copy_that_fails_leaves_the_kept_disk(file_storage: Storage) -> None:
-    """The VM goes on with it when it starts from the leaf that was copied."""
+    """The VM uses it again if it starts from the leaf that was copied."""
     storage = file_storage
     configure(RECOPY)
     image = storage.template(16 * MIB, COW, seed=5)
@@ -185,7 +185,7 @@ def test_a_piece_of_a_raw_volume_that_changes_is_noticed(block_storage: Storage)
 
 
 def test_a_kept_disk_that_its_vm_ran_without_is_stale(file_storage: Storage) -> None:
-    """The source is put back to what it was, so that nothing but the mark says so."""
+    """The source is restored, so that only the mark shows it."""
     image = file_storage.template(16 * MIB, seed=6)
     other = file_storage.template(16 * MIB, seed=7)
     vm_id, other_vm = keep(image), keep(other)

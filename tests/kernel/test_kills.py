@@ -77,7 +77,7 @@ def test_killed_while_copying(volume_group: str, image: Image, how: str) -> None
 
 
 def test_killed_while_waiting_for_a_turn(volume_group: str, image: Image, file_storage: FileStorage) -> None:
-    """The one that waits is killed, the one that copies goes on; then the one that copies is killed."""
+    """The waiting start is killed, the copying one continues; then the copying start is killed."""
     configure(SLOW)
     other = file_storage.template(16 * MIB, seed=3)
     first, second = new_id(), new_id()

@@ -120,7 +120,7 @@ def test_raw_disk_with_a_qcow2_header_is_raw(volume_group: str, file_storage: Fi
 
 
 def test_the_same_hook_twice(volume_group: str, file_storage: FileStorage) -> None:
-    """on_stop: delete and a closed, ready disk: a stop was missed, and the start begins anew."""
+    """on_stop: delete and a closed, ready disk: a stop was not reported, and the start copies again."""
     image = file_storage.template(8 * MIB, seed=7)
     vm_id = start(image)
     first = lv_uuid(image)

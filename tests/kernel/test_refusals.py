@@ -125,7 +125,7 @@ def test_other_hooks_run_where_vdsm_goes_on(volume_group: str, image: Image) -> 
 
 
 def test_unplugging(volume_group: str, image: Image) -> None:
-    """A local disk stays; what was plugged in with `hotplug: shared` may go."""
+    """A local disk is not unplugged; a disk that was plugged in with `hotplug: shared` may be."""
     vm_id = start(image)
     shared, disk = disk_xml(Disk("vdb", image)), vdsm.local(Disk("vda", image), str(device(image)))
     for text in ("", "hotplug: shared\n"):
@@ -200,7 +200,7 @@ def test_reserve_and_margin(volume_group: str, image: Image) -> None:
 
 
 def test_foreign_volume_of_that_name(volume_group: str, image: Image) -> None:
-    """It is not localdisk's, so nothing lists it, changes it or removes it, whatever is asked."""
+    """It is not localdisk's, so no mode lists it, changes it or removes it."""
     name = f"{host.VOLUME_GROUP}/{image.leaf.id}"
     run("lvcreate", "-y", "-Wn", "-L", "8m", "-n", image.leaf.id, host.VOLUME_GROUP)
     for tags in ((), ("localdisk",), ("VM_x", "IU_y")):

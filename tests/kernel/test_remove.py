@@ -47,7 +47,7 @@ def test_an_older_hooks_disk_is_given_up(volume_group: str, file_storage: FileSt
 
 
 def test_remove_what_is_needed(volume_group: str, file_storage: FileStorage) -> None:
-    """By nothing else than what is there: an open device, a VM that starts."""
+    """The disk is needed because its device is open, or its VM starts."""
     configure(KEEP)
     image = file_storage.template(SIZE, seed=72)
     vm_id = starting(new_id())
@@ -92,7 +92,7 @@ def test_a_stale_disk_is_given_up(volume_group: str, file_storage: FileStorage) 
 
 
 def test_a_disk_with_a_snapshot(volume_group: str, file_storage: FileStorage) -> None:
-    """LVM would remove the snapshot along with it."""
+    """LVM would remove the snapshot with the disk."""
     configure(KEEP)
     image = file_storage.template(SIZE, seed=73)
     stop(start(image), image)

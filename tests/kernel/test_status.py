@@ -50,7 +50,7 @@ def _defaults(libvirt: None) -> Iterator[None]:
 
 
 def shown(code: int | None = None) -> Any:
-    """The JSON of status, which is as its schema says."""
+    """The JSON of status, checked with its schema."""
     done = attempt(str(host.PROGRAM), "status", "--json")
     document = json.loads(done.stdout)
     jsonschema.Draft202012Validator(SCHEMA).validate(document)
@@ -147,7 +147,7 @@ def test_open_by_no_vm(volume_group: str, file_storage: FileStorage) -> None:
 
 
 def test_copies_that_run_wait_and_die(volume_group: str, file_storage: FileStorage) -> None:
-    """The one that waits has no volume yet; the one that is killed leaves one that nobody works on."""
+    """A waiting start has no volume yet; a killed start leaves a volume that nobody works on."""
     configure(SLOW)
     images = [file_storage.template(64 * MIB, seed=64), file_storage.template(64 * MIB, seed=65)]
     for image in images:

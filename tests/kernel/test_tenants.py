@@ -210,7 +210,7 @@ class Tenant:
 
 
 def look(name: str) -> tuple[str, str]:
-    """All that must not change of a volume: what LVM says, and its content."""
+    """Everything of a volume that must not change: LVM's report and the content."""
     full = f"{host.VOLUME_GROUP}/{name}"
     columns = "lv_name,lv_uuid,lv_size,lv_tags,lv_active,seg_pe_ranges"
     said = run("lvs", "--noheadings", "--units", "b", "-o", columns, full)
@@ -230,7 +230,7 @@ def activated(full: str) -> Iterator[None]:
 
 
 def set_aside(image: Image) -> str:
-    """A VM has run from it, and vdsm started anew: its volume waits for the erase under another name."""
+    """A VM has run from the disk, and vdsm was restarted: the volume is set aside under another name."""
     vm_id = start(image)
     guest_writes(device(image))
     stop(vm_id, image)
@@ -324,7 +324,7 @@ class Given:
     vm_id: str = field(default_factory=new_id)  # B's
 
     def json(self, **changes: object) -> str:
-        """What vdsm says of B's disk, some of it forged."""
+        """vdsm's data about B's disk, partly forged."""
         return disk_json(Disk("vda", self.b), **changes)
 
     def xml(self, *disks: Disk, vm_id: str = "") -> str:
@@ -337,7 +337,7 @@ class Given:
         return disk_json(Disk("vda", b), **changes)
 
     def instead_of_leaf(self, make: Callable[[Path], object]) -> str:
-        """Something else in the place of B's leaf, said to be raw."""
+        """Something else in the place of B's leaf, with raw as its format."""
         b = own_image(self.storage)
         b.leaf.path.unlink()
         make(b.leaf.path)
@@ -368,7 +368,7 @@ def a_chain(given: Given, volume: Volume) -> list[dict[str, object]]:
 
 
 def a_base(given: Given) -> Volume:
-    """B's base, which vdsm says to be where A's volume is."""
+    """B's base, with A's volume as its path in vdsm's data."""
     return replace(given.b.volumes[0], path=given.a.image.leaf.path)
 
 
@@ -477,7 +477,7 @@ def test_attempt(given: Given, name: str) -> None:
 
 
 def refused(given: Given, attempt: Attempt) -> None:
-    """B, which is about to start, is told one line, and A's disk is as it was."""
+    """B's start is refused with one line, and A's disk has not changed."""
     result = run_point(attempt.point, given.vm_id, attempt.data, attempt.custom)
     assert len(one_line(result)) < 900
     assert result.data == attempt.data

@@ -98,7 +98,7 @@ def tried(
 
 
 class Talk:
-    """A helper that somebody talks with, vdsm unless it is told otherwise."""
+    """A helper with its pipes; user vdsm runs it unless another user is given."""
 
     def __init__(
         self, argv: Sequence[str] = SUDO_HELPER, environ: Mapping[str, str] | None = None, user: str = "vdsm"
@@ -133,7 +133,7 @@ class Talk:
         return bool(self.process.stdin.write(data))
 
     def answer(self, timeout: float = 60) -> Answer | None:
-        """The next answer; None where there is none in time, or no more."""
+        """The next answer; None if none comes in time, or the helper has ended."""
         assert self.process.stdout
         while b"\n" not in self._read:
             if not select.select([self.process.stdout], [], [], timeout)[0]:
@@ -154,7 +154,7 @@ class Talk:
         return answer
 
     def end(self) -> tuple[int, str]:
-        """Close its input; its exit code and all that it said on standard error."""
+        """Close its input; returns its exit code and its whole standard error."""
         if self._ended is None:
             _, err = self.process.communicate(timeout=120)
             self._ended = self.process.returncode, err.decode(errors="replace")

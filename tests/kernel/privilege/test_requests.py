@@ -56,7 +56,7 @@ def look(scene: Scene, *disks: object) -> dict[str, object]:
 
 
 def drifted(scene: Scene, vm_id: str, path: object) -> dict[str, object]:
-    """What a VM is said to have run from."""
+    """A request that names what a VM ran from."""
     disks = [{"image": scene.running_image, "path": path}]
     return {"verb": "drifted", "vm": vm_id, "property": "lvm", "disks": disks}
 
@@ -331,7 +331,7 @@ def begin(talk: Talk, scene: Scene) -> str:
 
 
 def test_another_volume_takes_the_name_before_prepare(scene: Scene, untouched: None) -> None:
-    """LVM refuses to make it anew; the stranger is neither handed out nor removed."""
+    """LVM refuses to make the disk; the foreign volume is neither used nor removed."""
     claim = scene.claim()
     with Talk() as talk:
         talk.ask(claim)
@@ -347,7 +347,7 @@ os.execvp(sys.argv[1], sys.argv[1:])
 
 
 def test_who_ignores_the_death_of_children(scene: Scene, untouched: None) -> None:
-    """A program inherits that from whoever starts it; commands that fail must not look as if they had not."""
+    """A program inherits this setting from its parent; commands that fail must still count as failed."""
     claim = scene.claim()
     with Talk([PYTHON, "-c", IGNORE_CHILDREN, *SUDO_HELPER]) as talk:
         assert "error" not in talk.ask(claim)
@@ -407,7 +407,7 @@ def test_a_line_without_end(untouched: None) -> None:
 
 
 def test_a_line_too_long(scene: Scene, untouched: None) -> None:
-    """Valid, but for its length; the disk that is being made goes."""
+    """The request is valid except for its length; the unfinished disk is removed."""
     with Talk() as talk:
         begin(talk, scene)
         talk.send(json.dumps({"verb": "commit"}).encode() + b" " * 70_000 + b"\n")
@@ -429,7 +429,7 @@ def test_requests_while_it_waits(scene: Scene, untouched: None) -> None:
 
 
 def test_two_helpers_on_one_disk(scene: Scene, untouched: None) -> None:
-    """The second one waits for the first, whatever it is told; then it finds what is there."""
+    """The second helper waits for the first; then it finds the first one's disk."""
     with Talk() as first:
         volume = begin(first, scene)
         with Talk() as second:
@@ -476,7 +476,7 @@ def unfinished(scene: Scene) -> int:
 
 
 def test_nobody_reads_the_answers(scene: Scene, untouched: None) -> None:
-    """It waits with its answer, and removes what is unfinished when whoever should read it has gone."""
+    """The helper waits to write its answer, and removes the unfinished disk when the reader has ended."""
     with Talk() as talk:
         volume = begin(talk, scene)
         progress = json.dumps({"verb": "progress", "done": 1, "written": 1}).encode() + b"\n"
