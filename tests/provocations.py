@@ -257,7 +257,7 @@ ON_BLOCK = {**WITH_BASE, "base": {**BASE, "domain": DOMAIN}}
 
 
 def cached(*requests: object, text: str = ON, host: Callable[[World, FakeHost], object]) -> Provoke:
-    """What a session says where there is a cache and the host is like that."""
+    """What a session answers if the cache is on and the host is in this state."""
 
     def provoke(world: World) -> object:
         there = world.host()

@@ -11,7 +11,7 @@ from localdisk.zipapp import main
 
 
 def pythons() -> Iterator[str]:
-    """Those that it is packed for, as far as this machine has them, pyenv's included."""
+    """The versions that the file is packed for and this machine has, those of pyenv included."""
     for version in main.PYTHONS:
         name = "python{}.{}".format(*version)
         managed = Path.home().glob(f".pyenv/versions/*/bin/{name}")

@@ -273,7 +273,7 @@ class FakeHost:
         self.before_command(number, die)
 
     def bury(self) -> None:
-        """The process that was killed is gone, and with it what it had open; others can run again."""
+        """The killed process has ended, and its open files are closed; others can run again."""
         self.before = {}
         for fd in tuple(self.opened):
             self._close(fd)
@@ -457,7 +457,7 @@ class FakeHost:
         return ""
 
     def snapshots_of(self, origin: Volume) -> list[Volume]:
-        """What LVM removes along with a volume without a question."""
+        """The volumes that LVM removes with this one, without a question."""
         found = [each for each in self.volumes.values() if each.origin == origin.lv_name]
         return [each for each in found if not each.pool_lv or each.pool_lv != origin.pool_lv]
 

@@ -63,7 +63,7 @@ def template_tags(*more: str, volume: str = OWN_VOLUME, fingerprint: str = OTHER
 def add_template(
     host: FakeHost, backend: str = "lvm", used: int = NOW - 100, name: str = "", size: int = BASE_SIZE
 ) -> Volume:
-    """One that is ready, as `commit` leaves it."""
+    """A ready template LV, as `commit` leaves it."""
     thin = {"pool_lv": "pool0", "lv_layout": "thin,sparse", "data_percent": "50.00"}
     fields = thin if backend == "lvmthin" else {}
     name = name or LVS[backend]

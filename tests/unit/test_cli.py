@@ -581,7 +581,7 @@ def test_prefetch_that_is_ended_goes_on_with_nothing(run: Run, fetched: list[tup
 
 @pytest.mark.usefixtures("fetched")
 def test_prefetch_draws_a_bar_on_a_terminal(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is gone when the line comes that says what came of it."""
+    """The bar is removed before the line with the result is printed."""
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     half, whole = f"\r[{'#' * 15}{'.' * 15}]  50% 1 MiB\033[K", f"\r[{'#' * 30}] 100% 2 MiB\033[K"
     code, out, _ = run("prefetch", "/a", "bad")

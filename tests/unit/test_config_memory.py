@@ -19,7 +19,7 @@ EXAMPLE = Path(__file__).parents[2] / "examples/full.yaml"
 
 @pytest.fixture(autouse=True)
 def memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """The file of the memory; whoever runs the tests is taken for root."""
+    """The file of the memory; the user who runs the tests counts as root."""
     monkeypatch.setattr(lock, "RUN", str(tmp_path / "run"))
     path = tmp_path / "run/configuration"
     monkeypatch.setattr(config_memory, "_path", lambda: str(path))

@@ -68,7 +68,7 @@ def test_every_variable_is_specified() -> None:
 
 
 def test_every_variable_is_explained() -> None:
-    """`python -m tests.unit.test_examples` writes the table anew."""
+    """`python -m tests.unit.test_examples` writes the table again."""
     text = ROLE_README.read_text()
     assert text == filled(text)
 

@@ -98,7 +98,7 @@ def test_no_import_runs_in_a_circle() -> None:
 
 
 def test_the_helper_opens_no_image_and_the_hook_runs_no_lvm() -> None:
-    """Through whatever a module imports, too."""
+    """Also by way of other modules that a module imports."""
     for room, forbidden in (("helper", {"hook", "vdsm"}), ("hook", {"volumes", "helper"})):
         for module in (name for name in MODULES if room_of(name) == room):
             assert not {room_of(name) for name in reached(module)} & forbidden, module

@@ -79,7 +79,7 @@ class Words:
 
     @property
     def ends(self) -> str:
-        """Of the pattern: how it begins and ends, which stays where what is filled in is long."""
+        """The beginning and end of the pattern, which a message has even if a field is long."""
         first, *_, last = [*self.text.split("…"), ""] if "…" not in self.text else self.text.split("…")
         return f"{re.escape(first)}.*{re.escape(last)}"
 
@@ -237,7 +237,7 @@ def test_every_text_is_read(read: dict[str, Said]) -> None:
 
 
 def test_every_class_is_provoked(read: dict[str, Said]) -> None:
-    """Also those that are made by another name."""
+    """Also errors that are made under another name."""
     assert CLASSES - {"Error"} == {type(error).__name__ for said in read.values() for error in said.errors}
 
 

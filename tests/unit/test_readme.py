@@ -64,7 +64,7 @@ def table(path: Path, head: str) -> list[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_generated_parts_are_current(page: Path) -> None:
-    """`python -m tests.readme` writes them anew."""
+    """`python -m tests.readme` writes them again."""
     text = page.read_text()
     assert text == filled(text)
 
@@ -74,7 +74,7 @@ def test_every_generated_part_is_in_one_document() -> None:
 
 
 def test_every_error_is_explained() -> None:
-    """What is behind it is written by hand, in tests/troubleshooting.py."""
+    """tests/troubleshooting.py has the explanations, written by hand."""
     assert list(troubleshooting.BEHIND) == list(troubleshooting.classes())
 
 

@@ -106,7 +106,7 @@ def test_a_deadline_ends_the_tool(tmp_path: Path) -> None:
 
 
 def test_all_tools_together_have_a_budget() -> None:
-    """A short deadline of one tool counts as well; whatever is asked when the time is over is not started."""
+    """A short deadline of one tool still applies; after the time is over, no tool is started."""
     started = time.monotonic()
     with run.within(0.5):
         assert run.run(["echo", "a"]) == "a\n"

@@ -499,7 +499,7 @@ def test_layers_of_every_kind(device: Device, tmp_path: Path, kind: str) -> None
 
 
 def test_only_what_the_layers_hold_is_written(device: Device, tmp_path: Path) -> None:
-    """Else the clone would share nothing with its template: what else is there stays."""
+    """Otherwise the clone would share nothing with its template: other blocks are not written."""
     chain = chain_of(tmp_path, EVERYTHING, [(("write -P 7 64k 64k",), {}), (("write -z 256k 64k",), {})])
     device.path.write_bytes(b"\x5a" * 4 * MIB)
     with chain.opened() as source:

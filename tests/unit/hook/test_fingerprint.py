@@ -135,7 +135,7 @@ def qcow2(path: Path, *commands: str, options: str = "", size: str = "256G") -> 
     "options", ["", "cluster_size=4k", "cluster_size=2M", "extended_l2=on,cluster_size=64k"]
 )
 def test_any_change_in_a_table_is_noticed(tmp_path: Path, options: str) -> None:
-    """In each table that there is: wherever it lies, whatever byte of it changes."""
+    """In each table, wherever it is, and for each of its bytes."""
     writes = [f"write {offset} 64k" for offset in ("0", "70G", "200G")]
     fd, tables = qcow2(tmp_path / "image", *writes, options=options)
     try:

@@ -189,7 +189,7 @@ def test_a_silent_libvirt_refuses_a_start_only_when_the_domain_is_created(host_v
 
 @pytest.mark.parametrize("storage", ["file", "network"])
 def test_a_block_device_of_another_kind_of_storage_is_of_a_vm_that_ran(host_vdsm: Vdsm, storage: str) -> None:
-    """The second sign of a recovery, whatever libvirt has."""
+    """The second sign of a recovery, whatever libvirt answers."""
     host_vdsm.host.add(VOLUME, tags(), SIZE)
     shared = f"/rhev/data-center/p/d/images/{IMAGE}/{VOLUME}"
     text = disk_json(host_vdsm, **RECOVERED, path=shared, volumeInfo={"type": storage, "path": "/x"})
@@ -464,7 +464,7 @@ def unplugged_element(path: str, kind: str = "block") -> str:
 )
 @pytest.mark.parametrize("group", ["ovirt-local", "scratch", "a.b_c+d"])
 def test_a_local_disk_is_never_unplugged(host_vdsm: Vdsm, text: str, group: str) -> None:
-    """Whatever the configuration says now: the VM runs from it."""
+    """The present configuration does not matter: the VM runs from this disk."""
     host_vdsm.configure(text)
     path = f"/dev/{group}/{VOLUME}"
     message = host_vdsm.refused(UnplugRefused, "before_disk_hotunplug", unplugged_element(path))

@@ -127,7 +127,7 @@ def test_headers_that_are_refused(changes: dict[str, Any], problem: str) -> None
 
 
 def parsed(data: bytes) -> Header | None:
-    """The header, or None where it is refused as agreed; any other exception is a failure."""
+    """The header, or None if it is refused; any other exception is a failure."""
     try:
         return Header.parse(data)
     except ValueError as error:
@@ -325,7 +325,7 @@ def test_names_that_vdsm_wrote_until_2016(tmp_path: Path, merges: int) -> None:
 
 
 def test_a_leaf_without_parent_says_so(tmp_path: Path) -> None:
-    """qemu would follow the name in the header, also one that is written there after we read it."""
+    """qemu would follow the name in the header, also a name that is written after we have read it."""
     (tmp_path / "secret").write_bytes(SECRET.ljust(MIB, b"\0"))
     path = tmp_path / LEAF
     qemu_img("create", "-f", "qcow2", path, MIB)
@@ -359,7 +359,7 @@ OTHER = "bbbbbbbb-9999-4000-8000-000000000000"
     ],
 )
 def test_a_link_in_a_volumes_place(tmp_path: Path, link: str, target: str, image_format: str) -> None:
-    """Whoever can write to shared storage can put it there."""
+    """Anybody who can write to shared storage can make such a link."""
     (tmp_path / OTHER).mkdir()
     for name in ("secret", f"{OTHER}/{BASE}", f"{OTHER}/{LEAF}"):
         qemu_img("create", "-f", {"raw": "raw", "cow": "qcow2"}[image_format], tmp_path / name, MIB)

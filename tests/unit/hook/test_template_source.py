@@ -169,7 +169,7 @@ def test_metadata_that_is_no_file(domain: Domain, kind: str) -> None:
 
 
 def test_a_volume_that_the_templates_image_does_not_have(domain: Domain) -> None:
-    """Whoever can write to an image can say anything in its metadata, but not put a file elsewhere."""
+    """Anybody who can write to an image can forge its metadata, but cannot make files in other images."""
     domain.theirs.unlink()
     assert not is_template(domain.ours)
     domain.theirs.write_bytes(b"x" * 512)  # another one of the same name

@@ -350,7 +350,7 @@ def fixture_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 def left(file: Path) -> list[str]:
-    """What is there beside the file, and what is held."""
+    """The files beside the file of metrics, and the locks that are held."""
     beside = [name for name in os.listdir(file.parent) if name != file.name]
     return beside + (os.listdir(lock.RUN) if os.path.isdir(lock.RUN) else [])
 

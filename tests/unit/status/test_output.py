@@ -58,7 +58,7 @@ def fixture_host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeHost:
 
 
 def take(text: str = "") -> Snapshot:
-    """A snapshot; whatever it is, its JSON is as the schema says."""
+    """A snapshot; its JSON must always fit the schema."""
     taken = snapshot.take(parsed(text))
     jsonschema.Draft202012Validator(SCHEMA).validate(json.loads(output.as_json(taken)))
     return taken
@@ -590,7 +590,7 @@ def test_a_pool_that_fills_up_under_no_vm(host: FakeHost, is_open: str) -> None:
 
 
 def test_another_pool_of_the_group(host: FakeHost) -> None:
-    """One that a VM's section names, with the margins of that section."""
+    """A pool that a VM's section names, with the margins of that section."""
     pool = host.volumes["pool0"]
     host.volumes["fast"] = replace_volume(pool, lv_name="fast", lv_uuid="other", data_percent="50.00")
     text = f"vms: {{{VM}: {{thin_pool: fast, margins: {{thin_data: 55%}}}}}}"

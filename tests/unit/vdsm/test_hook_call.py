@@ -20,7 +20,7 @@ XML_POINTS = sorted(hook_call.POINTS - {"after_disk_prepare", "before_vdsm_start
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """What vdsm sets for a VM with the property, whatever else stands in the environment."""
+    """What vdsm sets for a VM with the property, with anything else in the environment."""
     return {
         "PATH": "/usr/bin",
         "PYTHONPATH": ":/hooks",

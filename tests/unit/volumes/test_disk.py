@@ -421,7 +421,7 @@ def test_a_start_does_what_the_table_says() -> None:
 
 
 def test_no_start_breaks_a_promise() -> None:
-    """Whatever two disks an image has: a complete copy that is kept is lost by `recopy` or `delete` alone."""
+    """With any two disks of an image, only `recopy` or `delete` loses a complete copy that is kept."""
     states = [state for state in State if state is not State.DRIFTED]
     kinds = [*itertools.product(states, (False, True), ("same", "other"), (SIZE, SIZE - 512), (False, True))]
     for (one, other), on_stop, on_change in itertools.product(
@@ -493,7 +493,7 @@ def test_a_disk_of_the_older_hook_says_by_its_name_alone_what_it_is_a_copy_of() 
 @pytest.mark.parametrize("name", [VOLUME, OTHER_VOLUME])
 @pytest.mark.parametrize("is_open", [False, True])
 def test_no_start_while_a_disk_of_the_image_has_drifted(name: str, is_open: bool) -> None:
-    """Whatever else the image has: nothing is removed, replaced or used."""
+    """With any other disks of the image: nothing is removed, replaced or used."""
     drifted = of_kind(name, State.DRIFTED, is_open, "same", SIZE, False)
     beside = OTHER_VOLUME if name == VOLUME else VOLUME
     kinds = itertools.product(STATE_TAGS, (False, True), ("same", "other"), (SIZE,), (False, True))

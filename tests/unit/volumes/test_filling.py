@@ -1,4 +1,4 @@
-"""What is logged of pools and metadata areas that fill up; tests/test_status.py has what is seen."""
+"""What is logged of pools and metadata areas that fill up; tests/unit/status/ has what status shows."""
 
 from __future__ import annotations
 

@@ -329,7 +329,7 @@ def test_within_a_boot_the_date_of_a_mark_does_not_count(
     "boot", ["", f"BOOT_{OTHER_BOOT}_5", f"BOOT_{BOOT}_99999", "BOOT_x_5", f"BOOT_{BOOT}_x"]
 )
 def test_a_mark_that_cannot_be_true_is_in_doubt(kind: str, text: str, again: Action, boot: str) -> None:
-    """It is of an earlier boot, or nothing says of which; it is made anew, as of now."""
+    """The mark is of an earlier or unknown boot; it is replaced by a mark of now."""
     made = LV.lv_time
     now = Moment(NOW, BOOT, 50)
     for date in (5, 978307200, FIRST - 1, made - 1):
@@ -866,7 +866,7 @@ def test_without_libvirt_only_what_is_no_vms_goes(host: FakeHost) -> None:
 
 @pytest.mark.parametrize("number", range(5))
 def test_gc_ends_when_it_is_told_to(host: FakeHost, number: int) -> None:
-    """A hook is told by a signal, once: it raises wherever it comes."""
+    """A hook gets one signal, which raises an error at any place."""
     for volume in (VOLUME, OTHER_VOLUME):
         host.add(volume, tags("DELETING"), SIZE)
 
@@ -1075,7 +1075,7 @@ def test_an_erase_that_another_gc_has_begun_is_left_to_it(host: FakeHost) -> Non
 
 @pytest.mark.parametrize("is_named", BOTH)
 def test_a_disk_without_a_word_on_how_to_erase_it(host: FakeHost, is_named: bool) -> None:
-    """One that has its name is only removed; one that has none is treated as is wanted now."""
+    """A disk with its new name is only removed; a disk without one is treated as configured now."""
     lost = {"ERASE_discard"} if is_named else {"ERASE_discard", f"ASIDE_{VOLUME}"}
     for text in ("retention: {erase: none}", "retention: {erase: zero}"):
         volume = host.add(VOLUME, ASIDE - lost, SIZE)
@@ -1187,7 +1187,7 @@ def test_one_mark_that_cannot_be_made_keeps_no_other(host: FakeHost) -> None:
 
 
 def test_a_gc_leaves_the_erase_to_another_that_erases(host: FakeHost) -> None:
-    """Runs of cron do not pile up behind one that erases for hours."""
+    """Runs of cron do not wait for a gc that erases for hours."""
     volume = host.add(VOLUME, tags("DELETING"), SIZE)
     with lock.holding(os.path.join(lock.RUN, gc.ERASING), lambda _: None):
         found = gc.collect(parsed(ERASE))

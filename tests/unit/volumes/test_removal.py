@@ -455,7 +455,7 @@ def test_blocks_are_given_back_step_by_step(
 def test_a_clone_never_takes_more_than_a_step_of_its_own(
     host: FakeHost, thin_disk: Path, discards: Discards
 ) -> None:
-    """What it shares with its template is provided anew when it is written, which must not fill the pool."""
+    """Shared blocks are allocated again when they are written, which must not fill the pool."""
     blocks = write(thin_disk, 32 * BLOCK, {0: b"x" * 32 * BLOCK})
     call(erase_and_remove, host, "zero")
     assert len(discards.ranges) == 8

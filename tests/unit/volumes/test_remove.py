@@ -133,7 +133,7 @@ def test_two_groups_with_a_disk_of_that_name(host: FakeHost, monkeypatch: pytest
 def test_what_anything_needs_is_refused(
     host: FakeHost, act: Callable[..., object], kind: type[Error], why: str, is_late: bool
 ) -> None:
-    """Also if it is only needed since the first look; the other disk that was named stays with it."""
+    """Also if it is needed only since the first check; the other named disk is kept, too."""
     volume = host.add(VOLUME, tags(), SIZE)
     other = host.add(OTHER_VOLUME, tags(vm=OTHER_VM), SIZE)
     if is_late:

@@ -62,7 +62,7 @@ def test_kept_disks_of_the_vm_are_marked(host: FakeHost, images: list[str], expe
 
 @pytest.mark.parametrize(("is_active", "is_silent"), [(True, False), (False, True), (False, False)])
 def test_the_disk_that_a_vm_runs_from_is_not_marked(host: FakeHost, is_active: bool, is_silent: bool) -> None:
-    """One that something else has open is."""
+    """A disk that something other than the VM has open is marked."""
     host.add(VOLUME, tags(), SIZE, lv_device_open="open")
     host.active, host.libvirt_is_silent = ({VM} if is_active else set()), is_silent
     assert Hook(host).ask(STALE) == {}

@@ -271,7 +271,7 @@ def test_what_root_runs(
 
 @pytest.fixture(name="trees")
 def fixture_trees(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """Where root extracts, of whoever runs the tests; the zipapp holds one module."""
+    """root's directory of extracted packages, for the user who runs the tests; the zipapp has one module."""
     monkeypatch.setattr(bootstrap, "TREES", str(tmp_path / "trees"))
     monkeypatch.setattr(bootstrap, "BUILD_ID", "abc")
     monkeypatch.setattr(bootstrap, "_in_use", [])
@@ -298,7 +298,7 @@ def test_the_tree_of_this_build(monkeypatch: pytest.MonkeyPatch, trees: Path) ->
 
 
 def test_a_tree_that_somebody_locks(trees: Path) -> None:
-    """Whoever can read a file can lock it; that is no reason not to run."""
+    """Anybody who can read a file can lock it; a program must run all the same."""
     packages = bootstrap.unpacked(str(trees), ME)
     os.close(bootstrap._in_use.pop())
     with open(trees / NAME / "files", "rb") as file:
