@@ -2,7 +2,7 @@
 # Build, show, test and measure localdisk.
 #
 #   ./build.sh                      build dist/localdisk, the one file that is copied to a host
-#   ./build.sh demo                 the whole life of a VM's local disk on real LVM and real libvirt, narrated
+#   ./build.sh demo                 the whole life of a VM's local disk on real LVM and real libvirt, with comments
 #   ./build.sh test [--all]         all of the following; --all with the whole crash matrix, not a selection
 #   ./build.sh lint                 formatting, lint, types; shell and Ansible files
 #   ./build.sh unit [ARGUMENTS]     the unit tests; with pytest's arguments only those
@@ -11,12 +11,12 @@
 #   ./build.sh model [SEED]         the model test in memory and on real LVM; SEED may be FIRST-LAST
 #   ./build.sh bench                the table of measurements
 #   ./build.sh pictures             docs/*.svg, drawn from a real run
-#   ./build.sh fuzz [SECONDS]       broken input for everything that reads what others wrote
-#   ./build.sh pins                 pins/*.txt anew: every package that pip installs, and the guest's kernel
+#   ./build.sh fuzz [SECONDS]       broken input for every parser
+#   ./build.sh pins                 renews pins/*.txt: every package that pip installs, and the guest's kernel
 #
-# Each gets what it needs itself: Debian packages with apt (as root or through sudo), Python packages into .venv.
-# Tests and demo run on a throw-away kernel unless this machine's own has device-mapper and we are root;
-# WHERE=PLACE forces one (tests/bed/boot.py).
+# Each command installs what it needs: Debian packages with apt (as root or through sudo), Python packages in .venv.
+# Tests and demo run on a throw-away kernel, or on this machine's own if it has device-mapper and we are root;
+# WHERE=PLACE forces a place (tests/bed/boot.py).
 set -euo pipefail
 cd "$(dirname "$(readlink -f "$0")")"
 
@@ -31,7 +31,7 @@ as_root() {
   if [ "$(id -u)" = 0 ]; then "$@"; else sudo env "DEBIAN_MIRROR=${DEBIAN_MIRROR:-}" "$@"; fi
 }
 
-# need PACKAGE...: install the Debian packages that are not there yet
+# need PACKAGE...: install the Debian packages that are missing
 need() {
   local package missing=()
   for package in "$@"; do
@@ -43,9 +43,9 @@ need() {
   as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >&2
 }
 
-# -- Python packages: each pinned by hash, none built from source, which would run what is not pinned
+# -- Python packages: each pinned by hash; none is built from source, because a build would run unpinned code
 
-# environment FOLDER PYTHON PINS...: a virtual environment with these pins, made anew when they or its place change
+# environment FOLDER PYTHON PINS...: a virtual environment with these pins, made again when they or its path change
 environment() {
   local folder=$1 python=$2 stamp
   shift 2
@@ -96,7 +96,7 @@ prepare() {
 
 # -- the built file
 
-# merge FROM INTO: what two Pythons' packages both have must be the same; what is compiled has names of its own
+# merge FROM INTO: files that two Pythons' packages both have must be equal; compiled files have different names
 merge() {
   local file
   while IFS= read -r -d '' file; do
@@ -113,7 +113,7 @@ packages_for() {
   rm -rf "${2:?}/bin"
 }
 
-# all_packages FOLDER: those of all Pythons in one tree
+# all_packages FOLDER: the packages of all Pythons in one tree
 all_packages() {
   local python job jobs=()
   for python in "${PYTHONS[@]}"; do
@@ -127,7 +127,7 @@ all_packages() {
   done
 }
 
-# kept_packages: print the folder of all packages, fetched when their pins change
+# kept_packages: print the folder of all packages; they are fetched if their pins have changed
 kept_packages() {
   local folder
   folder=.venv/packages-$(cat pins/program.txt build.sh | sha256sum | cut -c1-16)
@@ -148,7 +148,7 @@ pack() {
   cp schema/localdisk.schema.json "$tree/localdisk/schema/"
   cp examples/minimal.yaml "$tree/localdisk/examples/"
   rm -f "$tree"/localdisk/zipapp/{main,bootstrap,pack}.py
-  # What run time does not need: headers and sources of lxml, tests, caches, type stubs of packages.
+  # Remove what is not needed at run time: headers and sources of lxml, tests, caches, type stubs of packages.
   find "$tree" \( -name '*.pxd' -o -name '*.pxi' -o -name '*.pyx' -o -name '*.h' -o -name '*.c' -o -name '*.pyi' \
     -o -name '*.rng' -o -name '*.xsl' \) -delete
   find "$tree" -depth -type d \( -name __pycache__ -o -name tests -o -name isoschematron -o -name includes \
@@ -156,18 +156,18 @@ pack() {
   find "$tree" -path '*.dist-info/*' -type f ! -iname '*licen[cs]e*' ! -iname 'copying*' -delete
   find "$tree" -name py.typed -delete
   find "$tree" -type d -empty -delete
-  # Of lxml only the tree and what it imports; what there is as Python, too, is fast enough.
+  # Of lxml keep only the tree and its imports; modules that also exist in Python are fast enough.
   find "$tree/lxml" -type f ! -name '__init__.py' ! -name 'etree.*' ! -name '_elementpath.py' -delete
   find "$tree/yaml" -name '_yaml.*.so' -delete
   find "$tree" -type d -empty -delete
-  # -I: nothing from the environment; -S: nothing from the host's site-packages, whose .pth files and
+  # -I: use nothing of the environment; -S: use nothing of the host's site-packages, whose .pth files and
   # sitecustomize would otherwise run as root.  It also saves a tenth of a hook run without the property.
   .venv/bin/shiv --reproducible --site-packages "$tree" --entry-point localdisk.cli:main \
     --python "$PYTHON -IS" --output-file "$work/localdisk.shiv"
   "$PYTHON" -m localdisk.zipapp.pack "$work/localdisk.shiv" "$work/localdisk"
 }
 
-# work_folder: print a new folder in build/; those of killed runs are removed
+# work_folder: print a new folder in build/; remove the folders of killed runs
 work_folder() {
   local folder
   for folder in build/*.work; do
@@ -198,7 +198,7 @@ build_if_older() {
   [ -z "$newer" ] || build
 }
 
-# Build again from packages fetched anew: it has to be the same file.
+# Build again from newly fetched packages: the file must be the same.
 build_again() {
   local work
   work=$(work_folder)
@@ -218,7 +218,7 @@ lint() {
   shellcheck build.sh .ci/run tests/bed/guest.sh tests/bed/usermode.sh
 }
 
-# unit_tests PYTHON [ARGUMENTS]: under that Python; PYTHONHASHSEED, the same for all processes, is what varies
+# unit_tests PYTHON [ARGUMENTS]: under that Python, with a random PYTHONHASHSEED that is the same for all processes
 unit_tests() {
   local seed=${PYTHONHASHSEED:-$((RANDOM))} temporary verdict=0
   temporary=$(mktemp -d /tmp/ld.XXXXXX)
@@ -228,8 +228,8 @@ unit_tests() {
   return $verdict
 }
 
-# Under another Python that the file is for.  What is the same under each is left out: the tests that start the built
-# file do so under each Python themselves, and who imports what is read off the text; of the model's 20 walks, 4.
+# Run the unit tests under another Python that the file supports.  Tests whose result is the same are left out: tests of
+# the built file start it under each Python themselves, and tests of imports read the source.  The model does 4 walks, not 20.
 unit_under() {
   local folder
   folder=.venv/$(basename "$1")
@@ -247,12 +247,12 @@ boot() {
   as_root .venv/bin/python -B -m tests.bed.boot --where "${WHERE:-auto}" "$@"
 }
 
-# suite PART...: those parts of the tests, side by side
+# suite PART...: run these parts of the tests side by side
 suite() {
   .venv/bin/python -m tests.suite --where "${WHERE:-auto}" "$@"
 }
 
-# What pytest is told in the bed: a name alone is a file of tests/kernel.
+# The arguments of pytest in the bed: a name without a folder is a file of tests/kernel.
 kernel_arguments() {
   local word has_file=
   for word in "$@"; do
