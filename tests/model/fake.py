@@ -241,7 +241,7 @@ class Host(FakeHost):
         )
 
     def _check_running_vms(self) -> None:
-        """No command, of whatever process, changes a running VM's disk."""
+        """No command of any process changes a running VM's disk."""
         there = {volume.lv_uuid: name for name, volume in self.volumes.items()}
         for lv_uuid, before in self.of_running.items():
             assert lv_uuid in there, f"a running VM's disk {before.name} is removed by {self.commands[-1]}"
@@ -270,7 +270,7 @@ class Host(FakeHost):
         return answer
 
     def _check_templates(self, words: list[str], names: list[str]) -> None:
-        """Whoever changes a template LV, reads it or starts from it holds its lock."""
+        """A process that changes a template LV, reads it or starts from it holds its lock."""
         if words[0] in ("lvm", "virsh"):
             return
         paths = {held.path for held in self.world.running.locks.values()}
@@ -592,7 +592,7 @@ class FakeWorld:
         return replace(self._ended(process), other=other)
 
     def resume(self) -> Ended:
-        """The paused call goes on to its end."""
+        """The paused call continues to its end."""
         process, self.other = self.other, None
         assert process
         self._until_it_ends(process)
@@ -802,7 +802,7 @@ class FakeWorld:
                 raise Dead
 
     def pause(self, _seconds: float) -> None:
-        """The helper waits, and notices that its hook is gone."""
+        """The helper waits, and notices that its hook has ended."""
         if self.running.is_hook_dead:
             raise HelperEnded
         self.running.stop("waiting")

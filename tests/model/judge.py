@@ -69,7 +69,7 @@ class Judge:
         return self.check(after, call, ended)
 
     def _check_kept(self, before: State, after: State, call: Call, ended: Ended) -> None:
-        """Whatever happens, what a guest has written is only lost by what the operator has said."""
+        """A guest's data may only be lost by a decision of the operator, whatever happens."""
         for key, disk in before.disks.items():
             if is_newborn(key):  # nobody has looked since it was made
                 continue
@@ -257,7 +257,7 @@ def _may_go(before: State, after: State, disk: LocalDisk, call: Call, ended: End
 
 
 def _does_replace(policy: Policy) -> bool:
-    """Whether a start may make a new disk in the place of one that it finds."""
+    """Whether a start may make a new disk in the place of an existing one."""
     return policy.on_stop == "delete" or policy.on_source_change == "recopy"
 
 

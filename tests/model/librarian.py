@@ -66,7 +66,7 @@ class Librarian:
         return uuids
 
     def _require_possible(self, before: State, after: State, found: Mapping[str, Cached]) -> None:
-        """Nothing of what may never happen has happened, whatever else has."""
+        """Check that nothing impossible has happened."""
         for key, lv in before.cached.items():
             is_kept = after.is_open(key) or after.is_locked(key)
             now = found.get(key)
@@ -84,7 +84,7 @@ class Librarian:
         assert len(places) == len({*places}), f"there are two template LVs of one kind: {places}"
 
     def _born(self, seen: Seen, before: State) -> Cached:
-        """One that was not there before."""
+        """A template LV that did not exist before."""
         if "DELETING" in seen.tags:  # set aside already
             return Cached(
                 "", "", "", ASIDE, "", seen.size, seen.is_thin, seen.written or 0, erase=_erase(seen)
@@ -151,7 +151,7 @@ class Librarian:
 
 
 def _is_same(wanted: Cached, found: Cached) -> bool:
-    """Whether one that had not been seen yet is this one."""
+    """Whether this template LV may be one that the model has not seen yet."""
     if wanted.name or wanted.state != found.state:
         return False
     if wanted.state == ASIDE:

@@ -144,7 +144,7 @@ def _parts_of_gc(state: State, vm_id: str) -> Iterator[Call]:
 
 
 def _passing_over(state: State, call: Call, paused: Call) -> Iterator[Prediction]:
-    """What the call does; also where it passes over what the paused call may be working on."""
+    """What the call does, also if it skips disks that the paused call may be working on."""
     whole = predict(state, call)
     yield whole
     changed = [key for key in whole.stages if key in state.disks]

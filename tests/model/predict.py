@@ -225,7 +225,7 @@ def _finish(p: Prediction) -> None:
 
 
 def _give_up(p: Prediction) -> None:
-    """It is ended, and what is unfinished goes at once."""
+    """The start is ended, and its unfinished disk is removed at once."""
     flight = _landed(p)
     _rest(p, flight)
     if flight.is_filling:
@@ -393,7 +393,7 @@ class Plan:
 
 
 def _plan(state: State, policy: Policy, vm_id: str, image_id: str, key: str) -> Plan:
-    """Kept disks are judged by what they were copied from, whatever their names are."""
+    """What counts for a kept disk is its source, not its name."""
     source = state.sources[image_id]
     own = [k for k, d in state.disks.items() if (d.vm, d.image) == (vm_id, image_id) and not d.is_aside]
     found = [
@@ -571,7 +571,7 @@ def _begin_copy(p: Prediction, vm_id: str, image_id: str, making: Making, base: 
 def _find_room(
     p: Prediction, policy: Policy, is_room: shelf.IsRoom, but: str, replaced: tuple[str, ...]
 ) -> bool:
-    """Idle template LVs make room, or what is replaced, or both; nothing goes where that would not help."""
+    """Remove idle template LVs, or replaced disks, or both, to make room; nothing if that would not help."""
     p.state, is_good = shelf.with_room(p.state, policy, is_room, but)
     spares = [k for k in replaced if k in p.state.disks and p.state.disks[k].is_thin == shelf.is_thin(policy)]
     spares = [k for k in spares if not p.state.is_open(k)]
@@ -809,9 +809,9 @@ def _is_past_grace(p: Prediction, key: str, policy: Policy) -> bool:
 
 
 def _is_in_doubt(p: Prediction, key: str, mark: int) -> bool:
-    """Whether a disk is marked anew because it was made after it was marked.
+    """Whether a disk is marked again because its mark is older than the disk.
 
-    Not while the clock is wrong: then it is only kept, as one that was marked in the future.
+    Not while the clock is wrong: then it is only kept, like a disk with a mark in the future.
     """
     made = p.state.disks[key].made or 0
     is_in_doubt = mark <= p.state.now and mark < made
@@ -820,7 +820,7 @@ def _is_in_doubt(p: Prediction, key: str, mark: int) -> bool:
 
 
 def _is_due(p: Prediction, disk: LocalDisk, mark: int, due: int) -> bool:
-    """Whether that is so long ago; in doubt it is not."""
+    """Whether the mark is so old; on any doubt it is not."""
     age = p.state.now - mark
     p.has_doubts = p.has_doubts or age < 0  # the clock went backwards
     return 0 <= age >= due and mark >= (disk.made or 0)

@@ -282,7 +282,7 @@ class Walk:
         self._call("before_vm_destroy", vm_id)
 
     def _live_snapshot(self, vm_id: str) -> None:
-        """A live snapshot goes past us: from now on the VM writes to another volume."""
+        """A live snapshot is not refused: from now on the VM writes to another volume."""
         vm = self.state.vms[vm_id]
         image_id = self.rng.choice([*vm.paths])
         self.world.live_snapshot(self.state, vm_id, image_id)
@@ -330,7 +330,7 @@ class Walk:
         self._call("after_vm_destroy", vm_id)
 
     def _early_destroy(self, vm_id: str) -> None:
-        """A start goes on although its disks were taken away: it must be refused."""
+        """A start continues although its disks were removed: it must be refused."""
         self._call("after_vm_destroy", vm_id)
         self._go_on(vm_id)
 
@@ -409,7 +409,7 @@ class Walk:
         self._power_cut(None)
 
     def _clock(self, _: None) -> None:
-        """Time goes by, by preference until something is due or just before, or is set back; gc runs."""
+        """Time passes, preferably until something is due or just before that, or is set back; gc runs."""
         dues = [due for key in self.state.disks for due in self._dues(key)]
         dues += self._dues_of_templates()
         if self.plan.is_exact and dues and self._chance(0.7):
@@ -444,7 +444,7 @@ class Walk:
         self._note(f"to {now}")
 
     def _configure(self, _: None) -> None:
-        """The administrator changes the rules, or one of them, by preference one that is just being used."""
+        """The administrator changes all rules, or one of them, preferably one that is in use."""
         rules = self._any_rules()
         if self._chance(0.7):
             names = ["on_stop", "erase", "on_source_change", "keep_for", "backend"]

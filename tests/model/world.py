@@ -72,7 +72,7 @@ class Ended:
 
 @dataclass(frozen=True)
 class Look:
-    """What is there now; `erased` says how volumes that are gone were erased, where the world knows it."""
+    """What exists now; `erased`: how removed volumes were erased, if the world knows it."""
 
     now: int
     volumes: tuple[Seen, ...]
@@ -151,7 +151,7 @@ class World(Protocol):
         """The guest writes something that nobody else writes."""
 
     def hold(self, uuid: str) -> bool:
-        """Something opens a volume; False where it is not active."""
+        """Something opens a volume; False if the volume is not active."""
 
     def let_go(self, uuid: str) -> None: ...
 
