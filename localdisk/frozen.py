@@ -9,6 +9,7 @@ from __future__ import annotations
 
 TYPE_CHECKING = False  # as type checkers know it; `typing` is slow to import, too
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any, TypeVar
 
     from typing_extensions import dataclass_transform
@@ -66,6 +67,21 @@ def frozen(cls: type[T]) -> type[T]:
     return cls
 
 
+def once(function: Callable[[Any], T]) -> Callable[[Any], T]:
+    """Let `function` of one frozen object work once for each object, which keeps the result."""
+    name = f"_once_{function.__module__}.{function.__qualname__}"
+
+    def kept(found: Any) -> T:
+        state = found.__dict__
+        if name not in state:
+            state[name] = function(found)
+        result: T = state[name]
+        return result
+
+    kept.__doc__ = function.__doc__
+    return kept
+
+
 def replace(old: T, **changes: Any) -> T:
     """A copy of `old` with `changes`."""
     return type(old)(**{**values(old), **changes})
@@ -108,10 +124,12 @@ def _own_options(cls: type) -> dict[str, dict[str, Any]]:
 
 
 def _init(self: Any, *by_position: Any, **by_name: Any) -> None:
+    if not by_position and by_name.keys() == self._options.keys():  # as for most objects
+        self.__dict__.update(by_name)
+        return
     state = dict(zip(self._names, by_position), **by_name)
     is_given_once = len(state) == len(by_position) + len(by_name)
-    for name, value in self._defaults.items():
-        state.setdefault(name, value)
+    state = {**self._defaults, **state}
     for name, make in self._makers.items():
         if name not in state:
             state[name] = make()

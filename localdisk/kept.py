@@ -47,34 +47,38 @@ def doubted(vm_id: str) -> tuple[str, ...]:
 
 def noted() -> Mapping[str, tuple[str, ...]]:
     """All VMs that have a file, with what is in it."""
-    return {vm_id: doubted(vm_id) if size else () for vm_id, size in sorted(_sizes().items())}
+    return {vm_id: doubted(vm_id) if _size(entry) else () for vm_id, entry in sorted(_entries().items())}
 
 
 def renew(vm_ids: frozenset[str], is_all: bool) -> None:
     """These VMs have kept disks; `is_all`: and no others, so that the files of others are removed."""
-    sizes = _sizes()
+    entries = _entries()
     for vm_id in vm_ids:
-        if sizes.get(vm_id, -1) < 0:
+        if vm_id not in entries or not entries[vm_id].is_file(follow_symlinks=False):
             note(vm_id)
-    for vm_id, size in sizes.items():
-        if is_all and vm_id not in vm_ids and not (size and doubted(vm_id)):
+    for vm_id in (entries.keys() - vm_ids) if is_all else ():
+        if not (_size(entries[vm_id]) and doubted(vm_id)):
             try:
                 os.unlink(path(vm_id))
             except OSError as error:
                 log.problem("record of kept disks cannot be removed", vm=vm_id, why=error.strerror)
 
 
-def _sizes() -> dict[str, int]:
-    """The bytes of each VM's file, -1 of what is no file: with a thousand VMs, few files are opened."""
+def _entries() -> dict[str, os.DirEntry[str]]:
+    """What is there by the name of a VM: with a thousand VMs, few files are opened."""
     try:
         with os.scandir(os.path.dirname(path(""))) as entries:
-            return {entry.name: _size(entry) for entry in entries if is_uuid(entry.name)}
+            return {entry.name: entry for entry in entries if is_uuid(entry.name)}
     except OSError:
         return {}
 
 
 def _size(entry: os.DirEntry[str]) -> int:
-    return entry.stat(follow_symlinks=False).st_size if entry.is_file(follow_symlinks=False) else -1
+    """Its bytes, -1 if it is no file."""
+    try:
+        return entry.stat(follow_symlinks=False).st_size if entry.is_file(follow_symlinks=False) else -1
+    except OSError:  # it was removed just now
+        return -1
 
 
 def _write(vm_id: str, flags: int, text: str) -> None:

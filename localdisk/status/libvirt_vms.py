@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 from localdisk import libvirt, log
 from localdisk.errors import BadDomain
-from localdisk.frozen import frozen
+from localdisk.frozen import frozen, once
 from localdisk.libvirt import Domains
 from localdisk.vdsm import domain_xml
 from localdisk.vdsm.domain_xml import Running
@@ -22,30 +22,39 @@ class Vms:
     unread: tuple[str, ...] = ()  # UUIDs of running VMs whose XML is not understood
 
     @property
+    @once
     def domains(self) -> Domains:
         """The same without names and disks."""
         return Domains(frozenset(self.names), frozenset(vm.vm_id for vm in self.running).union(self.unread))
 
     def disk_name(self, vm_id: str, volume_id: str) -> str:
         """The disk's name in the VM, such as `vda`; "" if the VM does not run from this volume."""
-        found = (disk for vm, disk, volume in self._local() if (vm, volume) == (vm_id, volume_id))
-        return next(found, "")
+        return next((disk for vm, disk in self._users.get(volume_id, ()) if vm == vm_id), "")
 
     def user_of(self, volume_id: str) -> str:
         """The VM that runs from the local disk of this name, "" if there is none."""
-        return next((vm for vm, _, volume in self._local() if volume == volume_id), "")
+        return next((vm for vm, _ in self._users.get(volume_id, ())), "")
 
     def is_below(self, volume_id: str) -> bool:
         """Whether a running VM uses this local disk only below another volume, such as a snapshot's."""
-        top = (os.path.basename(disk.path) for vm in self.running for disk in vm.disks)
-        return volume_id not in top and bool(self.user_of(volume_id))
+        return volume_id not in self._top and bool(self.user_of(volume_id))
 
-    def _local(self) -> Iterator[tuple[str, str, str]]:
-        """(VM, name of its disk, LV name) of all block devices of running VMs, also below a snapshot."""
+    @property
+    @once
+    def _top(self) -> frozenset[str]:
+        """The LV names of the volumes that running VMs write to."""
+        return frozenset(os.path.basename(disk.path) for vm in self.running for disk in vm.disks)
+
+    @property
+    @once
+    def _users(self) -> Mapping[str, list[tuple[str, str]]]:
+        """(VM, name of its disk) by LV name of all block devices of running VMs, also below a snapshot."""
+        found: dict[str, list[tuple[str, str]]] = {}
         for vm in self.running:
             paths = [(disk.name, disk.path) for disk in vm.disks if disk.disk_type == "block"]
             for name, path in [*paths, *vm.backing]:
-                yield vm.vm_id, name, os.path.basename(path)
+                found.setdefault(os.path.basename(path), []).append((vm.vm_id, name))
+        return found
 
 
 def answer(asked: libvirt.Question) -> Vms:

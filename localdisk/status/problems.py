@@ -161,8 +161,11 @@ def of_disks(disks: Disks, held: Held, vms: Vms | None, config: Config, now: Mom
         else:
             yield from _uncertain(vg, disk, held, vms, config, now)
     if vms:
+        by_vm: dict[str, list[tuple[VolumeGroup, LocalDisk]]] = {}
+        for vg, disk in found:
+            by_vm.setdefault(disk.vm_id, []).append((vg, disk))
         for vm in vms.running:
-            yield from _of_vm(vm, found, config)
+            yield from _of_vm(vm, by_vm.get(vm.vm_id, []), config)
         for vm_id in vms.unread:
             what = f"the domain XML of VM {vm_id} is not understood, so its disks are not known"
             yield Problem(UNREAD, what, f"virsh --readonly dumpxml {vm_id}")
@@ -252,11 +255,9 @@ def _change(found: Template) -> str:
     return "" if found.sample else "its tag SAMPLE_ is missing or not alone"
 
 
-def _of_vm(
-    vm: Running, disks: tuple[tuple[VolumeGroup, LocalDisk], ...], config: Config
-) -> Iterator[Problem]:
-    """The disks of a running VM that should be local and are not."""
-    own = {disk.image_id: (group, disk) for group, disk in disks if disk.vm_id == vm.vm_id}
+def _of_vm(vm: Running, disks: Disks, config: Config) -> Iterator[Problem]:
+    """The disks of a running VM that should be local and are not; `disks` are its local disks."""
+    own = {disk.image_id: (group, disk) for group, disk in disks}
     asked = vm.property_value if vm.property_value in ("on", "lvm", "lvmthin") else ""
     policy = config.policy(vm.vm_id, asked or "on")
     for disk in vm.disks:

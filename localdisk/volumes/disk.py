@@ -50,7 +50,7 @@ from localdisk.errors import (
     ThinPoolInactive,
     ThinPoolNotZeroing,
 )
-from localdisk.frozen import frozen
+from localdisk.frozen import frozen, once
 from localdisk.ids import is_uuid
 from localdisk.units import format_size
 from localdisk.volumes.lvm import LogicalVolume, VolumeGroup
@@ -178,6 +178,7 @@ class LocalDisk:
         return frozenset(tag for tag in self.lv.lv_tags if tag.startswith(prefixes))
 
 
+@once
 def local_disks(vg: VolumeGroup) -> tuple[LocalDisk, ...]:
     """All local disks of a volume group, those of vdsm's older hook included."""
     found = (LocalDisk.from_lv(lv) for lv in vg.lvs)

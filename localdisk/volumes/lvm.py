@@ -11,6 +11,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
 
 from localdisk import device_mapper, run
 from localdisk.errors import (
@@ -62,6 +63,9 @@ SETTINGS = (
     # only.
     "backup{retain_min=50 retain_days=0}"
 )
+# Before a report, LVM reads its own backup file of the group, which is as long as the metadata, and writes
+# the file anew if it is not current.  A command that only looks need not do that: each change writes it.
+LOOKS_ONLY = "backup{backup=0 archive=0}"
 SELECT = {"seg": "segtype=thin-pool", "pv": "pv_name=none", "pvseg": "pv_name=none"}
 SEE_ALL = 'devices{filter=["a|.*|"] global_filter=["a|.*|"]}'  # overrides the host's filters
 _HIDING = {
@@ -142,7 +146,7 @@ class LogicalVolume:
             lv_device_open=row["lv_active"] != "" and row["lv_device_open"] != "",
             lv_active=row["lv_active"] != "",
             lv_permissions=row["lv_permissions"],
-            lv_layout=_words(row["lv_layout"]),
+            lv_layout=_kinds(row["lv_layout"]),
             pool_lv=row["pool_lv"] if "thin" in row["lv_layout"] else "",  # not a cache pool
             data_percent=_percent(row["data_percent"]),
             metadata_percent=_percent(row["metadata_percent"]),
@@ -190,7 +194,7 @@ class VolumeGroup:
             if report in SELECT:
                 argv += ["-S", SELECT[report]]
         try:
-            text = call([*argv, *_devices(devices), vg_name])
+            text = call([*argv, *_devices(devices), vg_name], LOOKS_ONLY)
         except CommandFailed as error:
             if f'Volume group "{vg_name}" not found' in error.stderr:
                 raise _not_found(vg_name) from None
@@ -467,9 +471,9 @@ def _dependents(row: dict[str, str], snapshots: Iterable[dict[str, str]]) -> Ite
     """
     names = [each["lv_name"] for each in snapshots if _depends(each, row)]
     yield from names
-    if _words(row["lv_layout"]) & {"cache", "writecache"}:
+    if _kinds(row["lv_layout"]) & {"cache", "writecache"}:
         yield row["pool_lv"].strip("[]")
-    if not names and _words(row["lv_role"]) & _ORIGINS:  # lvconvert --merge hides the snapshot
+    if not names and _kinds(row["lv_role"]) & _ORIGINS:  # lvconvert --merge hides the snapshot
         yield "a snapshot that is being merged"
 
 
@@ -482,7 +486,7 @@ def _by_origin(rows: Iterable[dict[str, str]]) -> Mapping[str, list[dict[str, st
 
 
 def _depends(snapshot: dict[str, str], origin: dict[str, str]) -> bool:
-    is_thin = "thinsnapshot" in _words(snapshot["lv_role"])
+    is_thin = "thinsnapshot" in _kinds(snapshot["lv_role"])
     return not is_thin or snapshot["pool_lv"] != origin["pool_lv"]
 
 
@@ -561,13 +565,18 @@ def _repeat(option: str, values: Iterable[str]) -> list[str]:
     return [word for value in sorted(values) for word in (option, value)]
 
 
+@cache  # of a thousand volumes, most have the same layout and role
+def _kinds(column: str) -> frozenset[str]:
+    return _words(column)
+
+
 def _words(column: Any) -> frozenset[str]:
     return frozenset(word for word in column.split(",") if word)
 
 
 def _bytes(column: str) -> int:
     """A number of bytes as LVM prints it, 64 bits at most."""
-    if not re.fullmatch("[0-9]{1,19}", column):
+    if len(column) > 19 or not (column.isascii() and column.isdigit()):
         raise ValueError(f"{column[:40]!r} is no size")
     return int(column)
 

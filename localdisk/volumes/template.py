@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from localdisk.config import Cache
-from localdisk.frozen import frozen
+from localdisk.frozen import frozen, once
 from localdisk.ids import is_fingerprint, is_uuid, uuid_of
 from localdisk.volumes.disk import (
     DELETING,
@@ -125,6 +125,7 @@ class Template:
         )
 
 
+@once
 def templates(vg: VolumeGroup) -> tuple[Template, ...]:
     """All template LVs of a volume group, the least recently used first."""
     found = (Template.from_lv(lv) for lv in vg.lvs)

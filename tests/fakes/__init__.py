@@ -63,7 +63,8 @@ def without_settings(argv: Sequence[str]) -> list[str]:
     words = list(argv)
     if words[0].startswith(("lv", "vg", "pv")):
         assert words[2] == "--config", words
-        assert words[3] in (lvm.SETTINGS, f"{lvm.SETTINGS} {lvm.SEE_ALL}"), words
+        more = (lvm.LOOKS_ONLY,) if words[1] == "fullreport" else ("", lvm.SEE_ALL)
+        assert words[3] in [f"{lvm.SETTINGS} {each}".strip() for each in more], words
         del words[2:4]
     assert "--config" not in words
     return words

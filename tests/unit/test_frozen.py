@@ -117,3 +117,21 @@ def test_what_a_hook_does_not_import() -> None:
     argv = [sys.executable, "-S", "-c", script]
     done = subprocess.run(argv, capture_output=True, text=True, check=True, env={"PYTHONPATH": "."})
     assert not slow & set(done.stdout.split())
+
+
+def test_once() -> None:
+    base, _ = classes(frozen.frozen, frozen.field)
+    calls = []
+
+    @frozen.once
+    def size(found: Any) -> int:
+        """Its size."""
+        calls.append(found)
+        return int(found.size)
+
+    first, second = base("n", 4), base("n", 4)
+    assert [size(first), size(first), size(second)] == [4, 4, 4]
+    assert ([*map(id, calls)], size.__doc__) == ([id(first), id(second)], "Its size.")
+    assert first == base("n", 4)
+    assert size(frozen.replace(first, size=5)) == 5, "the copy is another object"
+    assert frozen.plain_values(first) == {"name": "n", "size": 4}
