@@ -302,6 +302,16 @@ class NoSpace(Error):
     fix = "remove local disks (localdisk gc), extend the volume group, or lower margins"
 
 
+class AllocationOff(NoSpace):
+    """More is free, on physical volumes of which LVM may use nothing (`pvchange -x n`)."""
+
+    what = (
+        "volume group {vg} lacks {missing}: the disk needs {needed}, {free} is free where LVM may allocate, "
+        "which it may not on {devices}"
+    )
+    fix = "pvchange -x y {devices}, or vgextend {vg} DEVICE"
+
+
 class MetadataAreaFull(Error):
     what = "the metadata area of volume group {vg} is full, LVM cannot describe one more disk in it"
     fix = (

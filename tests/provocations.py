@@ -618,6 +618,12 @@ def broken_pool(world: World) -> object:
     return world.ask({**CLAIM, "property": "lvmthin"}, PREPARE, host=there)
 
 
+def allocation_off(world: World) -> object:
+    there = world.host()
+    there.unallocatable = [{"pv_name": "/dev/sda", "pv_free": there.vg["vg_free"]}]
+    return world.ask(CLAIM, PREPARE, host=there)
+
+
 DISK_LIFE = {
     "changed": case(found("STOPPED_5", text=fake_session.KEEP, requests=(CLAIM, OTHER_PREPARE)), LV),
     "other leaf": case(
@@ -629,6 +635,7 @@ DISK_LIFE = {
     "owner": case(owned_by_another, LV, OTHER_VM, OTHER_IMAGE),
     "open": case(found(lv_device_open="open"), LV, "ready"),
     "no space": case(lambda w: w.ask(CLAIM, {**PREPARE, "size": 1 << 45}), "ovirt-local", "TiB"),
+    "allocation off": case(allocation_off, "ovirt-local", "0 B is free", "pvchange -x y /dev/sda"),
     "no pool": case(thin("empty", SCRATCH), "scratch/pool0"),
     "not zeroing": case(thin("not-zeroing", SCRATCH), "scratch/pool0"),
     "silent pool": case(thin("pool-inactive"), "ovirt-local/pool0"),

@@ -73,6 +73,8 @@ BEHIND = {
     " physical volume is missing. No disk is made or removed in it until that is corrected.",
     "NoSpace": "A preallocated disk takes its whole virtual size. Disks that are set aside take room until gc"
     " has erased them. `localdisk status` shows which disks take the room.",
+    "AllocationOff": "LVM uses nothing of a physical volume that `pvchange -x n` has closed, for example"
+    " until its data are moved away, but still counts it as free.",
     "MetadataAreaFull": "LVM describes each volume in an area at the beginning of a device, 1 MiB by default,"
     " of which it can fill half: some 1,000 disks. `vgcreate --metadatasize` makes a larger area. An existing"
     " area cannot grow, but a further device can have a larger one. `status` and the log warn earlier.",

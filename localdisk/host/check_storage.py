@@ -40,6 +40,7 @@ def check_content(group: Group, config: Config, program_time: float, now: float)
     """Findings about the content of a usable volume group; times in seconds since the epoch."""
     if group.vg is None or _unusable(group, group.vg):
         return
+    yield from _allocation(group, group.vg)
     yield from dict.fromkeys(_caches(group.vg, config))
     yield from _discards(group, group.vg, config)
     yield from _nodes(group)
@@ -162,6 +163,15 @@ def _unusable(group: Group, vg: VolumeGroup) -> Finding | None:
 def unshare_command(vg_name: str) -> str:
     """The command that makes a shared volume group local to this host."""
     return f"vgchange -y --lock-type none --lock-opt force {vg_name} # if no other host uses it"
+
+
+def _allocation(group: Group, vg: VolumeGroup) -> Iterator[Finding]:
+    """A hint, because somebody may want it so; if a disk finds no room because of it, its trial says so."""
+    if vg.unallocatable:
+        devices = " ".join(map(shlex.quote, vg.unallocatable))
+        what = f"LVM may allocate nothing on {devices} of volume group {vg.vg_name}"
+        fix = f"pvchange{_devices_option(group)} -x y {devices}"
+        yield Finding(what, "so what is free there does not count", fix, is_hint=True)
 
 
 # -- thin pools

@@ -98,7 +98,9 @@ def _reserve(vg: VolumeGroup, config: Config) -> Iterator[Problem]:
     reserve = config.margins.reserve.of(vg.vg_size)
     if vg.vg_free < reserve:
         what = f"volume group {vg.vg_name} has {format_size(vg.vg_free)} free, less than its reserve"
-        yield Problem(NEAR_LIMIT, f"{what} of {format_size(reserve)}", f"vgextend {vg.vg_name} DEVICE")
+        closed = " ".join(vg.unallocatable)
+        fix = f"pvchange -x y {closed}" if closed else f"vgextend {vg.vg_name} DEVICE"
+        yield Problem(NEAR_LIMIT, f"{what} of {format_size(reserve)}", fix)
 
 
 def _metadata_area(vg: VolumeGroup) -> Iterator[Problem]:

@@ -35,6 +35,7 @@ from collections.abc import Iterable, Mapping
 from localdisk.clock import Moment
 from localdisk.config import Margins, Policy, Retention
 from localdisk.errors import (
+    AllocationOff,
     DependentVolumes,
     DiskBusy,
     DiskDrifted,
@@ -394,8 +395,8 @@ def is_left_alone(disk: LocalDisk, retention: Retention) -> bool:
 def require_room(vg: VolumeGroup, policy: Policy, size: int, writes: int) -> None:
     """Raise if a new disk of `size` bytes, with `writes` bytes of data, would pass a limit of `margins`.
 
-    Raises VolumeGroupUnusable; for backend lvm NoSpace; for backend lvmthin NoThinPool, ThinPoolNotZeroing,
-    ThinPoolInactive, ThinPoolBroken, ThinPoolFull.
+    Raises VolumeGroupUnusable; for backend lvm NoSpace (AllocationOff); for backend lvmthin NoThinPool,
+    ThinPoolNotZeroing, ThinPoolInactive, ThinPoolBroken, ThinPoolFull.
     """
     vg.require_usable()
     if policy.backend == "lvm":
@@ -408,6 +409,14 @@ def _require_thick_room(vg: VolumeGroup, margins: Margins, size: int) -> None:
     needed, reserve = vg.round_up(size), margins.reserve.of(vg.vg_size)
     missing = needed + reserve - vg.vg_free
     if missing > 0:
+        if vg.unallocatable:
+            raise AllocationOff(
+                vg=vg.vg_name,
+                missing=format_size(missing),
+                needed=format_size(needed),
+                free=format_size(vg.vg_free),
+                devices=" ".join(vg.unallocatable),
+            )
         raise NoSpace(
             vg=vg.vg_name,
             missing=format_size(missing),

@@ -38,8 +38,8 @@ REPORT = {
     "lv": "lv_name,lv_uuid,lv_size,lv_time,lv_tags,lv_device_open,lv_active,lv_permissions,lv_layout,lv_role,"
     "pool_lv,origin,data_percent,metadata_percent,kernel_discards",
     "seg": "lv_name,zero,chunk_size",
-    # These two reports cannot be switched off; SELECT makes them empty.
-    "pv": "pv_name",
+    "pv": "pv_name,pv_free",
+    # This report cannot be switched off; SELECT makes it empty.
     "pvseg": "pvseg_start",
 }
 # lvm2, lib/format_text/format-text.c: the first message since 2.03.09, the other one before.
@@ -66,7 +66,7 @@ SETTINGS = (
 # Before a report, LVM reads its own backup file of the group, which is as long as the metadata, and writes
 # the file anew if it is not current.  A command that only looks need not do that: each change writes it.
 LOOKS_ONLY = "backup{backup=0 archive=0}"
-SELECT = {"seg": "segtype=thin-pool", "pv": "pv_name=none", "pvseg": "pv_name=none"}
+SELECT = {"seg": "segtype=thin-pool", "pv": "pv_allocatable=0", "pvseg": "pv_name=none"}
 SEE_ALL = 'devices{filter=["a|.*|"] global_filter=["a|.*|"]}'  # overrides the host's filters
 _HIDING = {
     "filter": (
@@ -172,7 +172,7 @@ class VolumeGroup:
     vg_name: str
     vg_uuid: str
     vg_size: int
-    vg_free: int
+    vg_free: int  # without what is free on `unallocatable` physical volumes, which LVM counts, too
     vg_extent_size: int
     vg_partial: bool
     vg_exported: bool
@@ -181,6 +181,7 @@ class VolumeGroup:
     vg_mda_free: int  # of the fullest metadata area
     lvs: tuple[LogicalVolume, ...]
     devices: tuple[str, ...] = ()
+    unallocatable: tuple[str, ...] = ()  # physical volumes with free space that LVM uses for nothing
 
     @classmethod
     def read(cls, vg_name: str, devices: tuple[str, ...] = ()) -> VolumeGroup:
@@ -213,11 +214,12 @@ class VolumeGroup:
             pools = {row["lv_name"]: row for row in report["seg"]}
             rows = report["lv"]
             snapshots = _by_origin(rows)
+            closed = {row["pv_name"]: _bytes(row["pv_free"]) for row in report["pv"]}
             return cls(
                 vg_name=vg["vg_name"],
                 vg_uuid=vg["vg_uuid"],
                 vg_size=_bytes(vg["vg_size"]),
-                vg_free=_bytes(vg["vg_free"]),
+                vg_free=max(0, _bytes(vg["vg_free"]) - sum(closed.values())),
                 vg_extent_size=_bytes(vg["vg_extent_size"]),
                 vg_partial=vg["vg_partial"] != "",
                 vg_exported=vg["vg_exported"] != "",
@@ -233,6 +235,7 @@ class VolumeGroup:
                     for row in rows
                 ),
                 devices=devices,
+                unallocatable=tuple(name for name, free in closed.items() if free),
             )
         except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
             problem = f"its report is not understood ({type(error).__name__}: {error})"

@@ -53,7 +53,7 @@ FULLREPORT = (
     " --configreport lv -o lv_name,lv_uuid,lv_size,lv_time,lv_tags,lv_device_open,lv_active,lv_permissions,"
     "lv_layout,lv_role,pool_lv,origin,data_percent,metadata_percent,kernel_discards"
     " --configreport seg -o lv_name,zero,chunk_size -S segtype=thin-pool"
-    " --configreport pv -o pv_name -S pv_name=none"
+    " --configreport pv -o pv_name,pv_free -S pv_allocatable=0"
     " --configreport pvseg -o pvseg_start -S pv_name=none"
 )
 
@@ -175,6 +175,7 @@ class FakeHost:
     def __init__(self, text: str | None = None) -> None:
         content = json.loads(text or report("pool-only"))["report"][0]
         (self.vg,) = content["vg"]
+        self.unallocatable: list[dict[str, str]] = []  # rows of physical volumes that LVM may not use
         self.pools = {row["lv_name"]: row for row in content["seg"]}
         self.volumes: dict[str, Volume] = {}
         for row in content["lv"]:
@@ -348,7 +349,8 @@ class FakeHost:
             for name, volume in sorted(self.volumes.items())
             if volume.lv_layout == "thin,pool"
         ]
-        return json.dumps({"report": [{"vg": [self.vg], "pv": [], "lv": lvs, "pvseg": [], "seg": seg}]})
+        tables = {"vg": [self.vg], "pv": self.unallocatable, "lv": lvs, "pvseg": [], "seg": seg}
+        return json.dumps({"report": [tables]})
 
     def _lvcreate(self, argv: list[str]) -> str:
         flags, options, rest = _parse(

@@ -25,7 +25,19 @@ from tests.bed.player import run_point
 from tests.bed.shell import attempt, run
 from tests.bed.storage import FileStorage, new_id
 from tests.bed.vm import Disk, Vm, disk_json, domain_xml
-from tests.kernel.steps import CONFIG, LOCKS, MIB, THICK, THIN, configure, helpers, localdisk, one_line, stop
+from tests.kernel.steps import (
+    CONFIG,
+    LOCKS,
+    MIB,
+    THICK,
+    THIN,
+    configure,
+    helpers,
+    localdisk,
+    one_line,
+    seqno,
+    stop,
+)
 
 NAME = "bed-check"  # a volume group of these tests' own
 POINT = host.HOOKS / "after_disk_prepare"
@@ -638,6 +650,29 @@ def test_a_full_group() -> None:
     assert failures() == before, "no start has failed"
     host.remove("full")
     good()
+
+
+def test_allocation_is_off() -> None:
+    """What is free on such a device is no free space; a hint says so even if there is room elsewhere."""
+    with (
+        failing_device("bed-a", 64 * MIB) as one,
+        failing_device("bed-b", 64 * MIB) as two,
+        group_on(one.path, two.path),
+    ):
+        run("pvchange", "-x", "n", str(one.path))
+        of_file, hint, of_host = localdisk("check").splitlines()
+        assert [of_file, of_host] == GOOD.splitlines()
+        assert hint.startswith(f"hint: LVM may allocate nothing on {one.path} of volume group {NAME}")
+        run("pvchange", "-x", "n", str(two.path))
+        start_meets(f"volume group {NAME} lacks", "0 B is free where LVM may allocate", f"not on {one.path} ")
+        before = failures()
+        (fix,) = named(f"user vdsm tried what a start does: volume group {NAME} lacks")
+        assert failures() == before, "no start has failed"
+        command, _, rest_of_fix = fix.partition(", or ")
+        assert rest_of_fix == f"vgextend {NAME} DEVICE"
+        paste(command)
+        good()
+        start_works()
 
 
 def test_what_a_killed_check_leaves_is_removed_by_gc() -> None:

@@ -563,6 +563,17 @@ def test_multipath(changes: dict[str, object]) -> None:
     )
 
 
+def test_physical_volumes_that_lvm_may_not_use() -> None:
+    fake = FakeHost()
+    fake.unallocatable = [{"pv_name": "/dev/sdb", "pv_free": "4194304"}]
+    assert lines(groups=(a_group(fake, ("/dev/sda", "/dev/sdb")),))[0] == (
+        "hint: LVM may allocate nothing on /dev/sdb of volume group ovirt-local, so what is free there does"
+        " not count : pvchange --devices /dev/sda,/dev/sdb -x y /dev/sdb"
+    )
+    fake.unallocatable[0]["pv_free"] = "0"
+    assert lines(groups=(a_group(fake),)) == ["this host: good"]
+
+
 def test_disks_marked_in_the_future() -> None:
     fake = FakeHost()
     fake.add(VOLUME, tags(f"STOPPED_{NOW:.0f}0", "UNNEEDED_1"))

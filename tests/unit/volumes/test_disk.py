@@ -622,6 +622,20 @@ def test_thick_room(reserve: Amount, size: int, missing: str | None) -> None:
             require_room(read(host), policy, size, size)
 
 
+def test_room_that_lvm_may_not_use() -> None:
+    """It is no free space, whatever LVM reports; and the error says how to get it."""
+    host = group(vg_free=str(10 * EXTENT), vg_size=str(100 * EXTENT))
+    host.unallocatable = [
+        {"pv_name": "/dev/sdb", "pv_free": str(4 * EXTENT)},
+        {"pv_name": "/dev/sdc", "pv_free": "0"},
+    ]
+    policy = with_margins(POLICY, reserve=Amount(bytes=0))
+    assert read(host).vg_free == 6 * EXTENT
+    require_room(read(host), policy, 6 * EXTENT, 6 * EXTENT)
+    with pytest.raises(NoSpace, match=r"24 MiB is free where.*not on /dev/sdb : pvchange -x y /dev/sdb,"):
+        require_room(read(host), policy, 7 * EXTENT, 7 * EXTENT)
+
+
 def pool(data: str = "50.00", metadata: str = "10.00", size: int = 1000 * EXTENT) -> FakeHost:
     host = FakeHost()
     host.volumes["pool0"].lv_size = size
