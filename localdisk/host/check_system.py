@@ -54,6 +54,7 @@ def _causes(config: Config, host: Host) -> Iterator[Finding]:
 
 
 def _others(config: Config, host: Host) -> Iterator[Finding]:
+    yield from _hook_directories(host)
     yield from _hooks(host)
     yield from _older_rules(host)
     yield from _cron(host)
@@ -196,8 +197,16 @@ def _rules(text: str) -> set[str]:
 
 def _hooks(host: Host) -> Iterator[Finding]:
     ours = {hook.path: hook.point for hook in host.hooks if hook.target == host.program}
+    taken = {hook.path: hook for hook in host.hooks if hook.path == files.hook_link(hook.point)}
     missing = sorted(POINTS - set(ours.values()))
     fix = _install_ours(host)
+    for path, hook in taken.items():
+        if path not in ours and hook.point in missing:
+            missing.remove(hook.point)
+            what = f"{path} leads to {hook.target}, not to {host.program}"
+            if hook.target == path:
+                what = f"{path} is a file of its own, not a link to {host.program}"
+            yield Finding(what, "vdsm does not call it there", fix)
     if missing:
         what = f"no hook at {', '.join(missing)} leads to {host.program}"
         yield Finding(what, "vdsm does not call it there", fix)
@@ -207,12 +216,32 @@ def _hooks(host: Host) -> Iterator[Finding]:
             yield Finding(f"{path} leads to {host.program}", "it serves no such point", fix)
         elif again:
             yield Finding(f"{path} does the work of {again[0]}", "vdsm calls it twice", fix)
-    replaced = {files.hook_link(point) for point in missing}
+    replaced = {files.hook_link(point) for point in POINTS}
     for hook in host.hooks:
         name = os.path.basename(hook.path)
         if hook.path not in ours and hook.path not in replaced and "localdisk" in name.lower():
             what = f"{hook.path} is another hook for local disks"
             yield Finding(what, "two of them copy twice", f"{fix} # moves it to {files.HOOKS_ASIDE}")
+
+
+def _hook_directories(host: Host) -> Iterator[Finding]:
+    """vdsm looks for hooks as user vdsm, and finds none where it may not look (lib/vdsm/common/hooks.py)."""
+    for directory in host.hook_directories:
+        is_ours = os.path.basename(directory.path) in POINTS or files.HOOKS.startswith(directory.path)
+        if is_ours and not _vdsm_may_list(directory, host):
+            fix = f"chmod o+rx {shlex.quote(directory.path)}"
+            yield Finding(f"vdsm may not look into {_owned(directory)}", "so it runs no hook there", fix)
+
+
+def _vdsm_may_list(directory: Entry, host: Host) -> bool:
+    accounts = host.accounts
+    if directory.uid == accounts.users.get("vdsm"):
+        bits = directory.mode >> 6
+    elif directory.gid in {accounts.groups[name] for name in accounts.of_vdsm}:
+        bits = directory.mode >> 3
+    else:
+        bits = directory.mode
+    return bits & 0o5 == 0o5
 
 
 _OLDER_RULES = {

@@ -111,6 +111,7 @@ class Host:
     accounts: Accounts
     program_path: tuple[Entry, ...]  # the program, and the directories above it
     hooks: tuple[Hook, ...]
+    hook_directories: tuple[Entry, ...]  # those of vdsm's hook points, and all above them
     udev_rules: tuple[Entry, ...]  # those of files.UDEV_RULES that exist
     older_files: tuple[str, ...]  # those of files.OLDER_FILES that exist
     cron: Entry | None
@@ -150,6 +151,7 @@ def collect(config: Config, program: str) -> Host:
         accounts=accounts,
         program_path=tuple(filter(None, (asked(partial(entry, path)) for path in _with_parents(program)))),
         hooks=asked(lambda: tuple(_hooks())) or (),
+        hook_directories=asked(lambda: tuple(_hook_directories())) or (),
         udev_rules=tuple(filter(None, (asked(partial(entry, path, read=True)) for path in files.UDEV_RULES))),
         older_files=tuple(files.older_files()),
         cron=asked(partial(entry, files.CRON, read=True)),
@@ -215,6 +217,12 @@ def _hooks() -> Iterator[Hook]:
             path = os.path.join(directory, name)
             if os.path.isfile(path) and os.access(path, os.X_OK):
                 yield Hook(point, path, os.path.realpath(path))
+
+
+def _hook_directories() -> Iterator[Entry]:
+    points = sorted(entry.path for entry in os.scandir(files.HOOKS)) if os.path.isdir(files.HOOKS) else ()
+    found = map(entry, (*_with_parents(files.HOOKS), *points))
+    yield from (each for each in found if each and each.is_directory)
 
 
 def _accounts() -> Accounts:

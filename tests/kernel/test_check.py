@@ -254,6 +254,34 @@ def test_a_program_outside_of_the_system() -> None:
     elsewhere.unlink()
 
 
+@pytest.mark.usefixtures("throwaway")
+def test_hooks() -> None:
+    """Another's link or file in the place of a link, our file without its mode, no link, no way to it."""
+    other = Path("/usr/libexec/storage-team")
+    shutil.copy("/bin/true", other)
+    places = [host.HOOKS / point / "50_localdisk" for point in host.OUR_POINTS]
+    for place in places[:4]:
+        place.unlink()
+    places[0].symlink_to(other)
+    shutil.copy("/bin/true", places[1])
+    shutil.copy(host.PROGRAM, places[2])
+    places[2].chmod(0o644)
+    missing = ", ".join(sorted(place.parent.name for place in places[2:4]))
+    fixed(
+        f"{places[0]} leads to {other}, not to {host.PROGRAM}",
+        f"{places[1]} is a file of its own, not a link to {host.PROGRAM}",
+        f"no hook at {missing} leads to {host.PROGRAM}",
+    )
+    assert all(place.resolve() == host.PROGRAM for place in places)
+    POINT.chmod(0o750)
+    host.HOOKS.chmod(0o711)
+    assert "50_localdisk" not in attempt("ls", str(POINT), user="vdsm").stdout
+    fixed(f"vdsm may not look into {POINT}", f"vdsm may not look into {host.HOOKS} ")
+    assert "50_localdisk" in run("ls", str(POINT), user="vdsm")
+    shutil.rmtree("/usr/libexec/vdsm/hooks.aside")
+    other.unlink()
+
+
 # -- users, tools, libvirt, the clock
 
 

@@ -60,6 +60,9 @@ WAY = (
     *map(a_directory, ("/usr/local/libexec", "/usr/local", "/usr", "/")),
 )
 HOOKS = tuple(Hook(point, files.hook_link(point), PROGRAM) for point in sorted(POINTS))
+DIRECTORIES = tuple(
+    map(a_directory, ("/usr/libexec/vdsm/hooks", "/usr", "/usr/libexec/vdsm/hooks/after_disk_prepare"))
+)
 ACCOUNTS = Accounts({"vdsm": 36, "qemu": 107}, {"kvm": 36, "qemu": 107}, frozenset({"kvm", "qemu"}))
 RULES = tuple(a_file(path, text=files.udev_rule(["ovirt-local"])) for path in files.UDEV_RULES)
 INSTALL = f"{PROGRAM} install"
@@ -85,6 +88,7 @@ GOOD = Host(
     accounts=ACCOUNTS,
     program_path=WAY,
     hooks=HOOKS,
+    hook_directories=DIRECTORIES,
     udev_rules=RULES,
     older_files=(),
     cron=a_file(files.CRON, text=files.cron_line(PROGRAM)),
@@ -325,12 +329,36 @@ def test_the_places_are_those_of_the_pages() -> None:
 
 
 def test_hooks_that_are_missing() -> None:
-    hooks = tuple(hook for hook in HOOKS if hook.point not in ("after_vm_destroy", "before_vm_start"))
-    stale = Hook("before_vm_start", files.hook_link("before_vm_start"), "/opt/old/localdisk")
-    assert lines(hooks=(*hooks, stale)) == [
-        f"no hook at after_vm_destroy, before_vm_start leads to {PROGRAM}, vdsm does not call it"
-        f" there : {INSTALL}"
+    points = ("after_vm_destroy", "before_disk_hotplug", "before_vm_start", "before_vm_hibernate")
+    hooks = tuple(hook for hook in HOOKS if hook.point not in points)
+    link, file = files.hook_link("before_vm_start"), files.hook_link("before_vm_hibernate")
+    others = (Hook("before_vm_start", link, "/opt/old/localdisk"), Hook("before_vm_hibernate", file, file))
+    assert lines(hooks=hooks + others) == [
+        f"{link} leads to /opt/old/localdisk, not to {PROGRAM}, vdsm does not call it there : {INSTALL}",
+        f"{file} is a file of its own, not a link to {PROGRAM}, vdsm does not call it there : {INSTALL}",
+        f"no hook at after_vm_destroy, before_disk_hotplug leads to {PROGRAM}, vdsm does not call it"
+        f" there : {INSTALL}",
     ]
+
+
+@pytest.mark.parametrize(
+    ("directory", "is_good"),
+    [
+        (a_directory("/usr/libexec/vdsm/hooks/after_disk_prepare", 0o750), False),
+        (a_directory("/usr/libexec/vdsm/hooks/after_disk_prepare", 0o754), False),
+        (a_directory("/usr/libexec/vdsm", 0o700), False),
+        (a_directory("/usr/libexec/vdsm/hooks/after_disk_prepare", 0o750, uid=36), True),
+        (replace(a_directory("/usr/libexec/vdsm/hooks/after_disk_prepare", 0o750), gid=36), True),
+        (a_directory("/usr/libexec/vdsm/hooks/after_vm_start", 0o700), True),  # it serves no such point
+    ],
+)
+def test_directories_of_hooks(directory: Entry, is_good: bool) -> None:
+    (line,) = lines(hook_directories=(*DIRECTORIES, directory))
+    if is_good:
+        assert line == "this host: good"
+    else:
+        assert line.startswith(f"vdsm may not look into {directory.path} (user 0, mode 07")
+        assert line.endswith(f" : chmod o+rx {directory.path}")
 
 
 def test_hooks_that_are_too_many() -> None:
