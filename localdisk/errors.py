@@ -229,6 +229,12 @@ _SUDO_FIXES = (
     ("is your account locked", "chage --expiredate -1 vdsm, or look at /etc/pam.d/sudo"),
     ("have the setuid bit set", "chown root:root /usr/bin/sudo && chmod 4755 /usr/bin/sudo"),
     ("effective uid is not 0", "chmod 4755 /usr/bin/sudo, and mount its file system without nosuid"),
+    # sudo searches the command below the directory that this setting names (1.9.3 and later).
+    (
+        "command not found",
+        "take runchroot out of what grep -rn runchroot /etc/sudoers /etc/sudoers.d shows, "
+        "or limit it to other users (Defaults:USER runchroot=DIRECTORY)",
+    ),
     ("no new privileges", "take NoNewPrivileges out of vdsmd's unit (systemctl cat vdsmd)"),
 )
 

@@ -630,6 +630,18 @@ def test_a_later_rule_wants_a_password() -> None:
     good()
 
 
+def test_sudo_runs_commands_below_another_directory() -> None:
+    """The fix shows the setting, which no setting for one command overrides; somebody must remove it."""
+    with later_rule("Defaults runchroot=/srv"):
+        start_meets("command not found", "take runchroot out of what grep -rn runchroot")
+        (fix,) = named("vdsm cannot run")
+        command = fix.partition("out of what ")[2].partition(" shows, ")[0]
+        assert "99_later" in run("sh", "-c", command)
+    good()
+    with later_rule("Defaults:vdsm !requiretty\nDefaults:root runchroot=/srv"):
+        good()  # limited to another user, as the fix says
+
+
 @pytest.mark.usefixtures("throwaway")
 def test_libvirt_is_not_for_vdsm(file_storage: FileStorage) -> None:
     virsh = Path("/usr/bin/virsh")

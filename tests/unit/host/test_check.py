@@ -250,6 +250,7 @@ def no_helper(problem: str) -> Rehearsal:
     [
         ("sudo: a password is required", "sudo -l -U vdsm # shows the rule or setting of another file"),
         ("sudo: account validation failure, is your account locked?", "chage --expiredate -1 vdsm"),
+        (f"sudo: {PROGRAM}: command not found", "take runchroot out of what grep -rn runchroot /etc/sudo"),
         ("sudo: /usr/bin/sudo must be owned by uid 0 and have the setuid bit set", "chown root:root /usr"),
     ],
 )
