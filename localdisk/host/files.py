@@ -10,7 +10,8 @@ from collections.abc import Iterable, Sequence
 
 PROGRAM = "/usr/local/libexec/localdisk"  # where install puts it; any place that only root can write will do
 TREES = "/var/cache/localdisk"  # the extracted packages (bootstrap.py)
-TREES_BESIDE = f"{PROGRAM}.extracted"  # the same, if TREES is mounted noexec
+BESIDE = ".extracted"
+TREES_BESIDE = f"{PROGRAM}{BESIDE}"  # the same, if TREES is mounted noexec
 HOOKS = "/usr/libexec/vdsm/hooks"
 HOOKS_ASIDE = "/usr/libexec/vdsm/hooks.aside"  # for another program's hooks; vdsm does not look there
 LINK = "50_localdisk"

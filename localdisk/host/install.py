@@ -188,12 +188,21 @@ def _hooks(root: str) -> Iterator[Change]:
 
 def _trees(root: str) -> Iterator[Change]:
     """Remove the packages that other builds have extracted and no process uses; our own are in use."""
-    trees, keep = os.path.split(_up(__file__, 4))
+    trees, keep = os.path.split(_own_tree())
     if not root and trees in (files.TREES, files.TREES_BESIDE):
         found = [name for name in sorted(os.listdir(trees)) if name != keep and not name.startswith(".")]
         unused = tuple(name for name in found if not _is_used(os.path.join(trees, name)))
         if unused:
             yield Prune(trees, keep, unused)
+
+
+def own_trees() -> str:
+    """Where the running program's file has extracted itself, with other builds of it."""
+    return os.path.dirname(_own_tree())
+
+
+def _own_tree() -> str:
+    return _up(__file__, 4)
 
 
 def _up(path: str, levels: int) -> str:

@@ -15,7 +15,16 @@ from localdisk.atomic_file import temporary_name
 from localdisk.errors import Error, NoVolumeGroup, WorkUnfinished
 from localdisk.host import files
 from localdisk.host.file_changes import Change, Move, Remove, planned, temporary_link
-from localdisk.host.install import LOCK, RELOAD, checked_root, hook_files, is_ours, make, require_inside
+from localdisk.host.install import (
+    LOCK,
+    RELOAD,
+    checked_root,
+    hook_files,
+    is_ours,
+    make,
+    own_trees,
+    require_inside,
+)
 from localdisk.vdsm.hook_call import POINTS
 from localdisk.volumes.disk import LocalDisk, State, local_disks
 from localdisk.volumes.lvm import VolumeGroup
@@ -140,7 +149,11 @@ def _older_back(path: str) -> Iterator[Change]:
 
 def _state(root: str) -> Iterator[Change]:
     """Remove what localdisk makes while it runs; last, because our own lock is there."""
-    for path in (files.TREES, files.TREES_BESIDE, lock.RUN):
+    trees = [files.TREES, files.TREES_BESIDE]
+    own = own_trees()  # of a program that runs from another place
+    if not root and own.endswith(files.BESIDE) and own != os.path.realpath(files.TREES_BESIDE):
+        trees.append(own)
+    for path in (*trees, lock.RUN):
         yield from _removed(root + path)
 
 

@@ -556,6 +556,19 @@ def fixture_live(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, image: Image) 
 commands: list[str] = []
 
 
+def test_what_a_program_at_another_place_extracted(
+    live: tuple[Image, FakeHost], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Uninstall takes it, if it is that program which runs; trees of anything else it does not know."""
+    image, _ = live
+    image.write("opt/localdisk.extracted/build/files", "")
+    trees = image("opt/localdisk.extracted")
+    for own, is_there in ((str(tmp_path / "src"), True), (str(trees), False)):
+        monkeypatch.setattr(uninstall, "own_trees", lambda own=own: own)
+        list(uninstall.uninstall(force=True))
+        assert trees.exists() == is_there
+
+
 def test_live(live: tuple[Image, FakeHost]) -> None:
     image, fake = live
     lines = list(install.install(image.program))
