@@ -198,6 +198,11 @@ class CommandTimeout(Error):
     fix = "look for hung storage and hanging commands on this host (dmesg, multipath -ll, ps), then try again"
 
 
+class UdevdGone(CommandTimeout):
+    what = "{tool} did not end within {seconds} s, because it waits for systemd-udevd, which does not run"
+    fix = "systemctl restart systemd-udevd && dmsetup udevcomplete_all -y, then try again"
+
+
 class CommandMissing(Error):
     what = "{tool} is not installed"
     fix = "install the package that has it"

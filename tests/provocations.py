@@ -25,9 +25,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from localdisk import cli, config, counters, device_mapper, frozen, kept, libvirt, lock, run
+from localdisk import cli, config, counters, daemons, device_mapper, frozen, kept, libvirt, lock, run
 from localdisk.config import Config
-from localdisk.errors import CommandFailed, CommandMissing, Error, Interrupted
+from localdisk.errors import CommandFailed, CommandMissing, CommandTimeout, Error, Interrupted
 from localdisk.helper import cache, process
 from localdisk.hook import copy, prefetch, sources
 from localdisk.hook.client import Helper
@@ -1263,6 +1263,12 @@ def group_report(world: World) -> object:
     return VolumeGroup.from_report(text)
 
 
+def udevd_is_gone(world: World) -> object:
+    world.patch.setattr(daemons, "running", frozenset)
+    world.raises(run, "run", CommandTimeout(tool="lvcreate --quiet for other", seconds=120))
+    return lvm.call(["lvcreate", "--quiet", "other"])
+
+
 LVM_SAYS = {
     "volume_list": ("Volume other/x is not active locally (volume_list activation filter?).", "add other"),
     "twins": ("Multiple VGs found with the same name: skipping other", "vgrename"),
@@ -1293,6 +1299,7 @@ LVM = {
     "tags": case(printed(lambda: lvm.read_tags("vg", "lv", ["/dev/sda"])), "lvs lv", "not understood"),
     "filter": case(hidden("--all"), "volume group other", "devices/filter", "/dev/sda"),
     "devices file": case(hidden("--devicesfile"), "volume group other", "vgimportdevices other", "/dev/sda"),
+    "no udevd": case(udevd_is_gone, "lvcreate --quiet for other", "udevcomplete_all"),
     "pvs": case(printed(lvm.physical_volumes), "lvm pvs", "evil"),
     "volume_list": case(
         lvm_says("Volume other/x is not active locally (volume_list activation filter?)."),

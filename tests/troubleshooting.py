@@ -51,6 +51,8 @@ BEHIND = {
     " of its messages, or for LVM the lines that have the reason. `localdisk check` often finds the cause.",
     "CommandTimeout": "A tool hangs, mostly because storage hangs, or because another LVM command holds LVM's"
     " lock.",
+    "UdevdGone": "LVM tells udevd of each new device, and waits until udevd has handled it."
+    " `udevcomplete_all` ends LVM commands that wait in vain; gc then removes the unfinished disk.",
     "CommandMissing": "`localdisk check` names the package.",
     "CommandForbidden": "Somebody, following a hardening guide perhaps, has allowed only a group to run the"
     " tool. User vdsm runs sudo, virsh and qemu-img.",

@@ -9,6 +9,7 @@ import shlex
 import stat
 from collections.abc import Iterator
 
+from localdisk import daemons
 from localdisk.config import Config
 from localdisk.errors import CommandFailed, Error, LibvirtSilent, VolumeGroupUnusable
 from localdisk.host import files
@@ -40,6 +41,7 @@ def _causes(config: Config, host: Host) -> Iterator[Finding]:
     yield from _tools(host)
     yield from _versions(config, host)
     yield from _accounts(host)
+    yield from _udevd(host)
     directory, ways = tuple(_run_directory(host)), tuple(_program(host))
     yield from directory
     yield from ways
@@ -261,9 +263,19 @@ def _older_rules(host: Host) -> Iterator[Finding]:
 # -- cron, udev, the clock
 
 
+def _udevd(host: Host) -> Iterator[Finding]:
+    if host.daemons is not None and not host.daemons & daemons.UDEVD:
+        fix = "systemctl restart systemd-udevd && dmsetup udevcomplete_all -y"
+        yield Finding("systemd-udevd does not run", "LVM waits for it when it makes a disk", fix)
+
+
 def _cron(host: Host) -> Iterator[Finding]:
     fix = _install_ours(host)
     why = "gc would only run when vdsm starts"
+    if host.daemons is not None and not host.daemons & daemons.CRON and not host.has_cron_timers:
+        install = "dnf install -y cronie" if host.has_dnf else "apt-get install -y cron"
+        start = f"systemctl enable --now {'crond' if host.has_dnf else 'cron'}"
+        yield Finding("no cron daemon runs", why, f"{install} && {start}")
     if host.cron is None:
         if not _failed(host, files.CRON):
             yield Finding(f"there is no {files.CRON}", why, fix)

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 
-from localdisk import libvirt, lock, run
+from localdisk import daemons, libvirt, lock, run
 from localdisk.config import Config
 from localdisk.errors import CommandFailed, Error, Unseen
 from localdisk.frozen import frozen
@@ -104,6 +104,8 @@ class Host:
     is_root: bool
     now: float
     missing_tools: tuple[str, ...]
+    daemons: frozenset[str] | None  # the names of all processes
+    has_cron_timers: bool
     has_dnf: bool
     lvm_version: Version | None
     qemu_img_version: Version | None
@@ -131,6 +133,8 @@ def collect(config: Config, program: str) -> Host:
     missing = tuple(tool for tool in PACKAGES if not run.tool_exists(tool))
     accounts = _accounts()
     owner = (accounts.users.get("vdsm"), accounts.groups.get("qemu"))
+    running = daemons.running() if is_root else None  # others may not see all of them
+    has_udevd = running is None or bool(running & daemons.UDEVD)  # else LVM makes a disk and waits for ever
     settings: LvmSettings | None = None
     groups: list[Group] = []
     if is_root and "lvm" not in missing:
@@ -144,6 +148,8 @@ def collect(config: Config, program: str) -> Host:
         is_root=is_root,
         now=time.time(),
         missing_tools=missing,
+        daemons=running,
+        has_cron_timers=daemons.has_cron_timers(os.path.basename(files.CRON)),
         has_dnf=run.tool_exists("dnf"),
         lvm_version=None if "lvm" in missing else asked(_lvm_version),
         qemu_img_version=None if "qemu-img" in missing else asked(_qemu_img_version),

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 
-from localdisk import device_mapper, run
+from localdisk import daemons, device_mapper, run
 from localdisk.errors import (
     CommandFailed,
     CommandMissing,
@@ -23,6 +23,7 @@ from localdisk.errors import (
     NoVolumeGroup,
     ThinPoolAtThreshold,
     ThinPoolUnusable,
+    UdevdGone,
     VolumeGroupHidden,
     VolumeGroupUnusable,
 )
@@ -410,7 +411,8 @@ def call(argv: Sequence[str], config: str = "") -> str:
     """Run an LVM command with SETTINGS and `config`; returns its standard output.
 
     `--config` is inserted after the second word of `argv`: `lvm fullreport`, `lvs --readonly`.
-    Raises MetadataAreaFull, CommandTimeout, CommandMissing, and CommandFailed with `argv` without `--config`.
+    Raises MetadataAreaFull, CommandTimeout (UdevdGone), CommandMissing, and CommandFailed with `argv` without
+    `--config`.
     """
     try:
         return run.run([*argv[:2], "--config", f"{SETTINGS} {config}".strip(), *argv[2:]])
@@ -419,6 +421,10 @@ def call(argv: Sequence[str], config: str = "") -> str:
         if full:
             raise MetadataAreaFull(vg=full[1]) from None
         raise CommandFailed(tuple(argv), error.returncode, error.stderr, _reason(error.stderr)) from None
+    except CommandTimeout as error:
+        if run.is_spent() or daemons.udevd_runs():
+            raise
+        raise UdevdGone(tool=error.fields["tool"], seconds=error.fields["seconds"]) from None
 
 
 def _reason(stderr: str) -> str:

@@ -42,7 +42,7 @@ NO_KERNEL, GUEST_DIED, TOO_LATE = 69, 70, 124
 # What the bed runs, here or in the guest.
 PACKAGES = (
     *("lvm2", "thin-provisioning-tools", "kmod", "udev", "util-linux", "procps"),
-    *("e2fsprogs", "iproute2", "hostname", "sudo"),
+    *("e2fsprogs", "iproute2", "hostname", "sudo", "cron"),
     *("libvirt-daemon-system", "libvirt-clients", "dbus", "qemu-system-x86", "qemu-utils"),
 )
 

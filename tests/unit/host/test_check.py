@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from localdisk import config, device_mapper, lock, run
+from localdisk import config, daemons, device_mapper, lock, run
 from localdisk.errors import (
     CommandFailed,
     CommandMissing,
@@ -81,6 +81,8 @@ GOOD = Host(
     is_root=True,
     now=NOW,
     missing_tools=(),
+    daemons=frozenset({"systemd-udevd", "crond"}),
+    has_cron_timers=False,
     has_dnf=True,
     lvm_version=(2, 3, 16),
     qemu_img_version=(6, 2),
@@ -393,6 +395,26 @@ def test_all_that_vdsms_package_brings_back_is_named() -> None:
 
 
 # -- cron and udev
+
+
+def test_daemons() -> None:
+    every, crond, udevd = {"systemd-udevd", "crond"}, frozenset({"crond"}), frozenset({"systemd-udevd"})
+    assert lines(daemons=crond) == [
+        "systemd-udevd does not run, LVM waits for it when it makes a disk"
+        " : systemctl restart systemd-udevd && dmsetup udevcomplete_all -y"
+    ]
+    no_cron = "no cron daemon runs, gc would only run when vdsm starts : "
+    assert lines(daemons=udevd) == [f"{no_cron}dnf install -y cronie && systemctl enable --now crond"]
+    assert lines(daemons=udevd, has_dnf=False) == [
+        f"{no_cron}apt-get install -y cron && systemctl enable --now cron"
+    ]
+    for good in (
+        {"daemons": None},  # an ordinary user does not see all processes
+        {"daemons": frozenset({*every, "anacron"})},
+        {"daemons": frozenset({"udevd", "cron"})},
+        {"daemons": udevd, "has_cron_timers": True},
+    ):
+        assert lines(**good) == ["this host: good"]
 
 
 @pytest.mark.parametrize(
@@ -1040,6 +1062,7 @@ def fixture_door(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Door:
     monkeypatch.setattr(run, "begin", door.begin)
     monkeypatch.setattr(run, "tool_exists", lambda _tool: True)
     monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(daemons, "running", lambda: frozenset({"systemd-udevd", "cron"}))
     for name in ("HOOKS", "CRON", "SUDOERS"):
         monkeypatch.setattr(files, name, str(tmp_path / name.lower()))
     monkeypatch.setattr(device_mapper, "NAMES", str(tmp_path / "block"))

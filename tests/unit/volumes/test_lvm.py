@@ -10,15 +10,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from localdisk import device_mapper, run
+from localdisk import daemons, device_mapper, run
 from localdisk.errors import (
     CommandFailed,
+    CommandTimeout,
     DeviceNotReady,
     Error,
     MetadataAreaFull,
     NoVolumeGroup,
     ThinPoolAtThreshold,
     ThinPoolUnusable,
+    UdevdGone,
     VolumeGroupUnusable,
 )
 from localdisk.volumes import lvm
@@ -472,3 +474,20 @@ def test_node_of_the_group(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(VolumeGroup, "path", lambda _vg, _name: os.devnull)
     monkeypatch.setattr(device_mapper, "read_uuid", lambda _device: uuid)
     assert read("empty").dm_uuid("a") == uuid
+
+
+def test_a_command_that_waits_for_udevd(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time is over: if udevd does not run, that is why; if all the time of a hook point is, it is not."""
+
+    def hang(*_: object, **__: object) -> str:
+        raise CommandTimeout(tool="lvcreate --quiet for ovirt-local", seconds=120)
+
+    monkeypatch.setattr(run, "run", hang)
+    monkeypatch.setattr(daemons, "running", lambda: frozenset({"systemd-udevd"}))
+    with pytest.raises(CommandTimeout, match="look for hung storage"):
+        lvm.call(["lvcreate", "--quiet"])
+    monkeypatch.setattr(daemons, "running", lambda: frozenset())
+    with pytest.raises(UdevdGone, match=r"within 120 s, because it waits for systemd-udevd"):
+        lvm.call(["lvcreate", "--quiet"])
+    with run.within(0), pytest.raises(CommandTimeout, match="look for hung storage"):
+        lvm.call(["lvcreate", "--quiet"])

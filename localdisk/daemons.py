@@ -1,0 +1,32 @@
+"""Which daemons run on this host, by the names of its processes."""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import os
+
+PROC = "/proc"
+UDEVD = frozenset({"systemd-udevd", "udevd"})
+# Those that read /etc/cron.d: Debian's, and cronie's on EL.
+CRON = frozenset({"cron", "crond"})
+
+
+def running() -> frozenset[str]:
+    """The names of all processes that this user sees, as the kernel has them: at most 15 characters each."""
+    found = set()
+    for process in filter(str.isdigit, os.listdir(PROC)):
+        path = os.path.join(PROC, process, "comm")
+        with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
+            found.add(file.read().strip())
+    return frozenset(found)
+
+
+def udevd_runs() -> bool:
+    """LVM waits without a limit, and whatever signal it gets, for what udevd does with a new device."""
+    return bool(running() & UDEVD)
+
+
+def has_cron_timers(name: str) -> bool:
+    """Whether systemd-cron, which has no daemon, has made timers of /etc/cron.d/`name`."""
+    return bool(glob.glob(f"/run/systemd/generator*/cron-{glob.escape(name)}-*.timer"))
