@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Iterator, Mapping
 
 from localdisk import config as configuration
@@ -45,13 +46,26 @@ def check(config: Config, named: str | None, program: str) -> Report:
     path = configuration.DEFAULT_PATH if named is None else named
     is_there = os.path.lexists(path)
     found = configuration.places(path) if is_there else {}
-    host = hosts.collect(config, program)
+    is_used = os.path.realpath(path) == os.path.realpath(configuration.DEFAULT_PATH)
+    host = hosts.collect(config, program, tries_starts=is_used)
+    untried = () if is_used or not host.rehearsal else (_untried(path, program),)
     return Report(
         path=path,
         is_there=is_there,
-        about_configuration=(*check_configuration(config, path, found), *strangers(config, host, found)),
+        about_configuration=(
+            *check_configuration(config, path, found),
+            *strangers(config, host, found),
+            *untried,
+        ),
         about_host=tuple(check_host(config, host)),
     )
+
+
+def _untried(path: str, program: str) -> Finding:
+    used = configuration.DEFAULT_PATH
+    fix = f"install -m 0644 {shlex.quote(path)} {used} && {shlex.quote(program)} check"
+    what = f"no start was tried with {path}"
+    return Finding(what, f"because starts go by {used} alone", fix, is_hint=True)
 
 
 def as_lines(report: Report) -> str:

@@ -126,8 +126,11 @@ class Host:
     failures: tuple[Error, ...]
 
 
-def collect(config: Config, program: str) -> Host:
-    """Collect everything that this user may read; `program`: the file that vdsm and cron must run."""
+def collect(config: Config, program: str, tries_starts: bool = True) -> Host:
+    """Collect everything that this user may read; `program`: the file that vdsm and cron must run.
+
+    `tries_starts`: whether vdsm tries to make disks; the helper makes them by its own configuration.
+    """
     is_root = os.geteuid() == 0
     asked = _Asked()
     missing = tuple(tool for tool in PACKAGES if not run.tool_exists(tool))
@@ -166,8 +169,8 @@ def collect(config: Config, program: str) -> Host:
         run_directory=asked(partial(entry, lock.RUN)),
         lvm_settings=settings,
         groups=tuple(groups),
-        rehearsal=asked(partial(_rehearse, program, starts(config, groups)))
-        if is_root and "vdsm" in accounts.users and not missing
+        rehearsal=asked(partial(_rehearse, program, starts(config, groups) if tries_starts else ()))
+        if is_root and "vdsm" in accounts.users and not missing and has_udevd
         else None,
         failures=tuple(asked.failures),
     )

@@ -286,6 +286,56 @@ def test_hooks() -> None:
 
 
 @pytest.mark.usefixtures("throwaway")
+def test_cron_does_not_run() -> None:
+    """The fix asks systemd, which does not run here: cron is started as the bed does."""
+    host.stop_cron()
+    try:
+        assert named("no cron daemon runs") == ["apt-get install -y cron && systemctl enable --now cron"]
+    finally:
+        host.start_cron()
+    good()
+
+
+@pytest.mark.usefixtures("throwaway")
+def test_udevd_does_not_run() -> None:
+    """LVM makes a disk, and waits for ever; the second half of the fix ends that, the first asks systemd."""
+    host.end_daemon("systemd-udevd")
+    try:
+        (fix,) = named("systemd-udevd does not run")
+        words = ["lvcreate", "-qq", "-y", "-Wn", "-Zn", "-L4m", "-nx", host.VOLUME_GROUP]
+        with subprocess.Popen(words) as waiting:
+            with pytest.raises(subprocess.TimeoutExpired):
+                waiting.wait(5)
+            host.start_udevd()
+            first, _, second = fix.partition(" && ")
+            assert first == "systemctl restart systemd-udevd"
+            paste(second)
+            assert waiting.wait(60) == 0
+    finally:
+        if "systemd-udevd" not in host.names_of_processes():
+            host.start_udevd()
+    host.remove("x")
+    good()
+    start_works()
+
+
+@pytest.mark.usefixtures("throwaway")
+def test_a_configuration_that_no_start_goes_by() -> None:
+    """What would be tried is what starts use now, so nothing is tried, and check says so."""
+    other = Path("/etc/localdisk.yaml.new")
+    other.write_text("backend: lvm\n")
+    before = seqno()
+    configure("volume_group: missing\n")
+    said = localdisk("check", "--config", str(other))
+    assert seqno() == before
+    hint, *rest = said.splitlines()
+    assert rest == [f"{other}: good", "this host: good"]
+    assert hint.startswith(f"hint: no start was tried with {other}, because starts go by {CONFIG} alone : ")
+    assert run("sh", "-c", hint.rpartition(" : ")[2]) == GOOD
+    other.unlink()
+
+
+@pytest.mark.usefixtures("throwaway")
 def test_users() -> None:
     run("gpasswd", "-d", "vdsm", "qemu")
     fixed("user vdsm is not in group qemu")

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -141,7 +142,7 @@ HOST = "this host: good\n"
 
 @pytest.fixture(name="good_host")
 def fixture_good_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(facts, "collect", lambda _config, _program: None)
+    monkeypatch.setattr(facts, "collect", lambda *_, **__: SimpleNamespace(rehearsal=None))
     monkeypatch.setattr(check, "strangers", lambda *_: ())
     monkeypatch.setattr(check, "check_host", lambda *_: ())
 

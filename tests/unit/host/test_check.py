@@ -1103,6 +1103,22 @@ def test_looking(door: Door) -> None:
     assert door.commands[-1] == f"{PROGRAM} rehearsal {NOBODY}=lvm {NOBODY}=lvmthin"
 
 
+def test_udevd_that_does_not_run(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No disk is tried: LVM would wait for ever."""
+    monkeypatch.setattr(daemons, "running", lambda: frozenset({"crond"}))
+    assert look().rehearsal is None
+    assert [command for command in door.commands if "rehearsal" in command] == []
+
+
+def test_directories_that_are_looked_at(door: Door, tmp_path: Path) -> None:
+    hooks = tmp_path / "hooks"
+    (hooks / "before_vm_start").mkdir(parents=True)
+    (hooks / "file").touch()
+    found = [entry.path for entry in look().hook_directories]
+    assert found == [str(path) for path in (hooks, tmp_path, *tmp_path.parents, hooks / "before_vm_start")]
+    assert door.commands
+
+
 def test_looking_as_an_ordinary_user(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 36)
     seen = look()
@@ -1277,7 +1293,13 @@ def test_check(door: Door, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     path = tmp_path / "localdisk.yaml"
     monkeypatch.setattr(config, "DEFAULT_PATH", str(path))
     rules = tuple(replace(rule, path=path) for rule, path in zip(RULES, files.UDEV_RULES))
-    monkeypatch.setattr(facts, "collect", lambda _config, _program: replace(GOOD, udev_rules=rules))
+    looked: list[bool] = []
+
+    def collect(_config: object, _program: str, tries_starts: bool) -> Host:
+        looked.append(tries_starts)
+        return replace(GOOD, udev_rules=rules)
+
+    monkeypatch.setattr(facts, "collect", collect)
     found = check.check(config.load(), None, PROGRAM)
     assert as_lines(found) == f"{path}: does not exist, the built-in defaults apply\nthis host: good\n"
     path.write_text(f"vms:\n  {VM}: {{}}\n")
@@ -1287,3 +1309,10 @@ def test_check(door: Door, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
         f"{path}:2:3: neither libvirt nor a local disk knows VM {VM}",
     ]
     assert (found.is_problem, found.about_host) == (True, ())
+    other = tmp_path / "new.yaml"
+    other.write_text("{}\n")
+    assert as_lines(check.check(config.load(str(other)), str(other), PROGRAM)) == (
+        f"hint: no start was tried with {other}, because starts go by {path} alone"
+        f" : install -m 0644 {other} {path} && {PROGRAM} check\n{other}: good\nthis host: good\n"
+    )
+    assert looked == [True, True, False]
