@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -213,3 +214,32 @@ def hold_open(path: Path) -> subprocess.Popen[bytes]:
     """A process that has the device open until it is killed."""
     with open(path, "rb") as node:
         return subprocess.Popen(["sleep", "3600"], stdin=node)
+
+
+@contextmanager
+def logged() -> Iterator[list[str]]:
+    """The lines that go to the log of the host, each under the identifier localdisk."""
+    lines: list[str] = []
+    path = Path("/dev/log")
+    path.unlink(missing_ok=True)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as receiver:
+        receiver.bind(str(path))
+        path.chmod(0o666)
+        receiver.settimeout(0.2)
+        ended = threading.Event()
+        reader = threading.Thread(target=_read, args=(receiver, lines, ended))
+        reader.start()
+        try:
+            yield lines
+        finally:
+            ended.set()
+            reader.join()
+            path.unlink()
+
+
+def _read(receiver: socket.socket, lines: list[str], ended: threading.Event) -> None:
+    while not ended.is_set():
+        with suppress(TimeoutError):
+            line = receiver.recv(65536).decode()
+            if " localdisk[" in line:  # sudo says something, too
+                lines.append(line)

@@ -41,6 +41,7 @@ from tests.kernel.steps import (
     device,
     equals_source,
     localdisk,
+    logged,
     seqno,
     start,
     starting,
@@ -228,20 +229,35 @@ def test_block_storage(block_storage: BlockStorage, custom: Mapping[str, str]) -
 
 
 @pytest.mark.parametrize(
-    ("old", "new"),
+    ("old", "new", "reason"),
     [
-        ("=SHARED", "=INTERNAL"),
-        ("EOF", ""),
-        ("IMAGE=", "IMAGE=x"),
+        ("=SHARED", "=INTERNAL", "no_template"),
+        ("EOF", "", "metadata_unclear"),
+        ("IMAGE=", "IMAGE=x", "not_in_template"),
+        ("LEGALITY=LEGAL", "LEGALITY=FAKE", "not_legal"),
     ],
 )
-def test_what_is_no_template(file_storage: FileStorage, old: str, new: str) -> None:
-    """What the storage does not surely say to be a template is copied in full."""
+def test_what_is_no_template(file_storage: FileStorage, old: str, new: str, reason: str) -> None:
+    """What the storage does not surely say to be a template is copied in full; log and status say why."""
     template = file_storage.template(SIZE, seed=1)
     meta = meta_of(template.leaf)
+    assert old in meta.read_text()
     meta.write_text(meta.read_text().replace(old, new))
-    start_and_stop(file_storage.clone(template, seed=2))
+    image, before = file_storage.clone(template, seed=2), uncached(reason)
+    with logged() as lines:
+        start_and_stop(image)
     assert not templates()
+    (line,) = (line for line in lines if "template not cached" in line)
+    assert f"{image.leaf.id} reason={reason} " in line
+    assert uncached(reason) == before + 1
+    assert reason in localdisk("status")
+
+
+def uncached(reason: str) -> int:
+    """Disks that were copied without a template LV for that reason, as the metrics count them."""
+    name = f'localdisk_uncached_disks_total{{reason="{reason}"}}'
+    values = dict(line.rsplit(" ", 1) for line in localdisk("status", "--prometheus").splitlines())
+    return int(values[name])
 
 
 # -- a template LV that may not be used

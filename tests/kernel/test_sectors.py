@@ -5,18 +5,20 @@ Guests and images have sectors of 512 bytes, so a disk may end in the middle of 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
 
 from tests.bed import host, libvirt, vdsm
 from tests.bed.shell import run
-from tests.bed.storage import FileStorage, new_id
+from tests.bed.storage import FileStorage, Image, new_id
 from tests.bed.vm import Disk, Vm, boot_sector
 from tests.kernel.steps import MIB, THICK, THIN, configure, device, equals_source, localdisk, start, stop
 
 ODD = 20 * MIB + 3 * 512
-ASIDE = "bed-aside"
+ASIDE, BACKING = "bed-aside", "bed-sectors.img"
 
 pytestmark = pytest.mark.usefixtures("libvirt", "sectors")
 
@@ -26,7 +28,7 @@ def sectors() -> Iterator[None]:
     """The volume group is another one, on a device with sectors of 4096 bytes, with a thin pool."""
     host.remove(*host.logical_volumes())
     run("vgrename", host.VOLUME_GROUP, ASIDE)
-    backing = host.SCRATCH / "bed-sectors.img"
+    backing = host.SCRATCH / BACKING
     with open(backing, "wb") as file:
         file.truncate(512 * MIB)
     loop = run("losetup", "--sector-size", "4096", "--find", "--show", str(backing)).strip()
@@ -60,6 +62,54 @@ def test_a_device_with_large_sectors(file_storage: FileStorage, custom: dict[str
     left = [tags for name, tags in host.logical_volumes().items() if name != host.THIN_POOL]
     assert len(left) == 2, "the template LVs"
     assert all(any(tag.startswith("TEMPLATE_") for tag in tags) for tags in left)
+
+
+@pytest.mark.parametrize("custom", [THICK, THIN])
+def test_discard(file_storage: FileStorage, custom: dict[str, str]) -> None:
+    """No byte of a disk is left on the device, and nothing beside the disk is discarded."""
+    configure("retention: {erase: discard}\n")
+    localdisk("check")
+    neighbour, image = file_storage.template(ODD, seed=6), file_storage.template(ODD, seed=7)
+    neighbours_vm, vm_id = start(neighbour, custom), start(image, custom)
+    parts = written(image)
+    assert on_device(parts) == parts
+    stop(vm_id, image, custom=custom)
+    localdisk("gc")
+    assert image.leaf.id not in host.logical_volumes()
+    assert not on_device(parts)
+    assert equals_source(neighbour)
+    stop(neighbours_vm, neighbour, custom=custom)
+    localdisk("gc")
+    assert set(host.logical_volumes()) == {host.THIN_POOL}
+
+
+def written(image: Image) -> set[bytes]:
+    """What a guest writes to each MiB of its local disk, and behind the last whole one: a sector each."""
+    sectors = {offset: os.urandom(4096) for offset in range(0, ODD, MIB)}
+    with open(device(image), "r+b") as file:
+        for offset, sector in sectors.items():
+            file.seek(offset)
+            file.write(sector)
+        os.fsync(file.fileno())
+    return set(sectors.values())
+
+
+def on_device(parts: set[bytes]) -> set[bytes]:
+    """Those of these sectors that are somewhere on the device of the volume group."""
+    run("sync")
+    with open(host.SCRATCH / BACKING, "rb") as file:
+        return parts.intersection(sectors_of(file.fileno()))
+
+
+def sectors_of(fd: int) -> Iterator[bytes]:
+    """The sectors of a sparse file, but for its holes."""
+    end = 0
+    with suppress(OSError):  # there is no data behind the last
+        while True:
+            start = os.lseek(fd, end, os.SEEK_DATA)
+            end = os.lseek(fd, start, os.SEEK_HOLE)
+            for offset in range(start, end, 4096):
+                yield os.pread(fd, 4096, offset)
 
 
 def test_a_vm_boots_from_large_sectors(file_storage: FileStorage) -> None:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +30,7 @@ from tests.kernel.steps import (
     helpers,
     hold_open,
     localdisk,
+    logged,
     start,
     starting,
     stop,
@@ -207,35 +206,6 @@ def test_a_copy_that_hangs_gives_its_turn_back(volume_group: str, file_storage: 
     for vm_id in libvirt.known():
         libvirt.undefine(vm_id)
     host.remove(*host.logical_volumes())
-
-
-@contextmanager
-def logged() -> Iterator[list[str]]:
-    """The lines that go to the log of the host, each under the identifier localdisk."""
-    lines: list[str] = []
-    path = Path("/dev/log")
-    path.unlink(missing_ok=True)
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as receiver:
-        receiver.bind(str(path))
-        path.chmod(0o666)
-        receiver.settimeout(0.2)
-        ended = threading.Event()
-        reader = threading.Thread(target=_read, args=(receiver, lines, ended))
-        reader.start()
-        try:
-            yield lines
-        finally:
-            ended.set()
-            reader.join()
-            path.unlink()
-
-
-def _read(receiver: socket.socket, lines: list[str], ended: threading.Event) -> None:
-    while not ended.is_set():
-        with suppress(TimeoutError):
-            line = receiver.recv(65536).decode()
-            if " localdisk[" in line:  # sudo says something, too
-                lines.append(line)
 
 
 def test_metrics_of_a_real_life(thin_pool: str, file_storage: FileStorage) -> None:
