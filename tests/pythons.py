@@ -7,12 +7,12 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from localdisk.zipapp import main
+from localdisk.zipapp import begin
 
 
 def pythons() -> Iterator[str]:
     """The versions that the file is packed for and this machine has, those of pyenv included."""
-    for version in main.PYTHONS:
+    for version in begin.PYTHONS:
         name = "python{}.{}".format(*version)
         managed = Path.home().glob(f".pyenv/versions/*/bin/{name}")
         for path in (shutil.which(name), *map(str, managed)):

@@ -9,7 +9,6 @@ qemu-img gets the layers as an explicit tree of nodes.
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import stat
@@ -19,7 +18,7 @@ from contextlib import ExitStack, contextmanager
 from localdisk import device_mapper, run
 from localdisk.errors import CommandFailed, CommandMissing, SourceRefused
 from localdisk.frozen import frozen
-from localdisk.hook.fingerprint import Tables, forget_pages, is_empty, read_identity
+from localdisk.hook.fingerprint import Tables, digest, forget_pages, is_empty, read_identity
 from localdisk.hook.qcow2 import HEADER_BYTES, SECTOR, Header
 from localdisk.ids import is_uuid
 from localdisk.units import MAX_DISK
@@ -229,7 +228,7 @@ def _file_node(fd: int, is_block: bool) -> dict[str, Any]:
 
 def _fingerprint(*layers: Layer) -> str:
     text = "\n".join(f"{layer.format} {layer.identity}" for layer in layers)
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+    return digest(text.encode())[:32]
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from __future__ import annotations
 import compileall
 import contextlib
 import fcntl
+import io
 import os
 import re
 import shutil
@@ -19,6 +20,7 @@ from contextlib import contextmanager
 from py_compile import PycInvalidationMode
 
 FILES, PACKAGES = "files", "site-packages"  # as bootstrap.py has them
+PACKED = "packages.zip"  # in the archive
 _HERE = f"{sys.version_info[0]}{sys.version_info[1]}"
 _OTHER = re.compile(rf"\.cpython-(?!{_HERE}-)[0-9]+-")  # modules compiled for another Python
 
@@ -85,9 +87,11 @@ def _remove_unused(tree: str) -> bool:
 
 
 def _fill(archive: str, new: str, tree: str, build_id: str) -> None:
-    with zipfile.ZipFile(archive) as packed:
-        if build_id.encode() not in packed.read("bootstrap.py"):
+    with zipfile.ZipFile(archive) as whole:
+        if build_id.encode() not in whole.read("bootstrap.py"):
             raise Replaced
+        inside = io.BytesIO(whole.read(PACKED))
+    with zipfile.ZipFile(inside) as packed:
         names = [name for name in packed.namelist() if name.startswith(f"{PACKAGES}/")]
         packed.extractall(new, [name for name in names if not _OTHER.search(name)])
     # Python does not compare compiled modules with their sources: the tree only changes as a whole.

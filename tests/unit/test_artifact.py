@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from localdisk import __version__
-from localdisk.zipapp import main
+from localdisk.zipapp import begin
 from tests.pythons import pythons
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,6 +37,13 @@ def link(tmp_path: Path) -> str:
     path.parent.mkdir()
     path.symlink_to(ARTIFACT)
     return str(path)
+
+
+def packages() -> list[str]:
+    """The names in the zip file inside.  The outer one has few: Python reads them in each run."""
+    with zipfile.ZipFile(ARTIFACT) as whole:
+        assert whole.namelist() == ["__main__.py", "begin.py", "bootstrap.py", "extract.py", "packages.zip"]
+        return zipfile.ZipFile(io.BytesIO(whole.read("packages.zip"))).namelist()
 
 
 def test_version() -> None:
@@ -66,9 +74,9 @@ def test_this_machine_has_one_of_the_pythons() -> None:
 
 
 def test_compiled_packages_for_every_python() -> None:
-    names = zipfile.ZipFile(ARTIFACT).namelist()
+    names = packages()
     tags = {tag for name in names for tag in re.findall(r"/etree\.(cpython-[0-9]+)-", name)}
-    assert tags == {"cpython-{}{}".format(*version) for version in main.PYTHONS}
+    assert tags == {"cpython-{}{}".format(*version) for version in begin.PYTHONS}
     compiled = {name.partition(".")[0] for name in names if name.endswith(".so")}
     assert compiled == {"site-packages/lxml/etree", "site-packages/rpds/rpds"}
     assert sum(name.startswith("site-packages/rpds/rpds.cpython-") for name in names) == 5
@@ -137,7 +145,7 @@ def test_environment_does_not_bend_it(tmp_path: Path) -> None:
 
 
 def test_only_what_run_time_needs_is_inside() -> None:
-    names = zipfile.ZipFile(ARTIFACT).namelist()
+    names = packages()
     assert not [name for name in names if name.startswith(("_bootstrap", "environment.json", "."))]
     assert not [name for name in names if name.endswith((".pxd", ".h", ".pyc", ".pyi")) or "/tests/" in name]
     assert "site-packages/localdisk/schema/localdisk.schema.json" in names

@@ -33,7 +33,7 @@ MODULES = sorted(
     for path in PACKAGE.rglob("*.py")
     if path.stem != "__init__"
 )
-BEFORE_CLI = {"zipapp/main", "zipapp/bootstrap", "zipapp/pack", "__main__"}  # what starts it
+BEFORE_CLI = {"zipapp/main", "zipapp/begin", "zipapp/bootstrap", "zipapp/pack", "__main__"}  # what starts it
 
 
 @lru_cache(maxsize=100)

@@ -16,10 +16,11 @@ from types import SimpleNamespace
 import pytest
 
 from localdisk.vdsm import hook_call
-from localdisk.zipapp import bootstrap, extract, main
+from localdisk.zipapp import begin, bootstrap, extract, main
 from tests.bed.player import RAISING_POINTS
+from tests.fakes.zipped import zipped
 
-FIRST = Path(main.__file__)
+FIRST, SECOND = Path(main.__file__), Path(begin.__file__)
 POINT = "after_disk_prepare"
 
 
@@ -29,15 +30,15 @@ POINT = "after_disk_prepare"
 def test_points_are_vdsms() -> None:
     assert {*main.POINTS_OF_A_VM, "before_vdsm_start"} == hook_call.POINTS
     assert "before_vdsm_start" not in main.POINTS_OF_A_VM
-    assert set(main.UNREFUSABLE) == hook_call.UNREFUSABLE
+    assert set(begin.UNREFUSABLE) == hook_call.UNREFUSABLE
 
 
-@pytest.mark.parametrize("point", [*main.POINTS_OF_A_VM, *main.UNREFUSABLE])
+@pytest.mark.parametrize("point", [*main.POINTS_OF_A_VM, *begin.UNREFUSABLE])
 def test_where_it_cannot_run_other_hooks_run_unless_vdsm_refuses(point: str) -> None:
     code = 2 if point in RAISING_POINTS else 1
-    assert main.refused([f"/usr/libexec/vdsm/hooks/{point}/50_localdisk"]) == code
-    assert main.refused(["/usr/local/libexec/localdisk", "hook", point]) == code
-    assert main.refused(["/usr/local/libexec/localdisk", "gc"]) == 2
+    assert begin.refused(main.named_point([f"/usr/libexec/vdsm/hooks/{point}/50_localdisk"])) == code
+    assert begin.refused(main.named_point(["/usr/local/libexec/localdisk", "hook", point])) == code
+    assert begin.refused(main.named_point(["/usr/local/libexec/localdisk", "gc"])) == 2
 
 
 @pytest.mark.parametrize(
@@ -82,10 +83,11 @@ def test_called_point(argv: list[str], point: str) -> None:
     ],
 )
 def test_who_is_let_through(tmp_path: Path, words: list[str], environ: dict[str, str], goes_on: bool) -> None:
-    """In the zipapp `front` is beside it; here it is one that tells."""
+    """In the zipapp `bootstrap` is beside it; here it is one that tells."""
     program = tmp_path / "program"
     program.mkdir()
     (program / "__main__.py").write_bytes(FIRST.read_bytes())
+    (program / "begin.py").write_bytes(SECOND.read_bytes())
     (program / "bootstrap.py").write_text("def main(called_by_vdsm, refused): print(called_by_vdsm, refused)")
     done = subprocess.run(
         [sys.executable, str(program), *words], capture_output=True, text=True, env=environ, check=True
@@ -112,7 +114,7 @@ def test_a_vm_without_the_property_imports_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("version", "machine", "is_right"),
     [
-        *((version, "x86_64", True) for version in main.PYTHONS),
+        *((version, "x86_64", True) for version in begin.PYTHONS),
         ((3, 8), "x86_64", False),
         ((3, 14), "x86_64", False),
         ((3, 6), "x86_64", False),
@@ -120,7 +122,7 @@ def test_a_vm_without_the_property_imports_nothing(tmp_path: Path) -> None:
     ],
 )
 def test_the_wrong_host_is_told_in_one_line(version: tuple[int, int], machine: str, is_right: bool) -> None:
-    line = main.wrong_host((*version, 5), machine)
+    line = begin.wrong_host((*version, 5), machine)
     if is_right:
         assert line == ""
     else:
@@ -128,13 +130,15 @@ def test_the_wrong_host_is_told_in_one_line(version: tuple[int, int], machine: s
         assert line.startswith("localdisk: this file is for Python 3.9 to 3.13 on x86_64, " + said)
 
 
-def test_older_pythons_read_the_first_lines() -> None:
-    ast.parse(FIRST.read_text(), feature_version=(3, 6))
+@pytest.mark.parametrize("path", [FIRST, SECOND])
+def test_older_pythons_read_the_first_lines(path: Path) -> None:
+    ast.parse(path.read_text(), feature_version=(3, 6))
 
 
 def test_the_wrong_machine(tmp_path: Path) -> None:
-    text = FIRST.read_text().replace('MACHINE = "x86_64"', 'MACHINE = "s390x"')
-    (tmp_path / "__main__.py").write_text(text)
+    text = SECOND.read_text().replace('MACHINE = "x86_64"', 'MACHINE = "s390x"')
+    (tmp_path / "__main__.py").write_bytes(FIRST.read_bytes())
+    (tmp_path / "begin.py").write_text(text)
     done = subprocess.run([sys.executable, str(tmp_path), "gc"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     argv = [sys.executable, str(tmp_path), "hook", "before_vdsm_start"]
@@ -147,6 +151,7 @@ def test_an_update_between_two_looks_at_the_file(tmp_path: Path) -> None:
     program = tmp_path / "program"
     program.write_text(f"#!{sys.executable}\n" + FIRST.read_text())
     program.chmod(0o755)
+    (tmp_path / "begin.py").write_bytes(SECOND.read_bytes())
     (tmp_path / "bootstrap.py").write_text("import os\nos.rename('new', 'bootstrap.py')\nraise ImportError\n")
     (tmp_path / "new").write_text("def main(called_by_vdsm, refused): print('new')\n")
     argv = [str(program), "gc"]
@@ -279,7 +284,7 @@ def fixture_trees(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setitem(sys.modules, "extract", extract)
     (tmp_path / "link").symlink_to(tmp_path / "localdisk")
     with zipfile.ZipFile(tmp_path / "localdisk", "w") as packed:
-        packed.writestr("site-packages/some/module.py", "NAME = 'x'\n")
+        packed.writestr(extract.PACKED, zipped({"site-packages/some/module.py": "NAME = 'x'\n"}))
         packed.writestr("bootstrap.py", 'BUILD_ID = "abc"\n')
     return tmp_path / "trees"
 

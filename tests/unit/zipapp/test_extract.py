@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from localdisk.zipapp import extract
+from tests.fakes.zipped import zipped
 
 TAG = sys.implementation.cache_tag
 
@@ -24,11 +25,18 @@ def fixture_archive(tmp_path: Path) -> str:
     with zipfile.ZipFile(path, "a") as packed:
         packed.writestr("__main__.py", "raise SystemExit\n")
         packed.writestr("bootstrap.py", 'BUILD_ID = "abc"\n')
-        packed.writestr("site-packages/some/__init__.py", "")
-        packed.writestr("site-packages/some/module.py", "def f(): raise ValueError\n")
-        packed.writestr(f"site-packages/some/fast.{TAG}-x86_64-linux-gnu.so", "ours")
-        packed.writestr("site-packages/some/fast.cpython-37-x86_64-linux-gnu.so", "other")
-        packed.writestr("site-packages/some/data.json", "{}")
+        packed.writestr(
+            extract.PACKED,
+            zipped(
+                {
+                    "site-packages/some/__init__.py": "",
+                    "site-packages/some/module.py": "def f(): raise ValueError\n",
+                    f"site-packages/some/fast.{TAG}-x86_64-linux-gnu.so": "ours",
+                    "site-packages/some/fast.cpython-37-x86_64-linux-gnu.so": "other",
+                    "site-packages/some/data.json": "{}",
+                }
+            ),
+        )
     return str(path)
 
 
