@@ -30,17 +30,19 @@ from tests.bed.shell import attempt, run
 from tests.bed.storage import digest, is_zero
 from tests.crash import halt
 from tests.crash.flows import (
+    BACKUP,
     CACHE,
     FLOWS,
     SIZE,
     SLOW,
+    STARTS,
     Flow,
     PowerOff,
     Scene,
     new_scene,
-    recover,
+    start_after_power_off,
     start_thick,
-    stop_elsewhere,
+    start_without_after_boot,
     templates,
 )
 from tests.crash.halt import MOMENTS, Point
@@ -156,6 +158,13 @@ def set_up(flow: Flow, scene: Scene) -> None:
     elif not flow.vm_runs:
         be_forgotten(scene)
     flow.before(scene)
+    be_defined(flow, scene)
+
+
+def be_defined(flow: Flow, scene: Scene) -> None:
+    """As libvirt has the VM that has run, also after a boot."""
+    if flow.domain:
+        run("virsh", "-c", libvirt.URI, "define", "/dev/stdin", text=flow.domain(scene))
 
 
 def be_known(scene: Scene) -> None:
@@ -267,10 +276,15 @@ def look(flow: Flow, scene: Scene, case: Case, before: set[Path]) -> Iterator[st
         yield from wrong_bytes(scene, (scene.source, scene.kept), "a ready disk after the kill")
     yield from suspended()
     configure(flow.config)
-    vm_is_gone = case.how == POWER and (flow.vm_runs or flow.vm_is_defined)
+    if flow.has_backup:  # or no start makes the disk anew
+        yield from () if BACKUP in lvs else ("the backup is gone",)
+        host.remove(*({BACKUP} & lvs.keys()))
+    vm_is_gone = case.how == POWER and flow.vm_runs
     again, content = (start_thick, "source") if vm_is_gone else (flow.start_again, flow.content)
-    if again not in (recover, stop_elsewhere):
+    if again in (*STARTS, start_after_power_off, start_without_after_boot):
         be_known(scene)
+    elif case.how == POWER:
+        be_defined(flow, scene)
     result = again(scene).wait(300)
     if result.rc:
         yield f"the next start fails: {result.stderr.strip()}"

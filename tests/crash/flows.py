@@ -19,7 +19,7 @@ from tests.bed.player import Call, Result, start_point
 from tests.bed.shell import run
 from tests.bed.storage import FileStorage, Image, Volume, digest, fill, guest_bytes, link, new_id
 from tests.bed.vm import Disk, Vm, boot_sector, disk_json, domain_xml
-from tests.kernel.steps import MIB, THICK, THIN, configure, copied, device, starting, tags, wait_for
+from tests.kernel.steps import LOCKS, MIB, THICK, THIN, configure, copied, device, starting, tags, wait_for
 
 SIZE = 24 * MIB
 LONG_AGO = 5  # seconds since the epoch
@@ -28,6 +28,8 @@ RECOPY = "retention: {on_stop: keep, on_source_change: recopy}\n"
 CACHE = "cache: {templates: on}\n"
 ERASE = "retention: {erase: zero}\n"
 DUE = "retention: {grace: 0s, keep_for: 0s}\n"
+DUE_AND_ERASE = "retention: {grace: 0s, keep_for: 0s, erase: zero}\n"
+BACKUP = "backup"  # an administrator's snapshot
 SLOW = "copy: {bandwidth: 4MiB}\n"  # of one copy: 2 MiB/s, 6 s
 
 
@@ -129,7 +131,31 @@ def ready(scene: Scene) -> None:
 
 
 def kept(scene: Scene) -> None:
-    make(scene, f"STOPPED_{int(time.time()) - 60}", active=False)
+    make(scene, active=False)  # and marked later, or the mark would be in doubt
+    lv = f"{host.VOLUME_GROUP}/{scene.image.leaf.id}"
+    run("lvchange", "--addtag", f"STOPPED_{int(time.time())}", lv)
+
+
+def kept_under_another_name(scene: Scene) -> None:
+    """A kept disk of what was the leaf before an empty layer came upon it."""
+    kept(scene)
+    run("lvrename", host.VOLUME_GROUP, scene.image.leaf.id, new_id())
+
+
+def kept_and_another(scene: Scene) -> None:
+    kept(scene)
+    kept_of_another_leaf(scene)
+
+
+def kept_and_noted(scene: Scene) -> None:
+    """A kept disk, and the record of its VM that the stop has made (`kept.py`)."""
+    kept(scene)
+    noted(scene).parent.mkdir(parents=True, exist_ok=True)
+    noted(scene).touch()
+
+
+def noted(scene: Scene) -> Path:
+    return LOCKS / "kept" / scene.vm_id
 
 
 def kept_of_another_leaf(scene: Scene) -> None:
@@ -155,6 +181,19 @@ def garbage(scene: Scene) -> None:
         make(scene, *(() if tag.endswith("ED") else (tag,)), name=name, size=4 * MIB)
         if tag.endswith("ED"):  # by now: after it was made
             run("lvchange", "--addtag", f"{tag}_{int(time.time())}", f"{host.VOLUME_GROUP}/{name}")
+
+
+def older(scene: Scene) -> None:
+    """A disk of vdsm's older hook, in which a guest has lived."""
+    make(scene, "PU_00000000-0000-0000-0000-000000000000")
+    lv = f"{host.VOLUME_GROUP}/{scene.image.leaf.id}"
+    run("lvchange", "--deltag", "localdisk", "--deltag", scene.fingerprint, lv)
+
+
+def backed_up(scene: Scene) -> None:
+    """The administrator has made a snapshot of it."""
+    make(scene)
+    run("lvcreate", "-s", "-L", "4m", "-n", BACKUP, f"{host.VOLUME_GROUP}/{scene.image.leaf.id}")
 
 
 def to_erase(scene: Scene) -> None:
@@ -195,18 +234,25 @@ def running(scene: Scene) -> None:
     if scene.vm_id in libvirt.active():
         return
     make(scene)
-    libvirt.create(ran(scene, str(device(scene.image))))
+    libvirt.create(ran(scene))
 
 
-def shut_off(scene: Scene) -> None:
-    """The VM has run from its local disk, and vdsm has not destroyed it yet."""
+def closed(scene: Scene) -> None:
+    """The VM has run from its local disk; the host was booted since."""
     make(scene, active=False)
-    run("virsh", "-c", libvirt.URI, "define", "/dev/stdin", text=ran(scene, str(device(scene.image))))
 
 
-def ran(scene: Scene, path: str) -> str:
-    """The domain XML of the VM with its disk at this path."""
-    return domain_xml(Vm(scene.vm_id, (vdsm.local(Disk("vda", scene.image), path),)))
+def ran(scene: Scene, path: str = "") -> str:
+    """The domain XML of the VM with its disk at this path, by default the local disk."""
+    return domain_xml(
+        Vm(scene.vm_id, (vdsm.local(Disk("vda", scene.image), path or str(device(scene.image))),))
+    )
+
+
+def ran_elsewhere(scene: Scene) -> str:
+    """The same after a live snapshot that went past us: it ran from another volume in the end."""
+    layer = f'dev="/dev/{scene.image.domain_id}/{new_id()}" index="1"'
+    return ran(scene).replace(f'dev="{device(scene.image)}"', layer)
 
 
 def copying(scene: Scene) -> None:
@@ -229,6 +275,28 @@ def start_thin(scene: Scene) -> Call:
     return start_point("after_disk_prepare", scene.vm_id, disk_json(Disk("vda", scene.image)), THIN)
 
 
+def start_with_older_vdsm(scene: Scene) -> Call:
+    """vdsm has no hook point after_disk_prepare."""
+    return start_point(
+        "before_vm_start", scene.vm_id, domain_xml(Vm(scene.vm_id, (Disk("vda", scene.image),))), THICK
+    )
+
+
+def start_without(scene: Scene) -> Call:
+    """The VM is started from shared storage, without the property."""
+    return start_point(
+        "before_vm_start", scene.vm_id, domain_xml(Vm(scene.vm_id, (Disk("vda", scene.image),))), {}
+    )
+
+
+def start_without_after_boot(scene: Scene) -> Call:
+    """The same; vdsm has started before, if there was a boot."""
+    if not noted(scene).exists():
+        result = collect_before_vdsm(scene).wait()
+        assert result.rc == 0, result
+    return start_without(scene)
+
+
 def recover(scene: Scene) -> Call:
     data = disk_json(Disk("vda", scene.image), format="raw", diskType="block")
     return start_point("after_disk_prepare", scene.vm_id, data, THICK)
@@ -240,10 +308,7 @@ def stop(scene: Scene) -> Call:
 
 
 def stop_elsewhere(scene: Scene) -> Call:
-    """The VM stops after a live snapshot that went past us: it ran from another volume in the end."""
-    layer = f'dev="/dev/{scene.image.domain_id}/{new_id()}" index="1"'
-    xml = ran(scene, str(device(scene.image))).replace(f'dev="{device(scene.image)}"', layer)
-    return start_point("after_vm_destroy", scene.vm_id, xml, THICK)
+    return start_point("after_vm_destroy", scene.vm_id, ran_elsewhere(scene), THICK)
 
 
 @dataclass
@@ -275,6 +340,17 @@ def collect(scene: Scene) -> Call:
     """gc, as cron runs it."""
     del scene
     return by_root("gc")
+
+
+def collect_before_vdsm(scene: Scene) -> Call:
+    """gc, as vdsm calls it when it starts."""
+    del scene
+    return start_point("before_vdsm_start")
+
+
+def give_up_all(scene: Scene) -> Call:
+    """The operator gives up all disks of the VM."""
+    return by_root("remove", scene.vm_id)
 
 
 def give_up(scene: Scene) -> Call:
@@ -309,11 +385,12 @@ class Flow:
     content: str = "source"  # or kept, or either
     start_again: Callable[[Scene], Call] = start_thick
     tag: str = ""  # what a tag of the disk must begin with in the end
+    domain: Callable[[Scene], str] | None = None  # as libvirt has the VM, which has run and does not run
 
     @property
     def has_hook(self) -> bool:
         """gc and remove are one process; a hook, and prefetch, have a helper."""
-        return self.do not in (collect, give_up)
+        return self.do not in (collect, collect_before_vdsm, give_up, give_up_all)
 
     @property
     def vm_runs(self) -> bool:
@@ -322,7 +399,7 @@ class Flow:
     @property
     def vm_starts(self) -> bool:
         """vdsm has defined the VM by then; where its disk is to be erased by gc, it has not."""
-        return self.do in (start_thick, start_thin, power_off)
+        return self.do in (*STARTS, power_off)
 
     @property
     def is_slow(self) -> bool:
@@ -330,25 +407,43 @@ class Flow:
         return self.before is copying
 
     @property
-    def vm_is_defined(self) -> bool:
-        """libvirt has the definition of a VM that has run."""
-        return self.before is shut_off
+    def has_backup(self) -> bool:
+        return self.before is backed_up
 
 
+STARTS = (start_thick, start_thin, start_with_older_vdsm, start_without)
 FLOWS = (
     Flow("first start thick", nothing, start_thick),
     Flow("first start thin", nothing, start_thin, start_again=start_thin),
     Flow("start of a kept disk", kept, start_thick, KEEP, "kept"),
+    Flow("start of a kept disk of another name", kept_under_another_name, start_thick, KEEP, "kept"),
+    Flow("start with older vdsm", nothing, start_with_older_vdsm, start_again=start_with_older_vdsm),
+    Flow("start of an older hook's disk", older, start_thick, "", "kept"),
+    Flow(
+        "start without the property",
+        kept_and_noted,
+        start_without,
+        KEEP,
+        "kept",
+        start_without_after_boot,
+        "STALE",
+    ),
     Flow("kept disk of another leaf is replaced", kept_of_another_leaf, start_thick, RECOPY),
     Flow("kept disk that has changed is replaced", kept_and_changed, start_thick, RECOPY),
     Flow("stop, delete", ready, stop),
     Flow("stop, keep", ready, stop, KEEP, "kept"),
+    Flow("stop, older hook's disk", older, stop, "", "kept"),
+    Flow("stop, with a backup", backed_up, stop),
     Flow("gc", garbage, collect, DUE),
+    Flow("gc, erases", garbage, collect, DUE_AND_ERASE),
+    Flow("gc before vdsm starts", garbage, collect_before_vdsm, DUE_AND_ERASE),
+    Flow("gc of a VM that ran elsewhere", closed, collect, "", "kept", collect, "DRIFTED_", ran_elsewhere),
     Flow("erase", to_erase, collect, ERASE),
     Flow("remove", kept, give_up, KEEP, "either"),
     Flow("remove and erase", kept, give_up, "retention: {on_stop: keep, erase: zero}\n", "either"),
+    Flow("remove all", kept_and_another, give_up_all, RECOPY, "either"),
     Flow("recovery", running, recover, "", "kept", recover),
-    Flow("recovery of a VM that is shut off", shut_off, recover, "", "kept", recover),
+    Flow("recovery of a VM that is shut off", closed, recover, "", "kept", recover, domain=ran),
     Flow("power-off while it copies", copying, power_off, start_again=start_after_power_off),
     Flow("stop on another volume", ready, stop_elsewhere, "", "kept", stop_elsewhere, "DRIFTED_"),
     Flow("first of a template thick", nothing, start_thick, CACHE),

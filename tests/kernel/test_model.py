@@ -414,6 +414,8 @@ class RealWorld:
         is_gc = running.call.what.startswith("gc")
         outcome = "killed" if result.rc < 0 else "refused" if result.rc > is_gc else "done"
         said = "".join(result.stderr.strip().splitlines()[-1:])
+        if is_gc and result.rc:
+            said = "; ".join([*(script.stdout.strip() for script in result.scripts), said])
         paths = _paths(running, result) if outcome == "done" else None
         return Ended(outcome, "", paths, is_gc and result.rc == 1, said)
 
