@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from localdisk import __version__
 from localdisk.errors import (
@@ -149,6 +149,7 @@ def before_vdsm_start() -> None:
     lock is held, many disks) is left to cron's next gc.
     """
     from localdisk import config, log, run
+    from localdisk.status.libvirt_vms import ran_elsewhere
     from localdisk.volumes import gc
 
     with run.within(GC_BUDGET):
@@ -202,6 +203,7 @@ def _helper() -> int:
 
 
 def _gc_mode(arguments: argparse.Namespace) -> int:
+    from localdisk.status.libvirt_vms import ran_elsewhere
     from localdisk.volumes import gc
 
     _require_root("gc")
@@ -211,17 +213,6 @@ def _gc_mode(arguments: argparse.Namespace) -> int:
     for problem in problems:
         _report(problem, PROBLEMS)
     return PROBLEMS if problems or found.is_problem else GOOD
-
-
-def ran_elsewhere(vm_ids: Iterable[str]) -> frozenset[tuple[str, str]]:
-    """(VM id, image id) of the disks that are not local, by libvirt's definitions of these stopped VMs.
-
-    Raises LibvirtSilent, BadDomain.
-    """
-    from localdisk import libvirt
-    from localdisk.vdsm import domain_xml
-
-    return domain_xml.elsewhere(libvirt.xmls(vm_ids))
 
 
 def _older_hook() -> Iterator[str]:

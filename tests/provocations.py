@@ -926,7 +926,7 @@ def not_understood(world: World) -> object:
     there.add(VOLUME, tags())
     there.shut_off = {VM}
     there.xmls[VM] = f"<{world.evil()}\n</domain>"
-    return gc.collect(config.parse(b"", "F"), ran_elsewhere=cli.ran_elsewhere)
+    return gc.collect(config.parse(b"", "F"), ran_elsewhere=libvirt_vms.ran_elsewhere)
 
 
 def no_list(world: World) -> object:

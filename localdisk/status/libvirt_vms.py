@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from localdisk import libvirt, log
 from localdisk.errors import BadDomain
@@ -55,6 +55,14 @@ class Vms:
             for name, path in [*paths, *vm.backing]:
                 found.setdefault(os.path.basename(path), []).append((vm.vm_id, name))
         return found
+
+
+def ran_elsewhere(vm_ids: Iterable[str]) -> frozenset[tuple[str, str]]:
+    """VM and image id of the disks, of VMs that libvirt knows and that do not run, that are on no local disk.
+
+    Raises LibvirtSilent, BadDomain.
+    """
+    return domain_xml.elsewhere(libvirt.xmls(vm_ids))
 
 
 def answer(asked: libvirt.Question) -> Vms:

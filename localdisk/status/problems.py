@@ -24,7 +24,7 @@ from localdisk.volumes.disk import LocalDisk, State, is_left_alone
 from localdisk.volumes.lvm import LogicalVolume, VolumeGroup
 from localdisk.volumes.progress import Progress
 from localdisk.volumes.template import Template
-from localdisk.volumes.verdict import Action, decide, witnesses_for
+from localdisk.volumes.verdict import Action, Elsewhere, decide, has_run, witnesses_for
 
 NEAR = 0.9  # near a limit: more than this share of it
 
@@ -145,7 +145,14 @@ def of_copies(held: Held, now: float) -> Iterator[Problem]:
 # -- disks
 
 
-def of_disks(disks: Disks, held: Held, vms: Vms | None, config: Config, now: Moment) -> Iterator[Problem]:
+def of_disks(
+    disks: Disks,
+    held: Held,
+    vms: Vms | None,
+    config: Config,
+    now: Moment,
+    elsewhere: Elsewhere | None = frozenset(),
+) -> Iterator[Problem]:
     """Problems of local disks, and running VMs that should run from local disks and do not."""
     found = tuple(disks)
     for vg, disk in found:
@@ -161,7 +168,7 @@ def of_disks(disks: Disks, held: Held, vms: Vms | None, config: Config, now: Mom
         elif disk.state is State.DRIFTED:
             yield _drifted(vg, disk, name)
         else:
-            yield from _uncertain(vg, disk, held, vms, config, now)
+            yield from _uncertain(vg, disk, held, vms, config, now, elsewhere)
     if vms:
         by_vm: dict[str, list[tuple[VolumeGroup, LocalDisk]]] = {}
         for vg, disk in found:
@@ -206,14 +213,24 @@ def depended_on(vg: VolumeGroup, disk: LocalDisk) -> Problem:
 
 
 def _uncertain(
-    vg: VolumeGroup, disk: LocalDisk, held: Held, vms: Vms | None, config: Config, now: Moment
+    vg: VolumeGroup,
+    disk: LocalDisk,
+    held: Held,
+    vms: Vms | None,
+    config: Config,
+    now: Moment,
+    elsewhere: Elsewhere | None,
 ) -> Iterator[Problem]:
     if vms is None:
         return
     name = f"local disk {vg.vg_name}/{disk.volume_id}"
-    witnesses = witnesses_for(disk, False, vms.domains, held)
+    witnesses = witnesses_for(disk, False, vms.domains, held, elsewhere=elsewhere)
     verdict = decide(disk, witnesses, config.policy(disk.vm_id), now)
-    if not verdict.is_certain and disk.lv.dependents:
+    if verdict.action is Action.MARK_DRIFTED:
+        yield _drifted(vg, disk, name)
+    elif elsewhere is None and has_run(disk) and witnesses.vm_is_defined:
+        return  # what could not be asked is among what was not seen
+    elif not verdict.is_certain and disk.lv.dependents:
         yield depended_on(vg, disk)
     elif not verdict.is_certain:
         is_mended = verdict.action is not Action.KEEP

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from localdisk import clock, counters, device_mapper, libvirt
 from localdisk.clock import Moment
 from localdisk.config import Config, Margins, Policy
-from localdisk.errors import LibvirtSilent, VolumeGroupUnusable
+from localdisk.errors import BadDomain, LibvirtSilent, VolumeGroupUnusable
 from localdisk.frozen import field, frozen, replace
 from localdisk.status import libvirt_vms, problems
 from localdisk.status.libvirt_vms import Vms
@@ -24,7 +24,15 @@ from localdisk.volumes.disk import LocalDisk, State, is_left_alone, local_disks,
 from localdisk.volumes.lvm import LogicalVolume, VolumeGroup
 from localdisk.volumes.progress import Progress
 from localdisk.volumes.template import Template
-from localdisk.volumes.verdict import Action, Verdict, decide, decide_template, witnesses_for
+from localdisk.volumes.verdict import (
+    Action,
+    Elsewhere,
+    Verdict,
+    decide,
+    decide_template,
+    may_have_drifted,
+    witnesses_for,
+)
 
 
 @frozen
@@ -151,7 +159,8 @@ def take(config: Config) -> Snapshot:
     now = moment.epoch
     vms, unseen = _answered(asked)
     disks = tuple((vg, disk) for vg in groups for disk in local_disks(vg))
-    view = _View(config, vms, held, moment)
+    elsewhere, unasked = _elsewhere([disk for _, disk in disks], vms)
+    view = _View(config, vms, held, moment, elsewhere)
     rows = [view.row(vg, disk) for vg, disk in disks]
     rows += view.rows_without_volume({disk.volume_id for _, disk in disks})
     cached = tuple((vg, each) for vg in groups for each in template.templates(vg))
@@ -160,7 +169,7 @@ def take(config: Config) -> Snapshot:
     found = [*map(problems.not_usable, failures), *(p for vg in groups for p in _unusable(vg, config))]
     found += problems.of_groups(groups, vms, config)
     found += problems.of_copies(held, now)
-    found += problems.of_disks(disks, held, vms, config, moment)
+    found += problems.of_disks(disks, held, vms, config, moment, elsewhere)
     found += problems.of_templates(cached, held, now)
     return Snapshot(
         at=int(now),
@@ -168,7 +177,7 @@ def take(config: Config) -> Snapshot:
         disks=tuple(rows),
         templates=tuple(templates),
         problems=tuple(found),
-        unseen=unseen,
+        unseen=(*unseen, *unasked),
         uncached=counters.read().uncached,
     )
 
@@ -178,6 +187,15 @@ def _answered(asked: libvirt.Question) -> tuple[Vms | None, tuple[str, ...]]:
         return libvirt_vms.answer(asked), ()
     except LibvirtSilent as error:
         return None, (f"which VMs run: {error}",)
+
+
+def _elsewhere(disks: list[LocalDisk], vms: Vms | None) -> tuple[Elsewhere | None, tuple[str, ...]]:
+    """The disks of VMs, stopped without a report, that were on no local disk; None, and why, if not known."""
+    asked = may_have_drifted(disks, vms.domains if vms else None)
+    try:
+        return libvirt_vms.ran_elsewhere(asked) if asked else frozenset(), ()
+    except (LibvirtSilent, BadDomain) as error:
+        return None, (f"what VMs that stopped ran from: {error}",)
 
 
 # -- volume groups
@@ -238,6 +256,7 @@ class _View:
     vms: Vms | None
     held: Mapping[str, Progress | None]
     moment: Moment
+    elsewhere: Elsewhere | None = frozenset()  # None: libvirt could not be asked
 
     @property
     def now(self) -> float:
@@ -247,6 +266,8 @@ class _View:
         policy, name = self.config.policy(disk.vm_id), vg.vg_name
         record = self.held.get(disk.volume_id)
         state = _state(disk, self.held, self._vm_runs(disk))
+        if self._verdict(disk, policy).action is Action.MARK_DRIFTED:
+            state = State.DRIFTED.value
         percent = disk.lv.data_percent
         return Row(
             vg=name,
@@ -337,6 +358,13 @@ class _View:
         verdict = decide_template(found, is_locked, is_wanted, is_too_much, keep_for, self.now)
         return _removal(verdict, self.config.retention.erase != "none", self.now)
 
+    def _verdict(self, disk: LocalDisk, policy: Policy) -> Verdict:
+        """What gc would decide just now."""
+        found = self.vms.domains if self.vms else None
+        is_locked = disk.volume_id in self.held
+        witnesses = witnesses_for(disk, is_locked, found, self.held, elsewhere=self.elsewhere)
+        return decide(disk, witnesses, policy, self.moment)
+
     def _vm_runs(self, disk: LocalDisk) -> bool:
         """Whether its VM runs from the disk; if libvirt's answer is missing, whether the disk is open."""
         doubt = self.vms is None or disk.vm_id in self.vms.unread
@@ -356,11 +384,12 @@ class _View:
             return _when_closed(disk, policy)
         if disk.is_open:
             return Next("keep", None, "kept while open")
-        found = self.vms.domains if self.vms else None
-        witnesses = witnesses_for(disk, disk.volume_id in self.held, found, self.held)
-        verdict = decide(disk, witnesses, policy, self.moment)
-        if verdict.action is Action.MARK_UNNEEDED and disk.unneeded is None and witnesses.vm_is_defined:
+        verdict = self._verdict(disk, policy)
+        is_defined = self.vms is not None and disk.vm_id in self.vms.names
+        if verdict.action is Action.MARK_UNNEEDED and disk.unneeded is None and is_defined:
             return Next("keep", None, "VM starts")
+        if verdict.action is Action.MARK_DRIFTED:
+            return Next("keep", None, "kept")
         coming = _by_gc(verdict, disk, policy, self.now)
         return replace(coming, text=f"stale, {coming.text}") if disk.is_stale and disk.is_complete else coming
 

@@ -40,7 +40,7 @@ from localdisk.volumes.verdict import (
     Verdict,
     decide,
     decide_template,
-    has_run,
+    may_have_drifted,
     witnesses_for,
 )
 
@@ -140,12 +140,11 @@ def _elsewhere(
     groups: Iterable[VolumeGroup], found: Domains | None, ask: Callable[[Iterable[str]], Elsewhere]
 ) -> Elsewhere | None:
     """Which disks of VMs, stopped without a report, were not on a local disk; None if that is not known."""
-    stopped = found.known - found.active if found else frozenset[str]()
-    asked = {disk.vm_id for vg in groups for disk in local_disks(vg) if has_run(disk) and not disk.is_open}
+    asked = may_have_drifted((disk for vg in groups for disk in local_disks(vg)), found)
     try:
-        return ask(asked & stopped) if asked & stopped else frozenset()
+        return ask(asked) if asked else frozenset()
     except Error as error:
-        log.problem("gc cannot find out what VMs ran from", vms=" ".join(sorted(asked & stopped)), why=error)
+        log.problem("gc cannot find out what VMs ran from", vms=" ".join(sorted(asked)), why=error)
         return None
 
 

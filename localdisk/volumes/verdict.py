@@ -6,7 +6,7 @@ On any doubt a disk is kept.  `gc.py` reads and carries out the verdicts; `statu
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from localdisk.clock import Moment
 from localdisk.config import Policy
@@ -97,6 +97,12 @@ def decide(disk: LocalDisk, witnesses: Witnesses, policy: Policy, now: Moment) -
 def has_run(disk: LocalDisk) -> bool:
     """Whether its VM may have run from the disk, and no stop was reported since."""
     return disk.state is State.READY and not disk.is_stale
+
+
+def may_have_drifted(disks: Iterable[LocalDisk], found: Domains | None) -> frozenset[str]:
+    """The VMs of which libvirt must be asked what they ran from: they stopped, and no stop was reported."""
+    stopped = found.known - found.active if found else frozenset[str]()
+    return stopped.intersection(disk.vm_id for disk in disks if has_run(disk) and not disk.is_open)
 
 
 def _drifted(is_certain: bool | None) -> Verdict:

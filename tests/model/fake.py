@@ -30,6 +30,7 @@ from localdisk.helper.session import Session
 from localdisk.hook import copy, points, prefetch, sources, template_source
 from localdisk.hook.copy import OnProgress
 from localdisk.protocol import Device, Target
+from localdisk.status import libvirt_vms
 from localdisk.vdsm import hook_call
 from localdisk.volumes import gc, removal, remove
 from tests.bed import vdsm as bed_vdsm
@@ -737,7 +738,9 @@ class FakeWorld:
         if call.arguments == (False,):
             cli.before_vdsm_start()
         else:
-            found = gc.collect(self.config, call.what == "gc --dry-run", ran_elsewhere=cli.ran_elsewhere)
+            found = gc.collect(
+                self.config, call.what == "gc --dry-run", ran_elsewhere=libvirt_vms.ran_elsewhere
+            )
             assert gc.as_lines(found, call.what == "gc --dry-run").count("\n") == len(found.findings)
             self.running.answer = "doubts" if found.is_problem else ""
 

@@ -424,6 +424,28 @@ def test_below_a_live_snapshot_it_is_still_the_vms(host: FakeHost) -> None:
     assert (found.state, found.disk, found.next.text) == ("running", "vda", "kept, see problems")
 
 
+@pytest.mark.parametrize("more", [(), ("DRIFTED_5",)], ids=["before gc", "after gc"])
+def test_a_vm_that_drifted_and_stopped_unseen(host: FakeHost, more: tuple[str, ...]) -> None:
+    """As after a crash of the host; gc marks the disk."""
+    host.shut_off, host.xmls = {VM}, {VM: running(disks=[(IMAGE, OTHER_VOLUME, MOVED)])}
+    host.add(VOLUME, tags(*more), SIZE)
+    taken = take()
+    assert kinds(taken) == [problems.DRIFTED]
+    (found,) = taken.disks
+    assert (found.state, found.next) == ("drifted", Next("keep", None, "kept"))
+
+
+def test_what_a_vm_that_stopped_unseen_ran_from_is_not_known(host: FakeHost) -> None:
+    host.shut_off, host.xmls = {VM}, {VM: "<domain\n</domain>"}
+    host.add(VOLUME, tags(), SIZE)
+    taken = take()
+    assert kinds(taken) == []
+    (why,) = taken.unseen
+    assert why.startswith("what VMs that stopped ran from: domain XML")
+    (found,) = taken.disks
+    assert (found.state, found.next.action) == ("ready", "keep")
+
+
 def test_a_disk_that_is_open_by_no_vm(monkeypatch: pytest.MonkeyPatch, host: FakeHost) -> None:
     runs(host, (OTHER_IMAGE, OTHER_VOLUME, f"/dev/ovirt-local/{OTHER_VOLUME}"))
     host.add(VOLUME, tags(), SIZE, lv_device_open="open")
