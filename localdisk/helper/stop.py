@@ -47,7 +47,8 @@ def _mark_if_drifted(vg: VolumeGroup, disk: LocalDisk, paths: set[str]) -> None:
     if disk.state is not State.READY or disk.is_stale or vg.path(disk.volume_id) in paths:
         return
     vg.require_usable()
-    vg.change_tags(disk.volume_id, add={local_disk.drifted_tag(time.time())}, remove=disk.idle_tags)
+    mark = frozenset({local_disk.drifted_tag(time.time())})
+    vg.mark(disk.volume_id, add=mark, remove=disk.idle_tags, spare=disk.source_tags)
     log.problem(
         "VM did not run from its local disk, which is kept",
         vm=disk.vm_id,

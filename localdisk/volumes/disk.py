@@ -172,6 +172,14 @@ class LocalDisk:
         return self._tags("UNNEEDED_") if self.stopped is not None else self._tags("UNNEEDED_", "BOOT_")
 
     @property
+    def source_tags(self) -> frozenset[str]:
+        return self._tags("SOURCE_")
+
+    @property
+    def boot_tags(self) -> frozenset[str]:
+        return self._tags("BOOT_")
+
+    @property
     def writes_tags(self) -> frozenset[str]:
         return self._tags("WRITES_")
 

@@ -361,29 +361,31 @@ def _try_hold(name: str, locks: ExitStack) -> bool:
 
 def _change_tags(vg: VolumeGroup, due: Iterable[Finding], now: Moment) -> Mapping[str, Error]:
     """Set and remove marks, with one command for all volumes with the same change; the errors by name."""
-    changes: dict[tuple[_Tags, _Tags], list[str]] = {}
+    changes: dict[tuple[_Tags, _Tags, _Tags], list[str]] = {}
     for found in due:
         change = _marks(found, now)
         if change:
             changes.setdefault(change, []).append(found.name)
     failures: dict[str, Error] = {}
-    for (add, remove), names in changes.items():
-        failures.update(_all_or_each(partial(vg.change_tags, add=add, remove=remove), names))
+    for (add, remove, spare), names in changes.items():
+        failures.update(_all_or_each(partial(vg.mark, add=add, remove=remove, spare=spare), names))
     return failures
 
 
-def _marks(found: Finding, now: Moment) -> tuple[_Tags, _Tags] | None:
-    """The tags to add and to remove, None if the verdict changes no tags."""
+def _marks(found: Finding, now: Moment) -> tuple[_Tags, _Tags, _Tags] | None:
+    """The tags to add, to remove, and to spare if the metadata area is full; None if no tags change."""
     disk, verdict = found.disk, found.verdict
     if verdict.action is Action.MARK_UNNEEDED:
         add = unneeded_tags(disk, now, verdict.age)
-        return add, disk.unneeded_tags - add
+        return add, disk.unneeded_tags - add, frozenset()
     if verdict.action is Action.MARK_STOPPED:
         add = stopped_tags(now, verdict.age)
-        return add, disk.idle_tags - add
+        return add, disk.idle_tags - add, frozenset()
     if verdict.action is Action.MARK_DRIFTED:
-        return frozenset({drifted_tag(now.epoch)}), disk.idle_tags
-    return (frozenset(), disk.unneeded_tags) if verdict.action is Action.CLEAR_MARK else None
+        return frozenset({drifted_tag(now.epoch)}), disk.idle_tags, disk.source_tags
+    if verdict.action is Action.CLEAR_MARK:
+        return frozenset(), disk.unneeded_tags, frozenset()
+    return None
 
 
 def _all_or_each(act: Callable[..., None], names: Sequence[str]) -> Mapping[str, Error]:

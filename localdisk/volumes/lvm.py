@@ -331,6 +331,20 @@ class VolumeGroup:
         tags = [*_repeat("--deltag", remove), *_repeat("--addtag", add)]
         call(["lvchange", "--quiet", *tags, *_devices(self.devices), *map(self._full_name, lv_names)])
 
+    def mark(
+        self, *lv_names: str, add: frozenset[str], remove: frozenset[str], spare: frozenset[str]
+    ) -> None:
+        """Change tags; if the metadata area is full for that, remove tags that can be spared along with it.
+
+        Raises MetadataAreaFull if that is not enough.
+        """
+        try:
+            self.change_tags(*lv_names, add=add, remove=remove)
+        except MetadataAreaFull:
+            if not spare:
+                raise
+            self.change_tags(*lv_names, add=add, remove=remove | spare)
+
     def activate(self, lv_name: str) -> None:
         argv = ["lvchange", "--quiet", "--activate", "y", "--ignoreactivationskip"]
         try:

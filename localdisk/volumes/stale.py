@@ -40,10 +40,12 @@ def _mark(vg: VolumeGroup, vm_id: str, images: Sequence[str], pause: Pause) -> N
         for name in found:
             locks.enter_context(lock.holding(lock.disk_lock(name), pause))
         again = VolumeGroup.read(vg.vg_name, vg.devices) if found else vg
-        names = [d.volume_id for d in _usable(again, vm_id, images) if d.volume_id in found]
+        disks = [disk for disk in _usable(again, vm_id, images) if disk.volume_id in found]
+        names = [disk.volume_id for disk in disks]
         if names:
             again.require_usable()
-            again.change_tags(*names, add={STALE})
+            boots = frozenset[str]().union(*(disk.boot_tags for disk in disks))
+            again.mark(*names, add=frozenset({STALE}), remove=frozenset(), spare=boots)
             log.event("kept disks are stale, the VM starts without them", vm=vm_id, disks=" ".join(names))
 
 

@@ -20,6 +20,7 @@ from localdisk.clock import Moment
 from localdisk.config import Config, Policy
 from localdisk.errors import CommandFailed, CommandTimeout, Interrupted, NoVolumeGroup
 from localdisk.helper.session import Session
+from localdisk.status import libvirt_vms
 from localdisk.volumes import gc, removal
 from localdisk.volumes.disk import FIRST, LocalDisk, unneeded_tags
 from localdisk.volumes.gc import Collection
@@ -629,8 +630,29 @@ def test_a_vm_that_drifted_and_stopped_unseen(
     assert host.removed == []
 
 
+FULL = "  VG ovirt-local 27 metadata on /dev/a (523730 bytes) exceeds maximum metadata size (521472 bytes)\n"
+
+
+def test_a_full_metadata_area_does_not_hide_that_a_vm_drifted(host: FakeHost) -> None:
+    """Its text must not grow: the mark takes the place of the fingerprint, which nobody needs any more."""
+    volume = host.add(VOLUME, tags(), SIZE, lv_active="")
+    ran_from(host, LAYER)
+    host.fail("lvchange", FULL)
+    assert outcome(collect_with_definitions()) == {"1": "mark_drifted"}
+    assert volume.lv_tags == {tag for tag in tags(f"DRIFTED_{NOW}") if not tag.startswith("SOURCE_")}
+
+
+def test_a_mark_for_which_the_metadata_area_is_too_full(host: FakeHost) -> None:
+    volume = host.add(VOLUME, tags(), SIZE, lv_active="")
+    host.fail("lvchange", FULL, times=2)
+    for _ in range(2):
+        (found,) = gc.collect(parsed("retention: {grace: 0s}")).findings
+        assert "metadata area of volume group ovirt-local is full" in found.failure
+    assert volume.lv_tags == tags()
+
+
 def collect_with_definitions(text: str = "") -> Collection:
-    return gc.collect(parsed(text), may_start=False, ran_elsewhere=cli.ran_elsewhere)
+    return gc.collect(parsed(text), may_start=False, ran_elsewhere=libvirt_vms.ran_elsewhere)
 
 
 def test_a_vm_that_stopped_on_its_local_disk_has_not_drifted(host: FakeHost) -> None:

@@ -100,6 +100,17 @@ def test_gc_marks_what_was_in_doubt(host: FakeHost, is_locked: bool) -> None:
     assert kept.doubted(VM) == ((IMAGE,) if is_locked else ())
 
 
+def test_a_mark_for_which_the_metadata_area_is_full(host: FakeHost) -> None:
+    """It takes the place of what says in which boot the VM stopped; the date says nearly the same."""
+    boot = "BOOT_dddddddd-dddd-4ddd-8ddd-dddddddddddd_7"
+    volume = host.add(VOLUME, tags("STOPPED_5", boot), SIZE)
+    said = "VG x 27 metadata on /dev/a (523730 bytes) exceeds maximum metadata size (521472 bytes)"
+    host.fail("lvchange", f"  {said}\n")
+    assert Hook(host).ask(STALE) == {}
+    assert volume.lv_tags == tags("STOPPED_5", "STALE")
+    assert kept.doubted(VM) == ()
+
+
 def test_a_mark_that_fails_is_made_up_for(host: FakeHost) -> None:
     host.add(VOLUME, tags("STOPPED_5"), SIZE)
     host.fail("lvchange", "  Failed to write VG\n")
