@@ -163,6 +163,7 @@ def before_vm_migrate_source(call: Call) -> None:
 
 def before_vm_migrate_destination(call: Call) -> None:
     _refuse(call, "be migrated")
+    _mark_stale(call)  # the configuration of this host leaves the VM on shared storage
 
 
 def before_vm_hibernate(call: Call) -> None:
@@ -203,7 +204,7 @@ POINTS: dict[str, Callable[[Call], str | None]] = {
 
 
 def _mark_stale(call: Call) -> None:
-    """A VM with the property off starts here: mark its kept disks on this host as stale.
+    """A VM begins to run here from shared storage: mark its kept disks on this host as stale.
 
     A failure does not refuse the VM, which does not use localdisk: the helper has recorded first that the
     disks must be marked, and the VM's next local start, or gc, marks them.
@@ -216,7 +217,11 @@ def _mark_stale(call: Call) -> None:
 
 
 def _refuse(call: Call, operation: str) -> None:
-    if _policy(call).enabled:
+    """Refuse what a VM with local disks cannot do.
+
+    A VM that started before `enabled: false` was set still runs from its local disks.
+    """
+    if _policy(call).enabled or domain_xml.uses_local_disk(hook_call.read_data(call)):
         raise OperationRefused(vm=call.vm_id, operation=operation)
 
 

@@ -170,6 +170,16 @@ def elsewhere(xmls: Iterable[str]) -> frozenset[tuple[str, str]]:
     )
 
 
+@refused_as(BadDomain)
+def uses_local_disk(xml: str) -> bool:
+    """Whether a disk of the domain, or a layer below it, is a local disk.
+
+    Nothing else of the domain is checked.  Raises BadDomain as `_parse`.
+    """
+    sources = _parse(xml, "domain").iterfind("devices/disk//source")
+    return any(is_local_path(source.get("dev", "")) for source in sources)
+
+
 def _has_run(element: _Element) -> bool:
     """Whether the disk is of an active domain: libvirt numbers its source, or shows its backing chain."""
     return element.find("source[@index]") is not None or element.find("backingStore") is not None

@@ -299,9 +299,12 @@ def test_running_vm_is_never_touched(volume_group: str, file_storage: FileStorag
             "before_vm_hibernate",
             "before_vm_dehibernate",
         ):
-            refusal = run_point(point, vm.id, domain_xml(vm), THICK)
-            assert (refusal.rc, refusal.refused) == (2, True)
-            assert "runs from local disks" in refusal.stderr
+            for text in ("", f"vms: {{{vm.id}: {{enabled: false}}}}\n"):  # for its next start
+                configure(text)
+                refusal = run_point(point, vm.id, domain_xml(vm), THICK)
+                assert (refusal.rc, refusal.refused) == (2, True)
+                assert "runs from local disks" in refusal.stderr
+        configure()
         assert status()[image.leaf.id]["state"] == "running"
     finally:
         libvirt.destroy(vm.id)

@@ -402,6 +402,11 @@ def test_stopping_does_not_look_at_the_domain(host_vdsm: Vdsm) -> None:
 
 # -- what a local VM cannot do
 
+ON_TOP = (  # a live snapshot was not refused: the local disk is below the new layer
+    f"<disk type='block' device='disk'><source dev='/dev/{OTHER_VM}/{OTHER_VOLUME}'/><target dev='vda'/>"
+    f"<backingStore type='block'><source dev='{LOCAL}'/></backingStore></disk>"
+)
+
 
 @pytest.mark.parametrize(
     ("point", "operation"),
@@ -416,8 +421,23 @@ def test_operations_that_are_refused(host_vdsm: Vdsm, point: str, operation: str
     message = host_vdsm.refused(OperationRefused, point, domain_xml())
     assert f"VM {VM} runs from local disks, it cannot be {operation} : stop the VM" in message
     host_vdsm.configure(f"vms: {{{VM}: {{enabled: false}}}}")
-    assert host_vdsm.call(point, domain_xml()) == domain_xml()
-    assert host_vdsm.helpers == []
+    shared = domain_xml(("vda", host_vdsm.source(VOLUME), IMAGE, VOLUME))
+    assert host_vdsm.call(point, shared) == shared
+    assert not host_vdsm.helpers or point == "before_vm_migrate_destination"
+
+
+@pytest.mark.parametrize("point", ["before_vm_migrate_source", "before_vm_hibernate"])
+@pytest.mark.parametrize("xml", [domain_xml(("vda", LOCAL, IMAGE, VOLUME)), domain_xml(more=ON_TOP)])
+def test_a_vm_that_runs_from_local_disks_when_it_is_disabled(host_vdsm: Vdsm, point: str, xml: str) -> None:
+    host_vdsm.configure(f"vms: {{{VM}: {{enabled: false}}}}")
+    assert "runs from local disks" in host_vdsm.refused(OperationRefused, point, xml)
+
+
+def test_a_disabled_vm_that_is_migrated_to_this_host_makes_its_kept_disks_stale(host_vdsm: Vdsm) -> None:
+    host_vdsm.host.add(VOLUME, tags("STOPPED_5"), SIZE)
+    host_vdsm.configure(f"retention: {{on_stop: keep}}\nvms: {{{VM}: {{enabled: false}}}}")
+    host_vdsm.call("before_vm_migrate_destination", domain_xml())
+    assert "STALE" in host_vdsm.host.volumes[VOLUME].lv_tags
 
 
 def disk_element(device: str = "disk", image: str = IMAGE) -> str:
