@@ -275,8 +275,11 @@ def _change(found: Template) -> str:
 
 
 def _of_vm(vm: Running, disks: Disks, config: Config) -> Iterator[Problem]:
-    """The disks of a running VM that should be local and are not; `disks` are its local disks."""
-    own = {disk.image_id: (group, disk) for group, disk in disks}
+    """The disks of a running VM that should be local and are not; `disks` are its local disks.
+
+    If a kept disk has the mark STALE, its VM was started from shared storage: that is no problem.
+    """
+    own = {disk.image_id: (group, disk) for group, disk in disks if not disk.is_stale}
     asked = vm.property_value if vm.property_value in ("on", "lvm", "lvmthin") else ""
     policy = config.policy(vm.vm_id, asked or "on")
     for disk in vm.disks:

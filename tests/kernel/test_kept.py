@@ -200,6 +200,9 @@ def test_a_kept_disk_that_its_vm_ran_without_is_stale(file_storage: Storage) -> 
     assert (result.rc, result.data) == (0, domain_xml(vm))
     assert "STALE" in tags(image)
     assert "STALE" not in tags(other)
+    libvirt.create(domain_xml(vm))
+    assert localdisk("status", "--json")  # exit 0: it runs from shared storage because it was started so
+    libvirt.destroy(vm_id)
     assert status()[image.leaf.id]["next"]["text"].startswith("stale, ")
     assert "is stale" in refused_disk(image, vm_id=vm_id)
     run("lvchange", "--deltag", "STALE", f"{host.VOLUME_GROUP}/{image.leaf.id}")  # as it advises

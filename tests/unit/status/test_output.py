@@ -412,6 +412,14 @@ def test_a_vm_that_runs_from_elsewhere(
     ]
 
 
+@pytest.mark.parametrize("prop", ["", "off"])
+def test_a_vm_that_was_started_without_its_kept_disk(host: FakeHost, prop: str) -> None:
+    """It runs from shared storage because it was started so: its disk is marked, and nothing is wrong."""
+    runs(host, (IMAGE, VOLUME, MOVED), prop=prop)
+    host.add(VOLUME, tags(f"STOPPED_{NOW - 60}", "STALE"), SIZE)
+    assert take(KEEP).problems == ()
+
+
 def test_below_a_live_snapshot_it_is_still_the_vms(host: FakeHost) -> None:
     """Nobody shall be told to end the VM."""
     host.add(VOLUME, tags(), SIZE, lv_device_open="open")
