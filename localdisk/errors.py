@@ -445,20 +445,14 @@ class StillRuns(Error):
 
 class SourceChanged(Error):
     what = "the source of local disk {vg}/{lv} has changed since it was copied"
-    fix = (
-        "keep the local data by restoring the source, or set `on_source_change: recopy` "
-        "(loses the local data), or localdisk remove {vg}/{lv}"
-    )
+    fix = "set `on_source_change: recopy` (loses the local data), or localdisk remove {vg}/{lv}{or_use_it}"
 
 
 class OtherLeaf(Error):
     """The image has another leaf than when it was copied, and its guest's view has changed."""
 
     what = "kept local disk {vg}/{lv} was not copied from what its image's volume {volume} shows now"
-    fix = (
-        "keep the local data by going back to the snapshot that it was copied from, or set "
-        "`on_source_change: recopy` (loses the local data), or localdisk remove {vg}/{lv}"
-    )
+    fix = "set `on_source_change: recopy` (loses the local data), or localdisk remove {vg}/{lv}{or_use_it}"
 
 
 class KeptStale(Error):

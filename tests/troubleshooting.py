@@ -112,10 +112,11 @@ BEHIND = {
     " Before you stop the VM, look at what it runs from (`virsh -r domblklist VM`).",
     "StillRuns": "vdsm reported a stop, but libvirt still knows the VM as running. gc removes or keeps the"
     " disks later.",
-    "SourceChanged": "A VM ran from the image elsewhere, or somebody wrote to it, since the disk was"
-    " kept: [kept disks](#kept-stale-and-drifted-disks).",
-    "OtherLeaf": "A snapshot was made, removed or previewed while the VM was down: [kept"
-    " disks](#kept-stale-and-drifted-disks).",
+    "SourceChanged": "Since the disk was kept, a VM ran from the image elsewhere, or something wrote to it,"
+    " or it was moved, grown, sparsified or backed up with a checkpoint. `<or_use_it>` is the command that"
+    " makes the next start use the kept disk nevertheless: [kept disks](#kept-stale-and-drifted-disks).",
+    "OtherLeaf": "A snapshot was made, removed or previewed while the VM was down. For `<or_use_it>`, see"
+    " `source_changed`: [kept disks](#kept-stale-and-drifted-disks).",
     "KeptStale": "The VM ran on this host with the property removed or `off`: [kept"
     " disks](#kept-stale-and-drifted-disks).",
     "DiskDrifted": "[drifted.md](drifted.md) shows how to bring the data together. The VM does not start"

@@ -35,6 +35,7 @@ from collections.abc import Iterable, Mapping
 from localdisk.clock import Moment
 from localdisk.config import Margins, Policy, Retention
 from localdisk.errors import (
+    FIELD_LIMIT,
     AllocationOff,
     DependentVolumes,
     DiskBusy,
@@ -386,9 +387,23 @@ def _changed(disk: LocalDisk, wanted: Wanted, vg: str) -> Error:
     """Why the kept `disk` is not used."""
     if disk.is_stale:
         return KeptStale(vg=vg, lv=disk.volume_id)
+    or_use_it = _how_to_use(disk, wanted, vg)
     if disk.volume_id != wanted.volume_id:
-        return OtherLeaf(vg=vg, lv=disk.volume_id, volume=wanted.volume_id)
-    return SourceChanged(vg=vg, lv=disk.volume_id)
+        return OtherLeaf(vg=vg, lv=disk.volume_id, volume=wanted.volume_id, or_use_it=or_use_it)
+    return SourceChanged(vg=vg, lv=disk.volume_id, or_use_it=or_use_it)
+
+
+def _how_to_use(disk: LocalDisk, wanted: Wanted, vg: str) -> str:
+    """How the operator has the VM started from its kept disk; "" if the disk cannot be used.
+
+    Many operations change the source and not what the guest sees: a snapshot is merged, the image is moved or
+    made sparse, a backup adds a bitmap.
+    """
+    if disk.is_older or not disk.fingerprint or disk.lv.lv_size < wanted.virtual_size:
+        return ""
+    tags = f"--deltag SOURCE_{disk.fingerprint} --addtag SOURCE_{wanted.fingerprint}"
+    text = f"; to use it nevertheless: lvchange {tags} {vg}/{disk.volume_id}"
+    return text if len(text) <= FIELD_LIMIT else ""  # a message would have it without its middle
 
 
 def is_left_alone(disk: LocalDisk, retention: Retention) -> bool:

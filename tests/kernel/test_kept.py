@@ -5,6 +5,7 @@ On file storage and on block storage.
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -108,6 +109,24 @@ def test_another_leaf_is_a_changed_source(block_storage: Storage) -> None:
     assert equals_source(upper)
     assert [*host.logical_volumes()] == [upper.leaf.id]
     stop(vm_id, upper)
+
+
+def test_the_kept_disk_is_used_after_a_merge_as_the_refusal_advises(file_storage: Storage) -> None:
+    """A snapshot is deleted while the VM is down: another leaf, and the same bytes."""
+    storage = file_storage
+    image = storage.clone(storage.template(16 * MIB, seed=2), seed=3)
+    upper = snapshot(storage, image)
+    qemu_io(upper.leaf, ["write -P 9 5M 64k"])
+    vm_id = keep(upper)
+    made = lv_uuid(upper)
+    run("qemu-img", "commit", "-q", "-f", "qcow2", upper.leaf.id, cwd=str(upper.leaf.path.parent))
+    said = refused_disk(image, vm_id=vm_id)
+    assert "was not copied from" in said
+    run(*shlex.split(said.partition("to use it nevertheless: ")[2]))
+    start(image, vm_id=vm_id)
+    assert lv_uuid(image) == made
+    assert holds_what_the_guest_wrote(image)
+    stop(vm_id, image)
 
 
 @pytest.mark.parametrize(("is_other_leaf", "erase"), [(True, "zero"), (False, "none")])

@@ -475,6 +475,24 @@ def test_the_operator_decides_about_a_kept_disk(disk: LocalDisk, refusal: type[E
     assert planned_start(disk, retention=recopy) == Start(replace=(disk,))
 
 
+@pytest.mark.parametrize("name", [VOLUME, OTHER_VOLUME])
+def test_how_the_operator_uses_a_kept_disk_nevertheless(name: str) -> None:
+    """A disk that is too small cannot be used, and there is no advice to do so."""
+    wanted = Wanted(VOLUME, FINGERPRINT, SIZE)
+    disk = kept(name, fingerprint="other")
+    with pytest.raises((SourceChanged, OtherLeaf)) as caught:
+        plan_start([disk], wanted, RETENTION, "vg")
+    advice = f"lvchange --deltag SOURCE_{disk.fingerprint} --addtag SOURCE_{FINGERPRINT} vg/{name}"
+    assert str(caught.value).endswith(f" : {FIX} vg/{name}; {TO_USE} {advice}")
+    with pytest.raises((SourceChanged, OtherLeaf)) as caught:
+        plan_start([disk], frozen.replace(wanted, virtual_size=SIZE + 512), RETENTION, "vg")
+    assert str(caught.value).endswith(f" : {FIX} vg/{name}")
+
+
+FIX = "set `on_source_change: recopy` (loses the local data), or localdisk remove"
+TO_USE = "to use it nevertheless:"
+
+
 def test_the_kept_disk_of_the_same_bytes_is_used_whatever_its_name_is() -> None:
     other, changed = kept(OTHER_VOLUME), kept(fingerprint="other")
     assert planned_start(other, retention=RETENTION) == Start(other)
