@@ -132,7 +132,7 @@ class RealWorld:
 
     def __init__(self, storage: FileStorage) -> None:
         self.storage = storage
-        self.cannot = frozenset({"twins", "silence", "cache", "backup", "late_power_off"})
+        self.cannot = frozenset({"twins", "silence", "cache", "backup", "late_power_off", "discard"})
         if host.throwaway():
             # Time goes by as the date is set: no mark may be measured by the clock that counts from the boot.
             run("mount", "--bind", os.devnull, BOOT_ID)

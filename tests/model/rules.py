@@ -104,11 +104,20 @@ class Rules:
         own = {vm_id: {k: v for k, v in its.items() if k != "templates"} for vm_id, its in self.vms.items()}
         return replace(self, general=replace(self.general, templates=False), vms=own)
 
+    def without_discard(self) -> Rules:
+        """What was to be discarded is overwritten with zeros."""
+        own = {vm_id: {**its, **_zeroed(its)} for vm_id, its in self.vms.items()}
+        return replace(self, general=replace(self.general, **_zeroed(vars(self.general))), vms=own)
+
     def yaml(self) -> str:
         """The file, which is JSON too."""
         general = {k: v for k, v in vars(self.general).items() if k not in ("enabled", "disks")}
         vms = {vm_id: _section(own) for vm_id, own in self.vms.items()}
         return json.dumps({**_section(general), "copy": {"parallel": self.parallel}, "vms": vms})
+
+
+def _zeroed(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {"erase": "zero"} if values.get("erase") == "discard" else {}
 
 
 _SECTIONS = {

@@ -123,6 +123,7 @@ class Walk:
     def _any_rules(self) -> Rules:
         images = {vm_id: vm.images for vm_id, vm in self.state.vms.items()}
         rules = Rules.random(self.rng, self.plan.durations, images)
+        rules = rules.without_discard() if "discard" in self.world.cannot else rules
         return rules.without_templates() if "cache" in self.world.cannot else rules
 
     def _id(self) -> str:
