@@ -334,16 +334,18 @@ class VolumeGroup:
     def mark(
         self, *lv_names: str, add: frozenset[str], remove: frozenset[str], spare: frozenset[str]
     ) -> None:
-        """Change tags; if the metadata area is full for that, remove tags that can be spared along with it.
+        """Change tags; if the metadata area is full for that, remove tags that can be spared before.
 
-        Raises MetadataAreaFull if that is not enough.
+        Two commands, because LVM 2.03.16 writes the command line into the area, too: each is short.  Raises
+        MetadataAreaFull if that is not enough.
         """
         try:
             self.change_tags(*lv_names, add=add, remove=remove)
         except MetadataAreaFull:
             if not spare:
                 raise
-            self.change_tags(*lv_names, add=add, remove=remove | spare)
+            self.change_tags(*lv_names, remove=remove | spare)
+            self.change_tags(*lv_names, add=add)
 
     def activate(self, lv_name: str) -> None:
         argv = ["lvchange", "--quiet", "--activate", "y", "--ignoreactivationskip"]
