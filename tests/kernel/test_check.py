@@ -756,7 +756,7 @@ def test_allocation_is_off() -> None:
         run("pvchange", "-x", "n", str(two.path))
         start_meets(f"volume group {NAME} lacks", "0 B is free where LVM may allocate", f"not on {one.path} ")
         before = failures()
-        (fix,) = named(f"user vdsm tried what a start does: volume group {NAME} lacks")
+        (fix,) = named(f"user vdsm tried a start: volume group {NAME} lacks")
         assert failures() == before, "no start has failed"
         command, _, rest_of_fix = fix.partition(", or ")
         assert rest_of_fix == f"vgextend {NAME} DEVICE"
