@@ -143,6 +143,7 @@ def last_line(log: Path) -> str:
 def try_kvm() -> None:
     if not os.access("/dev/kvm", os.R_OK | os.W_OK):
         raise NoKernel("no /dev/kvm")
+    virtme.try_kvm()
     try_guest(boot_kvm, MEMORY_QEMU, 25)  # a guest that works is up in less than five
 
 

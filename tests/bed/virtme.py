@@ -9,13 +9,17 @@ import os
 import re
 import shlex
 import shutil
+import subprocess
 import sys
+import tempfile
+import threading
 from pathlib import Path
 
 from tests.bed import packages
-from tests.bed.guest import ROOT, STATE, NoKernel, Order, run_directory, status, stream
+from tests.bed.guest import ROOT, STATE, GuestDied, NoKernel, Order, TooLate, run_directory, status, stream
 from tests.bed.packages import NoPackage
-from tests.bed.shell import SBIN
+from tests.bed.shell import SBIN, how_it_ended
+from tests.bed.vm import boot_sector
 
 LOCAL, SHARED = "bed-local", "bed-shared"
 GUEST_PACKAGES = ("busybox-static", "file", "qemu-system-x86")  # vng asks file for the kernel version
@@ -42,6 +46,40 @@ def find_kernel() -> Path:
         modules = ", ".join(KERNEL_MODULES)
         raise NoKernel(f"no kernel in /boot has {modules} (the cloud flavour has no 9p: {KERNEL_PACKAGE})")
     return kernel
+
+
+def try_kvm(deadline: float = 10, program: str = "qemu-system-x86_64") -> None:
+    """A PC has to write one line under KVM: if it does not, no kernel for a guest need be installed.
+
+    Raises GuestDied, TooLate after `deadline` seconds, or NoKernel.
+    """
+    line = b"this is KVM"
+    with tempfile.NamedTemporaryFile() as disk:
+        disk.write(boot_sector(line.decode()))
+        disk.flush()
+        argv = [program, "-accel", "kvm", "-cpu", "host", "-m", "64", "-nodefaults", "-display", "none"]
+        argv += ["-serial", "stdio", "-drive", f"file={disk.name},format=raw"]
+        try:
+            process = subprocess.Popen(
+                argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            )
+        except FileNotFoundError:
+            raise NoKernel(f"{program} is missing") from None
+        said = b""
+        killer = threading.Timer(deadline, process.kill)
+        killer.start()
+        with process:
+            while line not in said and (some := os.read(process.stdout.fileno(), 4096)):  # type: ignore[union-attr]
+                said += some
+            is_late = not killer.is_alive()
+            killer.cancel()
+            process.kill()
+    if line in said:
+        return
+    if is_late:
+        raise TooLate(f"killed after {deadline:.0f} s")
+    last = said.decode(errors="replace").strip().rpartition("\n")[2]
+    raise GuestDied(f"qemu ended before its PC wrote a line: {last or how_it_ended(process.returncode)}")
 
 
 def boot(kernel: Path, order: Order, kvm: bool) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests import suite
-from tests.bed import guest, places, player, usermode
+from tests.bed import guest, places, player, usermode, virtme
 from tests.bed.guest import GuestDied, NoKernel, Order, TooLate
 from tests.bed.vm import boot_sector
 
@@ -174,10 +175,31 @@ def test_a_trial_names_the_last_line_of_the_console(state: Path) -> None:
         places.try_guest(dies, "1G", 1)
 
 
+@pytest.mark.parametrize(
+    ("does", "problem", "said"),
+    [
+        ("echo this is KVM; sleep 60", None, ""),
+        ("echo failed to set MSR; kill -ABRT $$", GuestDied, "failed to set MSR"),
+        ("kill -SEGV $$", GuestDied, "killed by SIGSEGV"),
+        ("exec sleep 60", TooLate, "killed after"),
+    ],
+)
+def test_kvm_is_tried_before_a_kernel_is_installed(
+    tmp_path: Path, does: str, problem: type[Exception] | None, said: str
+) -> None:
+    program = tmp_path / "qemu"
+    program.write_text(f"#!/bin/sh\n{does}\n")
+    program.chmod(0o755)
+    with pytest.raises(problem, match=said) if problem else contextlib.nullcontext():
+        virtme.try_kvm(1.5 if problem is TooLate else 30, str(program))
+
+
 def test_kernel_tests_are_found_by_looking() -> None:
-    names = {job.name for job in suite.kernel("here", everything=False)}
-    files = list((guest.ROOT / "tests/kernel").rglob("test_*.py"))
-    assert len(names) == len(files) > 10
+    jobs = list(suite.kernel("here", everything=False))
+    run = [word for job in jobs for word in job.argv if word.endswith(".py")]
+    files = [str(file.relative_to(guest.ROOT)) for file in (guest.ROOT / "tests/kernel").rglob("test_*.py")]
+    assert sorted(run) == sorted(files)
+    assert len({job.name for job in jobs}) == len(jobs) > 10
 
 
 def test_kernel_tests_share_steps_and_fixtures_and_do_not_import_each_other() -> None:
