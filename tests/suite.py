@@ -3,8 +3,9 @@
     python -m tests.suite [--where PLACE] [--all] PART...
 
 PART is lint, build-again, unit (also under each other Python that this machine has), kernel (each file of
-tests/kernel), crash (--all: not only a selection).  What each prints is in .bed/log/ and shown if it
-failed; of the others the last line is shown.  Exit status: 0 if all are good, else 1.
+tests/kernel; short ones share a guest), crash.  --all: the whole crash matrix, not a selection, and all of
+the unit tests under each Python.  What each prints is in .bed/log/ and shown if it failed; of the others the
+last line is shown.  Exit status: 0 if all are good, else 1.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ LOGS = STATE / "log"
 DURATIONS = STATE / "durations.json"  # seconds that each job took the last time
 KERNEL_TESTS = ROOT / "tests/kernel"
 CRASH_GUESTS = 2  # one of them takes too long
+SHORT, SHARED = 180, 420  # lines: files of kernel tests that share a guest, and how many they have in all
 PASSED = re.compile(r"(\d+) passed")
 FAILED = re.compile(r"(\d+) (?:failed|errors?)")
 
@@ -90,7 +92,7 @@ def main() -> int:
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tests.suite", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--where", choices=["auto", "guest", *NAMES], default="auto")
-    parser.add_argument("--all", action="store_true", help="the whole crash matrix")
+    parser.add_argument("--all", action="store_true", help="also what is long")
     parser.add_argument("part", nargs="+", choices=list(PARTS))
     return parser
 
@@ -117,18 +119,34 @@ def unit(place: str, everything: bool) -> Iterator[Job]:
     chains = ("./build.sh", "unit", "tests/unit/hook/test_copy.py", "-k", "test_random_chains")
     yield Job("unit-chains", ("env", "LOCALDISK_CHAINS=200", *chains), 20)
     for python in others():
-        yield Job(f"unit-{Path(python).name}", ("./build.sh", "unit-under", python), 80)
+        words = [python, *(["--all"] if everything else [])]
+        yield Job(f"unit-{Path(python).name}", ("./build.sh", "unit-under", *words), 50)
 
 
 def kernel(place: str, everything: bool) -> Iterator[Job]:
-    """Each file of kernel tests that there is; one at a time on the machine's own kernel."""
-    for file in sorted(KERNEL_TESTS.rglob("test_*.py")):
-        argv = boot(
-            place, ".venv/bin/python", "-m", "pytest", "-v", "--durations", "5", str(file.relative_to(ROOT))
-        )
-        yield Job(
-            "kernel-" + file.stem[len("test_") :], argv, len(file.read_text().splitlines()), place == "here"
-        )
+    """The kernel tests that there are, by guests; one at a time on the machine's own kernel."""
+    for files in guests(sorted(KERNEL_TESTS.rglob("test_*.py"))):
+        paths = [str(file.relative_to(ROOT)) for file in files]
+        argv = boot(place, ".venv/bin/python", "-m", "pytest", "-v", "--durations", "5", *paths)
+        name = "+".join(file.stem[len("test_") :] for file in files)
+        yield Job(f"kernel-{name}", argv, sum(map(lines, files)), place == "here")
+
+
+def guests(files: Sequence[Path]) -> list[list[Path]]:
+    """The files that run in the same guest: short ones share one, since it takes its time to be set up."""
+    found = [[file] for file in files if lines(file) > SHORT]
+    shared: list[Path] = []
+    for file in files:
+        if lines(file) <= SHORT:
+            if sum(map(lines, shared)) + lines(file) > SHARED:
+                found.append(shared)
+                shared = []
+            shared = [*shared, file]
+    return [*found, shared] if shared else found
+
+
+def lines(file: Path) -> int:
+    return len(file.read_text().splitlines())
 
 
 def crash(place: str, everything: bool) -> Iterator[Job]:
@@ -213,7 +231,7 @@ def tell(done: Done) -> None:
     verdict = "FAILED" if done.status else "ok"
     end = how_it_ended(done.status) if done.status else done.last_line()
     times = f"{done.seconds:5.0f} s, CPU {done.cpu:4.0f} s"
-    print(f"{verdict:<7}{done.job.name:<20}{times}   {end}", flush=True)
+    print(f"{verdict:<7}{done.job.name:<28}{times}   {end}", flush=True)
     if done.status:
         print(done.output, flush=True)
 

@@ -18,6 +18,7 @@ from localdisk import config, frozen
 from localdisk.config import Cache, Config, Copy, Margins, Policy, Retention, Settings
 from localdisk.errors import BadProperty, ConfigRefused, ConfigUnreadable, Error
 from localdisk.units import Amount
+from tests.examples import examples
 
 ROOT = Path(__file__).parents[2]
 SCHEMA: dict[str, Any] = json.loads(config.schema_text())
@@ -42,7 +43,7 @@ DEFAULTS = Policy(
     disks=None,
 )
 
-fuzzing = settings(max_examples=150, deadline=None, derandomize=True, database=None)
+fuzzing = settings(max_examples=examples(150), deadline=None, derandomize=True, database=None)
 
 
 def parse(text: str) -> Config:
@@ -800,7 +801,7 @@ def sections(node: dict[str, Any]) -> st.SearchStrategy[dict[str, Any]]:
     return st.fixed_dictionaries({}, optional=parts)
 
 
-@settings(fuzzing, max_examples=60)
+@settings(fuzzing, max_examples=examples(60))
 @given(sections(SCHEMA["$defs"]["settings"]), sections(SCHEMA["$defs"]["vm"]))
 def test_whatever_the_schema_allows_is_understood(general: dict[str, Any], own: dict[str, Any]) -> None:
     loaded = config.parse(json.dumps({**general, "vms": {VM: {**general, **own}}}).encode(), "F")

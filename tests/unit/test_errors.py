@@ -19,6 +19,7 @@ from localdisk.errors import (
     how_it_ended,
     plain,
 )
+from tests.examples import examples
 
 PACKAGE = Path(errors.__file__).parent
 CLASSES = {
@@ -68,7 +69,7 @@ def test_plain(value: object, text: str) -> None:
     assert plain(value) == text
 
 
-@settings(max_examples=80, deadline=None, derandomize=True, database=None)
+@settings(max_examples=examples(80), deadline=None, derandomize=True, database=None)
 @given(st.text())
 def test_plain_is_one_printable_line_of_bounded_length(text: str) -> None:
     assert plain(text).isprintable()

@@ -22,6 +22,7 @@ from localdisk.volumes import gc, progress, template, verdict
 from localdisk.volumes.disk import State, local_disks
 from localdisk.volumes.lvm import VolumeGroup
 from localdisk.volumes.progress import Progress
+from tests.examples import examples
 from tests.fakes import (
     EXTENT,
     FINGERPRINT,
@@ -2069,7 +2070,7 @@ POLICIES = [
 ]
 
 
-@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@settings(max_examples=examples(100), deadline=None, derandomize=True, database=None)
 @given(lines, st.sampled_from(POLICIES), st.booleans(), st.booleans())
 def test_any_requests(requests: list[str], text: str, is_silent: bool, runs: bool) -> None:
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as directory:

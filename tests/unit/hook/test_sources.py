@@ -25,12 +25,13 @@ from localdisk.hook import sources
 from localdisk.hook.qcow2 import Header
 from localdisk.hook.sources import Layer, Source
 from localdisk.vdsm.disks import Disk, Volume
+from tests.examples import examples
 from tests.fakes.images import BASE, FORMAT, IMAGE, LEAF, MIB, MIDDLE, VOLUMES, disk, extension, made
 
 SECRET = b"the host's own secret\n" * 100
 OTHER_IMAGE = "cccccccc-9999-4000-8000-000000000000"
 
-fuzzing = settings(max_examples=150, deadline=None, derandomize=True, database=None)
+fuzzing = settings(max_examples=examples(150), deadline=None, derandomize=True, database=None)
 
 
 def qemu_img(*argv: object) -> None:

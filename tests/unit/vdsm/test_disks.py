@@ -33,6 +33,7 @@ from localdisk.vdsm.disk_json import localize_disk, read_disk
 from localdisk.vdsm.disks import Disk, Volume
 from localdisk.vdsm.domain_xml import localize_domain, read_disk_element, read_domain, read_running
 from localdisk.vdsm.hook_call import DATA_LIMIT
+from tests.examples import examples
 
 DATA = Path(__file__).parents[2] / "data" / "definition"
 XML_FILES = sorted(DATA.glob("*.in.xml"))
@@ -962,7 +963,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(
     others=st.dictionaries(
         st.text().filter(lambda key: key not in ("volumeChain", "disk")), VALUES, max_size=5
@@ -1043,13 +1044,13 @@ def check_any_domain(xml: str) -> None:
         check_only_disks_changed(xml, localize_domain(xml, paths), paths)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(mutated([*SMALL, text_of(DATA / "comments-namespaces.in.xml")]))
 def test_a_mutated_domain_is_refused_or_rewritten_exactly(xml: str) -> None:
     check_any_domain(xml)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(mutated([text_of(file) for file in JSON_FILES]))
 def test_a_mutated_disk_is_refused_or_rewritten_exactly(text: str) -> None:
     with contextlib.suppress(BadDiskData):
@@ -1057,7 +1058,7 @@ def test_a_mutated_disk_is_refused_or_rewritten_exactly(text: str) -> None:
             check_disk_rewritten(text, localize_disk(text, LOCAL))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(
     st.text() | st.text(alphabet="<>/'\"= !-?[]{}:,a1\n\u2028") | st.from_regex(r"<(disk|domain)[^<]{0,9}>")
 )

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from localdisk.errors import BadHookCall, BadProperty, Error
 from localdisk.vdsm import hook_call
 from localdisk.vdsm.hook_call import Call, read_call, read_data, write_data
+from tests.examples import examples
 
 VM = "7c3f5f5e-2f0a-4b0f-9a51-0c6e0f0f1a01"
 XML_POINTS = sorted(hook_call.POINTS - {"after_disk_prepare", "before_vdsm_start"})
@@ -246,7 +247,7 @@ def test_a_full_file_system_leaves_no_mixture(tmp_path: Path) -> None:
     assert file.read_text() == '{"path": "/n'
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(
     point=st.sampled_from([*sorted(hook_call.POINTS), "x"]) | st.text(),
     environ=st.fixed_dictionaries(

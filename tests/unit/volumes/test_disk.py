@@ -31,6 +31,7 @@ from localdisk.units import Amount
 from localdisk.volumes import disk as life
 from localdisk.volumes.disk import LocalDisk, Start, State, Stop, Wanted, plan_start, plan_stop, require_room
 from localdisk.volumes.lvm import LogicalVolume, VolumeGroup
+from tests.examples import examples
 from tests.fakes import (
     EXTENT,
     FINGERPRINT,
@@ -273,7 +274,7 @@ def test_local_disks_of_a_real_report() -> None:
     ]
 
 
-@settings(max_examples=80, deadline=None, derandomize=True, database=None)
+@settings(max_examples=examples(80), deadline=None, derandomize=True, database=None)
 @given(
     st.frozensets(
         st.one_of(

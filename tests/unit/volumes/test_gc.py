@@ -28,6 +28,7 @@ from localdisk.volumes.lvm import VolumeGroup
 from localdisk.volumes.progress import Progress
 from localdisk.volumes.template import Template
 from localdisk.volumes.verdict import Action, Verdict, Witnesses, decide, decide_template
+from tests.examples import examples
 from tests.fakes import (
     FINGERPRINT,
     FULLREPORT,
@@ -246,7 +247,7 @@ POLICIES = st.builds(
     st.integers(0, 2 * NOW),
     st.integers(0, 2 * NOW),
 )
-properties = settings(max_examples=150, deadline=None, derandomize=True, database=None)
+properties = settings(max_examples=examples(150), deadline=None, derandomize=True, database=None)
 
 
 @properties

@@ -26,12 +26,13 @@ from localdisk.errors import (
 from localdisk.volumes import lvm
 from localdisk.volumes.lvm import LogicalVolume, VolumeGroup
 from tests import fakes
+from tests.examples import examples
 from tests.fakes import EXTENT, FINGERPRINT, FULLREPORT, FakeHost, report, without_settings
 
 REPORTS = sorted(path.stem for path in fakes.REPORTS.glob("*.json"))
 THICK, THIN, OLDER, STOPPED = (f"{n * 8}-{n * 4}-4{n * 3}-8{n * 3}-{n * 12}" for n in "1234")
 
-fuzzing = settings(max_examples=80, deadline=None, derandomize=True, database=None)
+fuzzing = settings(max_examples=examples(80), deadline=None, derandomize=True, database=None)
 
 
 def read(name: str) -> VolumeGroup:

@@ -18,6 +18,7 @@ from localdisk.volumes import template
 from localdisk.volumes.disk import LocalDisk, State
 from localdisk.volumes.lvm import LogicalVolume, VolumeGroup
 from localdisk.volumes.template import Template
+from tests.examples import examples
 from tests.fakes import (
     EXTENT,
     FINGERPRINT,
@@ -37,7 +38,7 @@ POOL = VG.lvs[0]
 LV = replace(POOL, lv_name=VOLUME, lv_layout=frozenset({"linear"}), lv_device_open=False, lv_size=SIZE)
 READY = {"localdisk", f"TEMPLATE_{OTHER_VOLUME}", f"SOURCE_{FINGERPRINT}", f"SAMPLE_{SAMPLE}", f"USED_{NOW}"}
 
-properties = settings(max_examples=100, deadline=None, derandomize=True, database=None)
+properties = settings(max_examples=examples(100), deadline=None, derandomize=True, database=None)
 
 
 def lv(lv_tags: set[str] | frozenset[str], **changes: object) -> LogicalVolume:
@@ -354,7 +355,7 @@ TAGS = st.frozensets(
 )
 
 
-@settings(properties, max_examples=250)
+@settings(properties, max_examples=examples(250))
 @given(TAGS, st.booleans(), st.sampled_from([VOLUME, "data"]), st.sampled_from(["linear", "pool"]))
 def test_nothing_is_a_template_lv_and_a_local_disk(
     lv_tags: frozenset[str], ours: bool, lv_name: str, layout: str
