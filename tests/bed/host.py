@@ -10,19 +10,22 @@ What is installed is dist/localdisk, or the file that LOCALDISK_BED_PROGRAM name
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import grp
 import json
 import os
 import pwd
+import re
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from tests.bed import libvirt
-from tests.bed.shell import attempt, run
+from tests.bed.shell import CommandFailed, attempt, run
 
 ROOT = Path(__file__).resolve().parents[2]
 VOLUME_GROUP = "ovirt-local"
@@ -32,6 +35,9 @@ CONFIG = Path("/etc/localdisk.yaml")
 TREES = Path("/var/cache/localdisk")  # where the program extracts itself
 HOOKS = Path("/usr/libexec/vdsm/hooks")
 SUDOERS = Path("/etc/sudoers.d/50_localdisk")
+REPORTED = re.compile(r"LVM2_(\w+)='([^']*)'")
+LVM_SETTINGS = Path("/etc/lvm/lvm.conf")
+LESS_MEMORY = "    reserved_memory = 64  # KiB"
 CRON = Path("/etc/cron.d/localdisk")
 RULES = tuple(Path("/etc/udev/rules.d", name) for name in ("12-localdisk.rules", "58-localdisk.rules"))
 RULE = RULES[1]  # what is Debian's
@@ -70,6 +76,7 @@ RUN+="/usr/bin/chown vdsm:qemu $env{DEVNAME}"
 def setup() -> None:
     """Everything a host has before localdisk works there: see the module's docstring."""
     run("modprobe", "-a", "dm-mod", "dm-thin-pool", "loop")
+    lvm_settings()
     users()
     shared_storage()
     STORAGE_RULE.write_text(STORAGE_RULE_TEXT)
@@ -77,6 +84,17 @@ def setup() -> None:
     volume_group()
     start_cron()
     install()
+
+
+def lvm_settings() -> None:
+    """Have LVM reserve less memory before it suspends a device: here it need not survive a lack of memory.
+
+    By default LVM writes to each page of 8 MiB each time, which takes 0.1 s in User Mode Linux.
+    """
+    if throwaway() and LVM_SETTINGS.exists():
+        text = LVM_SETTINGS.read_text()
+        if LESS_MEMORY not in text:
+            LVM_SETTINGS.write_text(text.replace("\nactivation {", f"\nactivation {{\n{LESS_MEMORY}", 1))
 
 
 # -- users
@@ -160,14 +178,69 @@ def thin_pool(size: str = "2g") -> None:
 def remove(*names: str) -> None:
     """Removes these LVs of the volume group, of any kind."""
     if names:
-        run("lvremove", "-f", "-y", *(f"{VOLUME_GROUP}/{name}" for name in names))
+        said = Lvm.running().ask("lvremove", "-f", "-y", *(f"{VOLUME_GROUP}/{name}" for name in names))
+        if said.count("successfully removed") < len(names):
+            raise CommandFailed(f"lvremove {' '.join(names)}:\n{said}")
 
 
 def logical_volumes() -> dict[str, frozenset[str]]:
     """The names of all visible LVs in the volume group, with their tags."""
-    report = run("lvs", "--reportformat", "json", "-o", "lv_name,lv_tags", VOLUME_GROUP)
-    rows = json.loads(report)["report"][0]["lv"]
+    rows = lvm_report("lvs", "-o", "lv_name,lv_tags", VOLUME_GROUP)
     return {row["lv_name"]: frozenset(filter(None, row["lv_tags"].split(","))) for row in rows}
+
+
+# -- one lvm for many reports
+
+
+def lvm_report(command: str, *words: str) -> list[dict[str, str]]:
+    """The rows of a report of LVM (`lvs`, `vgs`), by the names of the columns.  No word may have a space.
+
+    Raises CommandFailed if LVM does not find what the report is of.
+    """
+    said = Lvm.running().ask(command, "--noheadings", "--nameprefixes", *words)
+    if "Cannot process " in said or "Failed to find " in said:
+        raise CommandFailed(f"{command} {' '.join(words)}:\n{said}")
+    rows = (REPORTED.findall(line) for line in said.splitlines())
+    return [{name.lower(): value for name, value in row} for row in rows if row]
+
+
+class Lvm:
+    """An interactive lvm.  It looks at the devices and its configuration again for each command.
+
+    Half of an LVM command's time in User Mode Linux is the start of the process.
+    """
+
+    _current: Lvm | None = None
+
+    def __init__(self) -> None:
+        self._asked = 0
+        self._process = subprocess.Popen(
+            ["lvm"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+
+    @classmethod
+    def running(cls) -> Lvm:
+        if cls._current is None or cls._current._process.poll() is not None:
+            cls._current = Lvm()
+            atexit.register(cls._current._process.kill)
+        return cls._current
+
+    def ask(self, *words: str) -> str:
+        """All that the command prints, errors too, until lvm does not know the command that follows."""
+        assert self._process.stdin
+        assert self._process.stdout
+        self._asked += 1
+        end = f"@end-{self._asked}@"
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(f"{' '.join(words)}\n{end}\n".encode())
+            self._process.stdin.flush()
+        said = b""
+        while end.encode() not in said:
+            some = os.read(self._process.stdout.fileno(), 1 << 16)
+            if not some:
+                raise CommandFailed(f"lvm ended: {' '.join(words)}\n{said.decode()}")
+            said += some
+        return said.decode().partition(end)[0]
 
 
 # -- what localdisk puts on a host

@@ -8,9 +8,14 @@ create(xml); destroy(vm_id)      starts a VM whose domain is removed when it end
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import os
 import shutil
+import subprocess
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from tests.bed.shell import CommandFailed, attempt, run
@@ -42,8 +47,12 @@ def start(timeout: float = 90) -> None:
     The VMs' user gets into group qemu, as it is on a host, so that it may open the local disks.
     """
     run("usermod", "-aG", "qemu", qemu_user())
-    if answers():
-        return
+    if not answers():
+        start_services(timeout)
+    Virsh.running()  # before a test puts something else in the place of virsh
+
+
+def start_services(timeout: float) -> None:
     for directory in ("/run/dbus", "/var/log/libvirt/qemu", str(CAPABILITIES), "/var/lib/libvirt/qemu"):
         os.makedirs(directory, exist_ok=True)
     if not Path("/run/dbus/system_bus_socket").exists():
@@ -83,6 +92,7 @@ def ask_less() -> bool:
 
 def stop() -> None:
     """Stops the daemons if `start` started them; returns when they have ended."""
+    Virsh.end()
     if not OURS.exists():
         return
     processes = [Path(f"/run/{daemon}.pid").read_text().strip() for daemon in DAEMONS]
@@ -104,35 +114,49 @@ def answers() -> bool:
 def start_domain(xml: str) -> None:
     """Defines the VM with this domain XML, in the place of its placeholder, and starts it."""
     vm_id = xml.partition("<uuid>")[2].partition("</uuid>")[0]
-    run("virsh", "-c", URI, "define", "/dev/stdin", text=xml)
-    run("virsh", "-c", URI, "start", vm_id)
+    define(xml)
+    virsh("start", vm_id)
 
 
-def create(xml: str) -> None:
+def create(xml: str, *options: str) -> None:
     """Starts the VM with this domain XML, which libvirt forgets when the VM ends."""
-    run("virsh", "-c", URI, "create", "/dev/stdin", text=xml)
+    with xml_file(xml) as file:
+        virsh("create", file, *options)
 
 
 def destroy(vm_id: str) -> None:
     """Ends the VM at once."""
-    run("virsh", "-c", URI, "destroy", vm_id)
+    virsh("destroy", vm_id)
+
+
+def define(xml: str) -> None:
+    """Defines the VM with this domain XML, in the place of a definition of the same VM."""
+    with xml_file(xml) as file:
+        virsh("define", file)
 
 
 def define_placeholder(vm_id: str) -> None:
     """Defines the VM without any device, not running."""
-    xml = f"""\
+    define(f"""\
 <domain type="qemu">
   <name>vm-{vm_id[:8]}</name>
   <uuid>{vm_id}</uuid>
   <memory>32768</memory>
   <os><type arch="x86_64" machine="pc">hvm</type></os>
-</domain>"""
-    run("virsh", "-c", URI, "define", "/dev/stdin", text=xml)
+</domain>""")
 
 
 def undefine(vm_id: str) -> None:
     """Removes the definition of a VM that does not run."""
-    run("virsh", "-c", URI, "undefine", vm_id)
+    virsh("undefine", vm_id)
+
+
+@contextlib.contextmanager
+def xml_file(xml: str) -> Iterator[str]:
+    with tempfile.NamedTemporaryFile("w", suffix=".xml") as file:
+        file.write(xml)
+        file.flush()
+        yield file.name
 
 
 def known() -> frozenset[str]:
@@ -140,9 +164,14 @@ def known() -> frozenset[str]:
     return frozenset(run("virsh", "-r", "-c", URI, "list", "--all", "--uuid", user="vdsm").split())
 
 
+def defined() -> frozenset[str]:
+    """The UUIDs of all domains, running or not."""
+    return frozenset(virsh("list", "--all", "--uuid").split())
+
+
 def active() -> frozenset[str]:
     """The UUIDs of all running domains."""
-    return frozenset(run("virsh", "-r", "-c", URI, "list", "--uuid").split())
+    return frozenset(virsh("list", "--uuid").split())
 
 
 def serial_line(file: Path, timeout: float = 120) -> str:
@@ -154,3 +183,81 @@ def serial_line(file: Path, timeout: float = 120) -> str:
             return text.split("\n")[0].strip()
         time.sleep(0.5)
     raise AssertionError(f"the VM wrote no line to {file} within {timeout:.0f} s")
+
+
+# -- one virsh for many commands
+
+
+def virsh(*words: str) -> str:
+    """What virsh prints for this command, as root.  No word may have a space or a quote.
+
+    Raises CommandFailed with what virsh said.
+    """
+    return Virsh.running().ask(*words)
+
+
+class Virsh:
+    """An interactive virsh: most of a virsh's time is its start, above all in User Mode Linux."""
+
+    _current: Virsh | None = None
+
+    def __init__(self) -> None:
+        self._daemon = daemon()
+        self._asked = 0
+        self._process = subprocess.Popen(
+            ["virsh", "-q", "-c", URI],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+
+    @classmethod
+    def running(cls) -> Virsh:
+        """The one that runs; a new one if libvirtd is another since, or if virsh has ended."""
+        current = cls._current
+        if current and (current._daemon != daemon() or current._process.poll() is not None):
+            cls.end()
+        if cls._current is None:
+            cls._current = Virsh()
+        return cls._current
+
+    @classmethod
+    def end(cls) -> None:
+        if cls._current is not None:
+            cls._current._process.kill()
+            cls._current._process.communicate()
+            cls._current = None
+
+    def ask(self, *words: str) -> str:
+        """The lines that the command prints."""
+        assert self._process.stdin
+        assert self._process.stdout
+        self._asked += 1
+        # virsh repeats its input behind its prompt, and there the quotes are still in it.
+        typed = (" ".join(words), f"echo '@end' '{self._asked}'")
+        end = f"@end {self._asked}"
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write("".join(f"{line}\n" for line in typed).encode())
+            self._process.stdin.flush()
+        said = b""
+        while end.encode() not in said:
+            some = os.read(self._process.stdout.fileno(), 1 << 16)
+            if not some:
+                raise CommandFailed(f"virsh {typed[0]}: virsh ended\n{said.decode()}")
+            said += some
+        lines = said.decode().partition(end)[0].splitlines()
+        lines = [line for line in lines if line.removeprefix("virsh # ") not in typed]
+        if any(line.startswith("error: ") for line in lines):
+            raise CommandFailed("\n".join([f"virsh {typed[0]}:", *lines]))
+        return "\n".join(lines)
+
+
+def daemon() -> str:
+    """Which libvirtd runs: its process id, empty if there is no file of it."""
+    try:
+        return Path("/run/libvirtd.pid").read_text()
+    except FileNotFoundError:
+        return ""
+
+
+atexit.register(Virsh.end)

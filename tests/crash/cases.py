@@ -52,6 +52,7 @@ STATE = host.SCRATCH / "crash"
 SCENE, POINTS, RESULTS, PENDING = (STATE / name for name in ("scene", "points", "results", "pending"))
 READS = ("lvm fullreport", "virsh", "qemu-img measure", "qemu-img map")  # commands that change nothing
 DEFINED = Path("/run/crash-defined")  # there while the VM is defined
+CLEARED = Path("/run/crash-cleared")  # there while nothing is there but the scene's source
 TEMPORARY = (Path("/tmp"), Path("/var/tmp"))
 HOOK_KILLS, GC_KILLS = ("TERM group", "KILL hook", "KILL helper"), ("TERM group", "KILL gc")
 POWER = "power cut"
@@ -164,7 +165,7 @@ def set_up(flow: Flow, scene: Scene) -> None:
 def be_defined(flow: Flow, scene: Scene) -> None:
     """As libvirt has the VM that has run, also after a boot."""
     if flow.domain:
-        run("virsh", "-c", libvirt.URI, "define", "/dev/stdin", text=flow.domain(scene))
+        libvirt.define(flow.domain(scene))
 
 
 def be_known(scene: Scene) -> None:
@@ -195,8 +196,9 @@ def run_case(scene: Scene, case: Case) -> None:
     if not PENDING.exists():
         is_copy = (case.call, case.moment) == ("qemu-img convert", "during")
         configure(flow.config + SLOW * (is_copy or flow.is_slow))
-        if not flow.vm_runs:
+        if not flow.vm_runs and not CLEARED.exists():
             clear(scene)
+        CLEARED.unlink(missing_ok=True)
         set_up(flow, scene)
         if case.how == POWER:
             os.sync()
@@ -296,14 +298,15 @@ def look(flow: Flow, scene: Scene, case: Case, before: set[Path]) -> Iterator[st
     collected = attempt(str(host.PROGRAM), "gc")
     if collected.returncode:
         yield f"gc fails: {collected.stdout}{collected.stderr}"
-    left = set(host.logical_volumes()) - {scene.image.leaf.id, host.THIN_POOL}
+    names = volume_names()
+    left = {name for name in names if name[0] != "["} - {scene.image.leaf.id, host.THIN_POOL}
     if flow.config == CACHE:
         yield from wrong_templates(scene)
         left -= templates().keys()
     if left:
         yield f"left: {left}, gc: {collected.stdout}"
     yield from suspended()
-    yield from (f"mapping left: {name}" for name in mappings())
+    yield from (f"mapping left: {name}" for name in mappings(names))
     yield from (f"lock left: {path}" for path in LOCKS.glob("*.*"))
     yield from (f"temporary file left: {path}" for path in temporary_files() - before)
 
@@ -347,10 +350,14 @@ def suspended() -> Iterator[str]:
             yield f"suspended: {line}"
 
 
-def mappings() -> Iterator[str]:
-    """Those of the volume group that belong to no LV of it."""
-    report = run("lvs", "-a", "--noheadings", "-o", "lv_name", host.VOLUME_GROUP)
-    known = {word.strip("[]") for word in report.split()}
+def volume_names() -> list[str]:
+    """The names of all LVs of the volume group, hidden ones in brackets."""
+    return [row["lv_name"] for row in host.lvm_report("lvs", "-a", "-o", "lv_name", host.VOLUME_GROUP)]
+
+
+def mappings(names: list[str]) -> Iterator[str]:
+    """Those of the volume group that belong to no LV of these names."""
+    known = {name.strip("[]") for name in names}
     prefix = host.VOLUME_GROUP.replace("-", "--") + "-"
     for line in run("dmsetup", "info", "-c", "--noheadings", "-o", "name").splitlines():
         if line.startswith(prefix):
@@ -367,11 +374,12 @@ def clear(scene: Scene) -> None:
     """Nothing of the scene but its source."""
     if scene.vm_id in libvirt.active():  # of the flow before
         libvirt.destroy(scene.vm_id)
-    if scene.vm_id in libvirt.known() and not DEFINED.exists():  # that has run
+    if scene.vm_id in libvirt.defined() and not DEFINED.exists():  # that has run
         libvirt.undefine(scene.vm_id)
     host.remove(*(name for name in host.logical_volumes() if name != host.THIN_POOL))
     for path in LOCKS.glob("*.*"):
         path.unlink()
+    CLEARED.touch()
 
 
 if __name__ == "__main__":

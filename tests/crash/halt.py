@@ -1,23 +1,26 @@
 """Stops localdisk at a chosen moment, by a script in the place of the tools that it runs.
 
-Inside `armed`, the script counts the calls of tools.  The chosen call waits before, while or after the tool
-runs, until `go_on`.  localdisk itself does not notice.
+Inside `armed`, the script is in that place and counts the calls of tools.  The chosen call waits before,
+while or after the tool runs, until `go_on`.  localdisk itself does not notice.
 """
 
 from __future__ import annotations
 
+import ctypes
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.bed.shell import run
 from tests.kernel.steps import processes
 
 TOOLS = ("/usr/sbin/lvm", "/usr/bin/virsh", "/usr/bin/qemu-img", "/usr/sbin/blkdiscard")
 MOMENTS = ("before", "during", "after")
 PLACE = Path("/run/bed-halt")
+SCRIPT_FILE = PLACE / "script"
+MS_BIND, MNT_DETACH = 4096, 2  # <sys/mount.h>
 REAL, PLAN, CALLS, HERE = (PLACE / name for name in ("real", "plan", "calls", "here"))
 
 # A call's number is that of its line in CALLS, whoever is called at the same time: gc asks libvirt while LVM
@@ -87,25 +90,18 @@ class Point:
 
 @contextmanager
 def installed() -> Iterator[None]:
-    """The script in the place of the tools."""
+    """Copies of the tools, and the script that `armed` puts in their place."""
     shutil.rmtree(PLACE, ignore_errors=True)
     REAL.mkdir(parents=True)
-    script = PLACE / "script"
-    script.write_text(SCRIPT)
-    script.chmod(0o755)
+    SCRIPT_FILE.write_text(SCRIPT)
+    SCRIPT_FILE.chmod(0o755)
     for tool in TOOLS:
         shutil.copy(tool, REAL / Path(tool).name)
     for link in Path("/usr/sbin").iterdir():
         if link.is_symlink() and link.readlink().name == "lvm":
             (REAL / link.name).symlink_to("lvm")  # which looks at the name that it was called by
-    for tool in TOOLS:
-        run("mount", "--bind", str(script), tool)
     PLACE.chmod(0o777)  # qemu-img is vdsm's; not sticky, or fs.protected_regular keeps it out
-    try:
-        yield
-    finally:
-        for tool in TOOLS:
-            run("umount", tool)
+    yield
 
 
 @contextmanager
@@ -115,11 +111,31 @@ def armed(point: Point | None) -> Iterator[None]:
     CALLS.write_text("")
     CALLS.chmod(0o666)
     PLAN.write_text(f"{point.number} {point.moment}\n" if point else "0 never\n")
+    put_in_place()
     try:
         yield
     finally:
         PLAN.unlink(missing_ok=True)
         HERE.unlink(missing_ok=True)
+        put_back()
+
+
+def put_in_place() -> None:
+    """The script in the place of the tools.  A process for each would cost more than some flows do."""
+    for tool in TOOLS:
+        if libc().mount(os.fsencode(SCRIPT_FILE), os.fsencode(tool), None, MS_BIND, None):
+            raise OSError(ctypes.get_errno(), f"bind mount on {tool}")
+
+
+def put_back() -> None:
+    """The tools.  A script that still runs goes on."""
+    for tool in TOOLS:
+        if libc().umount2(os.fsencode(tool), MNT_DETACH):
+            raise OSError(ctypes.get_errno(), f"umount {tool}")
+
+
+def libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
 
 
 def calls() -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import subprocess
@@ -14,12 +15,14 @@ from typing import Any
 
 from tests.bed import host, libvirt
 from tests.bed.player import Call, Result, run_point, start_point
-from tests.bed.shell import attempt, run
+from tests.bed.shell import CommandFailed, attempt, run
 from tests.bed.storage import Image, digest, guest_bytes, is_zero, new_id
 from tests.bed.vm import Disk, Vm, disk_json, domain_xml
 
 CONFIG = Path("/etc/localdisk.yaml")
 LOCKS = Path("/run/localdisk")
+VALIDATED = LOCKS / "configuration"  # the program's memory of the last configuration that it validated
+validated: dict[str, bytes] = {}  # what was in VALIDATED, by the text of the configuration
 THICK = {"localdisk": "lvm"}
 THIN = {"localdisk": "lvmthin"}
 KEEP = "retention: {on_stop: keep}\n"
@@ -28,8 +31,21 @@ MIB = 1 << 20
 
 
 def configure(text: str = "") -> None:
+    """Write the configuration file.  If the program has validated this text before, it remembers that.
+
+    It remembers the last valid configuration only (localdisk/config_memory.py), and takes twice as long to
+    start with another.  Tests change the configuration all the time, hosts do not: what it remembered of each
+    text is put back with the text.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        remembered = VALIDATED.read_bytes()
+        of_text, *_ = json.loads(remembered.partition(b"\n")[2])["of"]
+        validated[of_text] = remembered
     CONFIG.write_text(text)
     CONFIG.chmod(0o644)
+    if text in validated and LOCKS.is_dir():
+        VALIDATED.write_bytes(validated[text])
+        VALIDATED.chmod(0o644)
 
 
 def device(image: Image) -> Path:
@@ -145,12 +161,17 @@ def tags(image: Image) -> frozenset[str]:
 
 
 def lv_uuid(image: Image) -> str:
-    return run("lvs", "--noheadings", "-o", "lv_uuid", f"{host.VOLUME_GROUP}/{image.leaf.id}").strip()
+    (row,) = host.lvm_report("lvs", "-o", "lv_uuid", f"{host.VOLUME_GROUP}/{image.leaf.id}")
+    return row["lv_uuid"]
 
 
 def seqno() -> str:
     """The number of the volume group's last metadata commit; "" if there is no group."""
-    return attempt("vgs", "--noheadings", "-o", "vg_seqno", host.VOLUME_GROUP).stdout.strip()
+    try:
+        (row,) = host.lvm_report("vgs", "-o", "vg_seqno", host.VOLUME_GROUP)
+    except CommandFailed:
+        return ""
+    return row["vg_seqno"]
 
 
 def localdisk(*words: str, code: int = 0) -> str:

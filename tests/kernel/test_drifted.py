@@ -116,9 +116,9 @@ def test_a_snapshot_of_a_vm_that_stopped(
     """
     vm = started(image)
     if told_by == "libvirt":
-        run("virsh", "-c", libvirt.URI, "define", "/dev/stdin", text=domain_xml(vm))
+        libvirt.define(domain_xml(vm))
     layer = snapshot(vm, block_storage, image)
-    live = run("virsh", "-c", libvirt.URI, "dumpxml", vm.id)
+    live = libvirt.virsh("dumpxml", vm.id)
     libvirt.destroy(vm.id)
     if told_by == "gc":
         result = run_point("before_vdsm_start")

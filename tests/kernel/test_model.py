@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import random
 import shutil
@@ -24,6 +23,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -181,11 +181,7 @@ class RealWorld:
         return 15 if call.what == "gc" else 30
 
     def look(self) -> Look:
-        report = run(
-            *("lvs", "--units", "b", "--nosuffix", "--reportformat", "json", "-o", COLUMNS),
-            *("--config", 'report{time_format="%s"}', host.VOLUME_GROUP),
-        )
-        rows = json.loads(report)["report"][0]["lv"]
+        rows = host.lvm_report("lvs", "--units", "b", "--nosuffix", "-o", COLUMNS, host.VOLUME_GROUP)
         volumes = tuple(self._seen(row) for row in rows if row["lv_name"] not in (host.THIN_POOL, FILLER))
         self.looked = {seen.uuid: seen for seen in volumes}
         marks = {path.name: int(path.stat().st_mtime) for path in LOCKS.glob("*.destroy*")}
@@ -198,8 +194,9 @@ class RealWorld:
         holds = self._holds(row["lv_name"], row["lv_uuid"], tags) if is_active else None
         is_open = is_active and row["lv_device_open"] == "open"
         is_thin = row["pool_lv"] != ""
+        made = datetime.strptime(row["lv_time"], "%Y-%m-%d %H:%M:%S %z")
         seen = Seen(row["lv_name"], row["lv_uuid"], int(row["lv_size"]), tags, is_open, is_thin, holds)
-        return replace(seen, made=int(row["lv_time"]), is_active=is_active)
+        return replace(seen, made=int(made.timestamp()), is_active=is_active)
 
     def _holds(self, name: str, uuid: str, tags: frozenset[str]) -> tuple[str, ...] | None:
         """Read once for each state that the volume is in."""
@@ -211,8 +208,8 @@ class RealWorld:
         return self.read[key]
 
     def room(self) -> Room:
-        free = run("vgs", "--noheadings", "--units", "b", "--nosuffix", "-o", "vg_free", host.VOLUME_GROUP)
-        return Room(int(free), 2 << 30)
+        (row,) = host.lvm_report("vgs", "--units", "b", "--nosuffix", "-o", "vg_free", host.VOLUME_GROUP)
+        return Room(int(row["vg_free"]), 2 << 30)
 
     def new_image(self, rng: random.Random, base: Source | None = None) -> tuple[str, Source]:
         assert base is None, "templates are for the walk in memory"
@@ -431,7 +428,7 @@ class RealWorld:
             self._changed(vm.paths.values())
         else:
             self.layers = {key: layer for key, layer in self.layers.items() if key[0] != vm_id}
-            run("virsh", "-c", libvirt.URI, "define", "/dev/stdin", text=self._domain(state, vm_id))
+            libvirt.define(self._domain(state, vm_id))
             virsh("start", "--paused", vm_id)
             self._changed(vm.paths.values())
 
@@ -492,7 +489,7 @@ def _paths(running: Running, result: Result) -> Mapping[str, str] | None:
 
 
 def virsh(*words: str) -> str:
-    return run("virsh", "-c", libvirt.URI, *words)
+    return libvirt.virsh(*words)
 
 
 def program(*words: str) -> HookCall:

@@ -74,7 +74,7 @@ def is_left_alone(vm: Vm, results: list[Result]) -> bool:
 
 
 def be_paused(vm_id: str) -> None:
-    run("virsh", "-c", libvirt.URI, "suspend", vm_id)
+    libvirt.virsh("suspend", vm_id)
 
 
 STATES = {"runs": lambda vm_id: None, "is paused": be_paused, "is shut off": libvirt.destroy}

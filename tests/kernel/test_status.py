@@ -69,7 +69,7 @@ def running_vm(image: Image, prop: str = "lvm") -> Iterator[Vm]:
     local = Vm(vm.id, (vdsm.local(vm.disks[0], str(device(image))),))
     custom = f"<ovirt-vm:custom><ovirt-vm:localdisk>{prop}</ovirt-vm:localdisk></ovirt-vm:custom>"
     xml = domain_xml(local).replace("<ovirt-vm:custom />", custom)
-    run("virsh", "-c", libvirt.URI, "create", "--paused", "/dev/stdin", text=xml)
+    libvirt.create(xml, "--paused")
     try:
         yield vm
     finally:
@@ -296,7 +296,7 @@ def test_a_vm_with_a_direct_lun(volume_group: str, file_storage: FileStorage) ->
         "<ovirt-vm:custom />",
         "<ovirt-vm:custom><ovirt-vm:localdisk>lvm</ovirt-vm:localdisk></ovirt-vm:custom>",
     )
-    run("virsh", "-c", libvirt.URI, "create", "--paused", "/dev/stdin", text=xml)
+    libvirt.create(xml, "--paused")
     try:
         (row,) = shown(0)["disks"]
         assert (row["vm"], row["disk"], row["state"]) == (vm_id, "vda", "running")

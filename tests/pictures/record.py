@@ -155,7 +155,7 @@ def define(each: Guest) -> None:
     """As vdsm does first, under the VM's own name."""
     libvirt.define_placeholder(each.vm.id)
     if each.name:
-        run("virsh", "-c", libvirt.URI, "domrename", each.vm.id, each.name)
+        libvirt.virsh("domrename", each.vm.id, each.name)
 
 
 @contextmanager
@@ -169,7 +169,7 @@ def started(each: Guest) -> Iterator[None]:
     xml = re.sub("<ovirt-vm:custom ?/>", told, vdsm.before_start(prepared, custom))
     if each.name:
         xml = xml.replace(f"<name>vm-{vm.id[:8]}<", f"<name>{each.name}<")
-    run("virsh", "-c", libvirt.URI, "create", "--paused", "/dev/stdin", text=xml)
+    libvirt.create(xml, "--paused")
     try:
         yield
     finally:
