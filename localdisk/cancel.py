@@ -29,7 +29,7 @@ import os
 import time
 
 from localdisk import lock
-from localdisk.errors import StartCancelled
+from localdisk.errors import RunUnwritable, StartCancelled
 
 SETTLED = 60  # seconds from before_vm_destroy to the last after_disk_prepare of the same start
 KEEP_FOR = 24 * 3600  # seconds that a start may wait for its place
@@ -108,5 +108,10 @@ def _age(path: str) -> float:
 
 
 def _remove(path: str) -> None:
-    with contextlib.suppress(FileNotFoundError):
+    """Raises RunUnwritable: a read-only file system refuses it also if there is no such file."""
+    try:
         os.unlink(path)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise RunUnwritable(path=path, problem=error.strerror) from None

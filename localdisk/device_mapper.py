@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import re
+import stat
 from collections.abc import Iterable, Iterator
 
 from localdisk.errors import DeviceNotReady
@@ -112,7 +113,7 @@ def is_read_only(path: str) -> bool:
         return False
 
 
-_NO_NODE = (
+NO_NODE = (
     "check that udev runs (systemctl status systemd-udevd), "
     "then udevadm trigger --settle --subsystem-match=block"
 )
@@ -126,7 +127,7 @@ _IS_READ_ONLY = "take the volume group out of activation/read_only_volume_list i
 def not_ready(path: str, error: OSError) -> DeviceNotReady:
     """The error that the device node of a local disk cannot be opened, with what to do about it."""
     if error.errno == errno.ENOENT:
-        fix = _NO_NODE
+        fix = NO_NODE
     elif error.errno in (errno.EACCES, errno.EPERM):
         fix = _IS_READ_ONLY if is_read_only(path) else _NOT_OURS
     else:
@@ -134,10 +135,24 @@ def not_ready(path: str, error: OSError) -> DeviceNotReady:
     return DeviceNotReady(path=path, problem=error.strerror, fix=fix)
 
 
+def require_no_file(path: str) -> None:
+    """Raise DeviceNotReady if a file is where the device node of a local disk will be.
+
+    Who writes, as root, to a device that is not there makes such a file, and udev leaves it.
+    """
+    try:
+        is_file = stat.S_ISREG(os.stat(path).st_mode)
+    except OSError:
+        return
+    if is_file:
+        problem = "it is a file in /dev, not a device"
+        raise DeviceNotReady(path=path, problem=problem, fix=f"if nobody needs the file: rm {path}")
+
+
 def another_device(path: str, whose: str) -> DeviceNotReady:
     """The error if the node of a local disk is another device's; `whose`: more about that device."""
     problem = f"it is another device {whose}"
-    return DeviceNotReady(path=path, problem=problem, fix=_NO_NODE)
+    return DeviceNotReady(path=path, problem=problem, fix=NO_NODE)
 
 
 def numbers_of(path: str) -> str:

@@ -65,7 +65,7 @@ class UsageError(Error):
 
 class ConfigUnreadable(Error):
     what = "cannot read configuration {path}: {problem}"
-    fix = "make it a regular file owned by root, mode 0644, that nobody else can write"
+    fix = "make it a regular file that only root can write (chown root:root, chmod 0644)"
 
 
 class ConfigRefused(Error):
@@ -193,6 +193,16 @@ class CommandFailed(Error):
         self.stderr = stderr
 
 
+class LvmFailed(CommandFailed):
+    """LVM has named the cause, and what ends it is known."""
+
+    fix = "{fix}"
+
+    def __init__(self, argv: tuple[str, ...], exit_code: int, stderr: str, said: str, fix: str) -> None:
+        super().__init__(argv, exit_code, stderr, said)
+        self.fields["fix"] = fix
+
+
 class CommandTimeout(Error):
     what = "{tool} did not end within {seconds} s"
     fix = "look for hung storage and hanging commands on this host (dmesg, multipath -ll, ps), then try again"
@@ -201,6 +211,13 @@ class CommandTimeout(Error):
 class UdevdGone(CommandTimeout):
     what = "{tool} did not end within {seconds} s, because it waits for systemd-udevd, which does not run"
     fix = "systemctl restart systemd-udevd && dmsetup udevcomplete_all -y, then try again"
+
+
+class LvmLocked(CommandTimeout):
+    """Another process holds LVM's lock of the volume group."""
+
+    what = "{tool} did not end within {seconds} s, LVM's lock of the volume group is held by {holder}"
+    fix = "wait until it has ended; if it hangs, end it (ps -fp {pid}, kill {pid}), then try again"
 
 
 class CommandMissing(Error):
@@ -227,8 +244,17 @@ class Unseen(Error):
     fix = "ls -ld {path}"
 
 
-# By the last line of sudo's standard error.
+# What sudo prints, and what to do; `{file}` is the file that sudo names.
 _SUDO_FIXES = (
+    (
+        r"(?P<file>/etc/sudoers\S*) (is (world|group) writable|is owned by|is mode|has bad permissions)",
+        "chown root:root {file} && chmod 0440 {file}",
+    ),
+    ("unable to load plugins", "correct /etc/sudo.conf, or move it away (sudo -V shows what is wrong there)"),
+    (
+        "PAM account management error",
+        "let vdsm pass the account lines of /etc/pam.d/sudo (pam_access: access.conf)",
+    ),
     ("contact your system administrator", "chage --expiredate -1 vdsm, or look at /etc/pam.d/sudo"),
     ("reset your password", "chage --expiredate -1 --maxdays -1 vdsm"),
     ("is your account locked", "chage --expiredate -1 vdsm, or look at /etc/pam.d/sudo"),
@@ -245,11 +271,17 @@ _SUDO_FIXES = (
 
 
 def sudo_fix(problem: str, program: str) -> str:
-    """What to do if sudo did not run the helper, by its last line."""
+    """What to do if sudo did not run the helper, by what it said."""
+    import re
+
     for said, fix in _SUDO_FIXES:
-        if said in problem:
-            return fix
-    return f"check the sudo rule `vdsm ALL=(root) NOPASSWD: {program} helper`"
+        found = re.search(said, problem)
+        if found:
+            return fix.format(**found.groupdict())
+    return (
+        f"check the sudo rule `vdsm ALL=(root) NOPASSWD: {program} helper`: {program} install makes it, "
+        "/etc/sudoers reads it with @includedir /etc/sudoers.d"
+    )
 
 
 class HelperUnavailable(Error):
@@ -273,8 +305,11 @@ class HelperRefused(Error):
 
 
 class RunUnwritable(Error):
-    what = "cannot make {path}: {problem}"
-    fix = "make room in /run (df -h /run and df -i /run show what is left), or mount it read-write"
+    what = "cannot make or remove {path}: {problem}"
+    fix = (
+        "make room in /run (df -h /run and df -i /run show what is left); if it is read-only: "
+        "mount -o remount,rw $(findmnt -no TARGET -T /run/localdisk)"
+    )
 
 
 class BadRequest(Error):
@@ -343,7 +378,8 @@ class ThinPoolNotZeroing(Error):
 
 class ThinPoolInactive(Error):
     what = "thin pool {vg}/{pool} is not active, so LVM does not report how full it is"
-    fix = "lvchange --activate y {vg}/{pool}"
+    # If a part of the pool is active alone, as after an interrupted boot, LVM refuses to activate the pool.
+    fix = "lvchange --activate n {vg}/{pool}_tmeta {vg}/{pool}_tdata; lvchange --activate y {vg}/{pool}"
 
 
 class ThinPoolBroken(Error):

@@ -58,7 +58,7 @@ def _of_device(numbers: str, path: str, depth: int) -> Iterator[Holder]:
     yield from _mounts(numbers)
     for pid in filter(str.isdigit, _names(PROC)):
         if numbers in _open_devices(pid):
-            yield Holder(f"{_command(pid)} ({pid})")
+            yield Holder(f"{command(pid)} ({pid})")
 
 
 def _device(name: str, path: str) -> Holder:
@@ -84,7 +84,7 @@ def _mounts(numbers: str) -> Iterator[Holder]:
         yield Holder(f"a mount at {place}", f"umount {place}")
     for pid in _namespaces():
         for place in _places(pid, numbers):
-            what = f"a mount at {place} in the mount namespace of {_command(pid)} ({pid})"
+            what = f"a mount at {place} in the mount namespace of {command(pid)} ({pid})"
             yield Holder(what, f"nsenter --mount --target {pid} umount {place}")
 
 
@@ -118,7 +118,22 @@ def _open_devices(pid: str) -> Iterator[str]:
         yield device_mapper.numbers_of(os.path.join(directory, fd))
 
 
-def _command(pid: str) -> str:
+def of_lock(path: str) -> str:
+    """The process that holds a lock on the file at `path`, "" if there is none (proc_locks(5))."""
+    try:
+        inode = str(os.stat(path).st_ino)
+    except OSError:
+        return ""
+    for line in _read(f"{PROC}/locks").splitlines():
+        words = line.split()
+        # 1: FLOCK  ADVISORY  WRITE 2423 00:1a:345 0 EOF; behind `->` who waits
+        if len(words) == 8 and words[5].rpartition(":")[2] == inode and words[4].isdigit():
+            return words[4]
+    return ""
+
+
+def command(pid: str) -> str:
+    """The name of a process."""
     return plain(_read(f"{PROC}/{pid}/comm") or "?")
 
 

@@ -155,8 +155,12 @@ def start(
         raise _cannot_run(argv[0]) from None
 
 
+def cannot_run(*tools: str) -> CommandMissing:
+    """The error that the first of `tools` that cannot be run, or else the last one, was not run, and why."""
+    return _cannot_run(next((tool for tool in tools if not tool_exists(tool)), tools[-1]))
+
+
 def _cannot_run(tool: str) -> CommandMissing:
-    """The error with the reason why `tool` could not be run."""
     places = (os.path.join(directory, tool) for directory in ENVIRONMENT["PATH"].split(":"))
     path = next(filter(os.path.isfile, places), "")
     if not path:

@@ -25,7 +25,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from localdisk import cli, config, counters, daemons, device_mapper, frozen, kept, libvirt, lock, run
+from localdisk import (
+    cancel,
+    cli,
+    config,
+    counters,
+    daemons,
+    device_mapper,
+    frozen,
+    holders,
+    kept,
+    libvirt,
+    lock,
+    run,
+)
 from localdisk.config import Config
 from localdisk.errors import CommandFailed, CommandMissing, CommandTimeout, Error, Interrupted
 from localdisk.helper import cache, process
@@ -1246,6 +1259,15 @@ def lvm_says(said: str) -> Provoke:
     return provoke
 
 
+def locked(world: World) -> object:
+    """Another process holds LVM's lock; it has chosen its own name."""
+    world.raises(run, "run", CommandTimeout(tool="lvm fullreport", seconds=120))
+    world.patch.setattr(daemons, "udevd_runs", lambda: True)
+    world.patch.setattr(holders, "of_lock", lambda _path: str(os.getpid()))
+    world.patch.setattr(holders, "command", lambda _pid: world.evil())
+    return VolumeGroup.read("other")
+
+
 def forgetful(world: World) -> None:
     """A device that takes what is written and reads as zeros."""
     fd = os.open("/dev/zero", os.O_RDWR)
@@ -1318,6 +1340,31 @@ LVM = {
     "duplicates": case(
         lvm_says("Cannot update volume group other with duplicate PV devices."), "other", "pvs -a"
     ),
+    "lvm.conf": case(
+        lvm_says("Parse error at byte 2 (line 1): no\n  Failed to load config file /etc/lvm/lvm.conf"),
+        "for other",
+        "byte 2",
+        "lvmconfig",
+    ),
+    "archive": case(lvm_says("/etc/lvm/archive/.lvm: write error failed: No space left on device"), "df -h"),
+    "archive is read-only": case(
+        lvm_says("Cannot archive volume group metadata for other to read-only filesystem"),
+        "/etc/lvm/archive)",
+    ),
+    "locks": case(lvm_says("File locking initialisation failed."), "/run/lock/lvm)"),
+    "mapping": case(
+        lvm_says("device-mapper: create ioctl on vg-lv LVM-x failed: Device or resource busy"),
+        "busy",
+        "dmsetup remove vg-lv",
+    ),
+    "number of volumes": case(
+        lvm_says("Maximum number of logical volumes (1) reached in volume group other."),
+        "vgchange --logicalvolume 0 other",
+    ),
+    "semaphores": case(lvm_says("Limit for the maximum number of semaphores reached."), "kernel.sem"),
+    "no udev": case(lvm_says("/dev/other/lv: not found: device not cleared"), "udevadm trigger"),
+    "lock": case(locked, "lvm fullreport", "120 s", f"held by evil ({os.getpid()})"),
+    "a file": case(lambda _: device_mapper.require_no_file("/etc/passwd"), "/etc/passwd", "rm /etc/passwd"),
     "forgetful": case(forgetful, "/dev/x", "does not hold"),
     "broken node": case(broken_node, "/dev/x", "dmesg"),
     "no node": case(node(lambda _: "", "/nonexistent/lv"), "/nonexistent/lv", "udev"),
@@ -1422,7 +1469,17 @@ REMOVAL = {
     "gc finds it in use": case(gc_finds_in_use, LV, "fuser"),
     "not erased": case(erases("zero", pool_lv="pool0", lv_layout="thin"), "/nonexistent/lv", "gc"),
 }
+
+
+def left_over(world: World) -> None:
+    """The note of a power-off cannot be removed."""
+    world.patch.setattr(lock, "RUN", str(world.directory))
+    (world.directory / f"{VM}.destroyed").mkdir()
+    cancel.settle(VM)
+
+
 RUN = {
+    "left over": case(left_over, f"{VM}.destroyed", "df -h /run"),
     "fails": case(lambda w: run.run(["sh", "-c", f"echo {w.evil('x')} >&2; exit 3"]), "sh -c", "3", "evil"),
     "killed": case(lambda _: run.run(["sh", "-c", "kill -TERM $$"]), "killed by SIGTERM"),
     "late": case(lambda _: run.run(["sh", "-c", "sleep 9", "/dev/x"], deadline=0.1), "sh -c", "/dev/x"),

@@ -49,10 +49,14 @@ BEHIND = {
     "UnplugRefused": "Plugged in again, the disk would come back from shared storage, with older data.",
     "CommandFailed": "A tool (LVM, qemu-img, virsh, udevadm) ended with an error; `<said>` is the last line"
     " of its messages, or for LVM the lines that have the reason. `localdisk check` often finds the cause.",
+    "LvmFailed": "Something on the host stops LVM, and LVM's message names it: a full or read-only `/etc` or"
+    " `/run`, a typing error in `lvm.conf`, a device-mapper device that was left behind, a limit.",
     "CommandTimeout": "A tool hangs, mostly because storage hangs, or because another LVM command holds LVM's"
     " lock.",
     "UdevdGone": "LVM tells udevd of each new device, and waits until udevd has handled it."
     " `udevcomplete_all` ends LVM commands that wait in vain; gc then removes the unfinished disk.",
+    "LvmLocked": "Only one LVM command at a time works on a volume group. A command that hangs, mostly"
+    " because storage hangs, delays all others, and with them each start and stop.",
     "CommandMissing": "`localdisk check` names the package.",
     "CommandForbidden": "Somebody, following a hardening guide perhaps, has allowed only a group to run the"
     " tool. User vdsm runs sudo, virsh and qemu-img.",

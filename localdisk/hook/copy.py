@@ -22,7 +22,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 
 from localdisk import device_mapper, run
-from localdisk.errors import CommandMissing, CopyFailed, Error, PoolFilledUp, how_it_ended
+from localdisk.errors import CopyFailed, Error, PoolFilledUp, how_it_ended
 from localdisk.frozen import frozen
 from localdisk.hook import sources
 from localdisk.hook.sources import Layer, Source
@@ -195,7 +195,7 @@ def _convert(source: Source, read: _Pass, target: Target, fd: int, on_progress: 
             on_progress(fraction, written)
         said = run.read_errors(process)
         if process.returncode in (126, 127):  # setpriv, prlimit or nice could not run the next program
-            raise CommandMissing(tool="qemu-img")
+            raise run.cannot_run("setpriv", "prlimit", "nice", "qemu-img")
         if process.returncode != 0:
             raise _failed(source, target, said or f"qemu-img: {how_it_ended(process.returncode)}")
     finally:

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 from localdisk import device_mapper, run
-from localdisk.errors import CommandFailed, CommandMissing, SourceRefused
+from localdisk.errors import CommandFailed, SourceRefused
 from localdisk.frozen import frozen
 from localdisk.hook.fingerprint import Tables, digest, forget_pages, is_empty, read_identity
 from localdisk.hook.qcow2 import HEADER_BYTES, SECTOR, Header
@@ -145,7 +145,7 @@ class Source:
             out = run.run(argv, deadline=3600, pass_fds=self.fds)
         except CommandFailed as error:
             if error.returncode in (126, 127):  # prlimit could not run qemu-img
-                raise CommandMissing(tool="qemu-img") from None
+                raise run.cannot_run("qemu-img") from None
             raise CommandFailed(measure, error.returncode, error.stderr) from None
         try:
             found = json.loads(out)
@@ -177,7 +177,7 @@ def _held_by(layer: Layer) -> int:
         finally:
             run.end(process)
     if process.returncode in (126, 127):
-        raise CommandMissing(tool="qemu-img")
+        raise run.cannot_run("timeout", "prlimit", "qemu-img")
     if process.returncode:
         raise CommandFailed(("qemu-img", "map", layer.path), process.returncode, said)
     return held

@@ -208,7 +208,8 @@ def _thin_pool(
     change = f"lvchange{_devices_option(group)}"
     if not pool.lv_active:
         why = "so LVM does not report how full it is, and no thin disk is made"
-        yield Finding(f"thin pool {full} is not active", why, f"{change} --activate y {full}")
+        fix = f"{change} --activate n {full}_tmeta {full}_tdata; {change} --activate y {full}"
+        yield Finding(f"thin pool {full} is not active", why, fix)
     elif pool.data_percent is None or pool.metadata_percent is None:
         repair = f"lvconvert{_devices_option(group)} --repair {full}"
         what = f"thin pool {full} is active, but LVM does not report how full it is"

@@ -13,12 +13,14 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 
-from localdisk import daemons, device_mapper, run
+from localdisk import daemons, device_mapper, holders, run
 from localdisk.errors import (
     CommandFailed,
     CommandMissing,
     CommandTimeout,
     Error,
+    LvmFailed,
+    LvmLocked,
     MetadataAreaFull,
     NoVolumeGroup,
     ThinPoolAtThreshold,
@@ -62,12 +64,15 @@ SETTINGS = (
     # By default LVM archives a group's metadata before each change, and keeps the archives for 30 days: with
     # a thousand disks, 3 files of 600 KB for each start and stop.  The limit applies to the changed group
     # only.
-    "backup{retain_min=50 retain_days=0}"
+    "backup{retain_min=50 retain_days=0} "
+    # Without both, LVM does not wait for udev, and the rule that gives a local disk to vdsm does not work.
+    "activation{udev_sync=1 udev_rules=1}"
 )
 # Before a report, LVM reads its own backup file of the group, which is as long as the metadata, and writes
 # the file anew if it is not current.  A command that only looks need not do that: each change writes it.
 LOOKS_ONLY = "backup{backup=0 archive=0}"
 SELECT = {"seg": "segtype=thin-pool", "pv": "pv_allocatable=0", "pvseg": "pv_name=none"}
+LOCKS = "/run/lock/lvm"
 SEE_ALL = 'devices{filter=["a|.*|"] global_filter=["a|.*|"]}'  # overrides the host's filters
 _HIDING = {
     "filter": (
@@ -107,6 +112,31 @@ _REASONS = (
     (r"VG (?P<vg>\S+) with system ID (?P<id>\S+) with local system ID (?P<own>[^\s.]+)", _ANOTHERS),
     (r"VG (?P<vg>\S+) with system ID (?P<id>\S+) with unknown local", _ANOTHERS_HERE_NONE),
     (r"(?:VG|volume group) (?P<vg>\S+) (?:while PVs appear on|with) duplicate", _DUPLICATES),
+)
+
+# What ends a failure, by the message in which LVM names the cause.
+_REMOUNT = "mount -o remount,rw $(findmnt -no TARGET -T {path})"
+_FIXES = (
+    (
+        r"Parse error .*\s+Failed to load config file (?P<file>\S+)",  # LVM prints both lines
+        "correct what is wrong in {file}: lvmconfig shows it as long as it is there",
+    ),
+    (
+        r"archive volume group metadata for \S+ to read-only|(/archive|/archive/\S*|archive): .*Read-only",
+        _REMOUNT.format(path="/etc/lvm/archive"),
+    ),
+    (r"/archive/\S* .*No space left", "make room where LVM keeps old metadata: df -h /etc/lvm/archive"),
+    (r"File locking initialisation failed", _REMOUNT.format(path="/run/lock/lvm")),
+    (
+        r"create ioctl on (?P<name>\S+) .*Device or resource busy",
+        "if nothing needs the mapping of that name (dmsetup info {name}): dmsetup remove {name}",
+    ),
+    (
+        r"Maximum number of logical volumes \(\d+\) reached in volume group (?P<vg>\S*[^\s.])",
+        "vgchange --logicalvolume 0 {vg}",
+    ),
+    (r"maximum number of semaphores", "raise the fourth number of kernel.sem: sysctl kernel.sem; ipcs -s"),
+    (r": not found: device not cleared", device_mapper.NO_NODE),
 )
 
 
@@ -321,6 +351,7 @@ class VolumeGroup:
         # volumes); --ignoreactivationskip: activate it now all the same.
         argv = ["lvcreate", "--quiet", "--yes", "--name", lv_name]
         argv += ["--setactivationskip", "y", "--ignoreactivationskip"]
+        device_mapper.require_no_file(self.path(lv_name))
         try:
             call([*argv, *_repeat("--addtag", tags), *_devices(self.devices), *rest])
         except CommandFailed as error:
@@ -436,22 +467,42 @@ def call(argv: Sequence[str], config: str = "") -> str:
         full = _METADATA_FULL.search(error.stderr)
         if full:
             raise MetadataAreaFull(vg=full[1]) from None
-        raise CommandFailed(tuple(argv), error.returncode, error.stderr, _reason(error.stderr)) from None
+        raise _failed(tuple(argv), error) from None
     except CommandTimeout as error:
         if run.is_spent() or daemons.udevd_runs():
-            raise
+            raise _locked(argv[-1].partition("/")[0], error) from None
         raise UdevdGone(tool=error.fields["tool"], seconds=error.fields["seconds"]) from None
 
 
-def _reason(stderr: str) -> str:
+def _failed(argv: tuple[str, ...], error: CommandFailed) -> CommandFailed:
+    """The same failure of `argv` with LVM's reason: LvmFailed if it is known what ends it."""
+    for pattern, fix in _FIXES:
+        found = re.search(pattern, error.stderr)
+        if found:
+            said = _reason(error.stderr, found[0])
+            return LvmFailed(argv, error.returncode, error.stderr, said, fix.format(**found.groupdict()))
+    return CommandFailed(argv, error.returncode, error.stderr, _reason(error.stderr))
+
+
+def _locked(vg_name: str, error: CommandTimeout) -> CommandTimeout:
+    """LvmLocked if another process holds the lock of the volume group (lvm2, lib/locking/file_locking.c)."""
+    pid = holders.of_lock(f"{LOCKS}/V_{vg_name}")
+    if not pid:
+        return error
+    tool, seconds = error.fields["tool"], error.fields["seconds"]
+    return LvmLocked(tool=tool, seconds=seconds, holder=f"{holders.command(pid)} ({pid})", pid=pid)
+
+
+def _reason(stderr: str, cause: str = "") -> str:
     """Why LVM failed, from its messages: the last three lines, because the last one is often too general.
 
     Lines with WARNING are about something else, and are only used if there are no others; hints about LVM's
-    options are left out.
+    options are left out.  Of a `cause` that is known, the line with it says all.
     """
     every = list(dict.fromkeys(filter(None, map(str.strip, stderr.splitlines()))))
     lines = [line for line in every if not line.startswith(("WARNING:", "Use --select", "Run `"))]
-    return "; ".join(line.rstrip(".") for line in (lines or every)[-3:])
+    known = [line for line in every if cause and cause in line]
+    return "; ".join(line.rstrip(".") for line in known[:1] or (lines or every)[-3:])
 
 
 def read_all(

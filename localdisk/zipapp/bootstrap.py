@@ -177,7 +177,7 @@ def unpacked(trees: str, user: int) -> str:
     except extract.Replaced:
         replaced()
     except OSError as error:
-        fix = f"make room, or run {program()} once as root"
+        fix = f"make room in {TREES} (df -h {TREES}), then run {program()} --version once as root"
         if is_noexec(TREES):
             fix = f"mount -o remount,exec {mount_of(TREES)}"
         refuse(f"cannot extract to {trees}, {error.strerror}", fix)

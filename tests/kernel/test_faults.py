@@ -704,7 +704,9 @@ def test_run_is_full(group: Group, image: Image) -> None:
         stop(vm_id, image)
     with run_of("nr_inodes=1"):
         lock = LOCKS / f"{image.leaf.id}.lock"
-        assert refused_disk(image).startswith(f"localdisk: cannot make {lock}: No space left on device : ")
+        assert refused_disk(image).startswith(
+            f"localdisk: cannot make or remove {lock}: No space left on device : "
+        )
     comes_back(image)
 
 
@@ -727,11 +729,12 @@ def qemu_img() -> Iterator[Callable[[str], None]]:
     attempt("umount", str(program))
 
 
-def test_qemu_img_is_missing(group: Group, image: Image, qemu_img: Callable[[str], None]) -> None:
+def test_qemu_img_is_no_program(group: Group, image: Image, qemu_img: Callable[[str], None]) -> None:
     make_pool()
     qemu_img("")
     for custom in (THICK, THIN):
-        assert fails(image, custom).startswith("localdisk: qemu-img is not installed")
+        said = "localdisk: qemu-img cannot be run by this user: it is user 0's"
+        assert fails(image, custom).startswith(said)
     run("umount", "/usr/bin/qemu-img")
     comes_back(image, THIN)
 
@@ -836,7 +839,8 @@ def test_udev_does_not_run_for_a_kept_disk(group: Group, image: Image, no_udev: 
 def test_lock_held_too_long(group: Group, image: Image) -> None:
     before = traces()
     vm_id = starting(new_id())
-    hangs = f"localdisk: lvm fullreport for {NAME} did not end within 120 s : look for hung storage and "
+    hangs = f"localdisk: lvm fullreport for {NAME} did not end within 120 s, LVM's lock of the volume group "
+    ours = f" ({os.getpid()}) : wait until it has ended; if it hangs, end it (ps -fp {os.getpid()}, "
     with ThreadPoolExecutor() as background, locked():
         call = begin(image, vm_id, THICK)
         ends = [background.submit(told, mode) for mode in ("gc", "status")]
@@ -846,6 +850,7 @@ def test_lock_held_too_long(group: Group, image: Image) -> None:
         assert (result.rc, "did not end within 30 s" in result.stderr) == (1, True), result
         line = one_line(call.wait(300))
         assert line.startswith(hangs)
+        assert ours in line
         for end in ends:
             code, out, (problem,) = end.result()
             assert (code, out, problem.startswith(hangs)) == (2, "", True)

@@ -15,6 +15,7 @@ from localdisk.errors import (
     ConfigRefused,
     Error,
     HelperRefused,
+    LvmFailed,
     SourceRefused,
     how_it_ended,
     plain,
@@ -27,7 +28,7 @@ CLASSES = {
     for name, kind in vars(errors).items()
     if inspect.isclass(kind) and issubclass(kind, (Error, errors.Interrupted)) and kind is not Error
 }
-OWN_ARGUMENTS = {"ConfigRefused", "SourceRefused", "CommandFailed", "HelperRefused"}
+OWN_ARGUMENTS = {"ConfigRefused", "SourceRefused", "CommandFailed", "LvmFailed", "HelperRefused"}
 HOSTILE = "a\nb\r\x1b[31m\u202e\ud800{x}%s\0" + "y" * 5000
 
 
@@ -92,6 +93,7 @@ def test_errors_with_arguments_of_their_own() -> None:
     one_line(str(SourceRefused(HOSTILE, HOSTILE, HOSTILE)))
     one_line(str(CommandFailed((HOSTILE, HOSTILE), 5, HOSTILE)))
     one_line(str(CommandFailed(("lvm",), -6, "")))
+    one_line(str(LvmFailed((HOSTILE, HOSTILE), 5, HOSTILE, HOSTILE, HOSTILE)))
 
 
 def test_a_refused_configuration_is_one_line_for_each_problem() -> None:

@@ -143,3 +143,30 @@ def test_a_busy_disk_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
         f"local disk vg/{VOLUME} is ready and still open by loop0 on /dev/vg/{VOLUME} : "
         "losetup -d /dev/loop0, then start the VM again"
     )
+
+
+LOCKS = """\
+1: POSIX  ADVISORY  WRITE 310 00:1a:{inode} 0 EOF
+2: FLOCK  ADVISORY  WRITE 311 00:1a:{inode}1 0 EOF
+3: FLOCK  ADVISORY  WRITE 312 00:1a:{inode} 0 EOF
+3: -> FLOCK  ADVISORY  WRITE 313 00:1a:{inode} 0 EOF
+"""
+
+
+@pytest.mark.parametrize(
+    ("locks", "pid"),
+    [
+        (LOCKS, "310"),
+        (LOCKS.partition("\n")[2], "312"),
+        ("4: FLOCK  ADVISORY  READ -1 00:1a:1 0 EOF", ""),
+        ("", ""),
+    ],
+)
+def test_who_holds_a_lock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, locks: str, pid: str) -> None:
+    """The file system is not compared: /proc/locks has another number than stat for some of them."""
+    monkeypatch.setattr(holders, "PROC", str(tmp_path))
+    (tmp_path / "file").touch()
+    inode = (tmp_path / "file").stat().st_ino
+    (tmp_path / "locks").write_text(locks.format(inode=inode))
+    assert holders.of_lock(str(tmp_path / "file")) == pid
+    assert holders.of_lock(str(tmp_path / "nothing")) == ""

@@ -410,4 +410,4 @@ def test_a_lock_that_cannot_be_made(monkeypatch: pytest.MonkeyPatch, path: str, 
     monkeypatch.setattr(os, tool, fail)
     with pytest.raises(RunUnwritable) as caught:
         lock.try_hold(path)
-    assert str(caught.value).startswith(f"cannot make {path}: No space left on device : ")
+    assert str(caught.value).startswith(f"cannot make or remove {path}: No space left on device : ")

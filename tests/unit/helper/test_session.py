@@ -1344,7 +1344,7 @@ def test_locks_that_cannot_be_made(monkeypatch: pytest.MonkeyPatch, host: FakeHo
     monkeypatch.setattr(lock, "RUN", "/proc/nothing")
     for request_ in (CLAIM, {"verb": "cancel", "vm": VM, "property": "lvm"}):
         message = Hook(host).refused(request_)
-        assert message.startswith("cannot make /proc/nothing")
+        assert message.startswith("cannot make or remove /proc/nothing")
         assert "df -i" in message
 
 

@@ -726,7 +726,7 @@ def test_no_thin_pool() -> None:
         (
             {"lv_active": "", "data_percent": "", "metadata_percent": ""},
             f"thin pool {POOL} is not active, so LVM does not report how full it is, and no thin disk is made"
-            f" : lvchange --activate y {POOL}",
+            f" : lvchange --activate n {POOL}_tmeta {POOL}_tdata; lvchange --activate y {POOL}",
         ),
         (
             {"data_percent": ""},

@@ -16,6 +16,7 @@ from localdisk.errors import (
     CommandTimeout,
     DeviceNotReady,
     Error,
+    LvmFailed,
     MetadataAreaFull,
     NoVolumeGroup,
     ThinPoolAtThreshold,
@@ -327,6 +328,40 @@ def test_the_whole_reason_is_shown(monkeypatch: pytest.MonkeyPatch, said: str, s
     with pytest.raises(CommandFailed) as caught:
         lvm.call(["lvcreate", "--quiet", "ovirt-local"])
     assert f"(exit code 5): {shown} : " in str(caught.value)
+
+
+BUSY = "device-mapper: create ioctl on vg-lv LVM-xy failed: Device or resource busy"
+
+
+@pytest.mark.parametrize(
+    ("said", "shown", "fix"),
+    [
+        (
+            "  Parse error at byte 22 (line 1): no\n  Failed to load config file /etc/lvm/lvmlocal.conf\n",
+            "Parse error at byte 22 (line 1): no; Failed to load config file /etc/lvm/lvmlocal.conf",
+            "correct what is wrong in /etc/lvm/lvmlocal.conf: ",
+        ),
+        (
+            f"  {BUSY}\n  Failed to activate new LV vg/lv.\n  Manual intervention.\n",
+            BUSY,
+            "dmsetup remove vg-lv",
+        ),
+        (
+            "  Maximum number of logical volumes (1) reached in volume group my.vg.\n",
+            "Maximum number of logical volumes (1) reached in volume group my.vg",
+            "vgchange --logicalvolume 0 my.vg",
+        ),
+    ],
+)
+def test_what_ends_a_failure(monkeypatch: pytest.MonkeyPatch, said: str, shown: str, fix: str) -> None:
+    """As LVM 2.03.16 says it; code that looks at what LVM said still sees all of it."""
+    Door(monkeypatch, error=CommandFailed(("lvcreate",), 5, said))
+    with pytest.raises(LvmFailed) as caught:
+        lvm.call(["lvcreate", "--quiet", "ovirt-local"])
+    what, _, advice = str(caught.value).partition(" : ")
+    assert what.endswith(f"(exit code 5): {shown}")
+    assert fix in advice
+    assert caught.value.stderr == said
 
 
 def test_missing_group_is_told_from_other_failures(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -428,7 +428,7 @@ def test_a_user_who_cannot_extract(trees: Path, capsys: pytest.CaptureFixture[st
     line = refused(capsys, lambda: bootstrap.unpacked("/dev/null/.cache", ME))
     assert line == (
         "localdisk: cannot extract to /dev/null/.cache, Not a directory"
-        f" : make room, or run {trees.parent}/localdisk once as root"
+        f" : make room in {trees} (df -h {trees}), then run {trees.parent}/localdisk --version once as root"
     )
 
 
