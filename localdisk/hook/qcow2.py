@@ -21,9 +21,11 @@ _EXTENSION = struct.Struct(">II")
 _BACKING_FORMAT = 0xE2792ACA
 _COMPRESSION_TYPE, _EXTENDED_L2 = 1 << 3, 1 << 4
 _CONVERT = "convert it with qemu-img convert -f qcow2 -O qcow2 and put the result in its place"
+_REPAIR = "if no VM on any host uses it, repair it as user vdsm with qemu-img check -f qcow2 -r all"
 _REFUSED_FEATURES = {
-    1 << 0: ("it was not closed properly", "repair it with qemu-img check -f qcow2 -r all"),
-    1 << 1: ("it is marked corrupt", "repair it with qemu-img check -f qcow2 -r all, or restore it"),
+    # Of a dirty image only the reference counts may be wrong; of a corrupt image anything (qcow2.txt).
+    1 << 0: ("it was not closed properly", f"{_REPAIR}; it corrects reference counts, no data of the guest"),
+    1 << 1: ("it is marked corrupt", f"{_REPAIR}, or restore it"),
     1 << 2: ("it has an external data file", _CONVERT),
 }
 # If we do not know a feature, the host's qemu-img often cannot open the image, either, and so not convert it.

@@ -18,7 +18,7 @@ import pytest
 
 from tests.bed import host, libvirt
 from tests.bed.player import run_point
-from tests.bed.shell import run
+from tests.bed.shell import attempt, run
 from tests.bed.storage import COW, RAW, FileStorage, Image, new_id, qemu_io
 from tests.bed.vm import Disk, disk_json
 from tests.kernel.steps import (
@@ -26,6 +26,7 @@ from tests.kernel.steps import (
     MIB,
     THICK,
     configure,
+    device,
     equals_source,
     localdisk,
     one_line,
@@ -297,4 +298,25 @@ def test_legitimate(file_storage: FileStorage, name: str) -> None:
     with unread_canary():
         vm_id = start(image)
     assert equals_source(image)
+    stop(vm_id, image)
+
+
+def test_an_image_that_a_crash_left_open(file_storage: FileStorage) -> None:
+    """qemu counts references lazily and is killed: what the refusal says to do makes the image good."""
+    image_id = new_id()
+    volume = file_storage.new_volume(image_id, COW, SIZE)
+    argv = ["qemu-img", "create", "-q", "-f", "qcow2", "-o", "lazy_refcounts=on", str(volume.path), str(SIZE)]
+    run(*argv)
+    attempt(
+        "qemu-io", "-f", "qcow2", "-c", "write -P 17 64k 1M", "-c", "flush", "-c", "abort", str(volume.path)
+    )
+    image, vm_id = file_storage.image(image_id, volume), starting(new_id())
+    line = one_line(run_point("after_disk_prepare", vm_id, disk_json(Disk("vda", image)), THICK))
+    libvirt.undefine(vm_id)
+    assert f"{volume.path} is refused: it was not closed properly : if no VM on any host uses it, " in line
+    assert "as user vdsm with qemu-img check -f qcow2 -r all; it corrects reference counts, no data" in line
+    run("qemu-img", "check", "-f", "qcow2", "-r", "all", str(volume.path), user="vdsm")
+    vm_id = start(image)
+    assert equals_source(image)
+    assert device(image).read_bytes()[64 << 10 :][:MIB] == bytes([17]) * MIB
     stop(vm_id, image)
