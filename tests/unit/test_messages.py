@@ -40,6 +40,7 @@ ELSEWHERE = {
     "host/check": "findings of check, not errors",
     "host/check_system": "findings of check, not errors",
     "host/check_storage": "findings of check, not errors",
+    "zipapp/begin": "the bootstrap",
     "zipapp/bootstrap": "the bootstrap",
     "zipapp/main": "the bootstrap",
 }
