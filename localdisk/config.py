@@ -99,6 +99,11 @@ class Settings:
     hotplug: str
     cache: Cache
 
+    @property
+    def pool(self) -> str:
+        """The thin pool in which disks are made, "" if they are not made in one."""
+        return self.thin_pool if self.backend == "lvmthin" else ""
+
 
 @frozen
 class Policy(Settings):

@@ -753,6 +753,17 @@ def replaced_in_vain(world: World) -> None:
     hook.ask({"verb": "commit"})
 
 
+def no_room_of_what_is_aside(world: World) -> None:
+    """A disk that was set aside cannot be erased, so that a start has no room."""
+    there = world.host()
+    there.add(OTHER_VOLUME, aside("zero", OTHER_VOLUME), 10 * EXTENT, lv_active="")
+    there.vg["vg_free"] = "0"
+    there.fail("blkdiscard", world.evil(), times=9)
+    hook = fake_session.Hook(there)
+    hook.ask(CLAIM)
+    hook.ask(PREPARE)
+
+
 def fails_later(tool: str, when: str, *requests: object, lv: str = "") -> Provoke:
     """Where that command fails, so that it is left to gc."""
 
@@ -868,6 +879,7 @@ SESSION = {
     "left by a start": case(
         fails_later("lvremove", "", CLAIM, PREPARE, {"verb": "x"}), "unfinished copy", VOLUME, "evil"
     ),
+    "no room": case(no_room_of_what_is_aside, "set aside makes no room", OTHER_VOLUME, "evil"),
     "not replaced": case(replaced_in_vain, "replaced disk is left", OTHER_VOLUME, "evil"),
     "left by a stop": case(
         fails_later("lvremove", "", fake_session.RELEASE, lv="localdisk"), "left to gc", VOLUME, "evil"

@@ -77,8 +77,9 @@ BEHIND = {
     "VolumeGroupUnusable": "The group is exported, shared between hosts or another host's, one of two of"
     " that name, on devices that LVM sees twice, or left inactive by `activation/volume_list`; or a"
     " physical volume is missing. No disk is made or removed in it until that is corrected.",
-    "NoSpace": "A preallocated disk takes its whole virtual size. Disks that are set aside take room until gc"
-    " has erased them. `localdisk status` shows which disks take the room.",
+    "NoSpace": "A preallocated disk takes its whole virtual size. Disks that are set aside take room until"
+    " they are erased; a start waits for that if it makes enough room. `localdisk status` shows which"
+    " disks take the room.",
     "AllocationOff": "LVM uses nothing of a physical volume that `pvchange -x n` has closed, for example"
     " until its data are moved away, but still counts it as free.",
     "MetadataAreaFull": "LVM describes each volume in an area at the beginning of a device, 1 MiB by default,"

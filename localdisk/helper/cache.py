@@ -10,48 +10,29 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from functools import partial
 
 from localdisk import counters, device_mapper, lock, log
 from localdisk.config import Policy
 from localdisk.errors import (
     BadRequest,
-    CacheFull,
     CommandFailed,
     Error,
     ForeignVolume,
-    NoSpace,
     NoTemplate,
-    ThinPoolAtThreshold,
-    ThinPoolFull,
 )
-from localdisk.frozen import frozen, replace
-from localdisk.helper.new_volume import NewVolume
+from localdisk.helper.new_volume import Create, NewVolume
 from localdisk.lock import Pause
 from localdisk.protocol import Base, Device, Target
-from localdisk.units import format_size
-from localdisk.volumes import disk as local_disk
-from localdisk.volumes import removal, template
+from localdisk.volumes import template
 from localdisk.volumes.disk import UPDATING, LocalDisk
 from localdisk.volumes.lvm import VolumeGroup, read_tags
 from localdisk.volumes.removal import remove_or_set_aside
+from localdisk.volumes.room import Need, NewLv
 from localdisk.volumes.template import Template
 
 _SAMPLES, _SAMPLE = 256, 4096  # blocks, and bytes of each
-
-Room = Callable[[VolumeGroup], None]  # raises NoSpace or ThinPoolFull
-FindRoom = Callable[[str], VolumeGroup]  # makes room, keeps the template LV of that name; raises as Room
-Make = Callable[[VolumeGroup], None]  # creates a volume; raises ThinPoolAtThreshold
-
-
-@frozen
-class Spare:
-    """What can be removed for room: the bytes that it takes of the group or pool, and how."""
-
-    takes: int
-    remove: Callable[[], None]
 
 
 class CachedTemplate:
@@ -61,7 +42,7 @@ class CachedTemplate:
         self.base = base
         self._policy = policy
         self._pause = pause
-        self._pool = policy.thin_pool if policy.backend == "lvmthin" else ""
+        self._pool = policy.pool
         name = template.lv_name(base.volume_id, base.fingerprint, policy.backend, policy.thin_pool)
         with ExitStack() as stack:
             held = stack.enter_context(lock.holding(lock.disk_lock(name), pause))
@@ -98,23 +79,17 @@ class CachedTemplate:
             self._discard(vg, "it is incomplete, or not as it was made")
         return False
 
-    def fill(self, writes: int, beside: Room) -> Target:
+    def fill(self, writes: int, beside: Sequence[NewLv]) -> Target:
         """Make the template LV; returns the volume that the base must be copied to.
 
-        `writes`: bytes of data in the base.  `beside` raises if there is no room for the disk besides.
-        Raises CacheFull, NoSpace, ThinPoolFull, ThinPoolAtThreshold and the other errors of `require_room`.
+        `writes`: bytes of data in the base; `beside`: for these volumes there must be room besides.
+        Raises the errors of `NewVolume.make`.
         """
-        base, policy = self.base, self._policy
+        base = self.base
+        new = NewLv(base.size, writes)
+        need = Need(self._policy, (new, *beside), template=self.name, is_template=True)
 
-        def require(vg: VolumeGroup) -> None:
-            local_disk.require_room(vg, policy, base.size, writes)
-            beside(_with_template(vg, self._pool, base.size, writes))
-
-        def room() -> VolumeGroup:
-            self._limit(_read(policy), writes)
-            return with_room(policy, require, self.name, self._pause)
-
-        def make(vg: VolumeGroup) -> None:
+        def create(vg: VolumeGroup) -> None:
             tags = template.new_tags(base.volume_id, base.fingerprint, writes)
             if self._pool:
                 vg.create_thin(self.name, base.size, self._pool, tags)
@@ -122,22 +97,7 @@ class CachedTemplate:
                 vg.create_thick(self.name, base.size, tags)
 
         self.new_volume.begin_turn(base.size, self._pause)
-        return self.new_volume.create(base.size, self._pause, room, self._insisting(make))
-
-    def _insisting(self, make: Make) -> Make:
-        return insisting(self._policy, make, self.name, self._pause)
-
-    def _limit(self, vg: VolumeGroup, writes: int) -> None:
-        """Evict template LVs until the new one fits into `cache.max_size`.  Raises CacheFull."""
-        needed = writes if self._pool else vg.round_up(self.base.size)
-        every = template.in_place(vg, self._pool)
-        free = template.limit(vg, self._policy.cache, self._pool)
-        idle = tuple(_idle(every, self.name))
-        free -= sum(each.holds for each in every if each not in idle)
-        if needed > free:
-            raise CacheFull(needed=format_size(needed), free=format_size(max(0, free)))
-        for each in template.beyond(idle, free - needed):
-            evict(self._policy, each.name, "the cache is full", self._pause)
+        return self.new_volume.create(base.size, need, create, self._pause)
 
     def commit(self) -> None:
         """Make the template LV ready and read-only; its copy is complete and synced.
@@ -168,22 +128,25 @@ class CachedTemplate:
     # -- making a disk from it
 
     def clone(
-        self, disk: NewVolume, size: int, larger: int, tags: frozenset[str], room: FindRoom
+        self, disk: NewVolume, size: int, need: Need, tags: frozenset[str], free_name: Create
     ) -> Target | None:
-        """Make a VM's disk of `larger` bytes as a thin snapshot of the template LV; `room` makes room for it.
+        """Make a VM's disk as a thin snapshot of the template LV, when `free_name` has freed its name.
 
-        `size` bytes of the disk are the guest's view.  Returns the volume to which the layers above the base
-        must be copied; None if the content of the template LV has changed since it was made.
+        `size` bytes of the disk are the guest's view; `need` has its size.  Returns the volume to which the
+        layers above the base must be copied; None if the template LV has changed since it was made.
         """
         found = self._found
         assert found  # noqa: S101 (find_usable was called)
 
-        def make(vg: VolumeGroup) -> None:
+        larger = need.volumes[0].size
+
+        def create(vg: VolumeGroup) -> None:
+            free_name(vg)
             vg.create_snapshot(disk.lv_name, self.name, tags)
             if vg.round_up(larger) > found.lv.lv_size:
                 vg.extend(disk.lv_name, larger)
 
-        target = disk.create(size, self._pause, partial(room, self.name), self._insisting(make))
+        target = disk.create(size, need, create, self._pause)
         if not self._is_as_it_was(target.path):
             return None
         self.mark_used()
@@ -278,107 +241,6 @@ def _devices(path: str) -> Iterator[str]:
         raise NoTemplate(volume=path, problem=error.strerror) from None
 
 
-# -- room
-
-
-def with_room(
-    policy: Policy, require: Room, keep: str, pause: Pause, spares: Sequence[Spare] = ()
-) -> VolumeGroup:
-    """The volume group, in which `require` finds room; idle template LVs but `keep` are evicted for it.
-
-    If they do not make enough room, `spares` are removed.  Nothing is removed if that would not help, as far
-    as LVM reports what each takes: it does not report what a template LV shares with the disks that started
-    from it, so what seemed enough may not be.  Raises what `require` raises.
-    """
-    vg = _read(policy)
-    if _is_room(vg, require):
-        return vg
-    pool = policy.thin_pool if policy.backend == "lvmthin" else ""
-    idle = [_evictable(policy, each, pause) for each in _idle(template.in_place(vg, pool), keep)]
-    others, planned = [*spares], list[Spare]()
-    while not _is_room(vg, require):
-        planned = planned or [*_enough(vg, pool, require, idle, others)]
-        each = planned.pop(0)
-        idle, others = ([spare for spare in found if spare is not each] for found in (idle, others))
-        each.remove()
-        vg = _read(policy)
-    return vg
-
-
-def _is_room(vg: VolumeGroup, require: Room) -> bool:
-    try:
-        require(vg)
-    except (NoSpace, ThinPoolFull):
-        return False
-    return True
-
-
-def _enough(
-    vg: VolumeGroup, pool: str, require: Room, idle: Sequence[Spare], spares: Sequence[Spare]
-) -> Sequence[Spare]:
-    """What to remove next for room, in this order: all of that, and what is left then, would be enough.
-
-    Template LVs go before kept disks where both must: no kept disk goes before it is seen that it is enough.
-    Raises what `require` raises.
-    """
-    for found in (idle, spares):
-        if _is_room(_without(vg, pool, sum(each.takes for each in found)), require):
-            return found
-    require(_without(vg, pool, sum(each.takes for each in (*idle, *spares))))
-    return idle
-
-
-def _evictable(policy: Policy, found: Template, pause: Pause) -> Spare:
-    return Spare(found.holds, partial(evict, policy, found.name, "a disk needs its room", pause))
-
-
-def insisting(policy: Policy, make: Make, keep: str, pause: Pause) -> Make:
-    """`make`, tried again after each idle template LV but `keep` that goes from a pool too full for LVM.
-
-    LVM's own threshold may lie below our margins.  Raises what `make` raises.
-    """
-
-    def insist(vg: VolumeGroup) -> None:
-        idle = _idle(template.in_place(vg, policy.thin_pool), keep)
-        while True:
-            try:
-                return make(vg)
-            except ThinPoolAtThreshold:
-                each = next(idle, None)
-                if each is None:
-                    raise
-            evict(policy, each.name, "a disk needs its room", pause)
-            vg = _read(policy)
-
-    return insist
-
-
-def evict(policy: Policy, name: str, why: str, pause: Pause) -> None:
-    """Erase (as the policy says) and remove a template LV; nothing happens if it is in use."""
-    with lock.trying(lock.disk_lock(name)) as held:
-        vg = _read(policy)
-        found = _find(vg, name)
-        if not held or found is None or found.is_open:
-            return
-        vg.require_usable()
-        remove_now(policy, vg, found.disk, pause)
-        log.event("template LV evicted", template=found.volume_id, lv=name, why=why)
-        counters.template_evicted()
-
-
-def remove_now(policy: Policy, vg: VolumeGroup, disk: LocalDisk, pause: Pause) -> None:
-    """Erase and remove a disk at once, not with the next gc: its room is needed.  Its lock is held.
-
-    Raises CannotDiscard before anything is changed, and the other errors of `remove_or_set_aside` and
-    `removal.finish`.
-    """
-    erase = policy.retention.erase
-    removal.require_erasable(vg, disk, erase)
-    aside = remove_or_set_aside(vg, disk, erase, pause)
-    if aside:
-        removal.erase_aside(vg, aside, policy, pause)
-
-
 def removable(vg: VolumeGroup, name: str) -> LocalDisk | None:
     """The volume with a template LV's name, as a disk to remove: the template LV, or one being set aside."""
     lv = vg.find(name)
@@ -389,37 +251,6 @@ def removable(vg: VolumeGroup, name: str) -> LocalDisk | None:
     if found:
         return found.disk
     return aside if aside and aside.is_aside else None
-
-
-def _idle(found: tuple[Template, ...], keep: str) -> Iterator[Template]:
-    for each in found:
-        is_free = not (each.is_open or each.lv.dependents)
-        if is_free and each.name != keep and not lock.is_held(lock.disk_lock(each.name)):
-            yield each
-
-
-def _without(vg: VolumeGroup, pool: str, size: int) -> VolumeGroup:
-    """The group as it would be if `size` bytes of template LVs were gone, from a pool or from the group."""
-    if not pool:
-        return replace(vg, vg_free=vg.vg_free + size)
-    return _with_pool(vg, pool, -size)
-
-
-def _with_template(vg: VolumeGroup, pool: str, size: int, writes: int) -> VolumeGroup:
-    """The group as it would be with one more template LV."""
-    if not pool:
-        return replace(vg, vg_free=vg.vg_free - vg.round_up(size))
-    return _with_pool(vg, pool, writes)
-
-
-def _with_pool(vg: VolumeGroup, pool: str, more: int) -> VolumeGroup:
-    lvs = tuple(
-        replace(lv, data_percent=max(0.0, lv.data_percent + 100 * more / lv.lv_size))
-        if lv.lv_name == pool and lv.data_percent is not None
-        else lv
-        for lv in vg.lvs
-    )
-    return replace(vg, lvs=lvs)
 
 
 # -- steps

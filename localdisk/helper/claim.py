@@ -9,8 +9,6 @@ from localdisk import libvirt, lock, log
 from localdisk.config import Policy
 from localdisk.errors import ForeignVolume, LibvirtSilent, VmRuns
 from localdisk.frozen import frozen, replace
-from localdisk.helper import cache
-from localdisk.helper.cache import Spare
 from localdisk.helper.new_volume import NewVolume
 from localdisk.helper.replaced import Replaced
 from localdisk.libvirt import DomainState
@@ -21,6 +19,7 @@ from localdisk.volumes import stale
 from localdisk.volumes.disk import LocalDisk, State
 from localdisk.volumes.lvm import VolumeGroup
 from localdisk.volumes.removal import remove_or_set_aside
+from localdisk.volumes.room import Need, NewLv
 
 
 @frozen
@@ -48,20 +47,27 @@ class Claim:
         """All known local disks that this VM has of the image."""
         return (*((self.found,) if self.found else ()), *(self.others or ()))
 
-    def require_room(self, vg: VolumeGroup) -> None:
-        """Raise as `disk.require_room` if `vg` has no room for the wanted disk."""
-        local_disk.require_room(vg, self.policy, *self.wanted)
+    @property
+    def wanted_lv(self) -> NewLv:
+        """The wanted disk."""
+        return NewLv(*self.wanted)
 
-    def find_room(self, spares: Sequence[Spare], pause: Pause, keep: str = "") -> VolumeGroup:
-        """Make room for the wanted disk as `cache.with_room` does, and free its name; returns the group."""
-        vg = cache.with_room(self.policy, self.require_room, keep, pause, spares)
+    def need(self, template: str = "", takes_kept: bool = True) -> Need:
+        """The wanted disk; the template LV of the name `template` is not removed for it.
+
+        `takes_kept`: the kept disks that it replaces may be removed before it is made.
+        """
+        kept = self.replaced.disks if self.replaced and takes_kept else ()
+        return Need(self.policy, (self.wanted_lv,), template, kept=tuple(kept))
+
+    def free_name(self, vg: VolumeGroup) -> None:
+        """Rename the kept disk that has the name of the wanted disk, if there is one."""
         if self.replaced:
             self.replaced.free_name(vg, self.volume_id)
-        return vg
 
     def replacing(self, disks: Sequence[LocalDisk], pause: Pause) -> Replaced:
         """These disks of the claim, to be replaced by the disk of this start."""
-        return Replaced(disks, self.vg, self.policy, pause, self.resources)
+        return Replaced(disks, self.policy, pause, self.resources)
 
 
 def with_others(claim: Claim, pause: Pause) -> Claim:

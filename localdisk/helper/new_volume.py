@@ -13,15 +13,20 @@ from contextlib import ExitStack
 
 from localdisk import lock, log
 from localdisk.config import Policy
-from localdisk.errors import Error
+from localdisk.errors import Error, ThinPoolAtThreshold
 from localdisk.frozen import replace
+from localdisk.helper import making_room
 from localdisk.lock import Pause
 from localdisk.protocol import Target
 from localdisk.units import format_duration, format_size
+from localdisk.volumes import room
 from localdisk.volumes.disk import LocalDisk, State
 from localdisk.volumes.lvm import LogicalVolume, VolumeGroup
-from localdisk.volumes.progress import COPYING, PREPARING, STALLED, WAITING, Progress
+from localdisk.volumes.progress import COPYING, MAKING_ROOM, PREPARING, STALLED, WAITING, Progress
 from localdisk.volumes.removal import remove_or_set_aside
+from localdisk.volumes.room import Need, Removable
+
+Create = Callable[[VolumeGroup], None]  # creates a volume; raises ThinPoolAtThreshold
 
 
 class NewVolume:
@@ -77,29 +82,62 @@ class NewVolume:
         self.begin_phase(WAITING, size)
         self._ticket = self._turn.enter_context(lock.turn(self.policy.copy.parallel, pause))
 
-    def make(
-        self, pause: Pause, room: Callable[[], VolumeGroup], make: Callable[[VolumeGroup], None]
-    ) -> VolumeGroup:
-        """Make the volume; returns the volume group as `room` has read it.
+    def make(self, need: Need, create: Create, pause: Pause) -> VolumeGroup:
+        """Make the volume when there is room for it; returns the group as it was just before.
 
-        `room` reads the volume group and raises if it has no room; `make` creates the volume.
+        `create` creates the volume.  What is in the way is removed as `room.plan` orders, one volume after
+        the other.  The space lock is held from the look for room until the volume is made or a volume was
+        removed or set aside.  Neither this lock nor the turn to copy is held while bytes are erased.
+        Raises the errors of `room.plan`, `making_room.remove`, `making_room.erase` and `create`.
         """
-        # One lock for both: no other process of this host takes the room after it was found.
-        with lock.holding(os.path.join(lock.RUN, "space.lock"), pause):
-            vg = room()
-            self._dm_uuid = "?"
-            make(vg)
+        planned: tuple[Removable, ...] = ()
+        tried = frozenset[str]()
+        while True:
+            with lock.holding(os.path.join(lock.RUN, "space.lock"), pause):
+                vg = VolumeGroup.read(self.policy.volume_group, self.policy.devices)
+                seen = making_room.look(vg, need, tried)
+                left = room.plan(vg, need, seen)
+                planned = planned if planned and left else left
+                if not planned:
+                    try:
+                        self._create(vg, create)
+                        break
+                    except ThinPoolAtThreshold as refused:
+                        planned = room.plan_below_threshold(vg, need, seen, refused)[:1]
+                each, *rest = planned
+                planned, tried = tuple(rest), tried | {each.lv_uuid}
+                aside = making_room.remove(self.policy, each, pause)
+            if aside:
+                self._erase(vg, each, aside, pause)
         self._dm_uuid = vg.dm_uuid(self.lv_name)
         return vg
 
-    def create(
-        self, size: int, pause: Pause, room: Callable[[], VolumeGroup], make: Callable[[VolumeGroup], None]
-    ) -> Target:
-        """Make the volume and begin the copy; returns where the volume is and how the hook must fill it.
+    def _create(self, vg: VolumeGroup, create: Create) -> None:
+        self._dm_uuid = "?"
+        try:
+            create(vg)
+        except ThinPoolAtThreshold:
+            self._dm_uuid = ""
+            raise
 
-        `room` and `make` are as for `make`.
+    def _erase(self, vg: VolumeGroup, removed: Removable, aside: str, pause: Pause) -> None:
+        """Wait until a volume is erased, without a turn.
+
+        Afterwards the turn is taken again as it was, as by a copy that makes progress again.
         """
-        vg = self.make(pause, room, make)
+        before = self._progress
+        self._turn.close()
+        self.begin_phase(MAKING_ROOM, before.size if before else 0)
+        making_room.erase(vg, self.policy, removed, aside, pause)
+        if self._ticket:
+            self._turn.enter_context(lock.holding(self._ticket, pause))
+
+    def create(self, size: int, need: Need, create: Create, pause: Pause) -> Target:
+        """Make the volume; returns its device, and how to fill it with `size` bytes of the guest's view.
+
+        The other parameters, and the errors, are those of `make`.
+        """
+        vg = self.make(need, create, pause)
         self._began = self._moved = time.monotonic()
         self.begin_phase(COPYING, size)
         log.event("copy starts", **self.log_fields, bytes=size, backend=self.policy.backend)
@@ -107,7 +145,7 @@ class NewVolume:
         return Target(
             path=vg.path(self.lv_name),
             dm_uuid=self._dm_uuid,
-            zeroed=self.policy.backend == "lvmthin",
+            zeroed=bool(self.policy.pool),
             # `copy.bandwidth` is for the whole host: each of the copies that may run at once gets its share.
             bandwidth=max(1, bandwidth // self.policy.copy.parallel) if bandwidth else None,
             nice=self.policy.copy.nice,

@@ -9,18 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from functools import partial
 
 from localdisk import lock, log
 from localdisk.config import Policy
 from localdisk.errors import Error
 from localdisk.frozen import replace
-from localdisk.helper import cache
-from localdisk.helper.cache import Spare
 from localdisk.ids import new_uuid
 from localdisk.lock import Pause
 from localdisk.volumes.disk import LocalDisk, require_alone
-from localdisk.volumes.lvm import LogicalVolume, VolumeGroup
+from localdisk.volumes.lvm import VolumeGroup
 from localdisk.volumes.removal import remove_or_set_aside
 
 
@@ -30,20 +27,18 @@ class Replaced:
     def __init__(
         self,
         disks: Sequence[LocalDisk],
-        vg: VolumeGroup,
         policy: Policy,
         pause: Pause,
         resources: ExitStack,
     ) -> None:
-        self._disks = disks
-        self._vg = vg  # as it was when they were found
+        self.disks = disks
         self._policy = policy
         self._pause = pause
         self._resources = resources
 
     def free_name(self, vg: VolumeGroup, name: str) -> None:
         """If one of the kept disks has this name, rename it.  Raises DependentVolumes."""
-        for disk in self._disks:
+        for disk in self.disks:
             lv = vg.find(name)
             if lv and lv.lv_uuid == disk.lv.lv_uuid:
                 require_alone(replace(disk, lv=lv), vg.vg_name)
@@ -52,29 +47,15 @@ class Replaced:
                 vg.rename(name, new_name)
                 log.event("kept disk renamed", vm=disk.vm_id, disk=name, to=new_name)
 
-    @property
-    def spares(self) -> tuple[Spare, ...]:
-        """Those of the kept disks that can be removed to make room for the new disk."""
-        pool = self._policy.thin_pool if self._policy.backend == "lvmthin" else ""
-        in_place = [disk for disk in self._disks if disk.lv.pool_lv == pool]
-        return tuple(
-            Spare(_takes(self._vg, disk.lv), partial(self._remove_for_room, disk)) for disk in in_place
-        )
-
     def remove(self) -> None:
         """Remove them: the new disk is complete.  A failure is logged; the next start or gc tries again."""
-        for disk in self._disks:
+        for disk in self.disks:
             try:
                 for vg, found in self._found(disk):
                     remove_or_set_aside(vg, found, self._policy.retention.erase, self._pause)
                     log.event("replaced disk removed", vm=found.vm_id, disk=found.volume_id)
             except Error as error:
                 log.problem("replaced disk is left", vm=disk.vm_id, disk=disk.volume_id, why=error)
-
-    def _remove_for_room(self, disk: LocalDisk) -> None:
-        for vg, found in self._found(disk):
-            cache.remove_now(self._policy, vg, found, self._pause)
-            log.event("kept disk removed before the copy, for room", vm=found.vm_id, disk=found.volume_id)
 
     def _found(self, disk: LocalDisk) -> Iterator[tuple[VolumeGroup, LocalDisk]]:
         """The disk as it is now, under its present name, with its group; nothing if it no longer exists."""
@@ -83,18 +64,3 @@ class Replaced:
             found = LocalDisk.from_lv(lv) if lv.lv_uuid == disk.lv.lv_uuid else None
             if found and (found.vm_id, found.image_id) == (disk.vm_id, disk.image_id):
                 yield vg, found
-
-
-def _takes(vg: VolumeGroup, lv: LogicalVolume) -> int:
-    """Bytes of the group or thin pool that the removal of `lv` would free, as far as LVM reports them.
-
-    Blocks that a thin volume may share with the template LV that it started from are not counted.
-    """
-    if not lv.pool_lv:
-        return lv.lv_size
-    origin = vg.find(lv.origin) if lv.origin else None
-    return max(0, _mapped(lv) - (_mapped(origin) if origin else 0))
-
-
-def _mapped(lv: LogicalVolume) -> int:
-    return round(lv.lv_size * (lv.data_percent or 0) / 100)

@@ -182,7 +182,7 @@ class Session:
                 new_volume.begin_phase()
         if not self._claim:
             self._starting = ""
-        return Claimed(stays, path, policy.backend == "lvmthin", policy.cache.templates)
+        return Claimed(stays, path, bool(policy.pool), policy.cache.templates)
 
     def _prepare(self, request: protocol.Prepare) -> Prepared:
         if request.base and request.base.size > request.size:
@@ -196,8 +196,7 @@ class Session:
         if request.base and claim.policy.cache.templates:
             return start_from_template.prepare(self._template, request.base, claim, request, self._pause)
         self._template.leave()
-        spares = claim.replaced.spares if claim.replaced else ()
-        target = start.create(claim, request, spares, self._pause)
+        target = start.create(claim, request, self._pause)
         return Prepared(How.COPY, target.path, target)
 
     def _rehearse(self, request: protocol.Rehearse) -> Tried:
@@ -221,7 +220,7 @@ class Session:
         is_there = cached.find_usable()
         if is_there:
             cached.mark_used()
-        return Fetched(is_there, policy.backend == "lvmthin")
+        return Fetched(is_there, bool(policy.pool))
 
     def _fill(self, request: protocol.Fill) -> Prepared:
         cached = self._template.cached

@@ -5,15 +5,10 @@ A claim is frozen: a function that changes the disk returns a new claim.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
-
 from localdisk import counters, holders, kept, libvirt, log
 from localdisk.errors import BadRequest, DiskBusy, Error, LibvirtSilent, VmForgotten
 from localdisk.frozen import replace
-from localdisk.helper import cache
 from localdisk.helper import claim as claims
-from localdisk.helper.cache import Spare
 from localdisk.helper.claim import Claim
 from localdisk.helper.replaced import Replaced
 from localdisk.lock import Pause
@@ -66,20 +61,23 @@ def reuse(claim: Claim, found: LocalDisk, fingerprint: str, pause: Pause) -> Pre
     return Prepared(How.KEPT, vg.path(name))
 
 
-def create(claim: Claim, request: Prepare, spares: Sequence[Spare], pause: Pause) -> Target:
-    """Wait for a turn to copy, then make the claimed disk; if there is no room, `spares` are removed."""
+def create(claim: Claim, request: Prepare, pause: Pause, takes_kept: bool = True) -> Target:
+    """Wait for a turn to copy, then make the claimed disk.
+
+    `takes_kept` is that of `Claim.need`.
+    """
     policy, (with_margin, writes) = claim.policy, claim.wanted
     tags = local_disk.new_tags(claim.vm_id, claim.image_id, request.fingerprint, writes)
 
-    def make(vg: VolumeGroup) -> None:
-        if policy.backend == "lvm":
-            vg.create_thick(claim.volume_id, with_margin, tags)
+    def create_volume(vg: VolumeGroup) -> None:
+        claim.free_name(vg)
+        if policy.pool:
+            vg.create_thin(claim.volume_id, with_margin, policy.pool, tags)
         else:
-            vg.create_thin(claim.volume_id, with_margin, policy.thin_pool, tags)
+            vg.create_thick(claim.volume_id, with_margin, tags)
 
     claim.new_volume.begin_turn(request.size, pause)
-    room = partial(claim.find_room, spares, pause)
-    return claim.new_volume.create(request.size, pause, room, cache.insisting(policy, make, "", pause))
+    return claim.new_volume.create(request.size, claim.need(takes_kept=takes_kept), create_volume, pause)
 
 
 def make_ready(claim: Claim) -> None:

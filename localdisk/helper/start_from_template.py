@@ -6,7 +6,6 @@ On any doubt the cache is bypassed: the answer is `uncached`, and the hook copie
 from __future__ import annotations
 
 from contextlib import ExitStack
-from functools import partial
 
 from localdisk import counters, log, uncached
 from localdisk.config import Policy
@@ -47,14 +46,14 @@ def prepare(used: TemplateInUse, base: Base, claim: Claim, request: Prepare, pau
         if not cached.find_usable():
             return Prepared(How.MISSING)
         reading = ExitStack()
-        device = cached.open(reading) if claim.policy.backend == "lvm" else None
+        device = cached.open(reading) if not claim.policy.pool else None
     except BadRequest:
         raise
     except Error as error:
         return _uncached(used, claim, error)
     if device:
         return _make_beside(used, device, reading, claim, request, pause)
-    if claim.policy.backend == "lvmthin":
+    if claim.policy.pool:
         target = _clone(cached, claim, request, pause)
         if target:
             used.leave()
@@ -73,7 +72,7 @@ def fill(used: TemplateInUse, cached: CachedTemplate, claim: Claim | None, write
     A prefetch has no claim: then the errors of `CachedTemplate.fill` are raised.
     """
     try:
-        target = cached.fill(writes, claim.require_room if claim else lambda _vg: None)
+        target = cached.fill(writes, (claim.wanted_lv,) if claim else ())
     except Error as error:
         if claim is None:
             raise
@@ -108,7 +107,7 @@ def _make_beside(
     used.leave()
     claim.resources.callback(reading.close)
     try:
-        target = start.create(claim, request, (), pause)
+        target = start.create(claim, request, pause, takes_kept=False)
     except NoSpace as error:  # the next `prepare` may evict this template LV, too
         claim.new_volume.end_turn()
         reading.close()
@@ -117,12 +116,10 @@ def _make_beside(
 
 
 def _clone(cached: CachedTemplate, claim: Claim, request: Prepare, pause: Pause) -> Target | None:
-    with_margin, writes = claim.wanted
-    tags = local_disk.new_tags(claim.vm_id, claim.image_id, request.fingerprint, cached.holds + writes)
+    writes = cached.holds + claim.wanted_lv.writes
+    tags = local_disk.new_tags(claim.vm_id, claim.image_id, request.fingerprint, writes)
     claim.new_volume.begin_turn(request.size, pause)
-    spares = claim.replaced.spares if claim.replaced else ()
-    room = partial(claim.find_room, spares, pause)
-    return cached.clone(claim.new_volume, request.size, with_margin, tags, room)
+    return cached.clone(claim.new_volume, request.size, claim.need(cached.name), tags, claim.free_name)
 
 
 def _uncached(used: TemplateInUse, claim: Claim, why: Error) -> Prepared:

@@ -17,10 +17,11 @@ from localdisk.helper.new_volume import NewVolume
 from localdisk.ids import NOBODY, new_uuid
 from localdisk.protocol import Device
 from localdisk.volumes import disk as local_disk
-from localdisk.volumes import template
+from localdisk.volumes import room
 from localdisk.volumes.disk import LocalDisk
 from localdisk.volumes.lvm import VolumeGroup
 from localdisk.volumes.removal import remove_or_set_aside
+from localdisk.volumes.room import Need, NewLv
 
 SIZE = 1 << 20  # bytes; LVM rounds up to one extent
 _NO_FINGERPRINT = "0" * 32
@@ -41,29 +42,25 @@ class Trial:
     def make(self) -> Device | None:
         """Make the volume.
 
-        None if there is no room, but template LVs: a start would evict them, a trial does not.
+        None if there is no room, but volumes that a start would remove for room: a trial removes nothing.
         Raises the errors that a start would raise.
         """
         name, policy = self._new_volume.lv_name, self._policy
+        need = Need(policy, (NewLv(SIZE, SIZE),), is_trial=True)
         try:
-            vg = self._new_volume.make(self._pause, self._room, self._create)
+            vg = self._new_volume.make(need, self._create, self._pause)
         except (NoSpace, ThinPoolFull, ThinPoolAtThreshold):
-            if template.in_place(self._read(), policy.thin_pool if policy.backend == "lvmthin" else ""):
+            if room.can_be_made(self._read(), need):
                 return None
             raise
         return Device(vg.path(name), vg.dm_uuid(name))
 
-    def _room(self) -> VolumeGroup:
-        vg = self._read()
-        local_disk.require_room(vg, self._policy, SIZE, SIZE)
-        return vg
-
     def _create(self, vg: VolumeGroup) -> None:
         name, tags = self._new_volume.lv_name, local_disk.new_tags(NOBODY, NOBODY, _NO_FINGERPRINT, SIZE)
-        if self._policy.backend == "lvm":
-            vg.create_thick(name, SIZE, tags)
+        if self._policy.pool:
+            vg.create_thin(name, SIZE, self._policy.pool, tags)
         else:
-            vg.create_thin(name, SIZE, self._policy.thin_pool, tags)
+            vg.create_thick(name, SIZE, tags)
 
     def remove(self) -> None:
         """Remove the volume.  Raises DiskBusy, CommandFailed."""

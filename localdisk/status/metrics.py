@@ -23,9 +23,8 @@ from localdisk.errors import MetricsUnwritable
 from localdisk.status import problems
 from localdisk.status.snapshot import CacheUse, Group, Pool, Row, Snapshot, TemplateRow
 from localdisk.volumes.disk import State
-from localdisk.volumes.progress import COPYING, PREPARING, STALLED, WAITING
+from localdisk.volumes.progress import NOT_MADE, PHASES, WAITING
 
-PHASES = (PREPARING, WAITING, COPYING, STALLED)
 STATES = (*PHASES, "running", *(state.value for state in State))
 TEMPLATE_STATES = (*PHASES, State.UNFINISHED.value, State.READY.value)
 
@@ -171,7 +170,7 @@ def _disk_sizes(snapshot: Snapshot) -> Samples:
     The labels do not change from the making of a disk to its removal, so each disk has one series.  Its
     state, its VM's name and its name in the VM can change, and each change would begin another series.
     """
-    made = (row for row in snapshot.disks if row.state not in (PREPARING, WAITING))
+    made = (row for row in snapshot.disks if row.state not in NOT_MADE)
     return {(row.vg, row.vm, row.volume): row.size for row in made}
 
 

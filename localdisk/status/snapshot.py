@@ -19,8 +19,8 @@ from localdisk.status import libvirt_vms, problems
 from localdisk.status.libvirt_vms import Vms
 from localdisk.status.problems import Problem
 from localdisk.units import format_duration
-from localdisk.volumes import filling, lvm, progress, template
-from localdisk.volumes.disk import LocalDisk, State, is_left_alone, local_disks, silent_pool
+from localdisk.volumes import filling, lvm, progress, room, template
+from localdisk.volumes.disk import LocalDisk, State, is_left_alone, local_disks
 from localdisk.volumes.lvm import LogicalVolume, VolumeGroup
 from localdisk.volumes.progress import Progress
 from localdisk.volumes.template import Template
@@ -78,7 +78,7 @@ class Group:
 class Copy:
     """How far a copy is; `done` from 0 to 1, `rate` in bytes written per second."""
 
-    phase: str  # preparing | waiting | copying | stalled
+    phase: str  # one of progress.PHASES
     since: int
     done: float
     written: int
@@ -108,7 +108,7 @@ class Row:
     size: int
     backend: str
     # One of these; without root only running and active can be told:
-    # preparing|waiting|copying|stalled|ready|running|stopped|unfinished|drifted|deleting|active
+    # preparing|waiting|making_room|copying|stalled|ready|running|stopped|unfinished|drifted|deleting|active
     state: str
     open: bool
     used: int | None  # bytes of a thin disk that hold data
@@ -127,7 +127,7 @@ class TemplateRow:
     name: str  # of the logical volume
     size: int
     backend: str  # "" if it is not made yet
-    state: str  # preparing | waiting | copying | stalled | ready | unfinished
+    state: str  # preparing | waiting | making_room | copying | stalled | ready | unfinished
     open: bool
     holds: int  # bytes that it takes of its volume group or pool
     last_used: int | None  # when a disk last started from it, or when it was made; None if it is not made yet
@@ -242,7 +242,7 @@ def _unusable(vg: VolumeGroup, config: Config) -> Iterator[Problem]:
         yield problems.not_usable(error)
     for pool, _ in filling.pools(vg, config):
         if pool.data_percent is None:
-            yield problems.not_usable(silent_pool(vg.vg_name, pool))
+            yield problems.not_usable(room.silent_pool(vg.vg_name, pool))
 
 
 # -- disks
@@ -437,6 +437,8 @@ def _pace(record: Progress | None, now: float) -> str:
 
 def _waiting(record: Progress, now: float) -> str:
     since = format_duration(max(0, int(now - record.since)))
+    if record.phase == progress.MAKING_ROOM:
+        return f"waits {since} for room"
     return f"waits {since} for turn" if record.phase == progress.WAITING else "copy begins"
 
 

@@ -28,6 +28,7 @@ _COLOURS = {
     "copying": _CYAN,
     "stalled": _YELLOW,
     "waiting": _CYAN,
+    "making_room": _CYAN,
     "preparing": _CYAN,
     "unfinished": _YELLOW,
     "deleting": _YELLOW,

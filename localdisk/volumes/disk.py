@@ -33,28 +33,20 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
 from localdisk.clock import Moment
-from localdisk.config import Margins, Policy, Retention
+from localdisk.config import Retention
 from localdisk.errors import (
     FIELD_LIMIT,
-    AllocationOff,
     DependentVolumes,
     DiskBusy,
     DiskDrifted,
     Error,
     KeptStale,
-    NoSpace,
-    NoThinPool,
     OtherLeaf,
     OtherOwner,
     SourceChanged,
-    ThinPoolBroken,
-    ThinPoolFull,
-    ThinPoolInactive,
-    ThinPoolNotZeroing,
 )
 from localdisk.frozen import frozen, once
 from localdisk.ids import is_uuid
-from localdisk.units import format_size
 from localdisk.volumes.lvm import LogicalVolume, VolumeGroup
 
 OURS = "localdisk"
@@ -413,73 +405,6 @@ def is_left_alone(disk: LocalDisk, retention: Retention) -> bool:
     guest's data.
     """
     return disk.is_older and disk.is_complete and retention.older_disks == "keep"
-
-
-def require_room(vg: VolumeGroup, policy: Policy, size: int, writes: int) -> None:
-    """Raise if a new disk of `size` bytes, with `writes` bytes of data, would pass a limit of `margins`.
-
-    Raises VolumeGroupUnusable; for backend lvm NoSpace (AllocationOff); for backend lvmthin NoThinPool,
-    ThinPoolNotZeroing, ThinPoolInactive, ThinPoolBroken, ThinPoolFull.
-    """
-    vg.require_usable()
-    if policy.backend == "lvm":
-        _require_thick_room(vg, policy.margins, size)
-    else:
-        _require_thin_room(vg, policy.thin_pool, policy.margins, writes)
-
-
-def _require_thick_room(vg: VolumeGroup, margins: Margins, size: int) -> None:
-    needed, reserve = vg.round_up(size), margins.reserve.of(vg.vg_size)
-    missing = needed + reserve - vg.vg_free
-    if missing > 0:
-        if vg.unallocatable:
-            raise AllocationOff(
-                vg=vg.vg_name,
-                missing=format_size(missing),
-                needed=format_size(needed),
-                free=format_size(vg.vg_free),
-                devices=" ".join(vg.unallocatable),
-            )
-        raise NoSpace(
-            vg=vg.vg_name,
-            missing=format_size(missing),
-            needed=format_size(needed),
-            free=format_size(vg.vg_free),
-            reserve=format_size(reserve),
-        )
-
-
-def _require_thin_room(vg: VolumeGroup, pool_name: str, margins: Margins, writes: int) -> None:
-    pool = vg.find(pool_name)
-    if pool is None or not pool.is_thin_pool:
-        raise NoThinPool(vg=vg.vg_name, pool=pool_name)
-    if not pool.zero:
-        raise ThinPoolNotZeroing(vg=vg.vg_name, pool=pool_name)
-    if pool.data_percent is None or pool.metadata_percent is None:
-        raise silent_pool(vg.vg_name, pool)
-    promised = sum(_still_to_write(lv) for lv in vg.lvs if lv.pool_lv == pool_name)
-    would = pool.data_percent + 100 * (writes + promised) / pool.lv_size
-    for limit, value, allowed in (
-        ("thin_data", would, margins.thin_data),
-        ("thin_metadata", pool.metadata_percent, margins.thin_metadata),
-    ):
-        if value > allowed:
-            raise ThinPoolFull(
-                vg=vg.vg_name, pool=pool_name, limit=limit, would=f"{value:.1f} %", allowed=f"{allowed:g} %"
-            )
-
-
-def silent_pool(vg: str, pool: LogicalVolume) -> Error:
-    """The error for a thin pool of which LVM reports no usage."""
-    return (ThinPoolBroken if pool.lv_active else ThinPoolInactive)(vg=vg, pool=pool.lv_name)
-
-
-def _still_to_write(lv: LogicalVolume) -> float:
-    """Bytes of data that an unfinished copy has not written yet."""
-    if not {OURS, UPDATING} <= lv.lv_tags:
-        return 0
-    writes = max(numbers_of(values_of(lv.lv_tags)["WRITES"]), default=0)
-    return max(0.0, writes - lv.lv_size * (lv.data_percent or 0) / 100)
 
 
 # -- stopping

@@ -16,7 +16,10 @@ from localdisk.frozen import frozen, plain_values
 from localdisk.ids import is_uuid
 from localdisk.units import format_size
 
-PREPARING, WAITING, COPYING, STALLED = "preparing", "waiting", "copying", "stalled"
+PREPARING, WAITING, MAKING_ROOM = "preparing", "waiting", "making_room"
+COPYING, STALLED = "copying", "stalled"
+PHASES = (PREPARING, WAITING, MAKING_ROOM, COPYING, STALLED)
+NOT_MADE = PHASES[:3]  # phases before the volume exists
 
 
 @frozen
@@ -25,7 +28,7 @@ class Progress:
 
     vm: str  # both "" for a template LV
     image: str
-    phase: str  # preparing: before the copy; waiting: for its turn to copy; copying; stalled
+    phase: str  # one of PHASES; see `schema/status.schema.json`
     since: int  # when this phase began; if stalled, when the copy began
     at: int  # when this record was written; if stalled, when the copy last made progress
     size: int = 0  # bytes of the guest's view

@@ -22,6 +22,7 @@ from tests.kernel.steps import (
     MIB,
     THICK,
     THIN,
+    begin,
     configure,
     device,
     equals_source,
@@ -385,6 +386,36 @@ def test_a_start_does_not_wait_for_the_erase_of_its_old_copy(
     libvirt.undefine(vm_id)
     configure()
     stop(vm_id, image)
+
+
+def test_a_start_waits_for_the_erase_that_frees_its_room(
+    volume_group: str, file_storage: FileStorage
+) -> None:
+    """A VM whose disk fills the group is stopped and started; status shows what it waits for."""
+    configure("retention: {erase: zero}\n")
+    image = file_storage.template(SIZE, seed=51)
+    vm_id = start(image)
+    free = int(run("vgs", "--noheadings", "--units", "b", "--nosuffix", "-o", "vg_free", volume_group))
+    configure(f"retention: {{erase: zero}}\nmargins: {{reserve: {free}}}\n")  # its own room is all there is
+    stop(vm_id, image)
+    with slow_blkdiscard() as waits:
+        call = begin(image, vm_id)
+        wait_for(erasing, "the old copy to be set aside")
+        wait_for(lambda: states() == ["making_room"], "status to show it")
+        waits.unlink()
+        result = call.wait()
+    assert result.rc == 0, result.stderr
+    assert equals_source(image)
+    assert set(host.logical_volumes()) == {image.leaf.id}
+    libvirt.undefine(vm_id)
+    configure()
+    stop(vm_id, image)
+
+
+def states() -> list[str]:
+    """The states of disks that `status` shows, but of those to be removed."""
+    shown = json.loads(run(str(host.PROGRAM), "status", "--json"))
+    return [disk["state"] for disk in shown["disks"] if disk["state"] != "deleting"]
 
 
 def test_a_missed_stop_that_must_be_erased(volume_group: str, file_storage: FileStorage) -> None:

@@ -495,11 +495,29 @@ def _bring_in(p: Prediction, vm_id: str, image_id: str, making: Making, is_left:
         key = ""
     if key == "" and is_good:
         beside = shelf.fits(policy, *_wanted(p.state, image_id, policy, is_whole=False))
-        p.state, key = shelf.begin_fill(p.state, base, policy, beside)
+        key = _begin_fill(p, base, policy, beside)
         if key and is_left:
             p.state = replace(p.state, flight=_flight(vm_id, image_id, key, making, source=base))
         elif key:
             p.state = shelf.filled(p.state, key)
+    return key
+
+
+def _begin_fill(p: Prediction, base: Source, policy: Policy, beside: shelf.IsRoom | None) -> str:
+    """An unfinished template LV, if there is room for it and for what is to be `beside` it; its key or ""."""
+    planned = shelf.plan_fill(p.state, base, policy)
+    if planned is None:
+        return ""
+    lv, over = planned
+    alone = shelf.fits(policy, base.size, base.data)
+
+    def is_room(then: State, spare: int) -> bool:
+        return alone(then, spare) and (beside is None or beside(then, spare - lv.takes))
+
+    if not _find_room(p, policy, is_room, "", (), over):
+        return ""
+    key = shelf.new_key(base, lv.is_thin)
+    p.state = p.state.with_cached(key, lv)
     return key
 
 
@@ -569,13 +587,37 @@ def _begin_copy(p: Prediction, vm_id: str, image_id: str, making: Making, base: 
 
 
 def _find_room(
-    p: Prediction, policy: Policy, is_room: shelf.IsRoom, but: str, replaced: tuple[str, ...]
+    p: Prediction,
+    policy: Policy,
+    is_room: shelf.IsRoom,
+    but: str,
+    replaced: tuple[str, ...],
+    over: Iterable[str] = (),
 ) -> bool:
-    """Remove idle template LVs, or replaced disks, or both, to make room; nothing if that would not help."""
-    p.state, is_good = shelf.with_room(p.state, policy, is_room, but)
-    spares = [k for k in replaced if k in p.state.disks and p.state.disks[k].is_thin == shelf.is_thin(policy)]
+    """Remove what is set aside, then idle template LVs, or replaced disks, or both, to make room.
+
+    Template LVs `over` a limit are removed first.  Nothing is removed if that would not help.
+    """
+    thin = shelf.is_thin(policy)
+    waiting = [k for k, disk in p.state.disks.items() if disk.is_thin == thin and _waits(p.state, k)]
+    spares = [k for k in replaced if k in p.state.disks and p.state.disks[k].is_thin == thin]
     spares = [k for k in spares if not p.state.is_open(k)]
+    comes = sum(_takes(p.state, p.state.disks[k]) for k in waiting)
+    comes += sum(p.state.cached[key].takes for key in shelf.aside(p.state, thin))
     takes = sum(_takes(p.state, p.state.disks[k]) for k in spares)
+    evicted = sum(p.state.cached[key].takes for key in shelf.idle(p.state, thin, but))
+    if not is_room(p.state, comes + evicted + takes):
+        return False
+    for key in over:
+        p.state = p.state.with_cached(key, None)
+    for key in sorted([*waiting, *shelf.aside(p.state, thin)]):
+        if is_room(p.state, 0):
+            return True
+        if key in p.state.cached:
+            p.state = p.state.with_cached(key, None)
+        else:
+            _erase_and_remove(p, key, policy, does_erase=True)
+    p.state, is_good = shelf.with_room(p.state, policy, is_room, but)
     if not (is_good or is_room(p.state, takes)):  # template LVs first, as they are only copies
         p.state, is_good = shelf.with_room(p.state, policy, is_room, but, beside=takes)
     if is_good or not is_room(p.state, takes):
@@ -586,6 +628,12 @@ def _find_room(
             return True
     p.state, is_good = shelf.with_room(p.state, policy, is_room, but)
     return is_good
+
+
+def _waits(state: State, key: str) -> bool:
+    """Whether it only waits to be erased."""
+    disk = state.disks[key]
+    return disk.is_aside and not disk.name and not (state.is_open(key) or key in state.backups)
 
 
 def _takes(state: State, disk: LocalDisk) -> int:
@@ -709,7 +757,7 @@ def _prefetch(p: Prediction, template: str, backend: str, is_left: bool = False)
         p.state = p.state.with_cached(key, p.state.cached[key].used_at(p.state.now))
         return
     if is_good:
-        p.state, key = shelf.begin_fill(p.state, base, policy, None)
+        key = _begin_fill(p, base, policy, None)
     if not key:
         raise Refused
     if is_left:

@@ -49,6 +49,12 @@ def idle(state: State, thin: bool, but: str = "") -> list[str]:
     ]
 
 
+def aside(state: State, thin: bool) -> list[str]:
+    """The keys of what was set aside in a place, and waits to be erased."""
+    found = (key for key, lv in state.cached.items() if lv.is_thin == thin and lv.state == ASIDE)
+    return [key for key in found if not state.is_open(key)]
+
+
 def _in_place(state: State, thin: bool) -> list[tuple[str, Cached]]:
     found = [(key, lv) for key, lv in state.cached.items() if lv.is_thin == thin and lv.state != ASIDE]
     return sorted(found, key=lambda pair: (pair[1].used, pair[1].name))
@@ -92,32 +98,25 @@ def taken_away(state: State, key: str, erase: str) -> State:
     return state.with_cached(key, None if erase == "none" else aside)
 
 
-def begin_fill(state: State, base: Source, policy: Policy, beside: IsRoom | None) -> tuple[State, str]:
-    """An unfinished template LV, if there is room for it and for what is to be `beside` it; its key or ""."""
+def plan_fill(state: State, base: Source, policy: Policy) -> tuple[Cached, list[str]] | None:
+    """The template LV that is to be made, and the keys of those that go for `cache.max_size`.
+
+    None if it is larger than that, or than what those in use leave of it.
+    """
     thin = is_thin(policy)
     lv = Cached(
         "", base.volume, base.version, UNFINISHED, base.content, whole(state, base.size), thin, base.data
     )  # fmt: skip
-    every = _in_place(state, thin)
     keys = idle(state, thin)
-    free = policy.max_size - sum(each.takes for key, each in every if key not in keys)
+    free = policy.max_size - sum(each.takes for key, each in _in_place(state, thin) if key not in keys)
     if lv.takes > free:
-        return state, ""
-    left = sum(state.cached[key].takes for key in keys)
-    while left > free - lv.takes:
-        key, *keys = keys
-        left -= state.cached[key].takes
-        state = state.with_cached(key, None)
-    alone = fits(policy, base.size, base.data)
-
-    def is_room(then: State, spare: int) -> bool:
-        return alone(then, spare) and (beside is None or beside(then, spare - lv.takes))
-
-    state, is_good = with_room(state, policy, is_room)
-    if not is_good:
-        return state, ""
-    key = new_key(base, thin)
-    return state.with_cached(key, lv), key
+        return None
+    over, left = list[str](), sum(state.cached[key].takes for key in keys)
+    for key in keys:
+        if left > free - lv.takes:
+            over.append(key)
+            left -= state.cached[key].takes
+    return lv, over
 
 
 def filled(state: State, key: str) -> State:

@@ -13,7 +13,6 @@ import pytest
 
 from localdisk import counters, lock
 from localdisk.errors import CommandTimeout, DeviceNotReady, NoTemplate
-from localdisk.frozen import replace
 from localdisk.helper import cache
 from localdisk.volumes import gc, progress, template
 from localdisk.volumes.lvm import VolumeGroup
@@ -1298,21 +1297,3 @@ def test_a_sample_reads_little_and_inside(monkeypatch: pytest.MonkeyPatch, tmp_p
 def test_devices_of_a_volume_that_is_not_there() -> None:
     with pytest.raises(NoTemplate, match="No such file"):
         list(cache._devices("/dev/no-such-domain/volume"))
-
-
-# -- the group as it would be
-
-
-def test_a_group_as_it_would_be(host: FakeHost) -> None:
-    host.volumes["pool0"].data_percent = "50.00"
-    vg = VolumeGroup.from_report(host.report())
-    with_more = cache._with_template(vg, "", BASE_SIZE - 5, WRITES)
-    assert with_more == replace(vg, vg_free=vg.vg_free - BASE_SIZE)
-    assert cache._without(vg, "", BASE_SIZE) == replace(vg, vg_free=vg.vg_free + BASE_SIZE)
-    pool = vg.lvs[0]
-    (as_if,) = cache._with_template(vg, "pool0", BASE_SIZE, pool.lv_size // 4).lvs
-    assert as_if.data_percent == 75.0
-    (as_if,) = cache._without(vg, "pool0", pool.lv_size).lvs
-    assert as_if.data_percent == 0.0
-    silent = replace(vg, lvs=(replace(pool, data_percent=None),))
-    assert cache._without(silent, "pool0", 5) == silent

@@ -953,6 +953,73 @@ def test_room_is_made_by_what_is_replaced(host: FakeHost) -> None:
     assert Hook(host).start()["target"]
 
 
+ERASES = pytest.mark.parametrize("is_kept", [False, True])
+
+
+def add_erasable(host: FakeHost, is_kept: bool) -> Volume:
+    """The only volume that can make room: it was set aside, or is kept and will be replaced."""
+    name = OTHER_VOLUME
+    lv_tags = tags("STOPPED_5", fingerprint=OTHER_FINGERPRINT) if is_kept else aside("zero", name)
+    host.vg["vg_free"] = str(SIZE - EXTENT)
+    return host.add(name, lv_tags, SIZE, lv_active="")
+
+
+ZERO = "{copy: {parallel: 1}, retention: {on_stop: keep, on_source_change: recopy, erase: zero}}"
+
+
+@ERASES
+def test_nobody_else_waits_while_a_start_erases_for_room(host: FakeHost, is_kept: bool) -> None:
+    """It has neither the space lock nor a turn: another start makes its disk meanwhile, if that one has room.
+
+    Then the turn is taken again as it was.
+    """
+    old = add_erasable(host, is_kept)
+    seen: list[object] = []
+
+    def erase(_argv: list[str]) -> None:
+        if not seen:
+            seen.extend([in_lock().phase, turns(), lock.is_held(os.path.join(lock.RUN, "space.lock"))])
+            other = Hook(host, ZERO)
+            other.ask(CLAIM, vm=OTHER_VM, image=OTHER_IMAGE, volume=THIRD_VOLUME)
+            seen.append(other.ask(PREPARE, size=EXTENT)["how"])
+            seen.append(other.ask(COMMIT_IT))
+
+    host.before["blkdiscard"] = erase
+    hook = Hook(host, ZERO)
+    hook.ask(CLAIM)
+    assert hook.ask(PREPARE)["how"] == "copy"
+    assert seen == ["making_room", 0, False, "copy", {}]
+    assert (in_lock().phase, turns()) == ("copying", 1)
+    assert (host.removed, host.erased) == ([old], {old.lv_uuid})
+    assert hook.ask(COMMIT_IT) == {}
+    assert locks() == []
+
+
+def test_a_start_waits_for_the_erase_that_another_process_does(host: FakeHost) -> None:
+    old = add_erasable(host, False)
+    hook = Hook(host, ZERO)
+    hook.ask(CLAIM)
+    for _ in held_elsewhere(os.path.join(lock.RUN, "erase.lock")):
+        with pytest.raises(Ended):  # it waits
+            hook.ask(PREPARE)
+    assert host.volumes[OTHER_VOLUME] is old
+    hook.session.close()
+    assert Hook(host, ZERO).start()["how"] == "copy"
+    assert host.removed == [old]
+
+
+def test_what_was_set_aside_and_cannot_be_erased_makes_no_room(host: FakeHost, logged: list[str]) -> None:
+    old = add_erasable(host, False)
+    old.lv_tags = aside("discard", OTHER_VOLUME)
+    host.cannot_discard.add(f"/dev/ovirt-local/{OTHER_VOLUME}")
+    hook = Hook(host, "retention: {erase: discard}")
+    hook.ask(CLAIM)
+    assert "lacks 4 MiB" in hook.refused(PREPARE)
+    assert host.volumes[OTHER_VOLUME] is old
+    assert f"a volume that was set aside makes no room disk={OTHER_VOLUME}" in "".join(logged)
+    assert locks() == []
+
+
 def test_without_the_group(host: FakeHost) -> None:
     message = Hook(host, "volume_group: other").refused(CLAIM)
     assert message.startswith("no volume group other on this host : create it (vgcreate other DEVICE)")

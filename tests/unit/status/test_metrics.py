@@ -21,6 +21,7 @@ from localdisk.frozen import replace
 from localdisk.status import metrics, problems, snapshot
 from localdisk.status.problems import Problem
 from localdisk.status.snapshot import CacheUse, Copy, Group, Next, Pool, Row, Snapshot, TemplateRow
+from localdisk.volumes.progress import PHASES
 from tests.fakes import IMAGE, OTHER_VOLUME, VM, VOLUME
 
 ROOT = Path(__file__).parents[3]
@@ -241,8 +242,8 @@ def test_copies() -> None:
             templates=(shelved("waiting", copying("waiting", NOW - 120)), shelved("copying"), shelved()),
         )
     )
-    phases = {phase: value(values, "copies", phase=phase) for phase in metrics.PHASES}
-    assert phases == {"preparing": 1, "waiting": 3, "copying": 3, "stalled": 1}
+    phases = {phase: value(values, "copies", phase=phase) for phase in PHASES}
+    assert phases == {"preparing": 1, "waiting": 3, "making_room": 0, "copying": 3, "stalled": 1}
     assert value(values, "copy_longest_wait_seconds") == 120
 
 

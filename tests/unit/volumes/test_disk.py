@@ -9,27 +9,20 @@ from hypothesis import strategies as st
 
 from localdisk import frozen
 from localdisk.clock import Moment
-from localdisk.config import Cache, Copy, Margins, Policy, Retention
+from localdisk.config import Retention
 from localdisk.errors import (
     DependentVolumes,
     DiskBusy,
     DiskDrifted,
     Error,
     KeptStale,
-    NoSpace,
-    NoThinPool,
     OtherLeaf,
     OtherOwner,
     SourceChanged,
-    ThinPoolFull,
-    ThinPoolInactive,
-    ThinPoolNotZeroing,
-    VolumeGroupUnusable,
 )
 from localdisk.ids import is_fingerprint
-from localdisk.units import Amount
 from localdisk.volumes import disk as life
-from localdisk.volumes.disk import LocalDisk, Start, State, Stop, Wanted, plan_start, plan_stop, require_room
+from localdisk.volumes.disk import LocalDisk, Start, State, Stop, Wanted, plan_start, plan_stop
 from localdisk.volumes.lvm import LogicalVolume, VolumeGroup
 from tests.examples import examples
 from tests.fakes import (
@@ -42,29 +35,12 @@ from tests.fakes import (
     OTHER_VOLUME,
     VM,
     VOLUME,
-    FakeHost,
     report,
     tags,
 )
+from tests.fakes.policy import RETENTION
 
 SIZE = 64 << 20
-RETENTION = Retention(
-    "keep", keep_for=3600, grace=600, on_source_change="refuse", erase="none", older_disks="keep"
-)
-POLICY = Policy(
-    volume_group="ovirt-local",
-    backend="lvm",
-    thin_pool="pool0",
-    devices=(),
-    margins=Margins(Amount(bytes=0), Amount(bytes=0), thin_data=90.0, thin_metadata=80.0),
-    retention=RETENTION,
-    copy=Copy(parallel=2, bandwidth=None, nice=10, stall=300),
-    hotplug="refuse",
-    cache=Cache(templates=False, max_size=Amount(percent=50.0), keep_for=0),
-    enabled=True,
-    disks=None,
-)
-THIN = frozen.replace(POLICY, backend="lvmthin")
 
 
 def volume(
@@ -597,185 +573,3 @@ def test_a_stop_does_what_the_table_says() -> None:
         if state is State.DRIFTED:
             expected = Stop.LEAVE
         assert plan_stop(disk, retention) is expected, (state, is_open, on_stop, erase)
-
-
-# -- room
-
-
-def group(**vg: str) -> FakeHost:
-    host = FakeHost()
-    host.vg.update(vg)
-    return host
-
-
-def read(host: FakeHost) -> VolumeGroup:
-    return VolumeGroup.from_report(host.report())
-
-
-def with_margins(policy: Policy, **margins: Amount | float) -> Policy:
-    return frozen.replace(policy, margins=frozen.replace(policy.margins, **margins))
-
-
-@pytest.mark.parametrize(
-    ("reserve", "size", "missing"),
-    [
-        (Amount(bytes=0), 10 * EXTENT, None),
-        (Amount(bytes=0), 10 * EXTENT + 1, "4 MiB"),
-        (Amount(bytes=0), 9 * EXTENT + 1, None),
-        (Amount(bytes=EXTENT), 9 * EXTENT, None),
-        (Amount(bytes=EXTENT), 9 * EXTENT + 512, "4 MiB"),
-        (Amount(bytes=1), 10 * EXTENT, "1 B"),
-        (Amount(percent=5.0), 5 * EXTENT, None),
-        (Amount(percent=5.0), 5 * EXTENT + 1, "4 MiB"),
-        (Amount(percent=10.0), 1, "4 MiB"),
-        (Amount(percent=100.0), 1, "364 MiB"),
-    ],
-)
-def test_thick_room(reserve: Amount, size: int, missing: str | None) -> None:
-    host = group(vg_free=str(10 * EXTENT), vg_size=str(100 * EXTENT))
-    policy = with_margins(POLICY, reserve=reserve)
-    if missing is None:
-        require_room(read(host), policy, size, size)
-    else:
-        with pytest.raises(NoSpace, match=f"lacks {missing}: the disk needs"):
-            require_room(read(host), policy, size, size)
-
-
-def test_room_that_lvm_may_not_use() -> None:
-    """It is no free space, whatever LVM reports; and the error says how to get it."""
-    host = group(vg_free=str(10 * EXTENT), vg_size=str(100 * EXTENT))
-    host.unallocatable = [
-        {"pv_name": "/dev/sdb", "pv_free": str(4 * EXTENT)},
-        {"pv_name": "/dev/sdc", "pv_free": "0"},
-    ]
-    policy = with_margins(POLICY, reserve=Amount(bytes=0))
-    assert read(host).vg_free == 6 * EXTENT
-    require_room(read(host), policy, 6 * EXTENT, 6 * EXTENT)
-    with pytest.raises(NoSpace, match=r"24 MiB is free where.*not on /dev/sdb : pvchange -x y /dev/sdb,"):
-        require_room(read(host), policy, 7 * EXTENT, 7 * EXTENT)
-
-
-def pool(data: str = "50.00", metadata: str = "10.00", size: int = 1000 * EXTENT) -> FakeHost:
-    host = FakeHost()
-    host.volumes["pool0"].lv_size = size
-    host.volumes["pool0"].data_percent, host.volumes["pool0"].metadata_percent = data, metadata
-    return host
-
-
-def percent(number: float) -> int:
-    return int(10 * EXTENT * number)
-
-
-@pytest.mark.parametrize(
-    ("data", "metadata", "writes", "limit"),
-    [
-        ("0.00", "0.00", 0, None),
-        ("50.00", "10.00", percent(40), None),
-        ("50.00", "10.00", percent(40) + EXTENT, "thin_data"),
-        ("90.00", "80.00", 0, None),
-        ("90.01", "0.00", 0, "thin_data"),
-        ("0.00", "80.01", 0, "thin_metadata"),
-        ("100.00", "100.00", 0, "thin_data"),
-        ("0.00", "0.00", percent(90), None),
-        ("0.00", "0.00", 64 << 40, "thin_data"),
-    ],
-)
-def test_thin_room(data: str, metadata: str, writes: int, limit: str | None) -> None:
-    vg = read(pool(data, metadata))
-    if limit is None:
-        require_room(vg, THIN, SIZE, writes)
-    else:
-        with pytest.raises(
-            ThinPoolFull, match=rf"would pass margins\.{limit}: [0-9.]+ % of [0-9.]+ % allowed"
-        ):
-            require_room(vg, THIN, SIZE, writes)
-
-
-def test_thin_disk_does_not_need_room_for_its_size() -> None:
-    host = pool("0.00")
-    host.vg["vg_free"] = "0"
-    require_room(read(host), THIN, 64 << 40, 0)
-
-
-def test_unfinished_copies_have_their_promise_counted() -> None:
-    host = pool("50.00")
-    thin = {"lv_layout": "thin,sparse", "pool_lv": "pool0"}
-    host.add(
-        VOLUME, tags("UPDATING", f"WRITES_{percent(30)}"), size=percent(60), data_percent="25.00", **thin
-    )
-    # 30 % promised, a quarter of its 60 % is written and is in the pool's 50 %: 15 % are still to come
-    require_room(read(host), THIN, SIZE, percent(25))
-    with pytest.raises(ThinPoolFull, match=r"thin_data: 90\.1 % of 90 %"):
-        require_room(read(host), THIN, SIZE, percent(25.1))
-    host.add(OTHER_VOLUME, tags("UPDATING", f"WRITES_{percent(20)}"), size=percent(20), lv_active="", **thin)
-    require_room(read(host), THIN, SIZE, percent(5))
-    with pytest.raises(ThinPoolFull):
-        require_room(read(host), THIN, SIZE, percent(5.1))
-
-
-def test_a_template_that_is_being_copied_has_its_promise_counted() -> None:
-    """Else another disk could take the room that it still needs."""
-    host = pool("50.00")
-    thin = {"lv_layout": "thin,sparse", "pool_lv": "pool0"}
-    lv_tags = {"localdisk", f"TEMPLATE_{OTHER_VOLUME}", "UPDATING", f"WRITES_{percent(30)}"}
-    host.add(VOLUME, lv_tags, size=percent(60), data_percent="25.00", **thin)
-    require_room(read(host), THIN, SIZE, percent(25))
-    with pytest.raises(ThinPoolFull):
-        require_room(read(host), THIN, SIZE, percent(25.1))
-
-
-def test_a_clone_promises_only_what_it_does_not_share() -> None:
-    """LVM counts the blocks that it shares with its template as its data; so does its promise."""
-    host = pool("50.00")
-    clone = {"lv_layout": "thin,sparse", "pool_lv": "pool0", "data_percent": "50.00"}
-    host.add(VOLUME, tags("UPDATING", f"WRITES_{percent(30 + 10)}"), size=percent(60), **clone)
-    require_room(read(host), THIN, SIZE, percent(30))
-    with pytest.raises(ThinPoolFull):
-        require_room(read(host), THIN, SIZE, percent(30.1))
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"lv_tags": tags(f"WRITES_{percent(40)}"), "pool_lv": "pool0"},  # finished
-        {"lv_tags": tags("UPDATING", f"WRITES_{percent(40)}"), "pool_lv": "pool1"},
-        {"lv_tags": tags("UPDATING", f"WRITES_{percent(40)}"), "pool_lv": ""},  # thick
-        {"lv_tags": tags("UPDATING", f"WRITES_{percent(10)}"), "pool_lv": "pool0", "data_percent": "100.00"},
-        {"lv_tags": {"UPDATING", f"WRITES_{percent(40)}"}, "pool_lv": "pool0"},  # not ours
-    ],
-)
-def test_what_promises_nothing(fields: dict[str, object]) -> None:
-    host = pool("50.00")
-    host.add(VOLUME, size=percent(60), **fields)  # type: ignore[arg-type]
-    require_room(read(host), THIN, SIZE, percent(40))
-
-
-@pytest.mark.parametrize("layout", [None, "linear", "cache,pool", "thin,sparse"])
-def test_pool_that_is_none(layout: str | None) -> None:
-    host = pool()
-    if layout:
-        host.volumes["pool0"].lv_layout = layout
-    else:
-        del host.volumes["pool0"]
-    with pytest.raises(NoThinPool, match="no thin pool ovirt-local/pool0 : create it"):
-        require_room(read(host), THIN, SIZE, 0)
-
-
-def test_pool_that_does_not_zero() -> None:
-    with pytest.raises(ThinPoolNotZeroing, match="lvchange --zero y scratch/pool0"):
-        require_room(VolumeGroup.from_report(report("not-zeroing")), THIN, SIZE, 0)
-
-
-def test_pool_that_does_not_tell_how_full_it_is() -> None:
-    """An inactive pool may be full: the margins cannot be kept, so nothing is made in it."""
-    with pytest.raises(ThinPoolInactive, match=r"lvchange --activate y ovirt-local/pool0"):
-        require_room(VolumeGroup.from_report(report("pool-inactive")), THIN, SIZE, 0)
-
-
-@pytest.mark.parametrize("backend", ["lvm", "lvmthin"])
-@pytest.mark.parametrize(
-    "vg", [{"vg_partial": "partial"}, {"vg_exported": "exported"}, {"vg_lock_type": "sanlock"}], ids=str
-)
-def test_no_room_in_an_unusable_group(vg: dict[str, str], backend: str) -> None:
-    with pytest.raises(VolumeGroupUnusable):
-        require_room(read(group(**vg)), frozen.replace(POLICY, backend=backend), 512, 0)

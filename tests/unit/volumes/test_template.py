@@ -14,7 +14,7 @@ from localdisk.config import Cache
 from localdisk.frozen import replace
 from localdisk.ids import is_uuid
 from localdisk.volumes import disk as life
-from localdisk.volumes import template
+from localdisk.volumes import room, template
 from localdisk.volumes.disk import LocalDisk, State
 from localdisk.volumes.lvm import LogicalVolume, VolumeGroup
 from localdisk.volumes.template import Template
@@ -183,7 +183,7 @@ def test_what_is_tagged_is_read_back(writes: int, holds: int, now: float, is_thi
     unfinished = found(new, pool_lv=pool_lv)
     assert not unfinished.is_ready
     assert unfinished.writes_tags == {f"WRITES_{writes}"}
-    assert life._still_to_write(unfinished.lv) == writes  # the room that it will take is taken
+    assert room._still_to_write(unfinished.lv) == writes  # the room that it will take is taken
     ready = found(
         (new - unfinished.writes_tags - {"UPDATING"}) | template.ready_tags(holds, SAMPLE, now),
         pool_lv=pool_lv,
@@ -192,7 +192,7 @@ def test_what_is_tagged_is_read_back(writes: int, holds: int, now: float, is_thi
     assert (ready.volume_id, ready.fingerprint, ready.sample) == (OTHER_VOLUME, FINGERPRINT, SAMPLE)
     assert (ready.used, ready.holds) == (int(now), holds if is_thin else SIZE)
     assert ready.used_tags == {template.used_tag(now)}
-    assert life._still_to_write(ready.lv) == 0
+    assert room._still_to_write(ready.lv) == 0
 
 
 PLACE = (OTHER_VOLUME, FINGERPRINT, "lvmthin", "pool0")
