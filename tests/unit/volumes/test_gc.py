@@ -86,6 +86,59 @@ def fixture_host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeHost:
     return FakeHost().install(monkeypatch, tmp_path)
 
 
+# -- deciding: the order
+
+
+# The rows of the table in docs/operations.md: how each begins, the reason that gc gives, and what makes it so
+# beside what makes the rows below it so.  `lv_tags`: then the rows below are of another state.
+ROWS: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("open", "in use, its device is open", {"is_open": True}),
+    ("being worked on", "a process works on it", {"is_locked": True}),
+    ("drifted: ", "it has data of its VM", {"lv_tags": tags(f"DRIFTED_{NOW}")}),
+    ("of a VM about which libvirt", "libvirt cannot be asked about its VM", {"vm_runs": None}),
+    ("of a VM that runs or is paused", "its VM runs", {"vm_runs": True}),
+    ("of a VM that has another disk", "another disk of its VM is being prepared", {"vm_is_prepared": True}),
+    (
+        "complete and not marked, of a VM that libvirt knows",
+        "its VM ran from another volume",
+        {"lv_tags": tags() - {"localdisk"}, "vm_is_defined": True, "ran_elsewhere": True},
+    ),
+    ("of vdsm's older hook", "an older hook's disk", {"lv_tags": tags() - {"localdisk"}}),
+    ("one with volumes", "but LVM would remove backup with it", {"dependents": ("backup",)}),
+    ("an unfinished copy", "unfinished copy that nobody works on", {"lv_tags": tags("UPDATING")}),
+    ("set aside", "set aside to be erased", {"lv_tags": ASIDE}),
+    (
+        "marked for removal",
+        "marked for removal when its VM stopped",
+        {"lv_tags": tags("DELETING", "STOPPED_5")},
+    ),
+    (
+        "marked at a time that the clock has not reached",
+        "marked as stopped in the future",
+        {"lv_tags": tags(f"STOPPED_{NOW + 9}")},
+    ),
+    ("marked at a time before", "marked as stopped before the disk was made", {"lv_tags": tags("STOPPED_5")}),
+    ("kept since its VM stopped", "kept for another", {"lv_tags": tags(f"STOPPED_{NOW}")}),
+    ("complete and not marked: ", "no VM needs it", {"lv_tags": tags()}),
+)
+
+
+def test_the_table_has_the_order_of_decisions() -> None:
+    """From the last row to the first, each comes before all below it."""
+    page = (Path(__file__).parents[3] / "docs/operations.md").read_text()
+    table = page.split("| a disk that is | is removed |\n|---|---|\n")[1].split("\n\n")[0].splitlines()
+    assert len(table) == len(ROWS) + 1  # the first is of what gc does not look at
+    so_far: dict[str, Any] = {"is_locked": False, "vm_runs": False}
+    for row, (begins, reason, more) in reversed([*zip(table[1:], ROWS)]):
+        assert row.startswith(f"| {begins}")
+        so_far |= more
+        witnesses = dict(so_far, may_start=True)
+        found = disk(witnesses.pop("lv_tags"), witnesses.pop("is_open", False))
+        lv = frozen.replace(found.lv, dependents=witnesses.pop("dependents", ()))
+        verdict = decide(frozen.replace(found, lv=lv), Witnesses(**witnesses), policy(), Moment(NOW))
+        assert reason in verdict.reason, begins
+
+
 # -- deciding: every combination
 
 
