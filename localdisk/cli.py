@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from localdisk import __version__
+from localdisk.backend import BACKENDS
 from localdisk.errors import (
     DependentVolumes,
     DiskNeeded,
@@ -439,7 +440,7 @@ def parser() -> argparse.ArgumentParser:
     prefetch_mode.add_argument("volumes", nargs="+", metavar="PATH|VOLUME")
     prefetch_mode.add_argument(
         "--backend",
-        choices=("lvm", "lvmthin"),
+        choices=BACKENDS,
         help="for VMs with this backend; default: the configured backend",
     )
     remove_mode = mode(

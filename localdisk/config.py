@@ -19,6 +19,7 @@ from functools import lru_cache
 from types import MappingProxyType
 
 from localdisk import config_memory
+from localdisk.backend import BACKENDS, Backend
 from localdisk.config_yaml import FILE_LIMIT, Problem, Refused, Tree, read_tree, shorten
 from localdisk.errors import BadProperty, ConfigRefused, ConfigUnreadable
 from localdisk.frozen import frozen, replace
@@ -38,7 +39,6 @@ DEFAULT_PATH = "/etc/localdisk.yaml"
 
 _SCHEMA_FILE = "localdisk.schema.json"
 _SHOWN_PROBLEMS = 50
-_BACKENDS = ("lvm", "lvmthin")
 
 
 # -- what the rest of the program sees
@@ -90,7 +90,7 @@ class Settings:
     """Every key that may stand at the top of the file and again under `vms`."""
 
     volume_group: str
-    backend: str
+    backend: Backend
     thin_pool: str
     devices: tuple[str, ...]
     margins: Margins
@@ -102,7 +102,7 @@ class Settings:
     @property
     def pool(self) -> str:
         """The thin pool in which disks are made, "" if they are not made in one."""
-        return self.thin_pool if self.backend == "lvmthin" else ""
+        return self.thin_pool if self.backend is Backend.THIN else ""
 
 
 @frozen
@@ -122,7 +122,7 @@ class Override:
     """A VM's policy before its property is known; `backend`: of its own section, None if it has none."""
 
     policy: Policy
-    backend: str | None
+    backend: Backend | None
 
 
 @frozen
@@ -137,10 +137,10 @@ class Config(Settings):
 
         `property_value` is `lvm`, `lvmthin` or `on`, which leaves the backend to the file; else BadProperty.
         """
-        if property_value not in ("on", *_BACKENDS):
+        if property_value not in ("on", *BACKENDS):
             raise BadProperty(value=property_value)
         override = self.vms.get(vm_id.lower(), self.others)
-        asked = property_value if property_value in _BACKENDS else None
+        asked = Backend(property_value) if property_value in BACKENDS else None
         backend = override.backend or asked or self.backend
         return (
             override.policy
@@ -457,14 +457,14 @@ def _override(general: _Values, own: _Values) -> Override:
     values = _merge(general, own)
     disks = None if values["disks"] == "all" else tuple(values["disks"])
     policy = Policy(**_settings(values), enabled=values["enabled"], disks=disks)
-    return Override(policy, own.get("backend"))
+    return Override(policy, Backend(own["backend"]) if "backend" in own else None)
 
 
 def _settings(values: _Values) -> _Values:
     """The fields of `Settings`."""
     return {
         "volume_group": values["volume_group"],
-        "backend": values["backend"],
+        "backend": Backend(values["backend"]),
         "thin_pool": values["thin_pool"],
         "devices": tuple(values["devices"]),
         "margins": _margins(**values["margins"]),

@@ -30,6 +30,7 @@ from collections.abc import Callable, Mapping
 from enum import Enum
 
 from localdisk import kept, uncached
+from localdisk.backend import BACKENDS
 from localdisk.errors import BadRequest
 from localdisk.frozen import frozen, names
 from localdisk.ids import is_fingerprint, is_uuid
@@ -43,8 +44,7 @@ if TYPE_CHECKING:
 
 MAX_REQUEST = 64 * 1024  # bytes of one line
 MAX_DISKS = 256
-PROPERTY_VALUES = ("lvm", "lvmthin", "on")
-BACKENDS = ("lvm", "lvmthin")
+PROPERTY_VALUES = (*BACKENDS, "on")
 
 # Names on the line, if they differ from the attributes' names.
 WIRE = {

@@ -182,7 +182,7 @@ def _pools_in_use(group: Group, config: Config) -> set[str]:
     assert group.vg  # noqa: S101 (asked by check_group)
     overrides = (config.others, *config.vms.values())
     policies = [override.policy for override in overrides if override.policy.volume_group == group.name]
-    wanted = {policy.thin_pool for policy in policies if policy.backend == "lvmthin"}
+    wanted = {policy.pool for policy in policies if policy.pool}
     named = {policy.thin_pool for policy in policies if group.vg.find(policy.thin_pool)}
     return wanted | named | {disk.lv.pool_lv for disk in group.disks if disk.lv.pool_lv}
 
@@ -239,7 +239,7 @@ def _caches(vg: VolumeGroup, config: Config) -> Iterator[Finding]:
         if not policy.cache.templates or policy.volume_group != vg.vg_name:
             continue
         pool = vg.find(policy.thin_pool)
-        if policy.backend == "lvm":
+        if not policy.pool:
             left = vg.vg_size - policy.margins.reserve.of(vg.vg_size)
             place = f"volume group {vg.vg_name}"
             yield from _cache(policy, place, vg.vg_size, "margins.reserve", left)
@@ -267,7 +267,7 @@ def _discards(group: Group, vg: VolumeGroup, config: Config) -> Iterator[Finding
     mine = [policy for policy in config.policies if policy.volume_group == vg.vg_name]
     fix = f"set retention.erase: zero in {files.CONFIG}"
     erased = [policy for policy in mine if policy.retention.erase == "discard"]
-    if any(policy.backend == "lvm" for policy in erased) and group.no_discard:
+    if any(not policy.pool for policy in erased) and group.no_discard:
         what = f"{', '.join(group.no_discard)} under volume group {vg.vg_name} cannot discard"
         yield Finding(what, "erase: discard would leave the bytes there", fix)
     for pool in sorted(_pools_in_use(group, config)) if erased else ():

@@ -293,10 +293,10 @@ def starts(config: Config, groups: Iterable[Group]) -> tuple[str, ...]:
         policy = override.policy
         if not policy.enabled:
             continue
-        if policy.backend == "lvm":
+        if not policy.pool:
             found.setdefault((policy.volume_group, "", policy.devices), f"{vm_id}=lvm")
         has_pool = override.backend is None and (policy.volume_group, policy.thin_pool) in pools
-        if policy.backend == "lvmthin" or has_pool:
+        if policy.pool or has_pool:
             found.setdefault((policy.volume_group, policy.thin_pool, policy.devices), f"{vm_id}=lvmthin")
     return tuple(found.values())
 

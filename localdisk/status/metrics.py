@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from localdisk import __version__, atomic_file, lock, uncached
+from localdisk.backend import Backend
 from localdisk.counters import Counters
 from localdisk.errors import MetricsUnwritable
 from localdisk.status import problems
@@ -158,7 +159,7 @@ def _caches(value: Callable[[CacheUse], int]) -> Callable[[Snapshot], Samples]:
     def samples(snapshot: Snapshot) -> Samples:
         groups = snapshot.volume_groups
         found = [((group.name, "lvm"), group.cache) for group in groups]
-        found += [((group.name, "lvmthin"), group.pool.cache) for group in groups if group.pool]
+        found += [((group.name, Backend.THIN.value), group.pool.cache) for group in groups if group.pool]
         return {key: value(cache) for key, cache in found if cache}
 
     return samples

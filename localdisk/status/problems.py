@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 
 from localdisk import holders
+from localdisk.backend import BACKENDS
 from localdisk.clock import Moment
 from localdisk.config import Config, Margins
 from localdisk.errors import DependentVolumes, Error, plain
@@ -280,7 +281,7 @@ def _of_vm(vm: Running, disks: Disks, config: Config) -> Iterator[Problem]:
     If a kept disk has the mark STALE, its VM was started from shared storage: that is no problem.
     """
     own = {disk.image_id: (group, disk) for group, disk in disks if not disk.is_stale}
-    asked = vm.property_value if vm.property_value in ("on", "lvm", "lvmthin") else ""
+    asked = vm.property_value if vm.property_value in ("on", *BACKENDS) else ""
     policy = config.policy(vm.vm_id, asked or "on")
     for disk in vm.disks:
         expected = f"/dev/{policy.volume_group}/{disk.volume_id}"

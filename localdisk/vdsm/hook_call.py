@@ -14,12 +14,13 @@ import os
 import stat
 from collections.abc import Mapping
 
+from localdisk.backend import BACKENDS
 from localdisk.errors import BadHookCall, BadProperty
 from localdisk.frozen import frozen
 from localdisk.ids import is_uuid
 
 PROPERTY = "localdisk"  # the VM custom property; older hook: the same name, values lvm and lvmthin
-VALUES = ("lvm", "lvmthin", "on", "off")
+VALUES = (*BACKENDS, "on", "off")
 DATA_LIMIT = 16 * 1024 * 1024  # bytes; a large domain's XML is some 100 KiB
 
 # The path of the daemon in its service (vdsm `init/systemd/vdsmd.service.in`), and its path before vdsm 4.40.

@@ -32,6 +32,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
+from localdisk.backend import Backend
 from localdisk.clock import Moment
 from localdisk.config import Retention
 from localdisk.errors import (
@@ -127,8 +128,8 @@ class LocalDisk:
         return OURS not in self.lv.lv_tags
 
     @property
-    def backend(self) -> str:
-        return "lvmthin" if self.lv.pool_lv else "lvm"
+    def backend(self) -> Backend:
+        return Backend.THIN if self.lv.pool_lv else Backend.THICK
 
     @property
     def is_complete(self) -> bool:

@@ -233,7 +233,7 @@ def _erase(vg: VolumeGroup, disk: LocalDisk, erase: str, pace: Pace) -> None:
         _require_discard(vg, disk)
         for start in range(0, size, _DISCARDED):
             vg.discard(disk.volume_id, start, min(_DISCARDED, size - start))
-    elif disk.backend == "lvm":
+    elif not disk.lv.pool_lv:
         for start in range(0, size, pace.step):
             began, length = time.monotonic(), min(pace.step, size - start)
             vg.zero(disk.volume_id, start, length)

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+from localdisk.backend import Backend
 from localdisk.config import Cache
 from localdisk.frozen import frozen, once
 from localdisk.ids import is_fingerprint, is_uuid, uuid_of
@@ -84,8 +85,8 @@ class Template:
         return self.lv.lv_device_open
 
     @property
-    def backend(self) -> str:
-        return "lvmthin" if self.lv.pool_lv else "lvm"
+    def backend(self) -> Backend:
+        return Backend.THIN if self.lv.pool_lv else Backend.THICK
 
     @property
     def is_as_made(self) -> bool:
@@ -134,7 +135,7 @@ def templates(vg: VolumeGroup) -> tuple[Template, ...]:
 
 def lv_name(volume_id: str, fingerprint: str, backend: str, thin_pool: str) -> str:
     """The LV name for a template's volume with this fingerprint, in the group or in a thin pool of it."""
-    place = f"{backend} {thin_pool}" if backend == "lvmthin" else backend
+    place = f"{backend} {thin_pool}" if backend == Backend.THIN else str(backend)
     return uuid_of(f"{volume_id} {fingerprint} {place}", _NAMES)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from localdisk import frozen
+from localdisk.backend import Backend
 from localdisk.config import Cache, Copy, Margins, Policy, Retention
 from localdisk.units import Amount
 
@@ -11,7 +12,7 @@ RETENTION = Retention(
 )
 POLICY = Policy(
     volume_group="ovirt-local",
-    backend="lvm",
+    backend=Backend.THICK,
     thin_pool="pool0",
     devices=(),
     margins=Margins(Amount(bytes=0), Amount(bytes=0), thin_data=90.0, thin_metadata=80.0),
@@ -22,4 +23,4 @@ POLICY = Policy(
     enabled=True,
     disks=None,
 )
-THIN = frozen.replace(POLICY, backend="lvmthin")
+THIN = frozen.replace(POLICY, backend=Backend.THIN)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
 from localdisk import config, frozen
+from localdisk.backend import Backend
 from localdisk.config import Cache, Config, Copy, Margins, Policy, Retention, Settings
 from localdisk.errors import BadProperty, ConfigRefused, ConfigUnreadable, Error
 from localdisk.units import Amount
@@ -29,7 +30,7 @@ OTHER_IMAGE = "aaaaaaaa-bbbb-cccc-dddd-ffffffffffff"
 
 DEFAULTS = Policy(
     volume_group="ovirt-local",
-    backend="lvm",
+    backend=Backend.THICK,
     thin_pool="pool0",
     devices=(),
     margins=Margins(disk=Amount(bytes=0), reserve=Amount(bytes=0), thin_data=90.0, thin_metadata=80.0),
@@ -190,7 +191,7 @@ def test_values_of_sections(section: str, text: str, changed: dict[str, Any]) ->
 def test_config_is_frozen() -> None:
     loaded = parse(f"vms: {{{VM}: {{}}}}")
     with pytest.raises(AttributeError):
-        loaded.backend = "lvmthin"  # type: ignore[misc]
+        loaded.backend = Backend.THIN  # type: ignore[misc]
     with pytest.raises(TypeError):
         loaded.vms[OTHER_VM] = loaded.vms[VM]  # type: ignore[index]
 

@@ -15,12 +15,14 @@ import jsonschema
 import pytest
 
 from localdisk import config, device_mapper, holders, lock
+from localdisk.backend import BACKENDS
 from localdisk.config import Config
 from localdisk.errors import NoVolumeGroup
 from localdisk.frozen import replace
 from localdisk.status import output, problems, snapshot, table
 from localdisk.status.snapshot import CacheUse, Copy, Group, Next, Pool, Row, Snapshot, TemplateRow
 from localdisk.volumes import progress
+from localdisk.volumes.disk import State
 from localdisk.volumes.progress import Progress
 from tests.fakes import (
     FINGERPRINT,
@@ -930,7 +932,18 @@ def test_the_json(host: FakeHost) -> None:
 
 
 def test_the_schema_has_all_words() -> None:
-    assert SCHEMA["$defs"]["problem"]["properties"]["kind"]["enum"] == list(problems.KINDS)
+    fields = {name: SCHEMA["$defs"][name]["properties"] for name in ("disk", "template", "copy", "problem")}
+    phases = [*progress.PHASES]
+    states = {*phases, *(state.value for state in State), "running", "active"}
+    assert {*fields["disk"]["state"]["enum"]} == states
+    assert {*fields["template"]["state"]["enum"]} == {*phases, "ready", "unfinished"}
+    assert fields["copy"]["phase"]["enum"] == phases
+    assert fields["problem"]["kind"]["enum"] == list(problems.KINDS)
+    for name in ("disk", "template"):
+        assert fields[name]["backend"]["enum"] == [*BACKENDS, ""]
+    for name, field in (("disk", "state"), ("template", "state"), ("problem", "kind")):
+        words = fields[name][field]
+        assert [word for word in words["enum"] if f"{word}: " not in words["description"]] == []
 
 
 def test_what_the_schema_refuses(host: FakeHost) -> None:
