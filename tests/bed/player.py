@@ -23,7 +23,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.bed.host import HOOKS
+from tests.bed.host import HOOKS, PROGRAM
 from tests.bed.shell import as_user, how_it_ended
 
 VDSM_NICE = -20
@@ -181,6 +181,19 @@ def start_point(
     call = Call(point, environment, data_file, scripts(hooks / point))
     call.start_next()
     return call
+
+
+def start_program(*words: str) -> Call:
+    """Starts the installed program as root, as cron and administrators do, in a process group of its own."""
+    process = subprocess.Popen(
+        [str(PROGRAM), *words],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    return Call(words[0], {}, None, [PROGRAM], process)
 
 
 def scripts(directory: Path) -> list[Path]:

@@ -8,14 +8,13 @@ flow.
 from __future__ import annotations
 
 import json
-import subprocess
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tests.bed import host, libvirt, vdsm
-from tests.bed.player import Call, Result, start_point
+from tests.bed.player import Call, Result, start_point, start_program
 from tests.bed.shell import run
 from tests.bed.storage import FileStorage, Image, Volume, digest, fill, guest_bytes, link, new_id
 from tests.bed.vm import Disk, Vm, boot_sector, disk_json, domain_xml
@@ -339,7 +338,7 @@ def start_after_power_off(scene: Scene) -> Call:
 def collect(scene: Scene) -> Call:
     """gc, as cron runs it."""
     del scene
-    return by_root("gc")
+    return start_program("gc")
 
 
 def collect_before_vdsm(scene: Scene) -> Call:
@@ -350,28 +349,16 @@ def collect_before_vdsm(scene: Scene) -> Call:
 
 def give_up_all(scene: Scene) -> Call:
     """The operator gives up all disks of the VM."""
-    return by_root("remove", scene.vm_id)
+    return start_program("remove", scene.vm_id)
 
 
 def give_up(scene: Scene) -> Call:
     """The operator gives up the kept disk."""
-    return by_root("remove", f"{host.VOLUME_GROUP}/{scene.image.leaf.id}")
+    return start_program("remove", f"{host.VOLUME_GROUP}/{scene.image.leaf.id}")
 
 
 def prefetch(scene: Scene) -> Call:
-    return by_root("prefetch", str(scene.image.volumes[0].path))
-
-
-def by_root(*words: str) -> Call:
-    process = subprocess.Popen(
-        [str(host.PROGRAM), *words],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    return Call(words[0], {}, None, [host.PROGRAM], process)
+    return start_program("prefetch", str(scene.image.volumes[0].path))
 
 
 @dataclass(frozen=True)

@@ -238,8 +238,8 @@ def hold_open(path: Path) -> subprocess.Popen[bytes]:
 
 
 @contextmanager
-def logged() -> Iterator[list[str]]:
-    """The lines that go to the log of the host, each under the identifier localdisk."""
+def syslog(part: str = "") -> Iterator[list[str]]:
+    """The lines that go to the log of the host and have this part; the list grows as long as this lasts."""
     lines: list[str] = []
     path = Path("/dev/log")
     path.unlink(missing_ok=True)
@@ -248,7 +248,15 @@ def logged() -> Iterator[list[str]]:
         path.chmod(0o666)
         receiver.settimeout(0.2)
         ended = threading.Event()
-        reader = threading.Thread(target=_read, args=(receiver, lines, ended))
+
+        def read() -> None:
+            while not ended.is_set():
+                with suppress(TimeoutError):
+                    line = receiver.recv(65536).decode()
+                    if part in line:
+                        lines.append(line)
+
+        reader = threading.Thread(target=read)
         reader.start()
         try:
             yield lines
@@ -256,11 +264,3 @@ def logged() -> Iterator[list[str]]:
             ended.set()
             reader.join()
             path.unlink()
-
-
-def _read(receiver: socket.socket, lines: list[str], ended: threading.Event) -> None:
-    while not ended.is_set():
-        with suppress(TimeoutError):
-            line = receiver.recv(65536).decode()
-            if " localdisk[" in line:  # sudo says something, too
-                lines.append(line)

@@ -41,11 +41,11 @@ from tests.kernel.steps import (
     device,
     equals_source,
     localdisk,
-    logged,
     seqno,
     start,
     starting,
     stop,
+    syslog,
     wait_for,
 )
 
@@ -244,7 +244,7 @@ def test_what_is_no_template(file_storage: FileStorage, old: str, new: str, reas
     assert old in meta.read_text()
     meta.write_text(meta.read_text().replace(old, new))
     image, before = file_storage.clone(template, seed=2), uncached(reason)
-    with logged() as lines:
+    with syslog(" localdisk[") as lines:  # sudo logs, too
         start_and_stop(image)
     assert not templates()
     (line,) = (line for line in lines if "template not cached" in line)

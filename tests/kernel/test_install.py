@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import socket
 import stat
 import subprocess
 import threading
@@ -13,7 +12,6 @@ import time
 import uuid
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -34,6 +32,7 @@ from tests.kernel.steps import (
     localdisk,
     start,
     stop,
+    syslog,
     tags,
     wait_for,
 )
@@ -287,33 +286,6 @@ def test_the_helper_is_logged_whatever_vdsm_says() -> None:
     silent.unlink()
     (line,) = (line for line in lines if "COMMAND=" in line)
     assert f"COMMAND={host.PROGRAM} helper" in line
-
-
-@contextmanager
-def syslog() -> Iterator[list[str]]:
-    """The lines that go to the log of the host."""
-    lines: list[str] = []
-    path = Path("/dev/log")
-    path.unlink(missing_ok=True)
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as receiver:
-        receiver.bind(str(path))
-        path.chmod(0o666)
-        receiver.settimeout(0.2)
-        ended = threading.Event()
-
-        def read() -> None:
-            while not ended.is_set():
-                with suppress(TimeoutError):
-                    lines.append(receiver.recv(65536).decode())
-
-        reader = threading.Thread(target=read)
-        reader.start()
-        try:
-            yield lines
-        finally:
-            ended.set()
-            reader.join()
-    path.unlink()
 
 
 # -- udev

@@ -30,7 +30,7 @@ import pytest
 
 from tests.bed import host, libvirt, vdsm
 from tests.bed.player import Call as HookCall
-from tests.bed.player import Result, start_point
+from tests.bed.player import Result, start_point, start_program
 from tests.bed.shell import attempt, run
 from tests.bed.storage import COW, QEMU, RAW, FileStorage, Image, new_id, qemu_io
 from tests.bed.vm import Disk, Vm, disk_json, domain_xml
@@ -460,11 +460,11 @@ class RealWorld:
 
     def _begin(self, state: State, call: Call) -> HookCall:
         if call.what.startswith("gc") and call.arguments != (False,):
-            return program(*call.what.split())
+            return start_program(*call.what.split())
         if call.what == "gc":
             return start_point("before_vdsm_start")
         if call.what == "remove":
-            return program("remove", call.vm_id)
+            return start_program("remove", call.vm_id)
         vm = state.vms[call.vm_id]
         if call.what == "after_disk_prepare":
             disk = Disk("vda", self.images[call.arguments[1]])
@@ -490,19 +490,6 @@ def _paths(running: Running, result: Result) -> Mapping[str, str] | None:
 
 def virsh(*words: str) -> str:
     return libvirt.virsh(*words)
-
-
-def program(*words: str) -> HookCall:
-    """The program as cron runs it."""
-    process = subprocess.Popen(
-        [str(host.PROGRAM), *words],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    return HookCall(words[0], {}, None, [host.PROGRAM], process)
 
 
 def point(trouble: Trouble) -> halt.Point:

@@ -30,10 +30,10 @@ from tests.kernel.steps import (
     helpers,
     hold_open,
     localdisk,
-    logged,
     start,
     starting,
     stop,
+    syslog,
     wait_for,
 )
 
@@ -151,7 +151,7 @@ def test_copies_that_run_wait_and_die(volume_group: str, file_storage: FileStora
     images = [file_storage.template(64 * MIB, seed=64), file_storage.template(64 * MIB, seed=65)]
     for image in images:
         run("qemu-io", "-f", "raw", "-c", f"write -P 5 0 {64 * MIB}", str(image.leaf.path))
-    with logged() as lines:
+    with syslog(" localdisk[") as lines:  # sudo logs, too
         first = begin(images[0])
         wait_for(lambda: copied(images[0]), "progress")
         second = begin(images[1])
