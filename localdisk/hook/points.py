@@ -51,7 +51,7 @@ def run(point: str, environ: Mapping[str, str]) -> None:
         if point in BEGINNINGS:
             _mark_stale(call)
         return
-    answer = POINTS[point](call)
+    answer = HANDLERS[point](call)
     if answer is not None:
         hook_call.write_data(call, answer)
 
@@ -189,7 +189,7 @@ def before_disk_hotunplug(call: Call) -> None:
         raise UnplugRefused(vm=call.vm_id, disk=disk.name, path=disk.path)
 
 
-POINTS: dict[str, Callable[[Call], str | None]] = {
+HANDLERS: dict[str, Callable[[Call], str | None]] = {
     "after_disk_prepare": after_disk_prepare,
     "before_vm_start": before_vm_start,
     "before_vm_destroy": before_vm_destroy,

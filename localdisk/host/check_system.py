@@ -57,7 +57,7 @@ def _causes(config: Config, host: Host) -> Iterator[Finding]:
 
 def _others(config: Config, host: Host) -> Iterator[Finding]:
     yield from _hook_directories(host)
-    yield from _hooks(host)
+    yield from _check_hooks(host)
     yield from _older_rules(host)
     yield from _cron(host)
     yield from _scan_lvs(host)
@@ -197,7 +197,7 @@ def _rules(text: str) -> set[str]:
 # -- vdsm's hooks
 
 
-def _hooks(host: Host) -> Iterator[Finding]:
+def _check_hooks(host: Host) -> Iterator[Finding]:
     ours = {hook.path: hook.point for hook in host.hooks if hook.target == host.program}
     taken = {hook.path: hook for hook in host.hooks if hook.path == files.hook_link(hook.point)}
     missing = sorted(POINTS - set(ours.values()))
@@ -253,7 +253,7 @@ _OLDER_RULES = {
 
 
 def _older_rules(host: Host) -> Iterator[Finding]:
-    """Rules of the hook in vdsm's package; `_hooks` finds its scripts."""
+    """Rules of the hook in vdsm's package; `_check_hooks` finds its scripts."""
     for path, why in _OLDER_RULES.items():
         if path in host.older_files:
             what = f"{path} belongs to the localdisk hook of vdsm's package"

@@ -159,7 +159,7 @@ def collect(config: Config, program: str, tries_starts: bool = True) -> Host:
         known_vms=None if "virsh" in missing else asked(libvirt.known),
         accounts=accounts,
         program_path=tuple(filter(None, (asked(partial(entry, path)) for path in _with_parents(program)))),
-        hooks=asked(lambda: tuple(_hooks())) or (),
+        hooks=asked(lambda: tuple(_read_hooks())) or (),
         hook_directories=asked(lambda: tuple(_hook_directories())) or (),
         udev_rules=tuple(filter(None, (asked(partial(entry, path, read=True)) for path in files.UDEV_RULES))),
         older_files=tuple(files.older_files()),
@@ -216,7 +216,7 @@ def _with_parents(program: str) -> Iterator[str]:
         yield path
 
 
-def _hooks() -> Iterator[Hook]:
+def _read_hooks() -> Iterator[Hook]:
     """Every file that vdsm would run as a hook (as lib/vdsm/common/hooks.py finds them)."""
     if not os.path.isdir(files.HOOKS):
         return

@@ -123,7 +123,7 @@ def checked_root(root: str) -> str:
 def decide(program: str, root: str) -> tuple[Change, ...]:
     """The changes that are missing, in the order in which they must be made."""
     return tuple(
-        _with_directories(root, [*_program(program, root), *_rules(root), *_hooks(root), *_trees(root)])
+        _with_directories(root, [*_program(program, root), *_rules(root), *_link_hooks(root), *_trees(root)])
     )
 
 
@@ -169,7 +169,7 @@ def _older(path: str) -> Iterator[Change]:
         yield Move(path, path + files.ASIDE, "it is the older localdisk hook's")
 
 
-def _hooks(root: str) -> Iterator[Change]:
+def _link_hooks(root: str) -> Iterator[Change]:
     """The changes after which each of our hook points has our link, and no other hook for local disks."""
     links = {f"{root}{files.hook_link(point)}": point for point in _IN_ORDER}
     others = [path for path in hook_files(root) if path not in links]

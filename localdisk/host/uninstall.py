@@ -97,14 +97,14 @@ def _groups() -> Iterator[VolumeGroup]:
 
 def decide(root: str) -> tuple[Change, ...]:
     """The changes that undo install: first vdsm's links, then the files that they lead to."""
-    changes = (*_hooks(root), *_rules(root), *_removed(f"{root}{files.PROGRAM}"))
+    changes = (*_unlink_hooks(root), *_rules(root), *_removed(f"{root}{files.PROGRAM}"))
     for change in changes:
         if isinstance(change, (Remove, Move)):
             require_inside(root, os.path.dirname(change.path))
     return changes
 
 
-def _hooks(root: str) -> Iterator[Change]:
+def _unlink_hooks(root: str) -> Iterator[Change]:
     for path in hook_files(root):
         if is_ours(path):
             yield Remove(path)

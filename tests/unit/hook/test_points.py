@@ -613,7 +613,7 @@ def test_calls_that_are_refused(host_vdsm: Vdsm, kind: type[Error], environ: dic
 
 
 def test_every_point_has_its_function() -> None:
-    functions: dict[str, Callable[..., Any]] = dict(points.POINTS)
+    functions: dict[str, Callable[..., Any]] = dict(points.HANDLERS)
     assert functions.keys() == hook_call.POINTS - {"before_vdsm_start"}  # cli serves it
     assert all(function.__name__ == point for point, function in functions.items())
 
