@@ -56,7 +56,7 @@ from localdisk.vdsm.disks import Disk
 from localdisk.vdsm.domain_xml import localize_domain, read_domain
 from localdisk.vdsm.hook_call import DATA_LIMIT, DOMXML, JSON, Call
 from localdisk.volumes import gc, lvm, removal, remove
-from localdisk.volumes.disk import LocalDisk
+from localdisk.volumes.local_disk import LocalDisk
 from localdisk.volumes.lvm import VolumeGroup
 from tests.fakes import (
     EXTENT,

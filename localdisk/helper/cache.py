@@ -26,7 +26,7 @@ from localdisk.helper.new_volume import Create, NewVolume
 from localdisk.lock import Pause
 from localdisk.protocol import Base, Device, Target
 from localdisk.volumes import template
-from localdisk.volumes.disk import UPDATING, LocalDisk
+from localdisk.volumes.local_disk import UPDATING, LocalDisk
 from localdisk.volumes.lvm import VolumeGroup, read_tags
 from localdisk.volumes.removal import remove_or_set_aside
 from localdisk.volumes.room import Need, NewLv

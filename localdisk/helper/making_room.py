@@ -11,7 +11,7 @@ from localdisk.config import Policy
 from localdisk.errors import CannotDiscard, CommandFailed, DependentVolumes, DiskBusy, EraseFailed
 from localdisk.lock import Pause
 from localdisk.volumes import removal, template
-from localdisk.volumes.disk import LocalDisk
+from localdisk.volumes.local_disk import LocalDisk
 from localdisk.volumes.lvm import LogicalVolume, VolumeGroup
 from localdisk.volumes.removal import remove_or_set_aside
 from localdisk.volumes.room import Kind, Need, Removable, Seen

@@ -20,7 +20,7 @@ from localdisk.lock import Pause
 from localdisk.protocol import Target
 from localdisk.units import format_duration, format_size
 from localdisk.volumes import room
-from localdisk.volumes.disk import LocalDisk, State
+from localdisk.volumes.local_disk import LocalDisk, State
 from localdisk.volumes.lvm import LogicalVolume, VolumeGroup
 from localdisk.volumes.progress import COPYING, MAKING_ROOM, PREPARING, STALLED, WAITING, Progress
 from localdisk.volumes.removal import remove_or_set_aside

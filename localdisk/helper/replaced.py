@@ -16,7 +16,7 @@ from localdisk.errors import Error
 from localdisk.frozen import replace
 from localdisk.ids import new_uuid
 from localdisk.lock import Pause
-from localdisk.volumes.disk import LocalDisk, require_alone
+from localdisk.volumes.local_disk import LocalDisk, require_alone
 from localdisk.volumes.lvm import VolumeGroup
 from localdisk.volumes.removal import remove_or_set_aside
 

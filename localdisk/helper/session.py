@@ -14,9 +14,8 @@ from contextlib import ExitStack
 from localdisk import cancel, counters, kept, libvirt, lock, log, protocol
 from localdisk.config import Config, Policy
 from localdisk.errors import BadRequest, CacheOff, Error, StartCancelled
-from localdisk.helper import claim as claims
-from localdisk.helper import start, start_from_template, stop
-from localdisk.helper.claim import Claim
+from localdisk.helper import claims, start, start_from_template, stop
+from localdisk.helper.claims import Claim
 from localdisk.helper.new_volume import NewVolume
 from localdisk.helper.start_from_template import TemplateInUse
 from localdisk.helper.trial import Trial

@@ -8,21 +8,21 @@ from __future__ import annotations
 from localdisk import counters, holders, kept, libvirt, log
 from localdisk.errors import BadRequest, DiskBusy, Error, LibvirtSilent, VmForgotten
 from localdisk.frozen import replace
-from localdisk.helper import claim as claims
-from localdisk.helper.claim import Claim
+from localdisk.helper import claims
+from localdisk.helper.claims import Claim
 from localdisk.helper.replaced import Replaced
 from localdisk.lock import Pause
 from localdisk.protocol import How, Prepare, Prepared, Target
-from localdisk.volumes import disk as local_disk
-from localdisk.volumes.disk import LocalDisk, State, Wanted
+from localdisk.volumes import local_disk
+from localdisk.volumes.local_disk import LocalDisk, State, Wanted
 from localdisk.volumes.lvm import VolumeGroup
 
 
 def plan(claim: Claim, request: Prepare, pause: Pause) -> tuple[Claim, LocalDisk | None]:
-    """Plan the start (`disk.plan_start`), and remove the copies that the policy does not keep.
+    """Plan the start (`local_disk.plan_start`), and remove the copies that the policy does not keep.
 
     Returns the claim, and the kept disk that the start uses again, None if a new disk must be made.
-    Raises SourceChanged and the other errors of `disk.plan_start`.
+    Raises SourceChanged and the other errors of `local_disk.plan_start`.
     """
     claim = claims.with_others(claim, pause)
     claim.vg.require_usable()

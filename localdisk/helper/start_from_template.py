@@ -12,10 +12,10 @@ from localdisk.config import Policy
 from localdisk.errors import BadRequest, Error, NoSpace
 from localdisk.helper import cache, start
 from localdisk.helper.cache import CachedTemplate
-from localdisk.helper.claim import Claim
+from localdisk.helper.claims import Claim
 from localdisk.lock import Pause
 from localdisk.protocol import Base, Device, How, Prepare, Prepared, Target
-from localdisk.volumes import disk as local_disk
+from localdisk.volumes import local_disk
 
 
 class TemplateInUse:

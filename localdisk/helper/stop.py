@@ -9,11 +9,11 @@ from contextlib import ExitStack
 from localdisk import clock, kept, libvirt, lock, log
 from localdisk.config import Policy
 from localdisk.errors import CommandFailed, CommandTimeout, Error, StillRuns
-from localdisk.helper.claim import of_vm, read
+from localdisk.helper.claims import of_vm, read
 from localdisk.protocol import RanFrom
-from localdisk.volumes import disk as local_disk
-from localdisk.volumes.disk import LocalDisk, State, Stop
+from localdisk.volumes import local_disk
 from localdisk.volumes.filling import log_filling
+from localdisk.volumes.local_disk import LocalDisk, State, Stop
 from localdisk.volumes.lvm import VolumeGroup
 
 LOCK_TRIES = 3  # status and gc hold a lock for a moment, to check whether it is free

@@ -16,9 +16,8 @@ from localdisk.errors import NoSpace, ThinPoolAtThreshold, ThinPoolFull
 from localdisk.helper.new_volume import NewVolume
 from localdisk.ids import NOBODY, new_uuid
 from localdisk.protocol import Device
-from localdisk.volumes import disk as local_disk
-from localdisk.volumes import room
-from localdisk.volumes.disk import LocalDisk
+from localdisk.volumes import local_disk, room
+from localdisk.volumes.local_disk import LocalDisk
 from localdisk.volumes.lvm import VolumeGroup
 from localdisk.volumes.removal import remove_or_set_aside
 from localdisk.volumes.room import Need, NewLv

@@ -14,7 +14,7 @@ from localdisk.host.finding import Finding, write_command
 from localdisk.host.storage_facts import Group, LvmSettings, Multipath, PoolWatch
 from localdisk.units import format_size
 from localdisk.volumes import template
-from localdisk.volumes.disk import State, local_disks
+from localdisk.volumes.local_disk import State, local_disks
 from localdisk.volumes.lvm import LogicalVolume, VolumeGroup
 from localdisk.volumes.removal import pool_keeps_bytes
 

@@ -42,7 +42,7 @@ from localdisk.host.file_changes import (
 from localdisk.units import format_size
 from localdisk.vdsm.hook_call import POINTS
 from localdisk.volumes import lvm
-from localdisk.volumes.disk import HOW_TO_DECIDE, is_left_alone, local_disks
+from localdisk.volumes.local_disk import HOW_TO_DECIDE, is_left_alone, local_disks
 from localdisk.zipapp import extract
 
 LOCK = os.path.join(lock.RUN, "install.lock")

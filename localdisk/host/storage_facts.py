@@ -12,7 +12,7 @@ from localdisk import device_mapper
 from localdisk.errors import CommandFailed, NoVolumeGroup
 from localdisk.frozen import field, frozen
 from localdisk.volumes import lvm
-from localdisk.volumes.disk import LocalDisk, local_disks
+from localdisk.volumes.local_disk import LocalDisk, local_disks
 from localdisk.volumes.lvm import VolumeGroup
 
 TYPE_CHECKING = False

@@ -26,7 +26,7 @@ from localdisk.host.install import (
     require_inside,
 )
 from localdisk.vdsm.hook_call import POINTS
-from localdisk.volumes.disk import LocalDisk, State, local_disks
+from localdisk.volumes.local_disk import LocalDisk, State, local_disks
 from localdisk.volumes.lvm import VolumeGroup
 from localdisk.volumes.template import Template, templates
 

@@ -23,7 +23,7 @@ from localdisk.counters import Counters
 from localdisk.errors import MetricsUnwritable
 from localdisk.status import problems
 from localdisk.status.snapshot import CacheUse, Group, Pool, Row, Snapshot, TemplateRow
-from localdisk.volumes.disk import State
+from localdisk.volumes.local_disk import State
 from localdisk.volumes.progress import NOT_MADE, PHASES, WAITING
 
 STATES = (*PHASES, "running", *(state.value for state in State))

@@ -21,7 +21,7 @@ from localdisk.units import format_duration, format_size
 from localdisk.vdsm.disks import Disk
 from localdisk.vdsm.domain_xml import Running
 from localdisk.volumes import filling, progress
-from localdisk.volumes.disk import LocalDisk, State, is_left_alone
+from localdisk.volumes.local_disk import LocalDisk, State, is_left_alone
 from localdisk.volumes.lvm import LogicalVolume, VolumeGroup
 from localdisk.volumes.progress import Progress
 from localdisk.volumes.template import Template

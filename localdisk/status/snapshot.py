@@ -20,7 +20,7 @@ from localdisk.status.libvirt_vms import Vms
 from localdisk.status.problems import Problem
 from localdisk.units import format_duration
 from localdisk.volumes import filling, lvm, progress, room, template
-from localdisk.volumes.disk import LocalDisk, State, is_left_alone, local_disks
+from localdisk.volumes.local_disk import LocalDisk, State, is_left_alone, local_disks
 from localdisk.volumes.lvm import LogicalVolume, VolumeGroup
 from localdisk.volumes.progress import Progress
 from localdisk.volumes.template import Template

@@ -14,7 +14,7 @@ from localdisk.errors import MetadataAreaFull, plain
 from localdisk.frozen import frozen
 from localdisk.units import format_size
 from localdisk.volumes import template
-from localdisk.volumes.disk import LocalDisk, State, local_disks
+from localdisk.volumes.local_disk import LocalDisk, State, local_disks
 from localdisk.volumes.lvm import LogicalVolume, VolumeGroup
 
 FULL = 90.0  # percent: a pool or area that is fuller gets a warning

@@ -24,7 +24,8 @@ from localdisk.frozen import frozen, replace
 from localdisk.libvirt import Domains
 from localdisk.units import format_size
 from localdisk.volumes import lvm, progress, removal, stale, template
-from localdisk.volumes.disk import (
+from localdisk.volumes.filling import log_filling
+from localdisk.volumes.local_disk import (
     LocalDisk,
     State,
     drifted_tag,
@@ -32,7 +33,6 @@ from localdisk.volumes.disk import (
     stopped_tags,
     unneeded_tags,
 )
-from localdisk.volumes.filling import log_filling
 from localdisk.volumes.lvm import VolumeGroup
 from localdisk.volumes.verdict import (
     Action,

@@ -2,7 +2,7 @@
 
 A snapshot is read with one `lvm fullreport` (LVM 2.02.158 and later): the group, its logical volumes and its
 pools' segments in one command and under one lock.  Fields have the names of LVM's report columns.
-Nothing in this module knows local disks; `disk.py` describes them.
+Nothing in this module knows local disks; `local_disk.py` describes them.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from localdisk.errors import (
 )
 from localdisk.frozen import frozen, replace
 from localdisk.ids import new_uuid
-from localdisk.volumes.disk import LocalDisk, aside_tags, busy, require_alone
+from localdisk.volumes.local_disk import LocalDisk, aside_tags, busy, require_alone
 from localdisk.volumes.lvm import LogicalVolume, VolumeGroup
 
 TRIES = 20  # a writer that was just killed, or udev, may have the volume open for a moment

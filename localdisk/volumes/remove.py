@@ -24,7 +24,7 @@ from localdisk.errors import (
 from localdisk.frozen import frozen
 from localdisk.units import format_duration, format_size
 from localdisk.volumes import lvm, template
-from localdisk.volumes.disk import LocalDisk, State, local_disks
+from localdisk.volumes.local_disk import LocalDisk, State, local_disks
 from localdisk.volumes.lvm import VolumeGroup
 from localdisk.volumes.removal import remove_or_set_aside
 

@@ -32,7 +32,7 @@ from localdisk.errors import (
 from localdisk.frozen import frozen, replace
 from localdisk.units import format_size
 from localdisk.volumes import template
-from localdisk.volumes.disk import OURS, UPDATING, LocalDisk, local_disks, numbers_of, values_of
+from localdisk.volumes.local_disk import OURS, UPDATING, LocalDisk, local_disks, numbers_of, values_of
 from localdisk.volumes.lvm import LogicalVolume, VolumeGroup
 from localdisk.volumes.template import Template
 

@@ -14,7 +14,7 @@ from localdisk.config import Config
 from localdisk.errors import LibvirtSilent
 from localdisk.lock import Pause
 from localdisk.volumes import lvm
-from localdisk.volumes.disk import STALE, LocalDisk, local_disks
+from localdisk.volumes.local_disk import STALE, LocalDisk, local_disks
 from localdisk.volumes.lvm import VolumeGroup
 
 

@@ -25,7 +25,7 @@ from localdisk.backend import Backend
 from localdisk.config import Cache
 from localdisk.frozen import frozen, once
 from localdisk.ids import is_fingerprint, is_uuid, uuid_of
-from localdisk.volumes.disk import (
+from localdisk.volumes.local_disk import (
     DELETING,
     OURS,
     UPDATING,

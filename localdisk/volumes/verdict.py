@@ -13,7 +13,15 @@ from localdisk.config import Policy
 from localdisk.frozen import frozen, replace
 from localdisk.libvirt import Domains
 from localdisk.units import format_duration
-from localdisk.volumes.disk import HOW_TO_DECIDE, Age, LocalDisk, State, age_of, is_clock_wrong, is_left_alone
+from localdisk.volumes.local_disk import (
+    HOW_TO_DECIDE,
+    Age,
+    LocalDisk,
+    State,
+    age_of,
+    is_clock_wrong,
+    is_left_alone,
+)
 from localdisk.volumes.lvm import LogicalVolume
 from localdisk.volumes.progress import Progress
 from localdisk.volumes.template import Template

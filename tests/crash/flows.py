@@ -1,7 +1,7 @@
 """The flows of localdisk; each has its preparation, and what must be true after it.
 
 All flows are about one disk of one VM, in the volume group of the bed.  The preparation makes the disk with
-LVM's own commands and the tags of `localdisk/volumes/disk.py`, so that localdisk itself first runs in the
+LVM's own commands and the tags of `volumes/local_disk.py`, so that localdisk itself first runs in the
 flow.
 """
 

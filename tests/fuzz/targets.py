@@ -25,7 +25,7 @@ from localdisk.status import output, snapshot
 from localdisk.vdsm import disk_json, disks, domain_xml
 from localdisk.vdsm.disks import Disk
 from localdisk.volumes import progress, template, verdict
-from localdisk.volumes.disk import LocalDisk, local_disks
+from localdisk.volumes.local_disk import LocalDisk, local_disks
 from localdisk.volumes.lvm import VolumeGroup
 from tests.fakes import IMAGE, OTHER_VM, OTHER_VOLUME, REPORTS, VM, VOLUME, FakeHost, tags
 

@@ -1,6 +1,6 @@
 """A logical volume as it is, and how it differs from the local disk that it should be.
 
-The tags are those of docs/architecture.md and of the docstring of localdisk/volumes/disk.py.
+The tags are those of docs/architecture.md and of the docstring of localdisk/volumes/local_disk.py.
 """
 
 from __future__ import annotations

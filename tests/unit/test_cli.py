@@ -33,8 +33,8 @@ from localdisk.status.problems import Problem
 from localdisk.status.snapshot import Snapshot
 from localdisk.vdsm.hook_call import POINTS
 from localdisk.volumes import gc, remove
-from localdisk.volumes.disk import LocalDisk
 from localdisk.volumes.gc import Collection, Finding
+from localdisk.volumes.local_disk import LocalDisk
 from localdisk.volumes.lvm import VolumeGroup
 from localdisk.volumes.verdict import Action, Verdict
 from tests.bed.player import RAISING_POINTS

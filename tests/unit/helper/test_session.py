@@ -19,7 +19,7 @@ from localdisk.counters import Counters
 from localdisk.errors import CommandFailed, CommandTimeout
 from localdisk.frozen import replace
 from localdisk.volumes import gc, progress, template, verdict
-from localdisk.volumes.disk import State, local_disks
+from localdisk.volumes.local_disk import State, local_disks
 from localdisk.volumes.lvm import VolumeGroup
 from localdisk.volumes.progress import Progress
 from tests.examples import examples

@@ -17,7 +17,7 @@ from localdisk import atomic_file, config, lock, log, run
 from localdisk.errors import CommandFailed, ConfigRefused, InstallRefused, NoVolumeGroup, WorkUnfinished
 from localdisk.host import files, install, uninstall
 from localdisk.vdsm.hook_call import POINTS
-from localdisk.volumes.disk import DELETING, UPDATING
+from localdisk.volumes.local_disk import DELETING, UPDATING
 from localdisk.volumes.lvm import VolumeGroup
 from localdisk.zipapp import bootstrap, extract
 from tests.fakes import OTHER_VOLUME, VM, VOLUME, FakeHost, tags

@@ -22,7 +22,7 @@ from localdisk.frozen import replace
 from localdisk.status import output, problems, snapshot, table
 from localdisk.status.snapshot import CacheUse, Copy, Group, Next, Pool, Row, Snapshot, TemplateRow
 from localdisk.volumes import progress
-from localdisk.volumes.disk import State
+from localdisk.volumes.local_disk import State
 from localdisk.volumes.progress import Progress
 from tests.fakes import (
     FINGERPRINT,

@@ -22,8 +22,8 @@ from localdisk.errors import CommandFailed, CommandTimeout, Interrupted, NoVolum
 from localdisk.helper.session import Session
 from localdisk.status import libvirt_vms
 from localdisk.volumes import gc, removal
-from localdisk.volumes.disk import FIRST, LocalDisk, unneeded_tags
 from localdisk.volumes.gc import Collection
+from localdisk.volumes.local_disk import FIRST, LocalDisk, unneeded_tags
 from localdisk.volumes.lvm import VolumeGroup
 from localdisk.volumes.progress import Progress
 from localdisk.volumes.template import Template

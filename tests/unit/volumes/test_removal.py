@@ -14,7 +14,7 @@ import pytest
 from localdisk.errors import CommandFailed, DiskBusy, EraseFailed
 from localdisk.ids import is_uuid
 from localdisk.volumes import removal
-from localdisk.volumes.disk import LocalDisk
+from localdisk.volumes.local_disk import LocalDisk
 from localdisk.volumes.lvm import VolumeGroup
 from tests.fakes import FULLREPORT, OTHER_VOLUME, VOLUME, FakeHost, Killed, aside, tags
 

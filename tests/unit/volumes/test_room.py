@@ -18,7 +18,7 @@ from localdisk.errors import (
 )
 from localdisk.units import Amount
 from localdisk.volumes import room
-from localdisk.volumes.disk import local_disks
+from localdisk.volumes.local_disk import local_disks
 from localdisk.volumes.lvm import VolumeGroup
 from localdisk.volumes.room import (
     Kind,

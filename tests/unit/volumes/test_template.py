@@ -13,9 +13,8 @@ from localdisk import config, frozen
 from localdisk.config import Cache
 from localdisk.frozen import replace
 from localdisk.ids import is_uuid
-from localdisk.volumes import disk as life
-from localdisk.volumes import room, template
-from localdisk.volumes.disk import LocalDisk, State
+from localdisk.volumes import local_disk, room, template
+from localdisk.volumes.local_disk import LocalDisk, State
 from localdisk.volumes.lvm import LogicalVolume, VolumeGroup
 from localdisk.volumes.template import Template
 from tests.examples import examples
@@ -163,7 +162,7 @@ def test_it_is_removed_as_a_disk_of_nobody() -> None:
         disk = found(READY | set(more)).disk
         assert (disk.vm_id, disk.image_id, disk.state, disk.volume_id) == ("", "", state, VOLUME)
         assert (disk.erase, disk.aside_name) == ("", "")
-        add, remove = life.aside_tags(disk, "zero", OTHER_VOLUME)
+        add, remove = local_disk.aside_tags(disk, "zero", OTHER_VOLUME)
         aside = (disk.lv.lv_tags | add) - remove
         assert aside == {"localdisk", "DELETING", "ERASE_zero", f"ASIDE_{OTHER_VOLUME}"}
         assert Template.from_lv(lv(aside)) is None

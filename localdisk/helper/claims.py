@@ -14,9 +14,8 @@ from localdisk.helper.replaced import Replaced
 from localdisk.libvirt import DomainState
 from localdisk.lock import Pause
 from localdisk.protocol import DiskIds, Looked
-from localdisk.volumes import disk as local_disk
-from localdisk.volumes import stale
-from localdisk.volumes.disk import LocalDisk, State
+from localdisk.volumes import local_disk, stale
+from localdisk.volumes.local_disk import LocalDisk, State
 from localdisk.volumes.lvm import VolumeGroup
 from localdisk.volumes.removal import remove_or_set_aside
 from localdisk.volumes.room import Need, NewLv

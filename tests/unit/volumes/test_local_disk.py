@@ -21,8 +21,8 @@ from localdisk.errors import (
     SourceChanged,
 )
 from localdisk.ids import is_fingerprint
-from localdisk.volumes import disk as life
-from localdisk.volumes.disk import LocalDisk, Start, State, Stop, Wanted, plan_start, plan_stop
+from localdisk.volumes import local_disk
+from localdisk.volumes.local_disk import LocalDisk, Start, State, Stop, Wanted, plan_start, plan_stop
 from localdisk.volumes.lvm import LogicalVolume, VolumeGroup
 from tests.examples import examples
 from tests.fakes import (
@@ -68,7 +68,7 @@ def volume(
     )
 
 
-def local_disk(lv: LogicalVolume) -> LocalDisk:
+def disk_of(lv: LogicalVolume) -> LocalDisk:
     found = LocalDisk.from_lv(lv)
     assert found
     return found
@@ -98,7 +98,7 @@ def local_disk(lv: LogicalVolume) -> LocalDisk:
 )
 def test_state(more: tuple[str, ...], state: State) -> None:
     for ours in (True, False):
-        found = local_disk(volume(tags(*more, ours=ours)))
+        found = disk_of(volume(tags(*more, ours=ours)))
         assert found.state is state
         assert found.is_older is not ours
 
@@ -108,7 +108,7 @@ def test_fields() -> None:
         {f"{name}_{low}", f"{name}_{high}", f"{name}_x"}
         for name, low, high in (("STOPPED", 7, 42), ("UNNEEDED", 8, 43), ("WRITES", 9, 4096))
     )
-    found = local_disk(volume(tags(*stops, *marks, *writes)))
+    found = disk_of(volume(tags(*stops, *marks, *writes)))
     assert (found.volume_id, found.vm_id, found.image_id) == (VOLUME, VM, IMAGE)
     assert (found.fingerprint, found.stopped, found.unneeded) == (FINGERPRINT, 42, 43)
     assert found.idle_tags == stops | marks
@@ -120,17 +120,17 @@ def test_fields() -> None:
 
 
 def test_fields_that_are_not_there() -> None:
-    found = local_disk(volume(tags()))
+    found = disk_of(volume(tags()))
     assert (found.stopped, found.unneeded, found.erase) == (None, None, "")
     assert found.idle_tags == found.unneeded_tags == found.writes_tags == frozenset()
 
 
 def test_a_mark_does_not_change_the_state() -> None:
-    assert local_disk(volume(tags("UNNEEDED_5"))).state is State.READY
-    assert local_disk(volume(tags("UNNEEDED_5", "STOPPED_5"))).state is State.STOPPED
-    marks = life.unneeded_tags(local_disk(volume(tags())), Moment(7.9))
-    assert local_disk(volume(tags(*marks))).unneeded == 7
-    assert local_disk(volume(tags(*life.stopped_tags(Moment(7.9))))).stopped == 7
+    assert disk_of(volume(tags("UNNEEDED_5"))).state is State.READY
+    assert disk_of(volume(tags("UNNEEDED_5", "STOPPED_5"))).state is State.STOPPED
+    marks = local_disk.unneeded_tags(disk_of(volume(tags())), Moment(7.9))
+    assert disk_of(volume(tags(*marks))).unneeded == 7
+    assert disk_of(volume(tags(*local_disk.stopped_tags(Moment(7.9))))).stopped == 7
 
 
 # -- disks that are set aside
@@ -139,20 +139,20 @@ def test_a_mark_does_not_change_the_state() -> None:
 @pytest.mark.parametrize("how", ["discard", "zero"])
 @pytest.mark.parametrize("ours", [True, False])
 def test_a_disk_that_is_set_aside_is_nobodys(how: str, ours: bool) -> None:
-    found = local_disk(volume(tags("UPDATING", "WRITES_5", "STOPPED_5", "UNNEEDED_5", "x", ours=ours)))
-    add, remove = life.aside_tags(found, how, OTHER_VOLUME)
-    aside = local_disk(volume((found.lv.lv_tags - remove) | add))
+    found = disk_of(volume(tags("UPDATING", "WRITES_5", "STOPPED_5", "UNNEEDED_5", "x", ours=ours)))
+    add, remove = local_disk.aside_tags(found, how, OTHER_VOLUME)
+    aside = disk_of(volume((found.lv.lv_tags - remove) | add))
     assert aside.lv.lv_tags == {"localdisk", "DELETING", f"ERASE_{how}", f"ASIDE_{OTHER_VOLUME}"}
     assert (aside.vm_id, aside.image_id, aside.fingerprint, aside.stopped, aside.unneeded) == (
         *("", "", "", None, None),
     )
     assert (aside.is_aside, aside.state, aside.erase) == (True, State.DELETING, how)
     assert aside.aside_name == OTHER_VOLUME
-    assert life.aside_tags(aside, how, OTHER_VOLUME) == (frozenset(), frozenset())
+    assert local_disk.aside_tags(aside, how, OTHER_VOLUME) == (frozenset(), frozenset())
     renamed = frozenset({f"ASIDE_{VOLUME}"}), frozenset({f"ASIDE_{OTHER_VOLUME}"})
-    assert life.aside_tags(aside, how, VOLUME) == renamed
-    life.require_owner(aside, VM, IMAGE, "vg")
-    life.require_owner(aside, OTHER_VM, OTHER_IMAGE, "vg")
+    assert local_disk.aside_tags(aside, how, VOLUME) == renamed
+    local_disk.require_owner(aside, VM, IMAGE, "vg")
+    local_disk.require_owner(aside, OTHER_VM, OTHER_IMAGE, "vg")
 
 
 def test_how_a_disk_is_to_be_erased() -> None:
@@ -163,8 +163,8 @@ def test_how_a_disk_is_to_be_erased() -> None:
         ("ERASE_none", ""),
         ("ERASE_x", ""),
     ):
-        assert local_disk(volume({"localdisk", "DELETING", tag})).erase == erase
-    assert local_disk(volume(tags("ERASE_zero"))).erase == "zero"
+        assert disk_of(volume({"localdisk", "DELETING", tag})).erase == erase
+    assert disk_of(volume(tags("ERASE_zero"))).erase == "zero"
 
 
 @pytest.mark.parametrize(
@@ -184,11 +184,11 @@ def test_how_a_disk_is_to_be_erased() -> None:
 def test_the_name_that_a_disk_gets(names: tuple[str, ...], name: str) -> None:
     """It becomes an argument of lvrename: a name of ours, and no doubt which."""
     lv_tags = {"localdisk", "DELETING", "ERASE_zero", *(f"ASIDE_{each}" for each in names)}
-    assert local_disk(volume(lv_tags)).aside_name == name
+    assert disk_of(volume(lv_tags)).aside_name == name
 
 
 def test_two_fingerprints_are_none() -> None:
-    found = local_disk(volume(tags(f"SOURCE_{OTHER_FINGERPRINT}")))
+    found = disk_of(volume(tags(f"SOURCE_{OTHER_FINGERPRINT}")))
     assert found.fingerprint == ""
 
 
@@ -241,7 +241,7 @@ def test_a_pool_named_like_a_volume_is_none() -> None:
 
 
 def test_local_disks_of_a_real_report() -> None:
-    found = life.local_disks(VolumeGroup.from_report(report("mixed")))
+    found = local_disk.local_disks(VolumeGroup.from_report(report("mixed")))
     assert [(d.volume_id[:1], d.state.value, d.backend, d.is_older, d.is_open) for d in found] == [
         ("1", "ready", "lvm", False, True),
         ("2", "unfinished", "lvmthin", False, False),
@@ -274,13 +274,13 @@ def test_any_tags_make_a_disk_of_one_vm_or_none(lv_tags: frozenset[str]) -> None
 
 
 def test_new_tags_make_the_disk_that_they_describe() -> None:
-    found = local_disk(volume(life.new_tags(VM, IMAGE, FINGERPRINT, 4096)))
+    found = disk_of(volume(local_disk.new_tags(VM, IMAGE, FINGERPRINT, 4096)))
     assert (found.vm_id, found.image_id, found.fingerprint) == (VM, IMAGE, FINGERPRINT)
     assert (found.state, found.is_older) == (State.UNFINISHED, False)
 
 
 def test_stopped_tag() -> None:
-    assert local_disk(volume(tags(*life.stopped_tags(Moment(1760000000.9))))).stopped == 1760000000
+    assert disk_of(volume(tags(*local_disk.stopped_tags(Moment(1760000000.9))))).stopped == 1760000000
 
 
 @pytest.mark.parametrize(
@@ -288,12 +288,12 @@ def test_stopped_tag() -> None:
     [(VM, IMAGE, False), (OTHER_VM, IMAGE, True), (VM, OTHER_IMAGE, True), (OTHER_VM, OTHER_IMAGE, True)],
 )
 def test_require_owner(vm: str, image: str, refused: bool) -> None:
-    disk = local_disk(volume(tags(vm=vm, image=image)))
+    disk = disk_of(volume(tags(vm=vm, image=image)))
     if refused:
         with pytest.raises(OtherOwner, match=f"belongs to VM {vm}, image {image}"):
-            life.require_owner(disk, VM, IMAGE, "ovirt-local")
+            local_disk.require_owner(disk, VM, IMAGE, "ovirt-local")
     else:
-        life.require_owner(disk, VM, IMAGE, "ovirt-local")
+        local_disk.require_owner(disk, VM, IMAGE, "ovirt-local")
 
 
 @pytest.mark.parametrize(
@@ -341,7 +341,7 @@ def found_disk(state: State, is_open: bool, fingerprint: str, size: int, is_olde
     lv_tags = tags(*STATE_TAGS[state], ours=not is_older) - {f"SOURCE_{FINGERPRINT}"}
     shown = {"same": [FINGERPRINT], "other": [OTHER_FINGERPRINT], "two": [FINGERPRINT, OTHER_FINGERPRINT]}
     lv_tags |= {f"SOURCE_{each}" for each in shown.get(fingerprint, [])}
-    return local_disk(volume(lv_tags, is_open=is_open, size=size))
+    return disk_of(volume(lv_tags, is_open=is_open, size=size))
 
 
 def expected_start(
@@ -430,7 +430,7 @@ def test_no_start_breaks_a_promise() -> None:
 def of_kind(name: str, state: State, is_open: bool, fingerprint: str, size: int, is_stale: bool) -> LocalDisk:
     disk = found_disk(state, is_open, fingerprint, size, is_older=False)
     lv_tags = disk.lv.lv_tags | ({"STALE"} if is_stale else set())
-    return local_disk(frozen.replace(disk.lv, lv_name=name, lv_tags=lv_tags))
+    return disk_of(frozen.replace(disk.lv, lv_name=name, lv_tags=lv_tags))
 
 
 def kept(name: str = VOLUME, fingerprint: str = "same", is_stale: bool = False) -> LocalDisk:
@@ -480,7 +480,7 @@ def test_the_kept_disk_of_the_same_bytes_is_used_whatever_its_name_is() -> None:
 
 def test_a_disk_of_the_older_hook_says_by_its_name_alone_what_it_is_a_copy_of() -> None:
     older = found_disk(State.READY, False, "none", SIZE, is_older=True)
-    elsewhere = local_disk(frozen.replace(older.lv, lv_name=OTHER_VOLUME))
+    elsewhere = disk_of(frozen.replace(older.lv, lv_name=OTHER_VOLUME))
     assert planned_start(older, retention=RETENTION) == Start(older)
     assert planned_start(elsewhere, retention=RETENTION) is OtherLeaf
 
@@ -519,7 +519,7 @@ def test_a_disk_that_others_depend_on_is_neither_removed_nor_renamed(
             assert plan is DependentVolumes or on_change == "refuse"
             assert plan in (DependentVolumes, SourceChanged, OtherLeaf)
         theirs = depended_on(of_kind(OTHER_VOLUME, state, False, fingerprint, SIZE, False))
-        mates = tuple(local_disk(frozen.replace(mate.lv, lv_name=VOLUME)) for mate in mates)
+        mates = tuple(disk_of(frozen.replace(mate.lv, lv_name=VOLUME)) for mate in mates)
         plan = planned_start(theirs, *mates, retention=retention)
         if isinstance(plan, Start):
             assert does(plan, theirs) == "leave"
@@ -535,12 +535,12 @@ def test_a_disk_of_the_older_hook_is_left_alone(
     """With any other disks beside it, it is used as it is, or kept until the operator decides."""
     retention = Retention(on_stop, 3600, 600, on_change, "none", "keep")
     older = found_disk(state, False, fingerprint, SIZE // 2, is_older=True)
-    stale = local_disk(frozen.replace(older.lv, lv_tags=older.lv.lv_tags | {"STALE"}))
+    stale = disk_of(frozen.replace(older.lv, lv_tags=older.lv.lv_tags | {"STALE"}))
     named = kept(OTHER_VOLUME)
     for mates in ((), (named,), (kept(OTHER_VOLUME, "other"),)):
         assert does(planned_start(older, *mates, retention=retention), older) == "reuse"
         assert planned_start(stale, *mates, retention=retention) is KeptStale
-    elsewhere = local_disk(frozen.replace(older.lv, lv_name=OTHER_VOLUME))
+    elsewhere = disk_of(frozen.replace(older.lv, lv_name=OTHER_VOLUME))
     plan = planned_start(elsewhere, retention=retention)
     assert plan == (Start() if on_change == "recopy" else OtherLeaf)
     plan = planned_start(elsewhere, kept(), retention=retention)
@@ -551,7 +551,7 @@ def test_a_disk_of_the_older_hook_is_left_alone(
 
 
 def depended_on(disk: LocalDisk) -> LocalDisk:
-    return local_disk(frozen.replace(disk.lv, dependents=("backup",)))
+    return disk_of(frozen.replace(disk.lv, dependents=("backup",)))
 
 
 def test_nothing_found_is_created() -> None:
