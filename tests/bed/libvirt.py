@@ -204,8 +204,9 @@ class Virsh:
     def __init__(self) -> None:
         self._daemon = daemon()
         self._asked = 0
+        # Without keepalive: a libvirtd that hangs for a while must not end the connection.
         self._process = subprocess.Popen(
-            ["virsh", "-q", "-c", URI],
+            ["virsh", "-q", "-k", "0", "-c", URI],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

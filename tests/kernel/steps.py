@@ -166,12 +166,12 @@ def lv_uuid(image: Image) -> str:
 
 
 def seqno() -> str:
-    """The number of the volume group's last metadata commit; "" if there is no group."""
+    """The number of the volume group's last metadata commit; "" if LVM reports no such group."""
     try:
-        (row,) = host.lvm_report("vgs", "-o", "vg_seqno", host.VOLUME_GROUP)
+        rows = host.lvm_report("vgs", "-o", "vg_seqno", host.VOLUME_GROUP)
     except CommandFailed:
         return ""
-    return row["vg_seqno"]
+    return "".join(row["vg_seqno"] for row in rows)  # of a shared group without lvmlockd there is no row
 
 
 def localdisk(*words: str, code: int = 0) -> str:
