@@ -360,14 +360,14 @@ class VolumeGroup:
     def change_tags(self, *lv_names: str, add: Iterable[str] = (), remove: Iterable[str] = ()) -> None:
         """Add and remove tags, in one commit for each volume; to remove an absent tag is no error."""
         tags = [*_repeat("--deltag", remove), *_repeat("--addtag", add)]
-        call(["lvchange", "--quiet", *tags, *_devices(self.devices), *map(self._full_name, lv_names)])
+        _change(["lvchange", "--quiet", *tags, *_devices(self.devices), *map(self._full_name, lv_names)])
 
     def mark(
         self, *lv_names: str, add: frozenset[str], remove: frozenset[str], spare: frozenset[str]
     ) -> None:
         """Change tags; if the metadata area is full for that, remove tags that can be spared before.
 
-        Two commands, because LVM 2.03.16 writes the command line into the area, too: each is short.  Raises
+        Two commands, because the command line is in the area, too (`_change`): each is short.  Raises
         MetadataAreaFull if that is not enough.
         """
         try:
@@ -404,10 +404,10 @@ class VolumeGroup:
     def remove(self, *lv_names: str) -> None:
         """Remove volumes; if one of them is open ("in use") or does not exist, LVM removes none."""
         names = map(self._full_name, lv_names)
-        call(["lvremove", "--quiet", "--yes", *_devices(self.devices), *names])
+        _change(["lvremove", "--quiet", "--yes", *_devices(self.devices), *names])
 
     def rename(self, lv_name: str, new_name: str) -> None:
-        call(["lvrename", "--quiet", *_devices(self.devices), self.vg_name, lv_name, new_name])
+        _change(["lvrename", "--quiet", *_devices(self.devices), self.vg_name, lv_name, new_name])
 
     def discard(self, lv_name: str, start: int, length: int) -> None:
         """Discard `length` bytes of an active volume from byte `start` on."""
@@ -461,16 +461,35 @@ def call(argv: Sequence[str], config: str = "") -> str:
     Raises MetadataAreaFull, CommandTimeout (UdevdGone), CommandMissing, and CommandFailed with `argv` without
     `--config`.
     """
+    return _run([*argv[:2], "--config", f"{SETTINGS} {config}".strip(), *argv[2:]], argv)
+
+
+def _change(argv: Sequence[str]) -> None:
+    """Run a command that removes, renames or marks volumes, also if the metadata area is full for SETTINGS.
+
+    LVM writes the command line into the metadata, too (2.03.16, "description"), and SETTINGS are a thousand
+    bytes of it.  In a group that others have filled, lvremove needs more room than it makes.  The settings
+    shape what LVM prints, which is not read here.  Commands that make or enlarge a volume are not repeated:
+    the thousand bytes that they leave are the room for these commands.
+    """
     try:
-        return run.run([*argv[:2], "--config", f"{SETTINGS} {config}".strip(), *argv[2:]])
+        call(argv)
+    except MetadataAreaFull:
+        _run(argv, argv)
+
+
+def _run(argv: Sequence[str], told: Sequence[str]) -> str:
+    """Run an LVM command, which errors name by the words `told`."""
+    try:
+        return run.run(argv)
     except CommandFailed as error:
         full = _METADATA_FULL.search(error.stderr)
         if full:
             raise MetadataAreaFull(vg=full[1]) from None
-        raise _failed(tuple(argv), error) from None
+        raise _failed(tuple(told), error) from None
     except CommandTimeout as error:
         if run.is_spent() or daemons.udevd_runs():
-            raise _locked(argv[-1].partition("/")[0], error) from None
+            raise _locked(told[-1].partition("/")[0], error) from None
         raise UdevdGone(tool=error.fields["tool"], seconds=error.fields["seconds"]) from None
 
 

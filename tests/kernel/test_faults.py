@@ -55,7 +55,10 @@ RULE = host.RULE.with_name("90-localdisk-faults.rules")
 SLOW = "copy: {parallel: 1, bandwidth: 1MiB}\n"
 CONTROL = Path("/run/udev/control")
 DATA = 16 * MIB
-BEDS_OWN = (["lvm"], ["virsh", "-q", "-c", libvirt.URI])  # they stay, and answer the bed's questions
+BEDS_OWN = (
+    ["lvm"],
+    ["virsh", "-q", "-k", "0", "-c", libvirt.URI],
+)  # they stay, and answer the bed's questions
 
 
 # -- a volume group that can fail
@@ -646,6 +649,30 @@ def test_exported_group(group: Group, image: Image) -> None:
     assert lv_uuid(image) == kept
     configure()
     stop(vm_id, image)
+
+
+def test_a_full_metadata_area(group: Group, image: Image) -> None:
+    """Others have filled it by short commands: gc removes all the same what no VM needs.
+
+    LVM writes the command line into the metadata, and ours are longer by a thousand bytes.
+    """
+    configure("retention: {on_stop: keep, keep_for: 0s}\n")
+    stop(start(image), image)
+    fill_metadata_area()
+    code, out, said = told("gc")
+    assert (code, said, " removed: " in out) == (0, (), True)
+    assert host.logical_volumes() == {}
+
+
+def fill_metadata_area() -> None:
+    """With tags of the group, until not even a short one has room."""
+    number = 0
+    for length, at_once in ((900, 100), (900, 20), (900, 4), (900, 1), (100, 1), (1, 1)):
+        while True:
+            names = [f"{number + n:0{length}d}" for n in range(at_once)]
+            number += at_once
+            if attempt("vgchange", "-qq", *(f"--addtag={name}" for name in names), NAME).returncode:
+                break
 
 
 def test_shared_group(group: Group, image: Image) -> None:

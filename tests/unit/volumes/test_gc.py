@@ -691,14 +691,14 @@ def test_a_full_metadata_area_does_not_hide_that_a_vm_drifted(host: FakeHost) ->
     """Its text must not grow: the mark takes the place of the fingerprint, which nobody needs any more."""
     volume = host.add(VOLUME, tags(), SIZE, lv_active="")
     ran_from(host, LAYER)
-    host.fail("lvchange", FULL)
+    host.fail("lvchange", FULL, times=2)
     assert outcome(collect_with_definitions()) == {"1": "mark_drifted"}
     assert volume.lv_tags == {tag for tag in tags(f"DRIFTED_{NOW}") if not tag.startswith("SOURCE_")}
 
 
 def test_a_mark_for_which_the_metadata_area_is_too_full(host: FakeHost) -> None:
     volume = host.add(VOLUME, tags(), SIZE, lv_active="")
-    host.fail("lvchange", FULL, times=2)
+    host.fail("lvchange", FULL, times=6)
     for _ in range(2):
         (found,) = gc.collect(parsed("retention: {grace: 0s}")).findings
         assert "metadata area of volume group ovirt-local is full" in found.failure

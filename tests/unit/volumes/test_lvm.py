@@ -389,6 +389,23 @@ def test_a_metadata_area_that_is_full(monkeypatch: pytest.MonkeyPatch, said: str
         lvm.call(["lvchange", "--quiet", "x/y"])
 
 
+def test_a_removal_in_a_full_metadata_area_goes_without_our_settings(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Their thousand bytes would be in the metadata; a new volume leaves that room to removals and marks."""
+    full = "  VG x 27 metadata on /dev/a (30231 bytes) exceeds maximum metadata size (29952 bytes)\n"
+    host = FakeHost()
+    monkeypatch.setattr(run, "run", host.run)
+    host.add(THICK, fakes.tags(), EXTENT)
+    vg = VolumeGroup.read("ovirt-local")
+    host.fail("lvremove", full)
+    vg.remove(THICK)
+    assert THICK not in host.volumes
+    host.fail("lvcreate", full)
+    with pytest.raises(MetadataAreaFull):
+        vg.create_thick(THICK, EXTENT, fakes.tags())
+
+
 @pytest.mark.parametrize(("free", "percent"), [(522240, 0), (261120, 50), (0, 100)])
 def test_how_full_the_metadata_area_is(free: int, percent: int) -> None:
     """LVM writes the new text beside the old one."""

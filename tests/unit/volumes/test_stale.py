@@ -105,7 +105,7 @@ def test_a_mark_for_which_the_metadata_area_is_full(host: FakeHost) -> None:
     boot = "BOOT_dddddddd-dddd-4ddd-8ddd-dddddddddddd_7"
     volume = host.add(VOLUME, tags("STOPPED_5", boot), SIZE)
     said = "VG x 27 metadata on /dev/a (523730 bytes) exceeds maximum metadata size (521472 bytes)"
-    host.fail("lvchange", f"  {said}\n")
+    host.fail("lvchange", f"  {said}\n", times=2)
     assert Hook(host).ask(STALE) == {}
     assert volume.lv_tags == tags("STOPPED_5", "STALE")
     assert kept.doubted(VM) == ()
