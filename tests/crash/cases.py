@@ -87,7 +87,11 @@ def main(do: str, match: str, *share: str) -> int:
 def run_share(match: str, part: int, parts: int, every: int) -> None:
     scene = Scene.load(SCENE)
     for case in chosen(every, match)[part::parts][done() :]:
-        run_case(scene, case)
+        try:
+            run_case(scene, case)
+        except BaseException:
+            print(f"in the case {case.name}", file=sys.stderr)
+            raise
 
 
 def chosen(every: int, match: str) -> list[Case]:
@@ -337,7 +341,7 @@ def wrong_templates(scene: Scene) -> Iterator[str]:
 
 def ours() -> Iterator[list[str]]:
     """The command lines of localdisk's processes and its tools that still run."""
-    tools = halt.tools_that_run()
+    tools = {*halt.tools_that_run(), *halt.scripts_that_run()}
     for pid, words in processes():
         is_ours = "/50_localdisk" in " ".join(words[:3]) or str(host.PROGRAM) in words[:3]
         if is_ours or pid in tools:

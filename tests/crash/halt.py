@@ -156,3 +156,10 @@ def go_on() -> None:
 def tools_that_run() -> list[int]:
     """The process ids of real tools."""
     return [pid for pid, words in processes() if words[0].startswith(f"{REAL}/")]
+
+
+def scripts_that_run() -> list[int]:
+    """The process ids of scripts that have not yet become their tool, or wait for it."""
+    names = {path.name for path in REAL.iterdir()}
+    scripts = ((pid, words[1]) for pid, words in processes() if Path(words[0]).name == "bash" and words[1:])
+    return [pid for pid, script in scripts if Path(script).name in names]
