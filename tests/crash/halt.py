@@ -158,8 +158,7 @@ def tools_that_run() -> list[int]:
     return [pid for pid, words in processes() if words[0].startswith(f"{REAL}/")]
 
 
-def scripts_that_run() -> list[int]:
-    """The process ids of scripts that have not yet become their tool, or wait for it."""
-    names = {path.name for path in REAL.iterdir()}
-    scripts = ((pid, words[1]) for pid, words in processes() if Path(words[0]).name == "bash" and words[1:])
-    return [pid for pid, script in scripts if Path(script).name in names]
+def is_call(words: list[str]) -> bool:
+    """Whether a command line is a real tool's, or that of a script that becomes one or waits for one."""
+    script = words[1] if Path(words[0]).name == "bash" and words[1:] else ""
+    return words[0].startswith(f"{REAL}/") or Path(script).name in {path.name for path in REAL.iterdir()}
