@@ -148,7 +148,7 @@ pack() {
   mkdir -p "$tree/localdisk/schema" "$tree/localdisk/examples"
   cp schema/localdisk.schema.json "$tree/localdisk/schema/"
   cp examples/minimal.yaml "$tree/localdisk/examples/"
-  rm -f "$tree"/localdisk/zipapp/{main,begin,bootstrap,pack}.py
+  rm -f "$tree"/localdisk/zipapp/{main,begin,bootstrap,first_run,pack}.py
   # Remove what is not needed at run time: headers and sources of lxml, tests, caches, type stubs of packages.
   find "$tree" \( -name '*.pxd' -o -name '*.pxi' -o -name '*.pyx' -o -name '*.h' -o -name '*.c' -o -name '*.pyi' \
     -o -name '*.rng' -o -name '*.xsl' \) -delete

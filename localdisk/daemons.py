@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import glob
 import os
 
 PROC = "/proc"
@@ -29,4 +28,6 @@ def udevd_runs() -> bool:
 
 def has_cron_timers(name: str) -> bool:
     """Whether systemd-cron, which has no daemon, has made timers of /etc/cron.d/`name`."""
+    import glob
+
     return bool(glob.glob(f"/run/systemd/generator*/cron-{glob.escape(name)}-*.timer"))

@@ -17,7 +17,7 @@ BLOCK = "/sys/block"
 NUMBERS = "/sys/dev/block"
 NAMES = "/sys/class/block"  # with partitions, which BLOCK does not have
 _SECTOR = 512  # bytes; the unit of `size`, even if the device has other sectors
-_TARGET_NAME = re.compile(r"((?:[^-]|--)+)-((?:[^-]|--)+)")  # VG-LV; dashes inside of names are doubled
+_TARGET_NAME = r"((?:[^-]|--)+)-((?:[^-]|--)+)"  # VG-LV; dashes inside of names are doubled
 
 
 @frozen
@@ -36,7 +36,7 @@ def logical_volumes(vg_names: Iterable[str]) -> Iterator[Volume]:
         return
     for device in devices:
         try:
-            match = _TARGET_NAME.fullmatch(_read(device, "dm", "name"))
+            match = re.fullmatch(_TARGET_NAME, _read(device, "dm", "name"))
             size = int(_read(device, "size")) * _SECTOR
         except (OSError, ValueError):  # the device was just removed
             continue

@@ -17,14 +17,15 @@ _DURATION_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _SHOWN_SIZES = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 _SHOWN_DURATIONS = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
 
-_SIZE = re.compile(r"([0-9]{1,19})([KMGT]iB)?")
-_PERCENTAGE = re.compile(r"([0-9]{1,3}(?:\.[0-9]{1,3})?)%")
-_DURATION = re.compile(r"([0-9]{1,9})([smhd])")
+# Texts, not compiled patterns: that would be done in each run, and few runs read any of these.
+_SIZE = r"([0-9]{1,19})([KMGT]iB)?"
+_PERCENTAGE = r"([0-9]{1,3}(?:\.[0-9]{1,3})?)%"
+_DURATION = r"([0-9]{1,9})([smhd])"
 
 
 def parse_size(text: str | int) -> int:
     """Bytes, from a number of bytes or from `4KiB`, `512MiB`, `10GiB`, `1TiB`; else ValueError."""
-    match = _SIZE.fullmatch(str(text))
+    match = re.fullmatch(_SIZE, str(text))
     if not match:
         raise ValueError(f"'{text}' is not a size: give bytes, or a number with KiB, MiB, GiB or TiB")
     return int(match[1]) * _SIZE_UNITS[match[2] or ""]
@@ -32,7 +33,7 @@ def parse_size(text: str | int) -> int:
 
 def parse_percentage(text: str) -> float:
     """0..100, from `90%` or `2.5%` (at most three decimals); else ValueError."""
-    match = _PERCENTAGE.fullmatch(text)
+    match = re.fullmatch(_PERCENTAGE, text)
     if not match or float(match[1]) > 100:
         raise ValueError(f"'{text}' is not a percentage from 0% to 100%")
     return float(match[1])
@@ -40,7 +41,7 @@ def parse_percentage(text: str) -> float:
 
 def parse_duration(text: str) -> int:
     """Seconds, from `90s`, `15m`, `12h` or `7d`; else ValueError."""
-    match = _DURATION.fullmatch(text)
+    match = re.fullmatch(_DURATION, text)
     if not match:
         raise ValueError(f"'{text}' is not a duration: give a number with s, m, h or d")
     return int(match[1]) * _DURATION_UNITS[match[2]]

@@ -36,7 +36,7 @@ _BLKZEROOUT = 0x127F  # linux/fs.h; takes offset and length in bytes
 _LARGEST_SECTOR = 4096  # bytes
 _ZERO_CHUNK = 64 << 20  # bytes a call; the ioctl can't be interrupted
 _BLOCK = b"localdisk check\n" * 256
-_PROGRESS = re.compile(rb"\((\d+(?:\.\d+)?)/100%\)")
+_PROGRESS = rb"\((\d+(?:\.\d+)?)/100%\)"
 
 # The fraction done, 0 to 1, and the bytes written so far; raises to end the copy.
 OnProgress = Callable[[float, int], None]
@@ -231,7 +231,7 @@ def _progress(process: run.Process[bytes]) -> Iterator[float]:
             if not text:
                 yield fraction
                 return
-            found = _PROGRESS.findall(text)
+            found = re.findall(_PROGRESS, text)
             fraction = float(found[-1]) / 100 if found else fraction
         if time.monotonic() - reported >= HEARTBEAT:
             reported = time.monotonic()

@@ -20,7 +20,7 @@ from localdisk.hook.sources import Layer
 from localdisk.ids import is_uuid
 
 _LIMIT = 64 << 10  # bytes; vdsm's is 512, or 8 KiB from version 5 of storage domains on
-_LINE = re.compile(r"([A-Z_]+)=(.*)")
+_LINE = r"([A-Z_]+)=(.*)"
 
 
 def is_template(layer: Layer) -> bool:
@@ -75,7 +75,7 @@ def _read(path: str) -> bytes | None:
 def _parse(data: bytes) -> dict[str, str] | None:
     """The keys of volume metadata and their values; None if the text is incomplete or has a key twice."""
     lines = data.decode(errors="replace").splitlines()
-    found = [_LINE.fullmatch(line) for line in lines]
+    found = [re.fullmatch(_LINE, line) for line in lines]
     keys = [match[1] for match in found if match]
     is_whole = "EOF" in lines and len(keys) == len(set(keys))
     return {match[1]: match[2] for match in found if match} if is_whole else None

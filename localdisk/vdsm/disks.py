@@ -29,12 +29,12 @@ SHARED = ("none", "false", "exclusive", "shared", "transient")
 TYPES = ("file", "block", "network")  # libvirt's, of the storage of an image
 
 _UUID = "[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}"
-IMAGE_PATH = re.compile(rf"/({_UUID})/({_UUID})\Z")  # at the end of every path of a vdsm image
+IMAGE_PATH = rf"/({_UUID})/({_UUID})\Z"  # at the end of every path of a vdsm image
 # The path of a local disk: a logical volume of a group whose name is no UUID.  The group of a storage domain
 # has a UUID as its name.
-_LOCAL_DISK = re.compile(rf"/dev/(?!(?:{_UUID}|mapper|disk)/)[^/]+/{_UUID}")
-_LOCAL_PATH = re.compile(r"/[A-Za-z0-9_+.:@/-]+")  # characters of LVM's names; none must be escaped in XML
-_UNFIT = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")  # in a path: control characters, lone surrogates
+_LOCAL_DISK = rf"/dev/(?!(?:{_UUID}|mapper|disk)/)[^/]+/{_UUID}"
+_LOCAL_PATH = r"/[A-Za-z0-9_+.:@/-]+"  # characters of LVM's names; none must be escaped in XML
+_UNFIT = r"[\x00-\x1f\x7f\ud800-\udfff]"  # in a path: control characters, lone surrogates
 
 
 @frozen
@@ -110,7 +110,7 @@ def refused_as(error: type[BadDiskData] | type[BadDomain]) -> Iterator[None]:
 
 def is_local_path(path: str) -> bool:
     """Whether it is a local disk's path; the present configuration does not matter."""
-    return _LOCAL_DISK.fullmatch(path) is not None
+    return re.fullmatch(_LOCAL_DISK, path) is not None
 
 
 def check_size(text: str) -> None:
@@ -124,7 +124,7 @@ def check_disk(disk: Disk, serial: str, images: Iterable[str] = ()) -> None:
         raise RefusedError(f"disk {disk.name} has only one of imageID and volumeID")
     if disk.is_vdsm_image:
         _check_image(disk, serial)
-    elif disk.device == "disk" and (IMAGE_PATH.search(disk.path) or serial.lower() in images):
+    elif disk.device == "disk" and (re.search(IMAGE_PATH, disk.path) or serial.lower() in images):
         raise RefusedError(f"disk {disk.name} looks like an image of vdsm's but has no imageID and volumeID")
 
 
@@ -143,7 +143,7 @@ def check_can_be_local(disk: Disk, path: str) -> None:
     if disk.device != "disk" or disk.disk_type not in ("file", "block"):
         kind = f"{disk.device} of type '{disk.disk_type}'"
         raise RefusedError(f"disk {disk.name} is a {kind} and cannot be made local")
-    if not _LOCAL_PATH.fullmatch(path):
+    if not re.fullmatch(_LOCAL_PATH, path):
         raise RefusedError(f"'{path}' is not the path of a local disk")
 
 
@@ -198,6 +198,6 @@ def known_shared(value: object) -> str:
 
 
 def fit_path(path: str) -> str:
-    if _UNFIT.search(path):
+    if re.search(_UNFIT, path):
         raise RefusedError(f"the path '{path}' holds control characters")
     return path

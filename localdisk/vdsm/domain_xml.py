@@ -55,16 +55,13 @@ _UNCACHED = ("none", "directsync")
 _QCOW2_ATTRIBUTES = ("discard_no_unref",)
 _QCOW2_CHILDREN = ("driver/metadata_cache", "source/dataStore")
 
-_ENCODING = re.compile(r"""\ufeff?<\?xml\s[^>]*?\bencoding\s*=\s*["']([^"']*)["']""", re.ASCII)
+_ENCODING = r"""(?a)\ufeff?<\?xml\s[^>]*?\bencoding\s*=\s*["']([^"']*)["']"""
 
 # Markup of a document that is known to be well-formed and without DTD: start tags (with a name) and end tags.
 # Comments, CDATA and instructions come first in the pattern, so that a "<" in them is not taken for a tag.
-_MARKUP = re.compile(
-    r"""<!--.*?--> | <!\[CDATA\[.*?\]\]> | <\?.*?\?> | (?P<end></[^>]*>)
-      | <(?P<name>[^\s/>!?][^\s/>]*) [^>"']* (?: (?:"[^"]*"|'[^']*') [^>"']* )* >""",
-    re.ASCII | re.DOTALL | re.VERBOSE,
-)
-_ATTRIBUTE = re.compile(r"""(?P<name>[^\s=]+)\s*=\s*(?P<value>"[^"]*"|'[^']*')""", re.ASCII)
+_MARKUP = r"""(?asx)<!--.*?--> | <!\[CDATA\[.*?\]\]> | <\?.*?\?> | (?P<end></[^>]*>)
+    | <(?P<name>[^\s/>!?][^\s/>]*) [^>"']* (?: (?:"[^"]*"|'[^']*') [^>"']* )* >"""
+_ATTRIBUTE = r"""(?a)(?P<name>[^\s=]+)\s*=\s*(?P<value>"[^"]*"|'[^']*')"""
 
 
 @refused_as(BadDomain)
@@ -209,7 +206,7 @@ def read_disk_element(xml: str) -> Disk:
     """
     element = _parse(xml, "disk")
     disk, serial = _disk_from_xml(element, _NO_IDENTITY), _child_text(element, "serial")
-    place = IMAGE_PATH.search(disk.path)
+    place = re.search(IMAGE_PATH, disk.path)
     if place:
         image_id = serial if is_uuid(serial.lower()) else place[1]
         disk = replace(disk, image_id=image_id.lower(), volume_id=place[2].lower())
@@ -221,7 +218,7 @@ def _parse(xml: str, root_tag: str) -> _Element:
     from lxml import etree
 
     check_size(xml)
-    declared = _ENCODING.match(xml)
+    declared = re.match(_ENCODING, xml)
     if declared and declared[1].lower() not in ("utf-8", "us-ascii", "ascii"):
         raise RefusedError(f"it says that its encoding is {declared[1]}, vdsm's is UTF-8")
     parser = etree.XMLParser(
@@ -369,7 +366,7 @@ def _local_attributes(element: _Element, path: str) -> dict[_Element, _Attribute
 def _edited(xml: str, root: _Element, changes: Mapping[_Element, _Change]) -> str:
     """`xml` with `changes`, which remove elements or change start tags; `root` is `xml` parsed."""
     pieces, end = [], 0
-    start_tags = (markup for markup in _MARKUP.finditer(xml) if markup["name"])
+    start_tags = (markup for markup in re.finditer(_MARKUP, xml) if markup["name"])
     for element, tag in zip(root.iter("*"), start_tags):
         if element in changes:
             pieces.append(xml[end : tag.start()])
@@ -385,7 +382,7 @@ def _edited(xml: str, root: _Element, changes: Mapping[_Element, _Change]) -> st
 def _end_of_element(tag: re.Match[str]) -> int:
     """The offset in the text at which the element with the start tag `tag` ends."""
     depth = 0
-    for markup in _MARKUP.finditer(tag.string, tag.start()):
+    for markup in re.compile(_MARKUP).finditer(tag.string, tag.start()):
         if markup["end"]:
             depth -= 1
         elif markup["name"] and not markup[0].endswith("/>"):
@@ -399,7 +396,7 @@ def _with_attributes(tag: re.Match[str], changes: _Attributes) -> str:
     """The start tag `tag` with attributes changed in their places, added after the last one, or removed."""
     text, end, new = tag.string, tag.end("name"), dict(changes)
     pieces = [text[tag.start() : end]]
-    for attribute in _ATTRIBUTE.finditer(text, end, tag.end()):
+    for attribute in re.compile(_ATTRIBUTE).finditer(text, end, tag.end()):
         name, value = attribute["name"], attribute["value"]
         if name not in changes:
             pieces.append(text[end : attribute.end()])

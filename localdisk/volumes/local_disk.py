@@ -59,8 +59,8 @@ ERASES = ("discard", "zero")  # the values of `retention.erase` other than none
 FIRST = 1735689600  # 2025-01-01: an older time in a mark is of a wrong clock
 HOW_TO_DECIDE = "kept until you decide: retention.older_disks: as_ours, or localdisk remove"
 SLACK = 60  # seconds by which a clock may be corrected without a new mark
-_NUMBER = re.compile(r"[0-9]{1,18}")
-_BOOT = re.compile(r"([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})_([0-9]{1,12})")
+_NUMBER = r"[0-9]{1,18}"
+_BOOT = r"([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})_([0-9]{1,12})"
 
 
 class State(enum.Enum):
@@ -438,7 +438,7 @@ def plan_stop(disk: LocalDisk, retention: Retention) -> Stop:
 
 
 def _boot_of(values: list[str]) -> tuple[str, int] | None:
-    match = _BOOT.fullmatch(values[0]) if len(values) == 1 else None
+    match = re.fullmatch(_BOOT, values[0]) if len(values) == 1 else None
     return (match[1], int(match[2])) if match else None
 
 
@@ -468,4 +468,4 @@ def only_uuid(values: list[str]) -> str:
 
 def numbers_of(values: list[str]) -> list[int]:
     """Those of the values that are decimal numbers."""
-    return [int(value) for value in values if _NUMBER.fullmatch(value)]
+    return [int(value) for value in values if re.fullmatch(_NUMBER, value)]

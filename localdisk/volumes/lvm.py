@@ -46,7 +46,7 @@ REPORT = {
     "pvseg": "pvseg_start",
 }
 # lvm2, lib/format_text/format-text.c: the first message since 2.03.09, the other one before.
-_METADATA_FULL = re.compile(
+_METADATA_FULL = (
     r"VG (\S+) \d+ metadata on .* (?:exceeds maximum metadata size|too large for circular buffer)"
 )
 _ORIGINS = {"thickorigin", "multithickorigin", "extthinorigin", "multiextthinorigin"}
@@ -483,7 +483,7 @@ def _run(argv: Sequence[str], told: Sequence[str]) -> str:
     try:
         return run.run(argv)
     except CommandFailed as error:
-        full = _METADATA_FULL.search(error.stderr)
+        full = re.search(_METADATA_FULL, error.stderr)
         if full:
             raise MetadataAreaFull(vg=full[1]) from None
         raise _failed(tuple(told), error) from None

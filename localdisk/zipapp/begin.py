@@ -1,6 +1,6 @@
 """Whether the zipapp can run here at all, and with which exit code it ends if it cannot.
 
-Python 3.6 must be able to read this file, too.  main.py imports it if there is something to do.
+Python 3.6 must be able to read this file, too.  main.py imports it before the first run of a build.
 """
 
 import os

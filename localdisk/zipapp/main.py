@@ -1,8 +1,8 @@
 """The zipapp's `__main__`: the few lines that run for every VM, also for VMs without local disks.
 
-build.sh replaces shiv's own `__main__.py` by this file, and puts begin.py, bootstrap.py and extract.py beside
-it.  Python compiles it in every run, so it is as short as possible and imports only what Python has imported
-already.  Python 3.6 must be able to read it, too: begin.py then prints that this is the wrong Python.
+build.sh replaces shiv's own `__main__.py` by this file, and puts the files beside it that it imports.  Python
+compiles it in every run, so it is as short as possible and imports only what Python has imported already.
+Python 3.6 must be able to read it, too: begin.py then prints that this is the wrong Python.
 """
 
 import os
@@ -50,12 +50,18 @@ def is_done(argv, environ):  # type: (list[str], os._Environ[str]) -> bool
     return point not in BEGINNINGS or not os.path.exists(KEPT + (environ.get("vmId") or "-").lower())
 
 
-if __name__ == "__main__" and not is_done(sys.argv, os.environ):
+if __name__ == "__main__":
+    if is_done(sys.argv, os.environ):
+        os._exit(0)  # Python's own end would take another tenth of the time
     try:
-        import begin  # type: ignore[import-not-found]
-
-        begin.require_host(named_point(sys.argv))
         import bootstrap  # type: ignore[import-not-found]
+
+        found = bootstrap.packages()
+        if not found:
+            import begin  # type: ignore[import-not-found]
+
+            begin.require_host(named_point(sys.argv))
+            import first_run  # type: ignore[import-not-found]
     except Exception:
         # Python opens the file again for each import: it was updated after Python had read this module.
         if len(os.environ.get("LOCALDISK_AGAIN", "")) > 50:
@@ -63,4 +69,4 @@ if __name__ == "__main__" and not is_done(sys.argv, os.environ):
         os.environ["LOCALDISK_AGAIN"] = os.environ.get("LOCALDISK_AGAIN", "") + "x"
         os.execv(sys.argv[0], sys.argv)  # noqa: S606 (ourselves)
 
-    bootstrap.main(called_by_vdsm=bool(called_point(sys.argv)), refused=begin.refused(named_point(sys.argv)))
+    bootstrap.run(found or first_run.packages(named_point(sys.argv), bool(called_point(sys.argv))))

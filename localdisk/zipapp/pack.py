@@ -18,6 +18,7 @@ STARTS = (
     ("__main__.py", "main.py"),
     ("begin.py", "begin.py"),
     ("bootstrap.py", "bootstrap.py"),
+    ("first_run.py", "first_run.py"),
     ("extract.py", "extract.py"),
 )
 PACKED = "packages.zip"  # as extract.py has it

@@ -2,7 +2,7 @@
 
 What there is to say is collected from the source: each place where an error of errors.py is made or a
 problem is logged (a `Site`), and each text that is written into one (`WORDS`).  `provocations.py` has the
-table that provokes them; a message that the table forgets fails here.  The bootstrap (bootstrap.py,
+table that provokes them; a message that the table forgets fails here.  The bootstrap (first_run.py,
 main.py) and what check and status find wrong are not errors; their own tests read them.
 """
 
@@ -41,7 +41,7 @@ ELSEWHERE = {
     "host/check_system": "findings of check, not errors",
     "host/check_storage": "findings of check, not errors",
     "zipapp/begin": "the bootstrap",
-    "zipapp/bootstrap": "the bootstrap",
+    "zipapp/first_run": "the bootstrap",
     "zipapp/main": "the bootstrap",
 }
 

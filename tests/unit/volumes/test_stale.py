@@ -17,7 +17,7 @@ from localdisk.hook import points
 from localdisk.status import snapshot
 from localdisk.vdsm import hook_call
 from localdisk.volumes import gc
-from localdisk.zipapp import begin, main
+from localdisk.zipapp import main
 from tests.fakes import IMAGE, OTHER_IMAGE, OTHER_VM, OTHER_VOLUME, VM, VOLUME, FakeHost, Killed, tags
 from tests.fakes.session import CLAIM, COMMIT_IT, KEEP, KEPT, PREPARE, RELEASE, SIZE, Hook, parsed
 from tests.fakes.vdsm import Vdsm
@@ -227,8 +227,7 @@ def test_who_is_let_through(tmp_path: Path, point: str, environ: dict[str, str],
     (tmp_path / "kept" / VM).touch()
     text = Path(main.__file__).read_text().replace(main.KEPT, f"{tmp_path}/kept/")
     (tmp_path / "__main__.py").write_text(text)
-    (tmp_path / "begin.py").write_bytes(Path(begin.__file__).read_bytes())
-    (tmp_path / "bootstrap.py").write_text("def main(called_by_vdsm, refused): print('goes on')")
+    (tmp_path / "bootstrap.py").write_text("def packages(): return 'x'\ndef run(_found): print('goes on')")
     argv = [sys.executable, str(tmp_path), "hook", point]
     done = subprocess.run(argv, capture_output=True, text=True, env=environ, check=True)
     assert done.stdout == ("goes on\n" if is_noted and point in BEGINNINGS else "")

@@ -3,6 +3,8 @@ from __future__ import annotations
 import ast
 import errno
 import fcntl
+import gc
+import importlib
 import os
 import shutil
 import signal
@@ -12,6 +14,7 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NoReturn
 
 import pytest
 
@@ -20,7 +23,13 @@ from localdisk.zipapp import begin, bootstrap, extract, main
 from tests.bed.player import RAISING_POINTS
 from tests.fakes.zipped import zipped
 
-FIRST, SECOND = Path(main.__file__), Path(begin.__file__)
+# In the zipapp they are beside each other.
+sys.modules.update(begin=begin, bootstrap=bootstrap, extract=extract)
+first_run = importlib.import_module("localdisk.zipapp.first_run")
+
+START = [Path(str(module.__file__)) for module in (main, begin, bootstrap)]
+FIRST = START[0]
+end_at_once = os._exit
 POINT = "after_disk_prepare"
 
 
@@ -87,13 +96,14 @@ def test_who_is_let_through(tmp_path: Path, words: list[str], environ: dict[str,
     program = tmp_path / "program"
     program.mkdir()
     (program / "__main__.py").write_bytes(FIRST.read_bytes())
-    (program / "begin.py").write_bytes(SECOND.read_bytes())
-    (program / "bootstrap.py").write_text("def main(called_by_vdsm, refused): print(called_by_vdsm, refused)")
+    (program / "begin.py").write_bytes(Path(begin.__file__).read_bytes())
+    (program / "bootstrap.py").write_text("def packages(): return ''\ndef run(found): print(found)")
+    (program / "first_run.py").write_text("def packages(*words): return words")
     done = subprocess.run(
         [sys.executable, str(program), *words], capture_output=True, text=True, env=environ, check=True
     )
-    code = 1 if words == ["hook", "before_vdsm_start"] else 2
-    assert done.stdout == (f"{len(words) == 2 and words[1] == POINT} {code}\n" if goes_on else "")
+    point = words[1] if len(words) == 2 else tmp_path.name
+    assert done.stdout == (f"{(point, point == POINT)}\n" if goes_on else "")
     assert done.stderr == ""
 
 
@@ -130,14 +140,15 @@ def test_the_wrong_host_is_told_in_one_line(version: tuple[int, int], machine: s
         assert line.startswith("localdisk: this file is for Python 3.9 to 3.13 on x86_64, " + said)
 
 
-@pytest.mark.parametrize("path", [FIRST, SECOND])
+@pytest.mark.parametrize("path", START)
 def test_older_pythons_read_the_first_lines(path: Path) -> None:
     ast.parse(path.read_text(), feature_version=(3, 6))
 
 
 def test_the_wrong_machine(tmp_path: Path) -> None:
-    text = SECOND.read_text().replace('MACHINE = "x86_64"', 'MACHINE = "s390x"')
+    text = Path(begin.__file__).read_text().replace('MACHINE = "x86_64"', 'MACHINE = "s390x"')
     (tmp_path / "__main__.py").write_bytes(FIRST.read_bytes())
+    (tmp_path / "bootstrap.py").write_bytes(Path(bootstrap.__file__).read_bytes())
     (tmp_path / "begin.py").write_text(text)
     done = subprocess.run([sys.executable, str(tmp_path), "gc"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
@@ -151,12 +162,17 @@ def test_an_update_between_two_looks_at_the_file(tmp_path: Path) -> None:
     program = tmp_path / "program"
     program.write_text(f"#!{sys.executable}\n" + FIRST.read_text())
     program.chmod(0o755)
-    (tmp_path / "begin.py").write_bytes(SECOND.read_bytes())
-    (tmp_path / "bootstrap.py").write_text("import os\nos.rename('new', 'bootstrap.py')\nraise ImportError\n")
-    (tmp_path / "new").write_text("def main(called_by_vdsm, refused): print('new')\n")
-    argv = [str(program), "gc"]
-    done = subprocess.run(argv, capture_output=True, text=True, check=False, cwd=tmp_path)
-    assert (done.stdout, done.stderr) == ("new\n", "")
+    (tmp_path / "begin.py").write_bytes(Path(begin.__file__).read_bytes())
+    new = "def packages(): return 'found'\ndef run(found): print('new', found)\n"
+    for module in ("bootstrap", "first_run"):
+        (tmp_path / "bootstrap.py").write_text("def packages(): return ''\n")
+        (tmp_path / f"{module}.py").write_text(
+            "import os\nos.rename('new', 'bootstrap.py')\nraise ImportError\n"
+        )
+        (tmp_path / "new").write_text(new)
+        argv = [str(program), "gc"]
+        done = subprocess.run(argv, capture_output=True, text=True, check=False, cwd=tmp_path)
+        assert (done.stdout, done.stderr) == ("new found\n", "")
     (tmp_path / "bootstrap.py").write_text("raise ImportError('broken for good')\n")
     done = subprocess.run(argv, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert "broken for good" in done.stderr
@@ -263,10 +279,10 @@ def test_what_root_runs(
 
     monkeypatch.setattr(os, "lstat", lstat)
     if trusted:
-        bootstrap.require_trusted(str(program))
+        first_run.require_trusted(str(program))
         return
     with pytest.raises(SystemExit) as caught:
-        bootstrap.require_trusted(str(program))
+        first_run.require_trusted(str(program))
     assert caught.value.code == 2
     assert capsys.readouterr().err == (
         f"localdisk: {tmp_path / part} could be written by others than root, who will not run {program}"
@@ -281,7 +297,6 @@ def fixture_trees(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(bootstrap, "BUILD_ID", "abc")
     monkeypatch.setattr(bootstrap, "_in_use", [])
     monkeypatch.setattr(sys, "argv", [str(tmp_path / "link")])
-    monkeypatch.setitem(sys.modules, "extract", extract)
     (tmp_path / "link").symlink_to(tmp_path / "localdisk")
     with zipfile.ZipFile(tmp_path / "localdisk", "w") as packed:
         packed.writestr(extract.PACKED, zipped({"site-packages/some/module.py": "NAME = 'x'\n"}))
@@ -295,7 +310,7 @@ NAME = f"abc-{sys.implementation.cache_tag}"
 
 def test_the_tree_of_this_build(monkeypatch: pytest.MonkeyPatch, trees: Path) -> None:
     assert bootstrap.ready(str(trees), ME) == ""
-    packages = bootstrap.unpacked(str(trees), ME)
+    packages = first_run.unpacked(str(trees), ME)
     assert packages == str(trees / NAME / "site-packages") == bootstrap.ready(str(trees), ME)
     assert bootstrap.ready(str(trees), ME + 1) == ""
     monkeypatch.setattr(bootstrap, "BUILD_ID", "abd")
@@ -304,7 +319,7 @@ def test_the_tree_of_this_build(monkeypatch: pytest.MonkeyPatch, trees: Path) ->
 
 def test_a_tree_that_somebody_locks(trees: Path) -> None:
     """Anybody who can read a file can lock it; a program must run all the same."""
-    packages = bootstrap.unpacked(str(trees), ME)
+    packages = first_run.unpacked(str(trees), ME)
     os.close(bootstrap._in_use.pop())
     with open(trees / NAME / "files", "rb") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -312,7 +327,7 @@ def test_a_tree_that_somebody_locks(trees: Path) -> None:
 
 
 def test_a_tree_that_is_being_removed(trees: Path) -> None:
-    bootstrap.unpacked(str(trees), ME)
+    first_run.unpacked(str(trees), ME)
     with open(trees / NAME / "files", "rb") as file:
         (trees / NAME / "files").unlink()
         assert not bootstrap._holds(file.fileno())
@@ -320,7 +335,7 @@ def test_a_tree_that_is_being_removed(trees: Path) -> None:
 
 @pytest.mark.parametrize("part", ["", NAME])
 def test_a_tree_that_others_could_write(trees: Path, part: str) -> None:
-    bootstrap.unpacked(str(trees), ME)
+    first_run.unpacked(str(trees), ME)
     (trees / part).chmod(0o777)
     assert bootstrap.ready(str(trees), ME) == ""
 
@@ -339,10 +354,10 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_tree_is_noticed_and_replaced(trees: Path, damage: str) -> None:
-    bootstrap.unpacked(str(trees), ME)
+    first_run.unpacked(str(trees), ME)
     DAMAGES[damage](trees / NAME)
     assert bootstrap.ready(str(trees), ME) == ""
-    packages = Path(bootstrap.unpacked(str(trees), ME))
+    packages = Path(first_run.unpacked(str(trees), ME))
     assert b"NAME" in (packages / "some/module.pyc").read_bytes()
     assert sorted(path.name for path in trees.iterdir()) == [".lock", NAME]
     assert sorted(path.name for path in (trees / NAME).iterdir()) == ["files", "site-packages"]
@@ -367,10 +382,10 @@ def test_packages_on_a_mount_with_noexec(
     assert bootstrap.trees_of_root() == str(trees)
     noexec.add(str(trees))
     assert bootstrap.trees_of_root() == str(beside)
-    packages = bootstrap.unpacked(str(beside), ME)
+    packages = first_run.unpacked(str(beside), ME)
     assert packages == str(beside / NAME / "site-packages") == bootstrap.ready(str(beside), ME)
     monkeypatch.setattr(os.path, "ismount", lambda path: path == str(trees.parent))
-    assert refused(capsys, lambda: bootstrap.unpacked(str(trees), ME)) == (
+    assert refused(capsys, lambda: first_run.unpacked(str(trees), ME)) == (
         f"localdisk: {trees} is on a file system that is mounted noexec, no compiled module is loaded from"
         f" there : mount -o remount,exec {trees.parent}"
     )
@@ -379,7 +394,7 @@ def test_packages_on_a_mount_with_noexec(
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     monkeypatch.setattr(os, "makedirs", read_only)
-    assert refused(capsys, lambda: bootstrap.unpacked(str(beside), ME)) == (
+    assert refused(capsys, lambda: first_run.unpacked(str(beside), ME)) == (
         f"localdisk: cannot extract to {beside}, Read-only file system : mount -o remount,exec {trees.parent}"
     )
 
@@ -411,7 +426,7 @@ def refused(capsys: pytest.CaptureFixture[str], call: Callable[[], object]) -> s
 def test_not_where_others_could_write(trees: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trees.mkdir()
     trees.chmod(0o777)
-    line = refused(capsys, lambda: bootstrap.unpacked(str(trees), ME))
+    line = refused(capsys, lambda: first_run.unpacked(str(trees), ME))
     assert line == f"localdisk: {trees} could be written by others : rm -r {trees}"
     assert list(trees.iterdir()) == []
 
@@ -420,12 +435,12 @@ def test_not_through_a_link(trees: Path, capsys: pytest.CaptureFixture[str]) -> 
     elsewhere = trees.parent / "elsewhere"
     elsewhere.mkdir()
     trees.symlink_to(elsewhere)
-    assert "could be written by others" in refused(capsys, lambda: bootstrap.unpacked(str(trees), ME))
+    assert "could be written by others" in refused(capsys, lambda: first_run.unpacked(str(trees), ME))
     assert list(elsewhere.iterdir()) == []
 
 
 def test_a_user_who_cannot_extract(trees: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    line = refused(capsys, lambda: bootstrap.unpacked("/dev/null/.cache", ME))
+    line = refused(capsys, lambda: first_run.unpacked("/dev/null/.cache", ME))
     assert line == (
         "localdisk: cannot extract to /dev/null/.cache, Not a directory"
         f" : make room in {trees} (df -h {trees}), then run {trees.parent}/localdisk --version once as root"
@@ -439,14 +454,14 @@ def test_a_full_disk(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    assert "No space left on device" in refused(capsys, lambda: bootstrap.unpacked(str(trees), ME))
+    assert "No space left on device" in refused(capsys, lambda: first_run.unpacked(str(trees), ME))
     assert [path.name for path in trees.iterdir()] == [".lock"]
 
 
 def test_an_update_while_it_starts(trees: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with zipfile.ZipFile(trees.parent / "localdisk", "w") as packed:
         packed.writestr("bootstrap.py", 'BUILD_ID = "abd"\n')
-    line = refused(capsys, lambda: bootstrap.unpacked(str(trees), ME))
+    line = refused(capsys, lambda: first_run.unpacked(str(trees), ME))
     assert line == f"localdisk: {trees.parent}/localdisk was replaced while it started : try again"
 
 
@@ -454,13 +469,13 @@ def test_what_is_still_damaged_is_not_run(
     monkeypatch: pytest.MonkeyPatch, trees: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(extract, "unpack", lambda *_: None)
-    line = refused(capsys, lambda: bootstrap.unpacked(str(trees), ME))
+    line = refused(capsys, lambda: first_run.unpacked(str(trees), ME))
     assert line.startswith(f"localdisk: what was extracted to {trees} is damaged : ")
 
 
 def test_an_ordinary_users_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     home(monkeypatch, Path("/home/x"))
-    assert bootstrap.own_trees() == "/home/x/.cache/localdisk"
+    assert first_run.own_trees() == "/home/x/.cache/localdisk"
 
 
 def home(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
@@ -475,7 +490,7 @@ def home(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
 
 @pytest.fixture(name="started")
 def fixture_started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What front.main starts, instead of doing so."""
+    """What main.py starts, instead of doing so."""
     started: list[str] = []
 
     def spawn(path: str, argv: list[str], environ: dict[str, str], file_actions: object) -> int:
@@ -483,45 +498,55 @@ def fixture_started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         started.append(f"{path}: {' '.join(argv)}")
         raise FileNotFoundError
 
+    def untrusted(path: str) -> str:
+        started.append(f"trusts {path}")
+        return ""
+
     def program() -> int:
-        started.append(f"program on {sys.path[0]}")
+        started.append(f"program on {sys.path[-1]}")
         return 5
 
     monkeypatch.setattr(os, "posix_spawn", spawn)
     monkeypatch.setattr(os, "umask", lambda mask: started.append(f"umask {mask:o}"))
     monkeypatch.setattr(os, "environ", {"PYTHONPATH": "/evil"})
-    monkeypatch.setattr(sys, "path", list(sys.path))
+
+    def end(code: int) -> NoReturn:
+        raise SystemExit(code)
+
+    monkeypatch.setattr(os, "_exit", end)
+    monkeypatch.setattr(gc, "set_threshold", lambda _objects: None)
+    monkeypatch.setattr(sys, "path", ["the zipapp", *sys.path])
     monkeypatch.setattr("localdisk.cli.main", program)
     # The tests' user in root's place, and everything its own.
     monkeypatch.setattr(bootstrap, "is_alone", lambda path, _user: os.path.isdir(path))
-    monkeypatch.setattr(bootstrap, "require_trusted", lambda path: started.append(f"trusts {path}"))
+    monkeypatch.setattr(bootstrap, "untrusted", untrusted)
     return started
 
 
-def test_a_refusal_of_the_bootstrap_has_the_points_exit_code(
+def runs(point: str = "", called_by_vdsm: bool = False) -> None:
+    """As main.py runs it."""
+    with pytest.raises(SystemExit) as caught:
+        bootstrap.run(bootstrap.packages() or first_run.packages(point, called_by_vdsm))
+    assert caught.value.code == 5
+    assert "the zipapp" not in sys.path
+
+
+def test_a_refusal_has_the_points_exit_code(
     monkeypatch: pytest.MonkeyPatch, trees: Path, started: list[str]
 ) -> None:
-    def refuse(_path: str) -> None:
-        bootstrap.refuse("it is another's", "install it")
-
     monkeypatch.setattr(os, "geteuid", lambda: 0)
-    monkeypatch.setattr(bootstrap, "require_trusted", refuse)
-    for code in (1, 2):
+    monkeypatch.setattr(bootstrap, "untrusted", lambda path: path)
+    assert bootstrap.packages() == ""
+    for point, code in (("before_vdsm_start", 1), (POINT, 2), ("", 2)):
         with pytest.raises(SystemExit) as caught:
-            bootstrap.main(called_by_vdsm=True, refused=code)
+            first_run.packages(point, called_by_vdsm=True)
         assert caught.value.code == code
-
-
-def runs() -> None:
-    with pytest.raises(SystemExit) as caught:
-        bootstrap.main(called_by_vdsm=True)
-    assert caught.value.code == 5
 
 
 def test_the_program_runs_from_roots_tree(
     monkeypatch: pytest.MonkeyPatch, trees: Path, started: list[str]
 ) -> None:
-    packages = bootstrap.unpacked(str(trees), ME)
+    packages = first_run.unpacked(str(trees), ME)
     monkeypatch.setattr(os, "geteuid", lambda: 36)
     runs()
     assert started == ["umask 22", f"program on {packages}"]
@@ -529,7 +554,7 @@ def test_the_program_runs_from_roots_tree(
 
 def test_who_ignores_the_death_of_children(trees: Path, started: list[str]) -> None:
     """Ignored, which is inherited, it makes subprocess take every exit code for 0."""
-    bootstrap.unpacked(str(trees), ME)
+    first_run.unpacked(str(trees), ME)
     before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     try:
         runs()
@@ -553,11 +578,10 @@ def test_without_a_tree(
     program = trees.parent / "localdisk"
     monkeypatch.setattr(os, "geteuid", lambda: user)
     home(monkeypatch, trees.parent / "home")
-    with pytest.raises(SystemExit):
-        bootstrap.main(called_by_vdsm)
+    runs(POINT, called_by_vdsm)
     place = trees if user == 0 else trees.parent / "home/.cache/localdisk"
     asked = [f"/usr/bin/sudo: sudo -n {program} helper"] if asks_root else []
-    trusts = [f"trusts {program}"] if user == 0 else []
+    trusts = [f"trusts {program}"] * 2 if user == 0 else []
     assert started == ["umask 22", *trusts, *asked, f"program on {place / NAME / 'site-packages'}"]
     assert "PYTHONPATH" not in os.environ
 
@@ -566,11 +590,11 @@ def test_root_extracts_for_vdsm(monkeypatch: pytest.MonkeyPatch, trees: Path, st
     def extract(_path: str, _argv: list[str], _environ: object, file_actions: object) -> int:
         child = os.fork()
         if child == 0:
-            bootstrap.unpacked(str(trees), 0)
-            os._exit(0)
+            first_run.unpacked(str(trees), 0)
+            end_at_once(0)
         return child
 
     monkeypatch.setattr(os, "geteuid", lambda: 36)
     monkeypatch.setattr(os, "posix_spawn", extract)
-    runs()
+    runs(POINT, called_by_vdsm=True)
     assert started == ["umask 22", f"program on {trees / NAME / 'site-packages'}"]
