@@ -38,7 +38,7 @@ def plan(claim: Claim, request: Prepare, pause: Pause) -> tuple[Claim, LocalDisk
 
 
 def reuse(claim: Claim, found: LocalDisk, fingerprint: str, pause: Pause) -> Prepared:
-    """Use a kept disk again: give it the claimed name, activate it, remove the disks that it replaces."""
+    """Use a kept disk again: give it the claimed name, activate it if it is not, remove what it replaces."""
     vg, name = claim.vg, claim.volume_id
     if found.volume_id != name:
         claim.replacing(claim.disks, pause).free_name(vg, name)
@@ -51,7 +51,8 @@ def reuse(claim: Claim, found: LocalDisk, fingerprint: str, pause: Pause) -> Pre
     if missing or found.idle_tags:
         vg.change_tags(name, add=missing, remove=found.idle_tags)
     try:
-        vg.activate(name)
+        if not found.lv.lv_active:  # as after a boot
+            vg.activate(name)
         vg.dm_uuid(name)  # raises if the device node is missing, or is another volume's
     except Error:
         _keep_as_it_was(vg, name, found)
@@ -117,7 +118,7 @@ def _keep_as_it_was(vg: VolumeGroup, name: str, found: LocalDisk) -> None:
     try:
         if found.idle_tags:
             vg.change_tags(name, add=found.idle_tags)
-        if not found.lv.dependents:  # LVM would deactivate its snapshots, too
+        if not (found.lv.lv_active or found.lv.dependents):  # LVM would deactivate its snapshots, too
             vg.deactivate(name)
     except Error as error:
         log.problem("kept disk is left to gc", disk=name, why=error)

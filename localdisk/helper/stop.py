@@ -128,15 +128,15 @@ def _remove(vg: VolumeGroup, planned: Mapping[Stop, list[LocalDisk]]) -> None:
 
 
 def _keep(vg: VolumeGroup, planned: Mapping[Stop, list[LocalDisk]]) -> None:
-    left = [*planned[Stop.KEEP], *planned[Stop.LEAVE]]
-    for vm_id in {disk.vm_id for disk in left}:
+    """Mark the kept disks as stopped.
+
+    They stay active until the host boots: to deactivate and activate a disk costs as much as all else that a
+    restart from it does with LVM.
+    """
+    for vm_id in {disk.vm_id for disk in [*planned[Stop.KEEP], *planned[Stop.LEAVE]]}:
         kept.note(vm_id)
     ready = [disk for disk in planned[Stop.KEEP] if disk.state is State.READY]
-    # If LVM deactivated a volume with snapshots, it would deactivate the snapshots, too.
-    closed = [disk.volume_id for disk in left if not (disk.is_open or disk.lv.dependents)]
     if ready:
         seen = frozenset[str]().union(*(disk.unneeded_tags for disk in ready))
         marks = local_disk.stopped_tags(clock.now())
         vg.change_tags(*(disk.volume_id for disk in ready), add=marks, remove=seen - marks)
-    if closed:
-        vg.deactivate(*closed)

@@ -230,13 +230,18 @@ def test_kept_disk(volume_group: str, file_storage: FileStorage) -> None:
     stop(vm_id, image)
     assert any(tag.startswith("STOPPED_") for tag in tags(image))
     assert status()[image.leaf.id]["state"] == "stopped"
-    assert not device(image).exists(), "a kept disk is inactive"
+    assert device(image).exists(), "a restart need not activate it"
     assert "kept for another" in localdisk("gc")
 
     start(image, vm_id=vm_id)
     assert lv_uuid(image) == made
     assert device(image).read_bytes().startswith(b"written by the guest")
     assert not any(tag.startswith("STOPPED_") for tag in tags(image))
+    stop(vm_id, image)
+
+    run("lvchange", "--activate", "n", f"{volume_group}/{image.leaf.id}")  # as after a boot
+    start(image, vm_id=vm_id)
+    assert device(image).read_bytes().startswith(b"written by the guest")
     stop(vm_id, image)
 
     qemu_io(image.leaf, ["write -P 77 0 64k"])

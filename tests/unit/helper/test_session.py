@@ -164,8 +164,7 @@ def test_restart_of_a_disk_that_gc_has_seen_unneeded(host: FakeHost) -> None:
     assert Hook(host, KEEP).start() == KEPT
     assert lv_tags(host) == tags()
     assert host.commands[2:] == [
-        f"lvchange --quiet --deltag STOPPED_5 --deltag UNNEEDED_5 --deltag UNNEEDED_x {NAME}",
-        ACTIVATE,
+        f"lvchange --quiet --deltag STOPPED_5 --deltag UNNEEDED_5 --deltag UNNEEDED_x {NAME}"
     ]
 
 
@@ -173,10 +172,7 @@ def test_taking_over_a_disk_of_the_older_hook(host: FakeHost) -> None:
     host.add(VOLUME, tags(ours=False), SIZE)
     assert Hook(host, "retention: {on_stop: keep, older_disks: as_ours}").start() == KEPT
     assert lv_tags(host) == tags() | tags(ours=False)
-    assert host.commands[2:] == [
-        f"lvchange --quiet --addtag SOURCE_{FINGERPRINT} --addtag localdisk {NAME}",
-        ACTIVATE,
-    ]
+    assert host.commands[2:] == [f"lvchange --quiet --addtag SOURCE_{FINGERPRINT} --addtag localdisk {NAME}"]
 
 
 @pytest.mark.parametrize("text", ["", KEEP, "retention: {on_source_change: recopy, erase: zero}"])
@@ -189,7 +185,7 @@ def test_a_disk_of_the_older_hook_stays_as_it_is_until_the_operator_decides(
     assert host.tools == ["virsh", "fullreport", "lvchange"]
     assert (host.commands[-1], lv_tags(host)) == (ACTIVATE, tags(ours=False))
     assert Hook(host, text).ask(RELEASE) == {}
-    assert (host.volumes[VOLUME], lv_tags(host), volume.lv_active) == (volume, tags(ours=False), "")
+    assert (host.volumes[VOLUME], lv_tags(host)) == (volume, tags(ours=False))
     hook = Hook(host, text)  # a snapshot was made
     hook.ask(CLAIM, volume=OTHER_VOLUME)
     if "recopy" in text:
@@ -1588,10 +1584,7 @@ STOPS = [
         (),
         "",
         ("STOPPED_1760000000",),
-        [
-            f"lvchange --quiet --addtag STOPPED_1760000000 {NAME}",
-            f"lvchange --quiet --activate n {NAME}",
-        ],
+        [f"lvchange --quiet --addtag STOPPED_1760000000 {NAME}"],
     ),
     (
         "{on_stop: keep}",
@@ -1600,7 +1593,7 @@ STOPS = [
         ("STOPPED_1760000000",),
         [f"lvchange --quiet --addtag STOPPED_1760000000 {NAME}"],
     ),
-    ("{on_stop: keep}", ("STOPPED_5",), "", ("STOPPED_5",), [f"lvchange --quiet --activate n {NAME}"]),
+    ("{on_stop: keep}", ("STOPPED_5",), "", ("STOPPED_5",), []),
     ("{on_stop: keep}", ("STOPPED_5",), "open", ("STOPPED_5",), []),
     ("{on_stop: keep}", ("UPDATING",), "", None, [REMOVE]),
     (
@@ -1786,7 +1779,6 @@ def test_release_of_disks_in_mixed_states(host: FakeHost, monkeypatch: pytest.Mo
     assert host.commands[2:] == [
         f"lvremove --quiet --yes ovirt-local/{OTHER_VOLUME}",
         f"lvchange --quiet --addtag STOPPED_1760000000 ovirt-local/{VOLUME}",
-        f"lvchange --quiet --activate n ovirt-local/{VOLUME} ovirt-local/{THIRD_VOLUME}",
     ]
 
 
@@ -1843,11 +1835,11 @@ def test_release_when_a_remove_fails(host: FakeHost) -> None:
 
 
 def test_release_goes_on_after_a_failure_and_reports_it(host: FakeHost) -> None:
-    host.add(VOLUME, tags("DRIFTED_5"), SIZE)
+    host.add(VOLUME, tags("UPDATING"), SIZE)
     host.add(OTHER_VOLUME, tags(image=OTHER_IMAGE), SIZE, lv_device_open="open")
     host.fail("lvchange", "  Failed to write VG\n", when="DELETING")
     assert "Failed to write VG" in Hook(host).refused(RELEASE)
-    assert not host.volumes[VOLUME].lv_active
+    assert VOLUME not in host.volumes
     assert locks() == []
 
 
