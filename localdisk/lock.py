@@ -28,6 +28,7 @@ class Lock:
 
     def __init__(self, path: str, fd: int) -> None:
         self.path = path
+        self.was_waited_for = False
         self._fd = fd
 
     def write(self, text: str) -> None:
@@ -79,10 +80,13 @@ def make(path: str) -> int:
 
 def hold(path: str, pause: Pause) -> Lock:
     """Take the lock; waits until `pause` raises."""
+    was_waited_for = False
     while True:
         lock = try_hold(path)
         if lock:
+            lock.was_waited_for = was_waited_for
             return lock
+        was_waited_for = True
         pause(POLL)
 
 

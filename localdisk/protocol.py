@@ -62,6 +62,7 @@ WIRE = {
     "is_ready": "ready",
     "is_thin": "thin",
     "is_cached": "cached",
+    "is_start": "start",
 }
 
 
@@ -138,6 +139,7 @@ class Claim:
     property_value: str
     image_id: str
     volume_id: str
+    is_start: bool  # the hook has just seen in libvirt that vdsm starts this VM
 
 
 @frozen
@@ -452,6 +454,7 @@ _RULES: dict[str, Callable[[str, Any], Any]] = {
     "is_ready": _flag,
     "is_thin": _flag,
     "is_cached": _flag,
+    "is_start": _flag,
     "stays": _flag,
     "how": lambda _name, value: How(value),
     "target": _maybe(Target),

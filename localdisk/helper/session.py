@@ -167,11 +167,13 @@ class Session:
             stale.mark(self._config, vm_id, doubted, self._pause)
         with ExitStack() as stack:
             held = stack.enter_context(lock.holding(lock.disk_lock(volume_id), self._pause))
-            asked = libvirt.ask_state(vm_id)  # virsh runs while LVM is read
+            # What the hook has seen in libvirt counts only if nothing was waited for since.
+            is_start = request.is_start and not (held.was_waited_for or doubted)
+            asked = None if is_start else libvirt.ask_state(vm_id)  # virsh runs while LVM is read
             vg = claims.read(policy)
             log_filling(vg)
             found = claims.find(vg, vm_id, request.image_id, volume_id)
-            stays, path = claims.in_use(asked, vg, found, vm_id, volume_id)
+            stays, path = claims.in_use(asked, vg, found, vm_id, volume_id) if asked else (False, "")
             if not (stays or path):  # otherwise there is nothing to prepare
                 resources = stack.pop_all()
                 new_volume = NewVolume(volume_id, policy, held, resources, vm=vm_id, image=request.image_id)

@@ -93,7 +93,7 @@ def after_disk_prepare(call: Call) -> str | None:
         )
         return None
     with Helper(call.vm_id, call.property_value) as helper:
-        path = _make_local(helper, disk)
+        path = _make_local(helper, disk, is_start=True)  # `run` has asked libvirt
     return disk_json.localize_disk(text, path) if path else None
 
 
@@ -251,18 +251,21 @@ def _require_local(helper: Helper, vm_id: str, disk: Disk, looked: Looked) -> st
     if not looked.is_local:
         return ""
     if disk.path != looked.path:
-        return _make_local(helper, disk)
+        return _make_local(helper, disk, is_start=False)
     if not looked.is_ready:
         raise NotLocal(vm=vm_id, disk=disk.name, path=disk.path, state=looked.state)
     return disk.path
 
 
-def _make_local(helper: Helper, disk: Disk) -> str:
-    """Make `disk` local; returns the path of the ready copy, "" if the disk stays on shared storage."""
+def _make_local(helper: Helper, disk: Disk, is_start: bool) -> str:
+    """Make `disk` local; returns the path of the ready copy, "" if the disk stays on shared storage.
+
+    `is_start` is that of `Helper.claim`.
+    """
     if not disk.is_vdsm_image:
         fix = "detach it from this VM, or run the VM without the custom property localdisk"
         raise DiskRefused(disk=disk.name or disk.path, problem="no image of a storage domain", fix=fix)
-    claimed = helper.claim(disk)
+    claimed = helper.claim(disk, is_start)
     if claimed.stays or claimed.path:
         return claimed.path
     _require_copyable(disk)

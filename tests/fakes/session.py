@@ -65,7 +65,8 @@ KEEP = "retention: {on_stop: keep}"
 RECOPY = "retention: {on_stop: keep, on_source_change: recopy}"
 
 
-CLAIM = {"verb": "claim", "vm": VM, "property": "lvm", "image": IMAGE, "volume": VOLUME}
+IDS = {"vm": VM, "property": "lvm", "image": IMAGE, "volume": VOLUME}
+CLAIM = {"verb": "claim", **IDS, "start": False}
 
 
 PREPARE = {"verb": "prepare", "size": SIZE, "fingerprint": FINGERPRINT, "writes": 4096, "base": None}

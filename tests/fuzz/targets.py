@@ -273,7 +273,7 @@ def _header() -> bytes:
     return head + extension + bytes(8) + name
 
 
-CLAIM = {"verb": "claim", "vm": VM, "property": "lvm", "image": IMAGE, "volume": VOLUME}
+CLAIM = {"verb": "claim", "vm": VM, "property": "lvm", "image": IMAGE, "volume": VOLUME, "start": False}
 PREPARE = {
     "verb": "prepare",
     "size": 64 << 20,
@@ -283,7 +283,14 @@ PREPARE = {
 }
 REQUESTS = (
     [CLAIM, PREPARE, {"verb": "progress", "done": 1, "written": 1}, {"verb": "commit"}],
-    [{"verb": "look", "vm": VM, "property": "on", "disks": [{"image": IMAGE, "volume": VOLUME}]}],
+    [
+        {
+            "verb": "look",
+            "vm": VM,
+            "property": "on",
+            "disks": [{"image": IMAGE, "volume": VOLUME, "start": False}],
+        }
+    ],
     [
         {"verb": "drifted", "vm": VM, "property": "lvm", "disks": [{"image": IMAGE, "path": "/x"}]},
         {"verb": "release", "vm": VM, "property": "lvm"},

@@ -256,6 +256,7 @@ def claim(vm_id: str, image: Image, **changes: object) -> dict[str, object]:
         "property": "lvm",
         "image": image.id,
         "volume": image.leaf.id,
+        "start": True,
         **changes,
     }
 

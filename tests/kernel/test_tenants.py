@@ -178,7 +178,8 @@ def test_a_starts_again_while_b_claims_its_ids(volume_group: str, file_storage: 
     configure()
     a = file_storage.template(SIZE, seed=1)
     vm_id, thief = starting(new_id()), new_id()
-    claim = {"verb": "claim", "vm": thief, "property": "lvm", "image": a.id, "volume": a.leaf.id}
+    ids = {"vm": thief, "property": "lvm", "image": a.id, "volume": a.leaf.id}
+    claim = {"verb": "claim", **ids, "start": False}
     with Talk() as talk:
         assert "error" not in talk.ask(claim)
         call = start_point("after_disk_prepare", vm_id, disk_json(Disk("vda", a)), THICK)
@@ -499,7 +500,9 @@ def test_b_has_its_own(given: Given) -> None:
         row = {"image": given.a.image.id, "volume": given.a.image.leaf.id}
         looked = talk.ask({"verb": "look", **ids, "disks": [row]})
         assert is_refusal(looked) or looked["disks"][0]["state"] == "absent"
-        assert is_refusal(talk.ask({"verb": "claim", **ids, **row})) is (given.state != "aside")
+        assert is_refusal(talk.ask({"verb": "claim", **ids, **row, "start": True})) is (
+            given.state != "aside"
+        )
     start(given.b)
     assert equals_source(given.b)
     assert not holds_secret(device(given.b))

@@ -241,6 +241,17 @@ def test_a_running_vms_claim_gets_nothing_to_prepare(scene: Scene) -> None:
     assert traces(scene) == before
 
 
+def test_a_running_vms_claim_as_if_it_started_gets_nothing_either(scene: Scene) -> None:
+    """The helper need not ask libvirt about it: the disk is open."""
+    before = traces(scene)
+    ids = {"vm": scene.running_vm, "image": scene.running_image, "volume": scene.running}
+    for then in (prepare(), {"verb": "commit"}, prepare(fingerprint="f" * 32)):
+        with Talk() as talk:
+            assert talk.ask(scene.claim(**ids, start=True))["path"] == ""
+            assert is_refusal(talk.ask(then))
+    assert traces(scene) == before
+
+
 def test_a_strangers_stop_stops_nothing(scene: Scene) -> None:
     before = traces(scene)
     with Talk() as talk:

@@ -15,7 +15,7 @@ import pytest
 from localdisk import lock
 from tests.fakes import EXTENT, FINGERPRINT, IMAGE, VM, VOLUME
 
-CLAIM = {"verb": "claim", "vm": VM, "property": "lvm", "image": IMAGE, "volume": VOLUME}
+CLAIM = {"verb": "claim", "vm": VM, "property": "lvm", "image": IMAGE, "volume": VOLUME, "start": False}
 PREPARE = {"verb": "prepare", "size": 10 * EXTENT, "fingerprint": FINGERPRINT, "writes": 4096, "base": None}
 PROGRESS = {"verb": "progress", "done": 5, "written": 3}
 COMMIT_IT = {"verb": "commit"}

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from localdisk import counters, ids, lock
+from localdisk import counters, ids, kept, lock
 from localdisk.counters import Counters
 from localdisk.errors import CommandFailed, CommandTimeout
 from localdisk.frozen import replace
@@ -913,6 +913,32 @@ def test_a_vm_that_is_shut_off_stays_as_it_is(
     assert locks() == []
 
 
+@pytest.mark.parametrize("is_start", [True, False])
+def test_libvirt_is_not_asked_twice_about_a_start(host: FakeHost, is_start: bool) -> None:
+    host.add(VOLUME, tags(), SIZE)
+    assert Hook(host, KEEP).start(start=is_start) == KEPT
+    assert host.commands == [*([] if is_start else [LIST]), LOOK]
+
+
+def test_after_a_wait_for_the_lock_libvirt_is_asked_again(host: FakeHost) -> None:
+    """What the hook has seen may be from hours ago: meanwhile the VM was started and shut off."""
+    host.shut_off = {VM}
+    elsewhere = held_elsewhere(lock.disk_lock(VOLUME))
+    next(elsewhere)
+
+    def let_go(_seconds: float) -> None:
+        next(elsewhere, None)
+
+    assert Hook(host, pause=let_go).ask(CLAIM, start=True) == STAYS
+    assert host.commands == [LIST, LOOK]
+
+
+def test_after_a_doubt_about_kept_disks_libvirt_is_asked_again(host: FakeHost) -> None:
+    host.shut_off = {VM}
+    kept.doubt(VM, [IMAGE])
+    assert Hook(host).ask(CLAIM, start=True) == STAYS
+
+
 def test_without_libvirt_an_open_disk_is_in_use(host: FakeHost) -> None:
     host.add(VOLUME, tags(), SIZE, lv_device_open="open")
     host.libvirt_is_silent = True
@@ -1536,7 +1562,8 @@ def test_ids_that_cannot_be_shown_are_not_logged(host: FakeHost, logged: list[st
     """JSON that can just be read may nest too deeply to be written again."""
     for depth in range(200, 1000, 2):
         nested = "[" * depth + "]" * depth
-        line = f'{{"verb": "claim", "vm": {nested}, "property": "lvm", "image": 5, "volume": {nested}}}'
+        ids = f'"vm": {nested}, "property": "lvm", "image": 5, "volume": {nested}'
+        line = f'{{"verb": "claim", {ids}, "start": 0}}'
         assert list(Hook(host).session.serve(line.encode())) == ["error"]
     assert {line.split(" why=")[0] for line in logged} == {"refused"}
 
@@ -2103,8 +2130,9 @@ fields = {
     "written": st.integers(0, SIZE) | garbage,
     "base": st.none() | st.just(BASE) | bases | garbage,
     "backend": st.sampled_from(["lvm", "lvmthin"]) | garbage,
+    "start": st.booleans() | garbage,
 }
-VERBS = {"look": "vm property disks", "claim": "vm property image volume", "release": "vm property"}
+VERBS = {"look": "vm property disks", "claim": "vm property image volume start", "release": "vm property"}
 VERBS.update({"prepare": "size fingerprint writes base", "progress": "done written", "commit": ""})
 VERBS.update({"prefetch": "backend base", "fill": "writes"})
 VERBS.update({"cancel": "vm property", "drifted": "vm property disks"})
@@ -2112,7 +2140,13 @@ VERBS.update({"rehearse": "vm property", "rehearsed": ""})
 FROM_BASE = {**PREPARE, "base": BASE}
 FILL = {"verb": "fill", "writes": 512}
 PREFETCH = {"verb": "prefetch", "backend": "lvmthin", "base": BASE}
-STARTS = [CLAIM, {**CLAIM, "volume": NEW}, {**CLAIM, "volume": NEW, "property": "lvmthin"}, PREFETCH]
+STARTS = [
+    CLAIM,
+    {**CLAIM, "start": True},
+    {**CLAIM, "volume": NEW},
+    {**CLAIM, "volume": NEW, "property": "lvmthin"},
+    PREFETCH,
+]
 sound = st.sampled_from([*STARTS, PREPARE, FROM_BASE, FILL, PROGRESS, COMMIT_IT, RELEASE]).map(json.dumps)
 wild = st.sampled_from(sorted(VERBS)).flatmap(
     lambda verb: st.fixed_dictionaries(

@@ -224,7 +224,7 @@ def test_a_copy_that_fails_leaves_nothing(host_vdsm: Vdsm) -> None:
 def test_a_source_that_is_refused_leaves_nothing(host_vdsm: Vdsm) -> None:
     os.truncate(host_vdsm.directory / VOLUME, 0)
     host_vdsm.refused(SourceRefused, "after_disk_prepare", disk_json(host_vdsm))
-    assert host_vdsm.host.tools == ["virsh", "virsh", "fullreport"]
+    assert host_vdsm.host.tools == ["virsh", "fullreport"]
 
 
 def test_what_the_helper_refuses_is_refused(host_vdsm: Vdsm) -> None:

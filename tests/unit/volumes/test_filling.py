@@ -41,7 +41,7 @@ def fixture_host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeHost:
     return host
 
 
-def ask(host: FakeHost, session: Session, verb: str, **fields: str) -> None:
+def ask(host: FakeHost, session: Session, verb: str, **fields: object) -> None:
     request = {"verb": verb, "property": "on", **fields}
     assert "error" not in host.serve(session, json.dumps(request).encode())
 
@@ -62,7 +62,7 @@ def test_gc_logs_it(host: FakeHost, said: list[tuple[str, dict[str, object]]]) -
 def test_a_start_and_a_stop_log_it(host: FakeHost, said: list[tuple[str, dict[str, object]]]) -> None:
     session = Session(CONFIG, lambda _seconds: None)
     ids = {"image": IMAGE, "volume": OTHER_VOLUME}
-    ask(host, session, "claim", vm=VM, **ids)
+    ask(host, session, "claim", vm=VM, **ids, start=False)
     assert [what for what, _ in said] == EXPECTED
     said.clear()
     host.active.clear()
