@@ -161,8 +161,8 @@ def test_two_vms_take_turns(volume_group: str, file_storage: FileStorage) -> Non
 
 def test_the_copy_is_nice_and_runs_as_vdsm(volume_group: str, file_storage: FileStorage) -> None:
     configure("copy: {parallel: 1, bandwidth: 1MiB, nice: 7}\n")
-    image = file_storage.template(40 * MIB)
-    fill(image.leaf, 40 * MIB)
+    image = file_storage.template(12 * MIB)
+    fill(image.leaf, 12 * MIB)
     vm_id = starting(new_id())
     call = start_point("after_disk_prepare", vm_id, disk_json(Disk("vda", image)), THICK)
     seen: list[str] = []
