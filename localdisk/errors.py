@@ -368,7 +368,9 @@ class MetadataAreaFull(Error):
 
 class NoThinPool(Error):
     what = "no thin pool {vg}/{pool}"
-    fix = "create it (lvcreate --type thin-pool -l 90%FREE -n {pool} {vg}), or use backend lvm"
+    fix = (
+        "create it (lvcreate --type thin-pool --chunksize 64k -l 90%FREE -n {pool} {vg}), or use backend lvm"
+    )
 
 
 class ThinPoolNotZeroing(Error):

@@ -60,7 +60,6 @@ WIRE = {
     "is_local": "local",
     "is_kept": "kept",
     "is_ready": "ready",
-    "is_thin": "thin",
     "is_cached": "cached",
     "is_start": "start",
 }
@@ -258,7 +257,7 @@ class Claimed:
 
     stays: bool  # the path of the disk is left as it is
     path: str  # the running VM's local disk, "" if there is none
-    is_thin: bool  # a new local disk would be thin
+    chunk: int  # bytes of a block of the thin pool in which a new local disk would be; 0 if it would be thick
     is_cached: bool  # the template cache is on
 
 
@@ -274,10 +273,10 @@ class Prepared:
 
 @frozen
 class Fetched:
-    """Whether a template is in the cache, and whether a new copy of it would be thin."""
+    """Whether a template is in the cache; `chunk` is as in Claimed, for a new copy of it."""
 
     is_ready: bool
-    is_thin: bool
+    chunk: int
 
 
 @frozen
@@ -452,7 +451,7 @@ _RULES: dict[str, Callable[[str, Any], Any]] = {
     "is_local": _flag,
     "is_kept": _flag,
     "is_ready": _flag,
-    "is_thin": _flag,
+    "chunk": _integer(0, MAX_DISK),
     "is_cached": _flag,
     "is_start": _flag,
     "stays": _flag,

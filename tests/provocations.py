@@ -1562,7 +1562,7 @@ def measured(error: Callable[[World], Exception | str]) -> Provoke:
                 world.prints(found)
             else:
                 world.raises(run, "run", found)
-            source.writes(leaves_out_zeros=True)
+            source.writes(65536)
 
     return provoke
 
@@ -1584,7 +1584,7 @@ def mapped(script: Callable[[World], str]) -> Provoke:
         tool = ["sh", "-c", script(world)]
         world.patch.setattr(run, "start_reporting", lambda _argv, fds: start(tool, fds))
         layer = Layer(path, "qcow2", 0, False, MIB, "")
-        Source((layer, layer)).writes_above()
+        Source((layer, layer)).writes_above(65536)
 
     return provoke
 

@@ -56,6 +56,11 @@ class CachedTemplate:
         return self.new_volume.lv_name
 
     @property
+    def chunk(self) -> int:
+        """Bytes of a block of its thin pool, 0 if it is thick; after `find_usable`."""
+        return self._vg.chunk(self._pool)
+
+    @property
     def is_there(self) -> bool:
         """Whether `find_usable` has found a template LV."""
         return self._found is not None

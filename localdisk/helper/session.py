@@ -159,7 +159,7 @@ class Session:
         policy, vm_id, volume_id = self._policy(request), request.vm_id, request.volume_id
         if not policy.is_local(request.image_id):
             cancel.settle(vm_id)
-            return Claimed(stays=True, path="", is_thin=False, is_cached=False)
+            return Claimed(stays=True, path="", chunk=0, is_cached=False)
         cancel.require_start(vm_id)
         self._starting = vm_id
         doubted = kept.doubted(vm_id)
@@ -183,7 +183,7 @@ class Session:
                 new_volume.begin_phase()
         if not self._claim:
             self._starting = ""
-        return Claimed(stays, path, bool(policy.pool), policy.cache.templates)
+        return Claimed(stays, path, vg.chunk(policy.pool), policy.cache.templates)
 
     def _prepare(self, request: protocol.Prepare) -> Prepared:
         if request.base and request.base.size > request.size:
@@ -221,7 +221,7 @@ class Session:
         is_there = cached.find_usable()
         if is_there:
             cached.mark_used()
-        return Fetched(is_there, bool(policy.pool))
+        return Fetched(is_there, cached.chunk)
 
     def _fill(self, request: protocol.Fill) -> Prepared:
         cached = self._template.cached

@@ -271,7 +271,7 @@ def _make_local(helper: Helper, disk: Disk, is_start: bool) -> str:
     _require_copyable(disk)
     with sources.opened(disk) as source:
         base, why = _base(source) if claimed.is_cached else (None, "")
-        prepared = _prepare(helper, source, claimed.is_thin, base)
+        prepared = _prepare(helper, source, claimed.chunk, base)
         if prepared.target:
             if why:
                 helper.uncached(why)
@@ -299,24 +299,24 @@ def _why_no_base(source: Source, domain_id: str) -> str:
     return "" if source.above else uncached.NO_TEMPLATE  # without layers above, it is the image's own volume
 
 
-def _prepare(helper: Helper, source: Source, is_thin: bool, base: Base | None) -> Prepared:
+def _prepare(helper: Helper, source: Source, chunk: int, base: Base | None) -> Prepared:
     """Have the helper prepare the disk, from the template LV of `base` if possible."""
     disk = source.virtual_size, source.fingerprint
     if base:
-        writes = source.writes_above() if is_thin else source.virtual_size
+        writes = source.writes_above(chunk) if chunk else source.virtual_size
         prepared = helper.prepare(*disk, writes, base)
-        if prepared.how is How.MISSING and fill(helper, source.base_alone, is_thin):
+        if prepared.how is How.MISSING and fill(helper, source.base_alone, chunk):
             prepared = helper.prepare(*disk, writes, base)
             if prepared.how is How.MISSING:
                 helper.uncached(uncached.SPOILED)
         if prepared.how not in (How.MISSING, How.UNCACHED):
             return prepared
-    return helper.prepare(*disk, source.writes(is_thin))
+    return helper.prepare(*disk, source.writes(chunk))
 
 
-def fill(helper: Helper, base: Source, is_thin: bool, show: OnProgress | None = None) -> bool:
+def fill(helper: Helper, base: Source, chunk: int, show: OnProgress | None = None) -> bool:
     """Copy a template's volume into the cache; False if the helper does not use the cache for it."""
-    target = helper.fill(base.writes(is_thin))
+    target = helper.fill(base.writes(chunk))
     if target is None:
         return False
     report = _reporter(helper, base)

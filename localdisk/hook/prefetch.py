@@ -62,7 +62,7 @@ def prefetch(name: str, backend: str, show: OnProgress | None = None) -> str:
         fetched = helper.prefetch(backend, base)
         if fetched.is_ready:
             return f"{path}: in the cache"
-        fill(helper, source, fetched.is_thin, show)
+        fill(helper, source, fetched.chunk, show)
     return f"{path}: cached, {format_size(layer.virtual_size)}"
 
 

@@ -12,7 +12,7 @@ import errno
 import json
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 
 from localdisk import device_mapper, run
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 MAX_LAYERS = 64
 
 _REPLACED = "find out who put it there (ls -l, readlink -f), then restore the volume"
-_MEASURED = 64 * 1024  # the cluster size that qemu-img measure assumes
+_LARGEST_CLUSTER = 2 << 20  # bytes; qcow2 has no larger ones
 # A forged image can make a tool use memory or processor time without end.
 _BOUNDED = ("prlimit", "--as=2147483648", "--cpu=600", "--core=0", "--")
 
@@ -131,15 +131,21 @@ class Source:
     def allows_direct_io(self) -> bool:
         return all(_opens_direct(layer.fd) for layer in self.layers)
 
-    def writes(self, leaves_out_zeros: bool) -> int:
-        """The number of bytes that a copy writes: all, or only data.  Reads the mapping, not the data.
+    def writes(self, chunk: int) -> int:
+        """The number of bytes that a copy takes.  Reads the mapping, not the data.
+
+        That is all of a thick volume (`chunk` is 0).  A thin pool gives a volume blocks of `chunk` bytes, a
+        multiple of 64 KiB: all blocks in which there are data.  The number is exact if `chunk` is a power of
+        two up to 2 MiB, else it may be too large.
 
         Raises CommandFailed, CommandMissing.
         """
-        if not leaves_out_zeros:
+        if not chunk:
             return self.virtual_size
         # Measured for qcow2, because QEMU's raw_measure() counts zeros, too.
-        argv = [*_BOUNDED, "qemu-img", "measure", "--output", "json", "-O", "qcow2", self.filename]
+        cluster = min(chunk & -chunk, _LARGEST_CLUSTER)  # each is inside of one block of the pool
+        options = ["-O", "qcow2", "-o", f"cluster_size={cluster}"]
+        argv = [*_BOUNDED, "qemu-img", "measure", "--output", "json", *options, self.filename]
         measure = ("qemu-img", "measure", self.layers[0].path)
         try:
             out = run.run(argv, deadline=3600, pass_fds=self.fds)
@@ -150,29 +156,35 @@ class Source:
         try:
             found = json.loads(out)
             left_out = int(found["fully-allocated"]) - int(found["required"])
-            if not 0 <= left_out <= self.virtual_size + _MEASURED:
+            if not 0 <= left_out <= self.virtual_size + cluster:
                 raise ValueError
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             raise CommandFailed(measure, 0, f"it printed {out[:80]!r}") from None
-        # Both numbers count the last cluster of 64 KiB as a whole.
-        return max(0, min(self.virtual_size, -(-self.virtual_size // _MEASURED) * _MEASURED - left_out))
+        # Both numbers count the last cluster as a whole.
+        clusters = -(-self.virtual_size // cluster) - left_out // cluster
+        return max(0, min(self.virtual_size, clusters * chunk))
 
-    def writes_above(self) -> int:
-        """The number of bytes in the layers above the base: data and explicit zeros.  A copy writes them all.
+    def writes_above(self, chunk: int) -> int:
+        """The number of bytes that a copy of the layers above the base takes: data and explicit zeros.
 
+        They are written to a thin volume that shares the base's blocks of `chunk` bytes; a block to which
+        something is written is shared no more.  A block counts for each layer that has data in it.
         Reads the mapping of the layers.  Raises CommandFailed, CommandMissing.
         """
-        return sum(map(_held_by, self.above))
+        return sum(_held_by(layer, chunk) for layer in self.above)
 
 
-def _held_by(layer: Layer) -> int:
-    """The number of bytes of data and explicit zeros in one layer.  Raises CommandFailed, CommandMissing."""
+def _held_by(layer: Layer, chunk: int) -> int:
+    """Bytes of the blocks in which one layer has data or explicit zeros.
+
+    Raises CommandFailed, CommandMissing.
+    """
     with alone(layer) as (filename, fds):
         argv = ["timeout", "3600", *_BOUNDED, "qemu-img", "map", "--output", "json", filename]
         process = run.start_reporting(argv, fds)
         try:
             assert process.stdout  # noqa: S101 (started with a pipe)
-            held = sum(_held(line, layer.path) for line in process.stdout)
+            blocks = count_blocks((_held(line, layer.path) for line in process.stdout), chunk)
             said = run.read_errors(process)
         finally:
             run.end(process)
@@ -180,18 +192,28 @@ def _held_by(layer: Layer) -> int:
         raise run.cannot_run("timeout", "prlimit", "qemu-img")
     if process.returncode:
         raise CommandFailed(("qemu-img", "map", layer.path), process.returncode, said)
-    return held
+    return blocks * chunk
 
 
-def _held(line: bytes, path: str) -> int:
-    """The length of the extent in one line of `qemu-img map`, if the layer itself defines it; else 0.
+def count_blocks(extents: Iterable[tuple[int, int]], chunk: int) -> int:
+    """The number of blocks of `chunk` bytes in which there are extents: first byte and length, in order."""
+    blocks = end = 0  # `end`: the block after the last one that is counted
+    for start, length in extents:
+        first, after = max(start // chunk, end), -(-(start + length) // chunk)
+        if length and after > first:
+            blocks, end = blocks + after - first, after
+    return blocks
+
+
+def _held(line: bytes, path: str) -> tuple[int, int]:
+    """First byte and length of the extent in one line of `qemu-img map`; (0, 0) if it is not the layer's own.
 
     Raises CommandFailed.
     """
     try:
         extent = json.loads(line.strip().strip(b"[],") or b"{}")
         is_held = bool(extent) and extent["depth"] == 0 and extent["present"]
-        return int(extent["length"]) if is_held else 0
+        return (int(extent["start"]), int(extent["length"])) if is_held else (0, 0)
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         raise CommandFailed(("qemu-img", "map", path), 0, f"it printed {line[:80]!r}") from None
 

@@ -15,8 +15,10 @@ from localdisk.host.storage_facts import Group, LvmSettings, Multipath, PoolWatc
 from localdisk.units import format_size
 from localdisk.volumes import template
 from localdisk.volumes.local_disk import State, local_disks
-from localdisk.volumes.lvm import LogicalVolume, VolumeGroup
+from localdisk.volumes.lvm import MIN_CHUNK, LogicalVolume, VolumeGroup
 from localdisk.volumes.removal import pool_keeps_bytes
+
+LARGE_CHUNK = 512 * 1024  # bytes; README makes pools with 64 KiB, LVM makes large ones with up to 2 MiB
 
 
 def check_group(group: Group, config: Config, settings: LvmSettings | None) -> Iterator[Finding]:
@@ -190,7 +192,7 @@ def _pools_in_use(group: Group, config: Config) -> set[str]:
 def _pool(group: Group, vg: VolumeGroup, name: str, settings: LvmSettings | None) -> Iterator[Finding]:
     pool, full, devices = vg.find(name), f"{vg.vg_name}/{name}", _devices_option(group)
     # lvcreate 2.03.16 refuses --errorwhenfull, whatever its manual page says
-    create = f"lvcreate --type thin-pool -l 90%FREE -n {name}{devices} {vg.vg_name}"
+    create = f"lvcreate --type thin-pool --chunksize 64k -l 90%FREE -n {name}{devices} {vg.vg_name}"
     create += f" && lvchange --errorwhenfull y{devices} {full}"
     if pool is None:
         yield Finding(f"no thin pool {full}", "thin local disks are made in it", create)
@@ -218,6 +220,10 @@ def _thin_pool(
     if not pool.zero:
         why = "a disk would show other disks' old data"
         yield Finding(f"thin pool {full} does not zero new blocks", why, f"{change} --zero y {full}")
+    if pool.chunk_size > LARGE_CHUNK:
+        what = f"thin pool {full} gives disks blocks of {format_size(pool.chunk_size)}"
+        why = f"scattered data of a guest can take up to {pool.chunk_size // MIN_CHUNK} times their size"
+        yield Finding(what, why, "when you make the pool anew, use lvcreate --chunksize 64k", is_hint=True)
     watch = group.pools.get(pool.lv_name)
     if watch and pool.lv_active and not _is_safe_when_full(watch, settings):
         what = f"thin pool {full} neither grows by itself nor fails writes when it is full"

@@ -73,6 +73,7 @@ SETTINGS = (
 LOOKS_ONLY = "backup{backup=0 archive=0}"
 SELECT = {"seg": "segtype=thin-pool", "pv": "pv_allocatable=0", "pvseg": "pv_name=none"}
 LOCKS = "/run/lock/lvm"
+MIN_CHUNK = 64 * 1024  # bytes; the smallest block of a thin pool, of which all others are multiples
 SEE_ALL = 'devices{filter=["a|.*|"] global_filter=["a|.*|"]}'  # overrides the host's filters
 _HIDING = {
     "filter": (
@@ -282,6 +283,11 @@ class VolumeGroup:
 
     def find(self, lv_name: str) -> LogicalVolume | None:
         return next((lv for lv in self.lvs if lv.lv_name == lv_name), None)
+
+    def chunk(self, pool: str) -> int:
+        """Bytes of a block of this thin pool; 0 if `pool` is ""."""
+        found = self.find(pool) if pool else None
+        return (found.chunk_size if found else 0) or (MIN_CHUNK if pool else 0)
 
     def path(self, lv_name: str) -> str:
         """The device node of a logical volume; it exists while the volume is active."""

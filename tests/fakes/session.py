@@ -81,7 +81,7 @@ COMMIT_IT = {"verb": "commit"}
 RELEASE = {"verb": "release", "vm": VM, "property": "lvm"}
 
 
-TO_PREPARE = {"stays": False, "path": "", "thin": False, "cached": False}
+TO_PREPARE = {"stays": False, "path": "", "chunk": 0, "cached": False}
 
 
 KEPT = {"how": "kept", "path": PATH, "target": None, "base": None}
@@ -128,7 +128,7 @@ class Hook:
         claim = {key: value for key, value in changes.items() if key in CLAIM}
         rest = {key: value for key, value in changes.items() if key not in CLAIM}
         answer = self.ask(CLAIM, **claim)
-        assert answer == {**TO_PREPARE, "thin": claim.get("property") == "lvmthin"}, answer
+        assert answer == {**TO_PREPARE, "chunk": 65536 * (claim.get("property") == "lvmthin")}, answer
         return self.ask(PREPARE, **rest)
 
 

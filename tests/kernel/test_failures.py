@@ -111,7 +111,7 @@ FAILURES = {
     "no pool": Failure(
         f"lvremove -qqy {POOL}",
         f"no thin pool {POOL}",
-        f"lvcreate --type thin-pool -l 90%FREE -n {host.THIN_POOL} {GROUP}",
+        f"lvcreate --type thin-pool --chunksize 64k -l 90%FREE -n {host.THIN_POOL} {GROUP}",
         thin=True,
     ),
     # -- sudo

@@ -23,7 +23,7 @@ from tests.bed import host, libvirt, vdsm
 from tests.bed.failing import FailingDevice, failing_device, send_messages
 from tests.bed.player import Call, run_point, start_point
 from tests.bed.shell import attempt, run
-from tests.bed.storage import BlockStorage, FileStorage, Image, fill, new_id
+from tests.bed.storage import BlockStorage, FileStorage, Image, fill, new_id, qemu_io
 from tests.bed.vm import Disk, Vm, disk_json, domain_xml
 from tests.kernel import steps
 from tests.kernel.steps import (
@@ -595,6 +595,27 @@ def fill_metadata(percent: int) -> None:
     send_messages(pool, messages)
 
 
+def test_what_a_pool_gives_is_counted_in_its_blocks(group: Group, machine: None) -> None:
+    """Scattered data take a whole block each: of the pool's 64 blocks of 1 MiB, these 64 KiB take 16."""
+    make_pool("--chunksize", "1m")
+    storage = FileStorage()
+    image_id = new_id()
+    volume = storage.new_volume(image_id, "raw", 32 * MIB)
+    qemu_io(volume, [f"write -P 1 {number * 2}M 4k" for number in range(16)])
+    image = storage.image(image_id, volume)
+    configure("margins: {thin_data: 20%}\n")
+    assert "would pass margins.thin_data: 25 % of 20 % allowed" in refused_disk(image, THIN)
+    configure("margins: {thin_data: 26%}\n")
+    vm_id = start(image, THIN)
+    assert lvm_percent(f"{NAME}/{host.THIN_POOL}") == 25
+    stop(vm_id, image)
+    storage.remove()
+
+
+def lvm_percent(pool: str) -> float:
+    return float(run("lvs", "--noheadings", "-o", "data_percent", pool))
+
+
 def test_no_usable_pool(group: Group, image: Image) -> None:
     """It is missing, does not zero what it gives, is not active."""
     pool = f"{NAME}/{host.THIN_POOL}"
@@ -637,6 +658,7 @@ def test_exported_group(group: Group, image: Image) -> None:
     vm_id = start(image)
     stop(vm_id, image)
     kept = lv_uuid(image)
+    run("vgchange", "--activate", "n", NAME)  # vgexport refuses a group with active volumes
     run("vgexport", NAME)
     assert refused_disk(image, vm_id=vm_id) == f"localdisk: {exported}"
     assert shown() == (f"localdisk: {exported}",)
@@ -853,6 +875,7 @@ def test_udev_does_not_run_for_a_kept_disk(group: Group, image: Image, no_udev: 
     vm_id = start(image)
     stop(vm_id, image)
     kept = lv_uuid(image)
+    run("lvchange", "--activate", "n", f"{NAME}/{image.leaf.id}")  # as after a boot
     no_udev()
     line = fails(image, vm_id=vm_id)
     assert line.startswith(f"localdisk: cannot write to {device(image)} as this user: No such file")

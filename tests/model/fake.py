@@ -317,12 +317,12 @@ class FakeSource:
     def fingerprint(self) -> str:
         return sha256(self.source.version.encode()).hexdigest()[:32]
 
-    def writes(self, leaves_out_zeros: bool) -> int:
-        if not leaves_out_zeros:
+    def writes(self, chunk: int) -> int:
+        if not chunk:
             return self.source.size
         return self.source.data + (self.template.data if self.template else 0)
 
-    def writes_above(self) -> int:
+    def writes_above(self, _chunk: int) -> int:
         return self.source.data
 
     @property
@@ -823,7 +823,7 @@ class FakeWorld:
         yield FakeSource(self.templates[path.rpartition("/")[2]], None, self.template_versions, True)
 
     def _copy(self, source: FakeSource, target: Target, on_progress: OnProgress) -> None:
-        self._fill(source, target, on_progress, lambda: source.source.content, source.writes(True))
+        self._fill(source, target, on_progress, lambda: source.source.content, source.writes(65536))
 
     def _copy_on(self, source: FakeSource, base: Device, target: Target, on_progress: OnProgress) -> None:
         volume = self.host.volumes[base.path.rpartition("/")[2]]
@@ -839,7 +839,7 @@ class FakeWorld:
     def _apply(self, source: FakeSource, target: Target, on_progress: OnProgress) -> None:
         volume = self.host.volumes[target.path.rpartition("/")[2]]
         below = self._upon(source, volume)
-        self._fill(source, target, on_progress, lambda: below, source.writes_above())
+        self._fill(source, target, on_progress, lambda: below, source.writes_above(65536))
 
     def _upon(self, source: FakeSource, volume: Volume) -> str:
         """What comes of the layers above the source's base upon what is in a volume."""

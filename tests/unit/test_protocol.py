@@ -67,11 +67,11 @@ def test_a_request_that_is_written_is_read(request_: object) -> None:
     [
         Done(),
         Looks((Looked(True, False, False, "absent", "/dev/v/l"),)),
-        Claimed(stays=False, path="", is_thin=True, is_cached=False),
+        Claimed(stays=False, path="", chunk=65536, is_cached=False),
         Prepared(How.MISSING),
         Prepared(How.COPY, "/dev/v/l", TARGET),
         Prepared(How.ON_BASE, "/dev/v/l", TARGET, Device("/dev/v/t", "LVM-t")),
-        Fetched(is_ready=True, is_thin=False),
+        Fetched(is_ready=True, chunk=0),
     ],
     ids=lambda answer: type(answer).__name__,
 )

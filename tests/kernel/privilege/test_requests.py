@@ -234,7 +234,7 @@ def test_a_running_vms_claim_gets_nothing_to_prepare(scene: Scene) -> None:
             assert talk.ask(claim) == {
                 "stays": False,
                 "path": f"/dev/{GROUP}/{scene.running}",
-                "thin": False,
+                "chunk": 0,
                 "cached": False,
             }
             assert is_refusal(talk.ask(then))
@@ -291,7 +291,7 @@ def after_claim(scene: Scene) -> Told:
     answers = {}
     with Talk() as talk:
         for name, request in AFTER_CLAIM.items():
-            assert talk.ask(scene.claim()) == {"stays": False, "path": "", "thin": False, "cached": False}
+            assert talk.ask(scene.claim()) == {"stays": False, "path": "", "chunk": 0, "cached": False}
             answers[name] = talk.ask(request)
     return Told(answers, before, traces(scene))
 
@@ -449,7 +449,7 @@ def test_two_helpers_on_one_disk(scene: Scene, untouched: None) -> None:
             assert "UPDATING" in host.logical_volumes()[volume]
             first.end()
             assert volume not in host.logical_volumes()
-            assert second.answer() == {"stays": False, "path": "", "thin": False, "cached": False}
+            assert second.answer() == {"stays": False, "path": "", "chunk": 0, "cached": False}
             assert is_refusal(second.answer())
             assert is_refusal(second.answer())
 

@@ -109,7 +109,9 @@ def start(hook: Hook, backend: str = "lvm", **changes: object) -> Any:
     claim = {key: value for key, value in changes.items() if key in CLAIM}
     rest = {key: value for key, value in changes.items() if key not in CLAIM}
     answer = hook.ask(CLAIM, property=backend, **claim)
-    assert answer == {"stays": False, "path": "", "thin": backend == "lvmthin", "cached": True}, answer
+    assert answer == {"stays": False, "path": "", "chunk": 65536 * (backend == "lvmthin"), "cached": True}, (
+        answer
+    )
     return hook.ask(WITH_BASE, **rest)
 
 
@@ -1098,7 +1100,7 @@ def test_a_storage_domain_is_asked_once(host: FakeHost) -> None:
 @BACKENDS
 def test_prefetch(host: FakeHost, backend: str) -> None:
     hook = Hook(host, ON)
-    assert hook.ask(PREFETCH, backend=backend) == {"ready": False, "thin": backend == "lvmthin"}
+    assert hook.ask(PREFETCH, backend=backend) == {"ready": False, "chunk": 65536 * (backend == "lvmthin")}
     assert hook.ask(FILL)["how"] == "copy"
     assert hook.ask(PROGRESS) == {}
     assert hook.ask(COMMIT_IT) == {}
@@ -1106,7 +1108,7 @@ def test_prefetch(host: FakeHost, backend: str) -> None:
     assert locks() == []
     assert counters.read().failures == {}
     second = Hook(host, ON)
-    assert second.ask(PREFETCH, backend=backend) == {"ready": True, "thin": backend == "lvmthin"}
+    assert second.ask(PREFETCH, backend=backend) == {"ready": True, "chunk": 65536 * (backend == "lvmthin")}
     assert "wrong order" in second.refused(FILL)
     assert whole_start(Hook(host, ON), backend) == SECOND[backend]
     assert_ready(host, backend)
@@ -1116,7 +1118,7 @@ def test_prefetch_is_a_use(host: FakeHost) -> None:
     """What is fetched again and again is wanted, though no VM of it starts."""
     volume = add_template(host)
     hook = Hook(host, ON)
-    assert hook.ask(PREFETCH) == {"ready": True, "thin": False}
+    assert hook.ask(PREFETCH) == {"ready": True, "chunk": 0}
     assert volume.lv_tags == template_tags(
         f"HOLDS_{BASE_SIZE}", f"SAMPLE_{sample(host, THICK_LV)}", f"USED_{NOW}"
     )

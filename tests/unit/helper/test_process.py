@@ -19,7 +19,7 @@ CLAIM = {"verb": "claim", "vm": VM, "property": "lvm", "image": IMAGE, "volume":
 PREPARE = {"verb": "prepare", "size": 10 * EXTENT, "fingerprint": FINGERPRINT, "writes": 4096, "base": None}
 PROGRESS = {"verb": "progress", "done": 5, "written": 3}
 COMMIT_IT = {"verb": "commit"}
-TO_PREPARE = {"stays": False, "path": "", "thin": False, "cached": False}
+TO_PREPARE = {"stays": False, "path": "", "chunk": 0, "cached": False}
 
 CHILD = """
 import sys

@@ -76,7 +76,7 @@ ACTIVE = "virsh --readonly --connect qemu:///system list --uuid"
 REMOVE = f"lvremove --quiet --yes {NAME}"
 MARK = f"lvchange --quiet --addtag DELETING {NAME}"
 
-STAYS = {"stays": True, "path": "", "thin": False, "cached": False}
+STAYS = {"stays": True, "path": "", "chunk": 0, "cached": False}
 
 
 @pytest.fixture(name="host")

@@ -33,7 +33,7 @@ def test_a_whole_conversation(sudo: Sudo) -> None:
     other = {"local": False, "kept": True, "ready": False, "state": "absent", "path": "/dev/v/m"}
     sudo.answers(
         {"disks": [seen, other]},
-        {"stays": False, "path": "", "thin": True, "cached": False},
+        {"stays": False, "path": "", "chunk": 65536, "cached": False},
         {"how": "copy", "path": "/dev/v/l", "target": target, "base": None},
         {},
         {},
@@ -46,7 +46,7 @@ def test_a_whole_conversation(sudo: Sudo) -> None:
             Looked(False, True, False, "absent", "/dev/v/m"),
         )
         assert helper.claim(disk(), is_start=True) == Claimed(
-            stays=False, path="", is_thin=True, is_cached=False
+            stays=False, path="", chunk=65536, is_cached=False
         )
         expected = Prepared(How.COPY, "/dev/v/l", Target("/dev/v/l", "LVM-x", True, None, 10), None)
         assert helper.prepare(MIB, FINGERPRINT, 5) == expected
@@ -76,7 +76,7 @@ def test_a_conversation_about_a_template(sudo: Sudo) -> None:
     target = {"path": "/dev/v/l", "dm_uuid": "LVM-x", "zeroed": False, "bandwidth": 5, "nice": 10}
     nothing = {"path": "", "target": None, "base": None}
     sudo.answers(
-        {"stays": False, "path": "", "thin": False, "cached": True},
+        {"stays": False, "path": "", "chunk": 0, "cached": True},
         {"how": "missing", **nothing},
         {"how": "copy", "path": "/dev/v/l", "target": target, "base": None},
         {},
@@ -88,7 +88,7 @@ def test_a_conversation_about_a_template(sudo: Sudo) -> None:
         },
         {"how": "uncached", **nothing},
         {"how": "uncached", **nothing},
-        {"ready": True, "thin": True},
+        {"ready": True, "chunk": 65536},
     )
     filled = Target("/dev/v/l", "LVM-x", False, 5, 10)
     with Helper(VM, "lvm") as helper:
@@ -100,7 +100,7 @@ def test_a_conversation_about_a_template(sudo: Sudo) -> None:
         assert helper.prepare(2 * MIB, FINGERPRINT, 5, BASE) == on_base
         assert helper.prepare(2 * MIB, FINGERPRINT, 5, BASE) == Prepared(How.UNCACHED, "", None, None)
         assert helper.fill(7) is None
-        assert helper.prefetch("lvmthin", BASE) == Fetched(is_ready=True, is_thin=True)
+        assert helper.prefetch("lvmthin", BASE) == Fetched(is_ready=True, chunk=65536)
     prepare = {"verb": "prepare", "size": 2 * MIB, "fingerprint": FINGERPRINT, "writes": 5, "base": AS_ASKED}
     assert sudo.asked[1:] == [
         prepare,
@@ -207,7 +207,7 @@ def test_an_answer_that_is_none(sudo: Sudo, answer: str, call: str) -> None:
         ("prepare", {"path": "/p", "target": 5}),
         ("prepare", {"path": "/p", "target": {}}),
         ("prepare", {"path": "/p", "target": {"path": "/p", "more": 1}}),
-        ("claim", {"stays": False, "path": "", "thin": True}),
+        ("claim", {"stays": False, "path": "", "chunk": 65536}),
         *(("prepare", {key: value for key, value in WHOLE.items() if key != left_out}) for left_out in WHOLE),
         ("prepare", {**WHOLE, "base": {}}),
         ("prepare", {**WHOLE, "base": 5}),
@@ -217,7 +217,7 @@ def test_an_answer_that_is_none(sudo: Sudo, answer: str, call: str) -> None:
         ("fill", {"how": "copy", "target": {}}),
         ("prefetch", {}),
         ("prefetch", {"ready": True}),
-        ("prefetch", {"thin": True}),
+        ("prefetch", {"chunk": 65536}),
     ],
     ids=str,
 )

@@ -843,8 +843,8 @@ def test_a_leaf_that_is_cut_off(tmp_path: Path, cut: int) -> None:
 
 def test_writes_of_a_copy(chain: Path) -> None:
     with sources.opened(disk(chain / LEAF, volumes=[MIDDLE, BASE])) as source:
-        assert source.writes(leaves_out_zeros=False) == MIB
-        assert source.writes(leaves_out_zeros=True) == 192 << 10
+        assert source.writes(0) == MIB
+        assert source.writes(65536) == 192 << 10
 
 
 def test_writes_of_clusters_that_are_not_whole(tmp_path: Path) -> None:
@@ -854,24 +854,74 @@ def test_writes_of_clusters_that_are_not_whole(tmp_path: Path) -> None:
         file.write(b"x" * 100_000)
     with sources.opened(disk(tmp_path / LEAF, "raw")) as source:
         assert source.virtual_size == 1_000_448
-        assert source.writes(leaves_out_zeros=True) == 4 * 65536  # 0, 13, 14, and the last, cut off, as whole
+        assert source.writes(65536) == 4 * 65536  # 0, 13, 14, and the last, cut off, as whole
     (tmp_path / LEAF).write_bytes(b"x" * 1_000_000)
     with sources.opened(disk(tmp_path / LEAF, "raw")) as source:
-        assert source.writes(leaves_out_zeros=True) == 1_000_448
+        assert source.writes(65536) == 1_000_448
+
+
+@pytest.mark.parametrize(
+    ("chunk", "taken"),
+    [
+        (64 << 10, 4 * (64 << 10)),
+        (128 << 10, 3 * (128 << 10)),  # the first two clusters are in one
+        (512 << 10, 3 * (512 << 10)),
+        (2 << 20, 2 * (2 << 20)),
+        (192 << 10, 4 * (192 << 10)),  # not exact: each cluster of 64 KiB could be in another block
+        (4 << 20, 2 * (4 << 20)),
+        (1 << 30, 20 << 20),  # at most the whole disk
+    ],
+)
+def test_what_scattered_data_take_of_a_thin_pool(tmp_path: Path, chunk: int, taken: int) -> None:
+    with (tmp_path / LEAF).open("wb") as file:
+        for at in (0, 64 << 10, 1 << 20, 9 << 20):
+            file.seek(at)
+            file.write(b"x")
+        file.truncate(20 << 20)
+    with sources.opened(disk(tmp_path / LEAF, "raw")) as source:
+        assert source.writes(chunk) == taken
+
+
+def test_what_scattered_layers_take_of_a_thin_pool(tmp_path: Path) -> None:
+    """Each block of the template that they share with others and write to becomes their own."""
+    (tmp_path / BASE).write_bytes(b"\x11" * MIB * 8)
+    qemu_img("create", "-q", "-f", "qcow2", "-b", BASE, "-F", "raw", tmp_path / LEAF, 8 * MIB)
+    qemu_io(tmp_path / LEAF, *(f"write -P 1 {at}k 4k" for at in (0, 64, 1000, 1030, 5000)))
+    with sources.opened(disk(tmp_path / LEAF, volumes=[BASE])) as source:
+        assert source.writes_above(64 << 10) == 5 * (64 << 10)
+        assert source.writes_above(1 << 20) == 3 << 20
+        assert source.writes_above(2 << 20) == 4 << 20
+
+
+@pytest.mark.parametrize(
+    ("extents", "blocks"),
+    [
+        ([], 0),
+        ([(0, 0)], 0),
+        ([(0, 1)], 1),
+        ([(9, 1), (10, 1)], 2),
+        ([(0, 10), (10, 10)], 2),
+        ([(5, 20)], 3),
+        ([(5, 1), (6, 1), (9, 2), (11, 80)], 10),
+        ([(0, 5), (0, 0), (7, 1)], 1),
+    ],
+)
+def test_blocks_are_counted_once(extents: list[tuple[int, int]], blocks: int) -> None:
+    assert sources.count_blocks(extents, 10) == blocks
 
 
 def test_writes_of_an_empty_image(tmp_path: Path) -> None:
     qemu_img("create", "-f", "qcow2", tmp_path / LEAF, "1T")
     with sources.opened(disk(tmp_path / LEAF)) as source:
-        assert source.writes(leaves_out_zeros=True) == 0
-        assert source.writes(leaves_out_zeros=False) == 1 << 40
+        assert source.writes(65536) == 0
+        assert source.writes(0) == 1 << 40
 
 
 def test_writes_of_an_image_whose_tables_are_forged(tmp_path: Path) -> None:
     path = tmp_path / LEAF
     path.write_bytes(made(size=MIB))  # its L1 table lies behind the end
     with sources.opened(disk(path)) as source, contextlib.suppress(CommandFailed):
-        assert 0 <= source.writes(leaves_out_zeros=True) <= MIB
+        assert 0 <= source.writes(65536) <= MIB
 
 
 @pytest.mark.parametrize(
@@ -890,11 +940,10 @@ def test_a_measure_that_is_not_understood(monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.setattr(run, "run", measure)
     with sources.opened(disk(tmp_path / LEAF, "raw")) as source:
         with pytest.raises(CommandFailed, match=f"measure failed for {tmp_path / LEAF} .*: it printed"):
-            source.writes(leaves_out_zeros=True)
+            source.writes(65536)
         limited = ["prlimit", "--as=2147483648", "--cpu=600", "--core=0", "--"]
-        assert commands == [
-            [*limited, "qemu-img", "measure", "--output", "json", "-O", "qcow2", source.filename]
-        ]
+        as_qcow2 = ["--output", "json", "-O", "qcow2", "-o", "cluster_size=65536"]
+        assert commands == [[*limited, "qemu-img", "measure", *as_qcow2, source.filename]]
 
 
 # -- fingerprints
@@ -1086,8 +1135,8 @@ def test_a_layer_alone_holds_what_it_holds(chain: Path) -> None:
     with no_descriptor_is_left(), sources.opened(disk(chain / LEAF, volumes=[MIDDLE, BASE])) as source:
         assert mapped(source.layers[0]) == [(0, 64 << 10), (128 << 10, 64 << 10)]
         assert mapped(source.layers[1]) == [(64 << 10, 64 << 10)]
-        assert source.writes_above() == 192 << 10
-        assert source.base_alone.writes_above() == 0
+        assert source.writes_above(65536) == 192 << 10
+        assert source.base_alone.writes_above(65536) == 0
 
 
 @pytest.mark.parametrize(
@@ -1098,9 +1147,9 @@ def test_a_layer_alone_holds_what_it_holds(chain: Path) -> None:
         ("", ["write -z 0 128k"], 128 << 10),
         ("", ["write -P 1 0 64k", "discard 0 64k"], 64 << 10),  # now zeros
         ("", ["write -c -P 1 0 128k"], 128 << 10),
-        ("extended_l2=on,cluster_size=128k", ["write -P 1 4k 4k"], 4 << 10),
-        ("extended_l2=on,cluster_size=128k", ["write -P 1 0 4k", "write -z 64k 4k"], 8 << 10),
-        ("cluster_size=4k", ["write -P 1 4k 4k"], 4 << 10),
+        ("extended_l2=on,cluster_size=128k", ["write -P 1 4k 4k"], 64 << 10),
+        ("extended_l2=on,cluster_size=128k", ["write -P 1 0 4k", "write -z 64k 4k"], 128 << 10),
+        ("cluster_size=4k", ["write -P 1 4k 4k"], 64 << 10),
         ("cluster_size=2M", ["write -P 1 0 4k"], MIB),  # cut off where the disk ends
     ],
     ids=str,
@@ -1112,21 +1161,21 @@ def test_what_layers_hold(tmp_path: Path, options: str, commands: list[str], hel
     if commands:
         qemu_io(tmp_path / LEAF, *commands)
     with sources.opened(disk(tmp_path / LEAF, volumes=[BASE])) as source:
-        assert source.writes_above() == held
+        assert source.writes_above(65536) == held
 
 
 @pytest.mark.parametrize(
     ("line", "held"),
     [
-        (b"", 0),
-        (b"[\n", 0),
-        (b"]\n", 0),
-        (b'[{ "start": 0, "length": 5, "depth": 0, "present": true, "zero": true, "data": false},', 5),
-        (b'{ "start": 0, "length": 5, "depth": 1, "present": true, "zero": true, "data": false}]', 0),
-        (b'{ "start": 0, "length": 5, "depth": 0, "present": false, "zero": true, "data": false},', 0),
+        (b"", (0, 0)),
+        (b"[\n", (0, 0)),
+        (b"]\n", (0, 0)),
+        (b'[{ "start": 3, "length": 5, "depth": 0, "present": true, "zero": true, "data": false},', (3, 5)),
+        (b'{ "start": 3, "length": 5, "depth": 1, "present": true, "zero": true, "data": false}]', (0, 0)),
+        (b'{ "start": 3, "length": 5, "depth": 0, "present": false, "zero": true, "data": false},', (0, 0)),
     ],
 )
-def test_lines_of_a_map(line: bytes, held: int) -> None:
+def test_lines_of_a_map(line: bytes, held: tuple[int, int]) -> None:
     """qemu-img 7.2 prints an extent a line, and the list's brackets around them."""
     assert sources._held(line, "/v") == held
 
@@ -1135,7 +1184,8 @@ def test_lines_of_a_map(line: bytes, held: int) -> None:
     "line",
     [
         *(b"x", b"{", b"5", b'"x"', b'{"depth": 0}', b'{"depth": 0, "present": true}', b"{}{}", b"\xff"),
-        *(b'{"depth": 0, "present": true, "length": null}', b'{"depth":' * 3000),
+        *(b'{"depth": 0, "present": true, "length": 5}', b'{"depth":' * 3000),
+        b'{"depth": 0, "present": true, "start": 0, "length": null}',
     ],
     ids=lambda line: repr(line[:20]),
 )
@@ -1150,14 +1200,14 @@ def test_a_map_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     layer = Layer("/the/volume", "qcow2", 0, False, MIB, "")
     source = Source((layer, layer))
     with no_descriptor_is_left(), pytest.raises(CommandFailed) as caught:
-        source.writes_above()
+        source.writes_above(65536)
     assert "qemu-img map failed for /the/volume (exit code 3): oops" in str(caught.value)
     tool[2] = "exit 127"
     with pytest.raises(CommandMissing, match="qemu-img cannot be run, although"):
-        source.writes_above()
+        source.writes_above(65536)
     tool[2] = "echo garbage; sleep 60"
     with no_descriptor_is_left(), pytest.raises(CommandFailed, match="it printed"):
-        source.writes_above()
+        source.writes_above(65536)
 
 
 def test_a_layer_that_changes_is_another(tmp_path: Path) -> None:

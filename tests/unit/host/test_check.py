@@ -705,7 +705,7 @@ def test_a_vm_s_cache_in_a_group_of_its_own() -> None:
 def test_no_thin_pool() -> None:
     empty = FakeHost(report("empty"))
     assert lines(groups=(a_group(empty),)) == ["this host: good"], "nobody asked for one"
-    make, then = "lvcreate --type thin-pool -l 90%FREE -n pool0", "lvchange --errorwhenfull y"
+    make, then = "lvcreate --type thin-pool --chunksize 64k -l 90%FREE -n pool0", "lvchange --errorwhenfull y"
     create, why = f"{make} ovirt-local && {then} {POOL}", "thin local disks are made in it"
     line = f"no thin pool {POOL}, {why} : {create}"
     assert lines("backend: lvmthin\n", groups=(a_group(empty),)) == [line]
@@ -748,6 +748,17 @@ def test_a_thin_pool_that_does_not_zero() -> None:
         f"thin pool {POOL} does not zero new blocks, a disk would show other disks' old data"
         f" : lvchange --zero y {POOL}"
     ]
+
+
+def test_a_thin_pool_with_large_blocks() -> None:
+    fake = FakeHost()
+    for size, is_said in ((512 << 10, False), (1 << 20, True)):
+        fake.pools["pool0"]["chunk_size"] = str(size)
+        hint = (
+            f"hint: thin pool {POOL} gives disks blocks of 1 MiB, scattered data of a guest can take up to"
+            " 16 times their size : when you make the pool anew, use lvcreate --chunksize 64k"
+        )
+        assert lines(groups=(a_group(fake),)) == [*([hint] if is_said else []), "this host: good"]
 
 
 @pytest.mark.parametrize(
