@@ -323,8 +323,15 @@ main() {
     build-again) build_again ;;
     test)
       need "${TEST_PACKAGES[@]}"
-      need_ansible
+      local beside=()
+      need_ansible &
+      beside+=($!)
+      # The places for guests are tried now; the suite asks for them again, and tells what was found.
+      as_root .venv/bin/python -B -m tests.bed.boot --choose --where "${WHERE:-auto}" >/dev/null 2>&1 &
+      beside+=($!)
       build
+      wait "${beside[0]}"
+      wait "${beside[1]}" || true
       suite lint build-again unit kernel crash "${@:2}"
       ;;
     pictures)
