@@ -264,3 +264,29 @@ def syslog(part: str = "") -> Iterator[list[str]]:
             ended.set()
             reader.join()
             path.unlink()
+
+
+# -- erasing
+
+BLKDISCARD = "/usr/sbin/blkdiscard"
+
+
+@contextmanager
+def slow_blkdiscard() -> Iterator[Path]:
+    """blkdiscard waits, before it begins, until the yielded file is removed."""
+    waits, real, script = Path("/run/gc-blkdiscard"), Path("/run/gc-real"), Path("/run/gc-script")
+    run("cp", BLKDISCARD, str(real))
+    script.write_text(f'#!/bin/sh\nwhile [ -e {waits} ]; do sleep 0.1; done\nexec {real} "$@"\n')
+    script.chmod(0o755)
+    run("mount", "--bind", str(script), BLKDISCARD)
+    waits.touch()
+    try:
+        yield waits
+    finally:
+        waits.unlink(missing_ok=True)
+        run("umount", BLKDISCARD)
+
+
+def erasing() -> list[str]:
+    """The names of disks that are set aside to be erased."""
+    return [name for name, words in host.logical_volumes().items() if "ERASE_zero" in words]

@@ -26,9 +26,11 @@ from tests.kernel.steps import (
     configure,
     device,
     equals_source,
+    erasing,
     localdisk,
     lv_uuid,
     seqno,
+    slow_blkdiscard,
     start,
     starting,
     stop,
@@ -39,7 +41,6 @@ from tests.kernel.steps import (
 pytestmark = pytest.mark.usefixtures("defaults")
 
 SIZE = 8 * MIB
-BLKDISCARD = "/usr/sbin/blkdiscard"
 
 
 def gc(*words: str, code: int = 0) -> dict[str, str]:
@@ -336,27 +337,6 @@ def test_a_snapshot_made_while_the_vm_was_stopped(volume_group: str, file_storag
 
 
 # -- erase
-
-
-@contextmanager
-def slow_blkdiscard() -> Iterator[Path]:
-    """blkdiscard waits, before it begins, until the yielded file is removed."""
-    waits, real, script = Path("/run/gc-blkdiscard"), Path("/run/gc-real"), Path("/run/gc-script")
-    run("cp", BLKDISCARD, str(real))
-    script.write_text(f'#!/bin/sh\nwhile [ -e {waits} ]; do sleep 0.1; done\nexec {real} "$@"\n')
-    script.chmod(0o755)
-    run("mount", "--bind", str(script), BLKDISCARD)
-    waits.touch()
-    try:
-        yield waits
-    finally:
-        waits.unlink(missing_ok=True)
-        run("umount", BLKDISCARD)
-
-
-def erasing() -> list[str]:
-    """The names of disks that are set aside to be erased."""
-    return [name for name, words in host.logical_volumes().items() if "ERASE_zero" in words]
 
 
 def test_a_start_does_not_wait_for_the_erase_of_its_old_copy(

@@ -162,7 +162,7 @@ def test_copies_that_run_wait_and_die(volume_group: str, file_storage: FileStora
         assert copy["size"] == 64 * MIB
         assert 0 < copy["copy"]["done"] < 1
         assert 0 < copy["copy"]["written"] <= 64 * MIB
-        assert copy["copy"]["rate"] < 2 * MIB
+        assert copy["copy"]["rate"] < 4 * MIB  # qemu-img may write some MiB at once in the first second
         assert copy["next"]["text"].endswith(" left")
         assert waiting["next"]["text"].startswith("waits ")
         wait_for(lambda: any(" copying vm=" in line for line in lines), "a line that tells how far it is")

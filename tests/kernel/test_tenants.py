@@ -9,10 +9,9 @@ The attempt is refused with one line, or B gets its own bytes; A's logical volum
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -38,6 +37,7 @@ from tests.kernel.steps import (
     localdisk,
     one_line,
     processes,
+    slow_blkdiscard,
     start,
     starting,
     stop,
@@ -137,40 +137,18 @@ def test_while_a_is_erased(volume_group: str, file_storage: FileStorage) -> None
     configure(ERASE)
     a, b = file_storage.template(SIZE, seed=1), own_image(file_storage)
     name = set_aside(a)
-    run("lvextend", "-L", "512m", f"{host.VOLUME_GROUP}/{name}")  # so that it takes a while
-    gc = subprocess.Popen([str(host.PROGRAM), "gc"], stdout=subprocess.DEVNULL)
-    eraser = stopped_eraser()
-    vm_id = start(b)
-    assert equals_source(b)
-    assert not holds_secret(device(b))
-    assert gc.poll() is None
-    assert set(host.logical_volumes()) == {name, b.leaf.id}
-    os.kill(eraser, signal.SIGCONT)
-    assert gc.wait(120) == 0
+    with slow_blkdiscard() as waits:
+        gc = subprocess.Popen([str(host.PROGRAM), "gc"], stdout=subprocess.DEVNULL)
+        wait_for(lambda: any("blkdiscard" in " ".join(words) for _, words in processes()), "the erase")
+        vm_id = start(b)
+        assert equals_source(b)
+        assert not holds_secret(device(b))
+        assert gc.poll() is None
+        assert set(host.logical_volumes()) == {name, b.leaf.id}
+        waits.unlink()
+        assert gc.wait(120) == 0
     configure()
     stop(vm_id, b)
-
-
-def stopped_eraser() -> int:
-    """The process id of a blkdiscard, now stopped: gc starts one for each step of an erase."""
-    stopped: list[int] = []
-
-    def stop_one() -> bool:
-        for pid, words in processes():
-            if Path(words[0]).name == "blkdiscard":
-                with suppress(ProcessLookupError, FileNotFoundError):
-                    os.kill(pid, signal.SIGSTOP)
-                    if state_of(pid) not in "ZX":  # else it had ended
-                        stopped.append(pid)
-        return bool(stopped)
-
-    wait_for(stop_one, "the erase")
-    return stopped[0]
-
-
-def state_of(pid: int) -> str:
-    """As /proc has it, R, S, T, Z and so on."""
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0]
 
 
 def test_a_starts_again_while_b_claims_its_ids(volume_group: str, file_storage: FileStorage) -> None:
