@@ -604,7 +604,7 @@ def test_what_a_pool_gives_is_counted_in_its_blocks(group: Group, machine: None)
     qemu_io(volume, [f"write -P 1 {number * 2}M 4k" for number in range(16)])
     image = storage.image(image_id, volume)
     configure("margins: {thin_data: 20%}\n")
-    assert "would pass margins.thin_data: 25 % of 20 % allowed" in refused_disk(image, THIN)
+    assert "would pass margins.thin_data: 25.0 % of 20 % allowed" in refused_disk(image, THIN)
     configure("margins: {thin_data: 26%}\n")
     vm_id = start(image, THIN)
     assert lvm_percent(f"{NAME}/{host.THIN_POOL}") == 25
