@@ -3,8 +3,7 @@
     python -m tests.bed.host setup      users, storage, volume group, rules, the program and its links
     python -m tests.bed.host leave      removes all of this again, except the users
 
-`setup` can be run again, also on the disks of an earlier boot: what exists stays.  In a guest the
-users get a host's own numbers; on a machine that is not ours to change they get free ones.
+`setup` can be run again, also on the disks of an earlier boot: what exists stays.
 What is installed is dist/localdisk, or the file that LOCALDISK_BED_PROGRAM names.
 """
 
@@ -101,7 +100,10 @@ def lvm_settings() -> None:
 
 
 def users() -> None:
-    """vdsm (36, group kvm 36, also in qemu) and qemu (107, group qemu 107, also in kvm)."""
+    """vdsm (group kvm, also in qemu) and qemu (group qemu, also in kvm), with oVirt's numbers if they are free.
+
+    Nobody else's number is changed: the files that belong to it would then be another's.
+    """
     group("kvm", 36)
     group("qemu", 107)
     user("vdsm", 36, "kvm", "qemu")
@@ -109,34 +111,18 @@ def users() -> None:
 
 
 def group(name: str, number: int) -> None:
-    """The group `name`; in a guest with that number, whoever had it."""
     names = {entry.gr_name: entry.gr_gid for entry in grp.getgrall()}
-    if throwaway() and names.get(name) != number:
-        free_number("groupmod", "-g", names, number)
     if name not in names:
         run("groupadd", *(["-g", str(number)] if number not in names.values() else ["-r"]), name)
-    elif throwaway() and names[name] != number:
-        run("groupmod", "-g", str(number), name)
 
 
 def user(name: str, number: int, primary: str, other: str) -> None:
-    """The user `name` in these two groups; in a guest with that number, whoever had it."""
+    """The user `name` in these two groups."""
     names = {entry.pw_name: entry.pw_uid for entry in pwd.getpwall()}
-    if name in names:
-        return
-    if throwaway():
-        free_number("usermod", "-u", names, number)
-    wanted = ["-u", str(number)] if throwaway() or number not in names.values() else []
-    run("useradd", "-r", *wanted, "-g", primary, "-G", other, "-M", "-d", "/", "-s", "/sbin/nologin", name)
-
-
-def free_number(command: str, option: str, names: dict[str, int], number: int) -> None:
-    """If a user or group has `number`, move it to a number that is free."""
-    for name, taken in names.items():
-        if taken == number:
-            unused = next(n for n in range(900, 400, -1) if n not in names.values())
-            run(command, option, str(unused), name)
-            names[name] = unused
+    if name not in names:
+        wanted = ["-u", str(number)] if number not in names.values() else []
+        groups = ["-g", primary, "-G", other]
+        run("useradd", "-r", *wanted, *groups, "-M", "-d", "/", "-s", "/sbin/nologin", name)
 
 
 def throwaway() -> bool:
