@@ -100,7 +100,7 @@ def lvm_settings() -> None:
 
 
 def users() -> None:
-    """vdsm (group kvm, also in qemu) and qemu (group qemu, also in kvm), with oVirt's numbers if they are free.
+    """vdsm (group kvm, also in qemu) and qemu (group qemu, also in kvm), with oVirt's numbers if free.
 
     Nobody else's number is changed: the files that belong to it would then be another's.
     """
