@@ -35,6 +35,7 @@ TREES = Path("/var/cache/localdisk")  # where the program extracts itself
 HOOKS = Path("/usr/libexec/vdsm/hooks")
 SUDOERS = Path("/etc/sudoers.d/50_localdisk")
 REPORTED = re.compile(r"LVM2_(\w+)='([^']*)'")
+LVM_NAMES = 50  # in one line to the open lvm, which takes 64 words
 LVM_SETTINGS = Path("/etc/lvm/lvm.conf")
 LESS_MEMORY = "    reserved_memory = 64  # KiB"
 CRON = Path("/etc/cron.d/localdisk")
@@ -163,10 +164,11 @@ def thin_pool(size: str = "2g") -> None:
 
 def remove(*names: str) -> None:
     """Removes these LVs of the volume group, of any kind."""
-    if names:
-        said = Lvm.running().ask("lvremove", "-f", "-y", *(f"{VOLUME_GROUP}/{name}" for name in names))
-        if said.count("successfully removed") < len(names):
-            raise CommandFailed(f"lvremove {' '.join(names)}:\n{said}")
+    for first in range(0, len(names), LVM_NAMES):
+        some = names[first : first + LVM_NAMES]
+        said = Lvm.running().ask("lvremove", "-f", "-y", *(f"{VOLUME_GROUP}/{name}" for name in some))
+        if said.count("successfully removed") < len(some):
+            raise CommandFailed(f"lvremove {' '.join(some)}:\n{said}")
 
 
 def logical_volumes() -> dict[str, frozenset[str]]:
