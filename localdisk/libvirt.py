@@ -8,6 +8,7 @@ system's libvirt, and works with the modular daemon (virtqemud) and with the mon
 from __future__ import annotations
 
 import enum
+import time
 from collections.abc import Iterable
 
 from localdisk import run
@@ -17,6 +18,7 @@ from localdisk.ids import is_uuid
 
 VIRSH = ("virsh", "--readonly", "--connect", "qemu:///system")
 DEADLINE = 30  # seconds
+RECENT = 5.0  # seconds; what libvirt has said of a VM counts for so long
 _END = "</domain>"
 _RULE = "===="
 _BOTH_LISTS = f"list --all --uuid; echo {_RULE}; list --uuid"
@@ -107,6 +109,11 @@ def read_state(text: str, vm_id: str) -> DomainState:
     if vm_id in found.active:
         return DomainState.ACTIVE
     return DomainState.SHUT_OFF if _has_disks(disks) else DomainState.PLACEHOLDER
+
+
+def is_recent(asked_at: float) -> bool:
+    """Whether an answer still counts; `asked_at` in seconds of CLOCK_MONOTONIC, 0 for no answer."""
+    return 0 <= time.monotonic() - asked_at < RECENT if asked_at else False
 
 
 def ask_names() -> Question:

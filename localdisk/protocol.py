@@ -61,7 +61,7 @@ WIRE = {
     "is_kept": "kept",
     "is_ready": "ready",
     "is_cached": "cached",
-    "is_start": "start",
+    "seen_at": "seen",
 }
 
 
@@ -138,7 +138,9 @@ class Claim:
     property_value: str
     image_id: str
     volume_id: str
-    is_start: bool  # the hook has just seen in libvirt that vdsm starts this VM
+    # When the hook asked libvirt, which then said that vdsm starts this VM: milliseconds of CLOCK_MONOTONIC,
+    # which is the same for all processes; 0 if it did not ask.
+    seen_at: int
 
 
 @frozen
@@ -453,7 +455,7 @@ _RULES: dict[str, Callable[[str, Any], Any]] = {
     "is_ready": _flag,
     "chunk": _integer(0, MAX_DISK),
     "is_cached": _flag,
-    "is_start": _flag,
+    "seen_at": _integer(0, MAX_DISK),
     "stays": _flag,
     "how": lambda _name, value: How(value),
     "target": _maybe(Target),

@@ -686,11 +686,13 @@ def no_lock(world: World) -> object:
 def forgotten(world: World) -> object:
     there = world.host()
     there.has_undefined = True
+    world.patch.setattr(libvirt, "RECENT", 0.0)  # the copy takes its time
     return world.ask(CLAIM, PREPARE, COMMIT, host=there)
 
 
 def commits_in_silence(world: World) -> None:
     there = world.host()
+    world.patch.setattr(libvirt, "RECENT", 0.0)
     hook = fake_session.Hook(there)
     hook.start()
     there.libvirt_is_silent = True

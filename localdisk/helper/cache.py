@@ -94,15 +94,16 @@ class CachedTemplate:
         new = NewLv(base.size, writes)
         need = Need(self._policy, (new, *beside), template=self.name, is_template=True)
 
+        tags = template.new_tags(base.volume_id, base.fingerprint, writes)
+
         def create(vg: VolumeGroup) -> None:
-            tags = template.new_tags(base.volume_id, base.fingerprint, writes)
             if self._pool:
                 vg.create_thin(self.name, base.size, self._pool, tags)
             else:
                 vg.create_thick(self.name, base.size, tags)
 
         self.new_volume.begin_turn(base.size, self._pause)
-        return self.new_volume.create(base.size, need, create, self._pause)
+        return self.new_volume.create(base.size, need, tags, create, self._pause)
 
     def commit(self) -> None:
         """Make the template LV ready and read-only; its copy is complete and synced.
@@ -151,7 +152,7 @@ class CachedTemplate:
             if vg.round_up(larger) > found.lv.lv_size:
                 vg.extend(disk.lv_name, larger)
 
-        target = disk.create(size, need, create, self._pause)
+        target = disk.create(size, need, tags, create, self._pause)
         if not self._is_as_it_was(target.path):
             return None
         self.mark_used()

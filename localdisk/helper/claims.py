@@ -33,6 +33,7 @@ class Claim:
     vg: VolumeGroup  # as it was last read
     new_volume: NewVolume
     resources: ExitStack  # holds the locks; `new_volume.release` closes it
+    asked_at: float  # when libvirt was asked, which said that the VM is being started; of CLOCK_MONOTONIC
     others: tuple[LocalDisk, ...] | None = None  # see `with_others`; None: not looked for yet
     replaced: Replaced | None = None  # the kept disks that the new disk replaces
     wanted: tuple[int, int] = (0, 0)  # bytes: size of the new disk with its margin; data that it will hold

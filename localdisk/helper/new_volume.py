@@ -19,8 +19,8 @@ from localdisk.helper import making_room
 from localdisk.lock import Pause
 from localdisk.protocol import Target
 from localdisk.units import format_duration, format_size
-from localdisk.volumes import room
-from localdisk.volumes.local_disk import LocalDisk, State
+from localdisk.volumes import lvm, room
+from localdisk.volumes.local_disk import UPDATING, LocalDisk, State
 from localdisk.volumes.lvm import LogicalVolume, VolumeGroup
 from localdisk.volumes.progress import COPYING, MAKING_ROOM, PREPARING, STALLED, WAITING, Progress
 from localdisk.volumes.removal import remove_or_set_aside
@@ -45,6 +45,7 @@ class NewVolume:
         self._ticket = ""  # the lock file of the turn
         self._moved = 0.0  # when the copy last made progress, time.monotonic()
         self._dm_uuid = ""  # of the unfinished volume that we made, "?" while LVM makes it
+        self._tags = frozenset[str]()  # with which it was made
         self._began = 0.0  # when the copy began, time.monotonic()
         self._progress: Progress | None = None
         self._is_unwritable = False  # writing the progress has failed before
@@ -82,12 +83,13 @@ class NewVolume:
         self.begin_phase(WAITING, size)
         self._ticket = self._turn.enter_context(lock.turn(self.policy.copy.parallel, pause))
 
-    def make(self, need: Need, create: Create, pause: Pause) -> VolumeGroup:
+    def make(self, need: Need, tags: frozenset[str], create: Create, pause: Pause) -> VolumeGroup:
         """Make the volume when there is room for it; returns the group as it was just before.
 
-        `create` creates the volume.  What is in the way is removed as `room.plan` orders, one volume after
-        the other.  The space lock is held from the look for room until the volume is made or a volume was
-        removed or set aside.  Neither this lock nor the turn to copy is held while bytes are erased.
+        `create` creates the volume, with `tags`.  What is in the way is removed as `room.plan` orders, one
+        volume after the other.  The space lock is held from the look for room until the volume is made or a
+        volume was removed or set aside.  Neither this lock nor the turn to copy is held while bytes are
+        erased.
         Raises the errors of `room.plan`, `making_room.remove`, `making_room.erase` and `create`.
         """
         planned: tuple[Removable, ...] = ()
@@ -110,6 +112,7 @@ class NewVolume:
             if aside:
                 self._erase(vg, each, aside, pause)
         self._dm_uuid = vg.dm_uuid(self.lv_name)
+        self._tags = tags
         return vg
 
     def _create(self, vg: VolumeGroup, create: Create) -> None:
@@ -132,12 +135,12 @@ class NewVolume:
         if self._ticket:
             self._turn.enter_context(lock.holding(self._ticket, pause))
 
-    def create(self, size: int, need: Need, create: Create, pause: Pause) -> Target:
+    def create(self, size: int, need: Need, tags: frozenset[str], create: Create, pause: Pause) -> Target:
         """Make the volume; returns its device, and how to fill it with `size` bytes of the guest's view.
 
         The other parameters, and the errors, are those of `make`.
         """
-        vg = self.make(need, create, pause)
+        vg = self.make(need, tags, create, pause)
         self._began = self._moved = time.monotonic()
         self.begin_phase(COPYING, size)
         log.event("copy starts", **self.log_fields, bytes=size, backend=self.policy.backend)
@@ -201,6 +204,15 @@ class NewVolume:
         """Bytes written, time and rate of the copy, for the log."""
         rate = f"{format_size(int(self.written / self.took))}/s"
         return {"bytes": str(self.written), "took": f"{self.took:.1f}s", "rate": rate}
+
+    def make_ready(self, vg: VolumeGroup) -> bool:
+        """Remove the tags of an unfinished volume; False if LVM does not say that it has done so.
+
+        LVM does nothing if the volume of our name is not the one that we made, or has lost a tag.
+        """
+        lv_uuid = lvm.uuid_of(self._dm_uuid)
+        unfinished = {tag for tag in self._tags if tag == UPDATING or tag.startswith("WRITES_")}
+        return vg.remove_tags(self.lv_name, lv_uuid, unfinished, having=self._tags)
 
     def is_ours(self, vg: VolumeGroup, lv: LogicalVolume) -> bool:
         """Whether `lv` is the volume that we made, not another volume of the same name."""

@@ -8,6 +8,7 @@ again under the disk's lock.  `process.py` reads the requests and writes the ans
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 
@@ -168,7 +169,9 @@ class Session:
         with ExitStack() as stack:
             held = stack.enter_context(lock.holding(lock.disk_lock(volume_id), self._pause))
             # What the hook has seen in libvirt counts only if nothing was waited for since.
-            is_start = request.is_start and not (held.was_waited_for or doubted)
+            seen_at = 0 if held.was_waited_for or doubted else request.seen_at / 1000
+            is_start = libvirt.is_recent(seen_at)
+            asked_at = seen_at if is_start else time.monotonic()
             asked = None if is_start else libvirt.ask_state(vm_id)  # virsh runs while LVM is read
             vg = claims.read(policy)
             log_filling(vg)
@@ -178,7 +181,7 @@ class Session:
                 resources = stack.pop_all()
                 new_volume = NewVolume(volume_id, policy, held, resources, vm=vm_id, image=request.image_id)
                 self._claim = Claim(
-                    vm_id, request.image_id, volume_id, policy, found, vg, new_volume, resources
+                    vm_id, request.image_id, volume_id, policy, found, vg, new_volume, resources, asked_at
                 )
                 new_volume.begin_phase()
         if not self._claim:

@@ -6,7 +6,7 @@ A claim is frozen: a function that changes the disk returns a new claim.
 from __future__ import annotations
 
 from localdisk import counters, holders, kept, libvirt, log
-from localdisk.errors import BadRequest, DiskBusy, Error, LibvirtSilent, VmForgotten
+from localdisk.errors import BadRequest, CommandFailed, DiskBusy, Error, LibvirtSilent, VmForgotten
 from localdisk.frozen import replace
 from localdisk.helper import claims
 from localdisk.helper.claims import Claim
@@ -78,23 +78,36 @@ def create(claim: Claim, request: Prepare, pause: Pause, takes_kept: bool = True
             vg.create_thick(claim.volume_id, with_margin, tags)
 
     claim.new_volume.begin_turn(request.size, pause)
-    return claim.new_volume.create(request.size, claim.need(takes_kept=takes_kept), create_volume, pause)
+    need = claim.need(takes_kept=takes_kept)
+    return claim.new_volume.create(request.size, need, tags, create_volume, pause)
 
 
 def make_ready(claim: Claim) -> None:
     """Make the disk ready with one LVM command; its copy is complete and synced.
 
+    The group is not read before: LVM itself looks whether the volume is still the one that was made.  libvirt
+    is asked again if its answer is too old.
     Raises VmForgotten, and BadRequest if the volume is not the one that this helper made.
     """
-    asked = libvirt.ask_domains()
+    if not libvirt.is_recent(claim.asked_at):
+        _require_known(claim)
+    kept.note(claim.vm_id)
+    try:
+        is_ready = claim.new_volume.make_ready(claim.vg)
+    except CommandFailed:
+        _require_made(claim, State.UNFINISHED)  # it has the reason, if that is it
+        raise
+    if not is_ready:
+        _require_made(claim, State.READY)  # LVM's messages may be switched off
+
+
+def _require_made(claim: Claim, state: State) -> None:
+    """Raise BadRequest unless the volume that was made is in this state.  Raises VolumeGroupUnusable."""
     vg = claims.read(claim.policy)
     found = claim.find(vg)
-    if found is None or found.state is not State.UNFINISHED or not claim.new_volume.is_ours(vg, found.lv):
+    if found is None or found.state is not state or not claim.new_volume.is_ours(vg, found.lv):
         raise BadRequest(problem="the unfinished disk is not the one that was made")
     vg.require_usable()
-    _require_known(asked, claim)
-    kept.note(claim.vm_id)
-    vg.change_tags(claim.volume_id, remove={local_disk.UPDATING, *found.writes_tags})
 
 
 def finish(claim: Claim) -> None:
@@ -124,10 +137,10 @@ def _keep_as_it_was(vg: VolumeGroup, name: str, found: LocalDisk) -> None:
         log.problem("kept disk is left to gc", disk=name, why=error)
 
 
-def _require_known(asked: libvirt.Question, claim: Claim) -> None:
+def _require_known(claim: Claim) -> None:
     """Raise VmForgotten if libvirt no longer knows the VM of a claim: it was powered off during the copy."""
     try:
-        known = libvirt.read_domains(asked.text()).known
+        known = libvirt.known()
     except LibvirtSilent as error:
         log.problem(
             "libvirt cannot be asked whether the VM still starts", **claim.new_volume.log_fields, why=error

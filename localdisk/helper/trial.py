@@ -23,7 +23,7 @@ from localdisk.volumes.removal import remove_or_set_aside
 from localdisk.volumes.room import Need, NewLv
 
 SIZE = 1 << 20  # bytes; LVM rounds up to one extent
-_NO_FINGERPRINT = "0" * 32
+_TAGS = local_disk.new_tags(NOBODY, NOBODY, "0" * 32, SIZE)
 
 
 class Trial:
@@ -47,7 +47,7 @@ class Trial:
         name, policy = self._new_volume.lv_name, self._policy
         need = Need(policy, (NewLv(SIZE, SIZE),), is_trial=True)
         try:
-            vg = self._new_volume.make(need, self._create, self._pause)
+            vg = self._new_volume.make(need, _TAGS, self._create, self._pause)
         except (NoSpace, ThinPoolFull, ThinPoolAtThreshold):
             if room.can_be_made(self._read(), need):
                 return None
@@ -55,11 +55,11 @@ class Trial:
         return Device(vg.path(name), vg.dm_uuid(name))
 
     def _create(self, vg: VolumeGroup) -> None:
-        name, tags = self._new_volume.lv_name, local_disk.new_tags(NOBODY, NOBODY, _NO_FINGERPRINT, SIZE)
+        name = self._new_volume.lv_name
         if self._policy.pool:
-            vg.create_thin(name, SIZE, self._policy.pool, tags)
+            vg.create_thin(name, SIZE, self._policy.pool, _TAGS)
         else:
-            vg.create_thick(name, SIZE, tags)
+            vg.create_thick(name, SIZE, _TAGS)
 
     def remove(self) -> None:
         """Remove the volume.  Raises DiskBusy, CommandFailed."""

@@ -72,12 +72,12 @@ class Helper:
                 raise ValueError
         return looked
 
-    def claim(self, disk: Disk, is_start: bool) -> Claimed:
+    def claim(self, disk: Disk, seen_at: int) -> Claimed:
         """Hold this disk's lock until `commit`, the next claim or the end.
 
-        `is_start`: libvirt has just told the caller that vdsm starts the VM; else the helper asks libvirt.
+        `seen_at` is that of `protocol.Claim`; if it is too old, the helper asks libvirt itself.
         """
-        return self._ask(protocol.Claim(*self._vm, disk.image_id, disk.volume_id, is_start), Claimed)
+        return self._ask(protocol.Claim(*self._vm, disk.image_id, disk.volume_id, seen_at), Claimed)
 
     def prepare(self, virtual_size: int, fingerprint: str, writes: int, base: Base | None = None) -> Prepared:
         """Have the helper make the claimed disk or use a kept disk again; waits for a turn to copy.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from localdisk import kept, libvirt, log, uncached
@@ -23,6 +24,7 @@ from localdisk.errors import (
     SourceRefused,
     UnplugRefused,
 )
+from localdisk.frozen import replace
 from localdisk.hook import copy, sources, template_source
 from localdisk.hook.client import Helper
 from localdisk.hook.copy import OnProgress
@@ -43,10 +45,12 @@ def run(point: str, environ: Mapping[str, str]) -> None:
     if point == "after_disk_prepare":
         # This comes first: a VM that runs may not be refused, even if its property or the configuration is
         # wrong.
-        vm_id = hook_call.local_vm(environ)
+        vm_id, seen_at = hook_call.local_vm(environ), int(time.monotonic() * 1000)
         if vm_id and not _is_start(vm_id):
             return
-    call = hook_call.read_call(point, environ)
+    else:
+        seen_at = 0
+    call = replace(hook_call.read_call(point, environ), seen_at=seen_at)
     if call.vm_id and call.property_value == "off":
         if point in BEGINNINGS:
             _mark_stale(call)
@@ -93,7 +97,7 @@ def after_disk_prepare(call: Call) -> str | None:
         )
         return None
     with Helper(call.vm_id, call.property_value) as helper:
-        path = _make_local(helper, disk, is_start=True)  # `run` has asked libvirt
+        path = _make_local(helper, disk, call.seen_at)
     return disk_json.localize_disk(text, path) if path else None
 
 
@@ -251,21 +255,21 @@ def _require_local(helper: Helper, vm_id: str, disk: Disk, looked: Looked) -> st
     if not looked.is_local:
         return ""
     if disk.path != looked.path:
-        return _make_local(helper, disk, is_start=False)
+        return _make_local(helper, disk)
     if not looked.is_ready:
         raise NotLocal(vm=vm_id, disk=disk.name, path=disk.path, state=looked.state)
     return disk.path
 
 
-def _make_local(helper: Helper, disk: Disk, is_start: bool) -> str:
+def _make_local(helper: Helper, disk: Disk, seen_at: int = 0) -> str:
     """Make `disk` local; returns the path of the ready copy, "" if the disk stays on shared storage.
 
-    `is_start` is that of `Helper.claim`.
+    `seen_at` is that of `protocol.Claim`.
     """
     if not disk.is_vdsm_image:
         fix = "detach it from this VM, or run the VM without the custom property localdisk"
         raise DiskRefused(disk=disk.name or disk.path, problem="no image of a storage domain", fix=fix)
-    claimed = helper.claim(disk, is_start)
+    claimed = helper.claim(disk, seen_at)
     if claimed.stays or claimed.path:
         return claimed.path
     _require_copyable(disk)

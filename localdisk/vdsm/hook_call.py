@@ -59,13 +59,14 @@ class Call:
 
     `before_vdsm_start` belongs to no VM: `vm_id` and `property_value` are "" and `data_path` is None.  At all
     other points `vm_id` is a canonical UUID, `property_value` is one of VALUES ("off" also if the VM does not
-    have the property) and `data_path` is absolute.
+    have the property) and `data_path` is absolute.  `seen_at` is that of `protocol.Claim`.
     """
 
     point: str
     vm_id: str
     property_value: str
     data_path: str | None
+    seen_at: int = 0
 
 
 def is_running() -> bool:

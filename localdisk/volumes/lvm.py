@@ -368,6 +368,18 @@ class VolumeGroup:
         tags = [*_repeat("--deltag", remove), *_repeat("--addtag", add)]
         _change(["lvchange", "--quiet", *tags, *_devices(self.devices), *map(self._full_name, lv_names)])
 
+    def remove_tags(self, lv_name: str, lv_uuid: str, remove: Iterable[str], having: Iterable[str]) -> bool:
+        """Remove tags of the volume if it still has this UUID, and all the tags `having`.
+
+        LVM looks and changes under one lock, in one commit.  False: LVM does not say that it changed the
+        volume, perhaps because the administrator has switched its messages off (`_change`).
+        """
+        tags = " && ".join(f'"{tag}"' for tag in sorted(having))
+        selection = ["--select", f"lv_uuid={lv_uuid} && lv_tags={{{tags}}}"]
+        name = self._full_name(lv_name)
+        argv = ["lvchange", *_repeat("--deltag", remove), *selection, *_devices(self.devices), name]
+        return f"{name} changed" in _change(argv)
+
     def mark(
         self, *lv_names: str, add: frozenset[str], remove: frozenset[str], spare: frozenset[str]
     ) -> None:
@@ -470,7 +482,7 @@ def call(argv: Sequence[str], config: str = "") -> str:
     return _run([*argv[:2], "--config", f"{SETTINGS} {config}".strip(), *argv[2:]], argv)
 
 
-def _change(argv: Sequence[str]) -> None:
+def _change(argv: Sequence[str]) -> str:
     """Run a command that removes, renames or marks volumes, also if the metadata area is full for SETTINGS.
 
     LVM writes the command line into the metadata, too (2.03.16, "description"), and SETTINGS are a thousand
@@ -479,9 +491,9 @@ def _change(argv: Sequence[str]) -> None:
     the thousand bytes that they leave are the room for these commands.
     """
     try:
-        call(argv)
+        return call(argv)
     except MetadataAreaFull:
-        _run(argv, argv)
+        return _run(argv, argv)
 
 
 def _run(argv: Sequence[str], told: Sequence[str]) -> str:
@@ -631,6 +643,12 @@ def _not_found(vg_name: str) -> NoVolumeGroup:
         if devices:
             return VolumeGroupHidden(vg=vg_name, how=how, devices=devices, fix=fix.format(vg=vg_name))
     return NoVolumeGroup(vg=vg_name)
+
+
+def uuid_of(dm_uuid: str) -> str:
+    """The UUID of a volume as LVM prints it, from its `dm_uuid`: 32 characters, in groups of 6, 4 … 4, 6."""
+    plain = dm_uuid[-32:]
+    return "-".join([plain[:6], *(plain[at : at + 4] for at in range(6, 26, 4)), plain[26:]])
 
 
 def physical_volumes(*options: str, config: str = "") -> list[dict[str, str]]:

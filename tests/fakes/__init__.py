@@ -188,6 +188,7 @@ class FakeHost:
         self.names: dict[str, str] = {}  # of VMs; without one it is vm-XXXXXXXX
         self.xmls: dict[str, str] = {}  # of VMs that run
         self.libvirt_is_silent = False
+        self.is_silent = False  # LVM prints no messages
         self.starting: list[str] = []  # VMs whose hooks ask something just now
         self.has_undefined = False  # vdsm, those VMs
         self.cannot_discard: set[str] = set()  # device paths
@@ -408,11 +409,15 @@ class FakeHost:
         flags, options, names = _parse(
             argv,
             flags="--quiet --ignoreactivationskip",
-            options="--addtag --deltag --activate --permission",
+            options="--addtag --deltag --activate --permission --select",
         )
-        assert "--quiet" in flags
+        assert ("--quiet" in flags) is ("--select" not in options)
         assert names
-        for volume in self._named(argv, names):
+        found = self._named(argv, names)
+        if "--select" in options:
+            (selection,) = options["--select"]
+            found = [each for each in found if self._matches(each, selection)]
+        for volume in found:
             volume.lv_tags -= set(options.get("--deltag", ()))
             volume.lv_tags |= set(options.get("--addtag", ()))
             if options.get("--activate") == ["n"] and volume.lv_device_open:
@@ -422,7 +427,15 @@ class FakeHost:
             if "--activate" in options:
                 assert options["--activate"] == ["n"] or "--ignoreactivationskip" in flags
                 volume.lv_active = {"y": "active", "n": ""}[options["--activate"][0]]
-        return ""
+        said = [f"  Logical volume {name} changed.\n" for name in names if found]
+        return "" if "--quiet" in flags or self.is_silent else "".join(said)
+
+    def _matches(self, volume: Volume, selection: str) -> bool:
+        """Of one UUID, and with all of the tags, in quotes."""
+        uuid, _, tags = selection.partition(" && lv_tags=")
+        assert uuid.startswith("lv_uuid=")
+        wanted = {tag.strip('"') for tag in tags.strip("{}").split(" && ")}
+        return uuid == f"lv_uuid={volume.lv_uuid}" and wanted <= volume.lv_tags
 
     def _lvextend(self, argv: list[str]) -> str:
         _, options, names = _parse(argv, flags="--quiet", options="--size")

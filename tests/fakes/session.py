@@ -41,9 +41,6 @@ NAME = f"ovirt-local/{VOLUME}"
 PATH = f"/dev/{NAME}"
 
 
-KNOWN = "virsh --readonly --connect qemu:///system list --all --uuid; echo ====; list --uuid"
-
-
 CREATE = f"lvcreate --quiet --yes --name {VOLUME} --setactivationskip y --ignoreactivationskip"
 
 
@@ -53,7 +50,11 @@ NEW_TAGS = (
 )
 
 
-COMMIT = f"lvchange --quiet --deltag UPDATING --deltag WRITES_4096 {NAME}"
+def commit(lv_uuid: str, writes: int = 4096) -> str:
+    """The command that makes a new disk ready."""
+    having = " && ".join(f'"{word}"' for word in NEW_TAGS.split() if word != "--addtag")
+    selection = f"lv_uuid={lv_uuid} && lv_tags={{{having}}}".replace("WRITES_4096", f"WRITES_{writes}")
+    return f"lvchange --deltag UPDATING --deltag WRITES_{writes} --select {selection} {NAME}"
 
 
 ACTIVATE = f"lvchange --quiet --activate y --ignoreactivationskip {NAME}"
@@ -66,7 +67,7 @@ RECOPY = "retention: {on_stop: keep, on_source_change: recopy}"
 
 
 IDS = {"vm": VM, "property": "lvm", "image": IMAGE, "volume": VOLUME}
-CLAIM = {"verb": "claim", **IDS, "start": False}
+CLAIM = {"verb": "claim", **IDS, "seen": 0}
 
 
 PREPARE = {"verb": "prepare", "size": SIZE, "fingerprint": FINGERPRINT, "writes": 4096, "base": None}

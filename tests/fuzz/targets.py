@@ -273,7 +273,7 @@ def _header() -> bytes:
     return head + extension + bytes(8) + name
 
 
-CLAIM = {"verb": "claim", "vm": VM, "property": "lvm", "image": IMAGE, "volume": VOLUME, "start": False}
+CLAIM = {"verb": "claim", "vm": VM, "property": "lvm", "image": IMAGE, "volume": VOLUME, "seen": 0}
 PREPARE = {
     "verb": "prepare",
     "size": 64 << 20,
@@ -288,7 +288,7 @@ REQUESTS = (
             "verb": "look",
             "vm": VM,
             "property": "on",
-            "disks": [{"image": IMAGE, "volume": VOLUME, "start": False}],
+            "disks": [{"image": IMAGE, "volume": VOLUME, "seen": 0}],
         }
     ],
     [

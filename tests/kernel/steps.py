@@ -48,6 +48,11 @@ def configure(text: str = "") -> None:
         VALIDATED.chmod(0o644)
 
 
+def just_now() -> int:
+    """What a claim says if the hook has just seen in libvirt that its VM starts."""
+    return int(time.monotonic() * 1000)
+
+
 def device(image: Image) -> Path:
     """Where the local copy of an image is."""
     return Path("/dev") / host.VOLUME_GROUP / image.leaf.id

@@ -191,7 +191,7 @@ def test_nothing_is_prepared_for_a_vm_that_was_powered_off(
 
 
 def test_no_copy_is_completed_for_a_vm_that_libvirt_has_forgotten(volume_group: str, image: Image) -> None:
-    configure("copy: {bandwidth: 16MiB}\n")
+    configure("copy: {bandwidth: 8MiB}\n")  # 12 s: what libvirt has said before is too old then
     vm_id = new_id()
     call = begin(image, vm_id)
     wait_for(lambda: copied(image), "the copy")

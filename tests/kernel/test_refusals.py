@@ -19,6 +19,7 @@ from tests.kernel.steps import (
     THIN,
     configure,
     device,
+    just_now,
     localdisk,
     refused,
     refused_disk,
@@ -256,7 +257,7 @@ def claim(vm_id: str, image: Image, **changes: object) -> dict[str, object]:
         "property": "lvm",
         "image": image.id,
         "volume": image.leaf.id,
-        "start": True,
+        "seen": just_now(),
         **changes,
     }
 

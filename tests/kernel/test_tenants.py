@@ -34,6 +34,7 @@ from tests.kernel.steps import (
     device,
     equals_source,
     hold_open,
+    just_now,
     localdisk,
     one_line,
     processes,
@@ -157,7 +158,7 @@ def test_a_starts_again_while_b_claims_its_ids(volume_group: str, file_storage: 
     a = file_storage.template(SIZE, seed=1)
     vm_id, thief = starting(new_id()), new_id()
     ids = {"vm": thief, "property": "lvm", "image": a.id, "volume": a.leaf.id}
-    claim = {"verb": "claim", **ids, "start": False}
+    claim = {"verb": "claim", **ids, "seen": 0}
     with Talk() as talk:
         assert "error" not in talk.ask(claim)
         call = start_point("after_disk_prepare", vm_id, disk_json(Disk("vda", a)), THICK)
@@ -478,9 +479,8 @@ def test_b_has_its_own(given: Given) -> None:
         row = {"image": given.a.image.id, "volume": given.a.image.leaf.id}
         looked = talk.ask({"verb": "look", **ids, "disks": [row]})
         assert is_refusal(looked) or looked["disks"][0]["state"] == "absent"
-        assert is_refusal(talk.ask({"verb": "claim", **ids, **row, "start": True})) is (
-            given.state != "aside"
-        )
+        claim = {"verb": "claim", **ids, **row, "seen": just_now()}
+        assert is_refusal(talk.ask(claim)) is (given.state != "aside")
     start(given.b)
     assert equals_source(given.b)
     assert not holds_secret(device(given.b))

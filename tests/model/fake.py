@@ -23,7 +23,7 @@ from typing import Any
 
 import pytest
 
-from localdisk import cli, config, lock, run
+from localdisk import cli, config, libvirt, lock, run
 from localdisk.errors import CommandFailed, Error
 from localdisk.helper.process import Ended as HelperEnded
 from localdisk.helper.session import Session
@@ -400,6 +400,7 @@ class FakeWorld:
         self.filled = 0
         self.host.vg["vg_free"] = str(600 * MIB)
         for module, attribute, value in (
+            (libvirt, "RECENT", 5.0),
             (time, "time", lambda: float(self.clock)),
             (uuid, "uuid4", lambda: uuid.UUID(int=self.rng.getrandbits(128), version=4)),
             (config, "load", lambda _path=None: self.config),
@@ -872,6 +873,7 @@ class FakeWorld:
 
     def _leave_copying(self, process: Process, kind: str) -> None:
         process.befell = kind
+        libvirt.RECENT = 0.0  # a copy that is left alone takes its time; later starts, too
         process.stop(kind)
         process.befell = ""
         if process.is_hook_dead:

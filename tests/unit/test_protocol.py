@@ -43,7 +43,7 @@ TARGET = Target("/dev/v/l", "LVM-x", True, None, 10)
     [
         Look(VM, "lvm", (DiskIds(IMAGE, VOLUME),)),
         Look(VM, "lvm", ()),
-        Claim(VM, "lvmthin", IMAGE, VOLUME, is_start=True),
+        Claim(VM, "lvmthin", IMAGE, VOLUME, seen_at=1),
         Prepare(512, FINGERPRINT, 0, None),
         Prepare(512, FINGERPRINT, 5, Base(VOLUME, IMAGE, FINGERPRINT, 512)),
         Prefetch("lvm", BASE),

@@ -56,7 +56,7 @@ class Scene:
     def claim(self, **changes: object) -> dict[str, object]:
         """The attacker's VM asks for a disk of its own; `changes` replace or add fields."""
         ids = {"vm": self.vm_id, "property": "lvm", "image": self.image_id, "volume": new_id()}
-        return {"verb": "claim", **ids, "start": False, **changes}
+        return {"verb": "claim", **ids, "seen": 0, **changes}
 
     def claim_kept(self, **changes: object) -> dict[str, object]:
         """As the VM that it belongs to."""

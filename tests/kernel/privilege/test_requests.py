@@ -30,9 +30,10 @@ from tests.kernel.privilege.attempts import (
     prepare,
     traces,
 )
-from tests.kernel.steps import CONFIG, configure, processes, wait_for
+from tests.kernel.steps import CONFIG, configure, just_now, processes, wait_for
 
 Request = Callable[[Scene], object]
+TO_PREPARE = {"stays": False, "path": "", "chunk": 0, "cached": False}
 
 
 @dataclass(frozen=True)
@@ -247,7 +248,7 @@ def test_a_running_vms_claim_as_if_it_started_gets_nothing_either(scene: Scene) 
     ids = {"vm": scene.running_vm, "image": scene.running_image, "volume": scene.running}
     for then in (prepare(), {"verb": "commit"}, prepare(fingerprint="f" * 32)):
         with Talk() as talk:
-            assert talk.ask(scene.claim(**ids, start=True))["path"] == ""
+            assert talk.ask(scene.claim(**ids, seen=just_now()))["path"] == ""
             assert is_refusal(talk.ask(then))
     assert traces(scene) == before
 
@@ -291,7 +292,7 @@ def after_claim(scene: Scene) -> Told:
     answers = {}
     with Talk() as talk:
         for name, request in AFTER_CLAIM.items():
-            assert talk.ask(scene.claim()) == {"stays": False, "path": "", "chunk": 0, "cached": False}
+            assert talk.ask(scene.claim()) == TO_PREPARE
             answers[name] = talk.ask(request)
     return Told(answers, before, traces(scene))
 
@@ -449,7 +450,7 @@ def test_two_helpers_on_one_disk(scene: Scene, untouched: None) -> None:
             assert "UPDATING" in host.logical_volumes()[volume]
             first.end()
             assert volume not in host.logical_volumes()
-            assert second.answer() == {"stays": False, "path": "", "chunk": 0, "cached": False}
+            assert second.answer() == TO_PREPARE
             assert is_refusal(second.answer())
             assert is_refusal(second.answer())
 

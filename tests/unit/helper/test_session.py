@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from localdisk import counters, ids, kept, lock
+from localdisk import counters, ids, kept, libvirt, lock
 from localdisk.counters import Counters
 from localdisk.errors import CommandFailed, CommandTimeout
 from localdisk.frozen import replace
@@ -43,13 +43,11 @@ from tests.fakes import (
 from tests.fakes.session import (
     ACTIVATE,
     CLAIM,
-    COMMIT,
     COMMIT_IT,
     CREATE,
     DRIFTED,
     KEEP,
     KEPT,
-    KNOWN,
     LIST,
     LOOK,
     NAME,
@@ -64,6 +62,7 @@ from tests.fakes.session import (
     TO_PREPARE,
     Ended,
     Hook,
+    commit,
     give_up,
     held_elsewhere,
     locks,
@@ -114,9 +113,7 @@ def test_first_start_thick(host: FakeHost) -> None:
         LOOK,
         LOOK,
         f"{CREATE} {NEW_TAGS} --wipesignatures n --zero y --size {SIZE}b ovirt-local",
-        KNOWN,
-        LOOK,
-        COMMIT,
+        commit(host.volumes[VOLUME].lv_uuid),
     ]
 
 
@@ -131,9 +128,7 @@ def test_first_start_thin(host: FakeHost) -> None:
         LOOK,
         LOOK,
         f"{CREATE} {NEW_TAGS} --wipesignatures n --virtualsize {SIZE}b --thinpool ovirt-local/pool0",
-        KNOWN,
-        LOOK,
-        COMMIT,
+        commit(host.volumes[VOLUME].lv_uuid),
     ]
 
 
@@ -913,11 +908,22 @@ def test_a_vm_that_is_shut_off_stays_as_it_is(
     assert locks() == []
 
 
-@pytest.mark.parametrize("is_start", [True, False])
-def test_libvirt_is_not_asked_twice_about_a_start(host: FakeHost, is_start: bool) -> None:
+def now() -> int:
+    return int(time.monotonic() * 1000)
+
+
+def test_libvirt_is_not_asked_twice_about_a_start(host: FakeHost) -> None:
     host.add(VOLUME, tags(), SIZE)
-    assert Hook(host, KEEP).start(start=is_start) == KEPT
-    assert host.commands == [*([] if is_start else [LIST]), LOOK]
+    assert Hook(host, KEEP).start(seen=now()) == KEPT
+    assert host.commands == [LOOK]
+
+
+@pytest.mark.parametrize("later", [-libvirt.RECENT, 3600])
+def test_what_the_hook_has_seen_does_not_count_for_long(host: FakeHost, later: float) -> None:
+    """sudo may have waited for hours between the hook's question and its claim; nobody asks in the future."""
+    host.shut_off = {VM}
+    assert Hook(host).ask(CLAIM, seen=now() + int(later * 1000)) == STAYS
+    assert host.commands == [LIST, LOOK]
 
 
 def test_after_a_wait_for_the_lock_libvirt_is_asked_again(host: FakeHost) -> None:
@@ -929,14 +935,14 @@ def test_after_a_wait_for_the_lock_libvirt_is_asked_again(host: FakeHost) -> Non
     def let_go(_seconds: float) -> None:
         next(elsewhere, None)
 
-    assert Hook(host, pause=let_go).ask(CLAIM, start=True) == STAYS
+    assert Hook(host, pause=let_go).ask(CLAIM, seen=now()) == STAYS
     assert host.commands == [LIST, LOOK]
 
 
 def test_after_a_doubt_about_kept_disks_libvirt_is_asked_again(host: FakeHost) -> None:
     host.shut_off = {VM}
     kept.doubt(VM, [IMAGE])
-    assert Hook(host).ask(CLAIM, start=True) == STAYS
+    assert Hook(host).ask(CLAIM, seen=now()) == STAYS
 
 
 def test_without_libvirt_an_open_disk_is_in_use(host: FakeHost) -> None:
@@ -1213,6 +1219,27 @@ def test_a_volume_that_is_gone_is_not_committed(host: FakeHost) -> None:
     assert host.lvm_commands[-1] == LOOK
 
 
+def test_a_disk_is_ready_though_lvm_does_not_say_so(host: FakeHost) -> None:
+    """The administrator may have switched LVM's messages off."""
+    host.is_silent = True
+    hook = Hook(host)
+    hook.start()
+    assert hook.ask(COMMIT_IT) == {}
+    assert lv_tags(host) == tags()
+    assert host.lvm_commands[-1] == LOOK
+
+
+def test_a_copy_that_took_its_time_asks_libvirt_again(
+    host: FakeHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hook = Hook(host)
+    hook.start(seen=now())
+    assert host.tools == ["fullreport", "fullreport", "lvcreate"]
+    monkeypatch.setattr(libvirt, "RECENT", 0)
+    assert hook.ask(COMMIT_IT) == {}
+    assert host.tools[3:] == ["virsh", "lvchange"]
+
+
 def test_a_finished_disk_is_not_removed_at_the_end(host: FakeHost) -> None:
     hook = Hook(host)
     hook.start()
@@ -1350,18 +1377,24 @@ def test_a_power_off_long_after_another_is_a_new_one(host: FakeHost) -> None:
     assert POWERED_OFF in Hook(host).refused(CLAIM)
 
 
-def test_no_copy_is_completed_for_a_vm_that_libvirt_has_forgotten(host: FakeHost) -> None:
+def test_no_copy_is_completed_for_a_vm_that_libvirt_has_forgotten(
+    host: FakeHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
     hook = Hook(host)
     hook.start()
     host.has_undefined = True
+    monkeypatch.setattr(libvirt, "RECENT", 0)  # the copy takes its time
     assert f"libvirt no longer knows VM {VM}" in hook.refused(COMMIT_IT)
     assert VOLUME not in host.volumes
     assert locks() == []
 
 
-def test_a_copy_is_completed_though_libvirt_is_silent(host: FakeHost) -> None:
+def test_a_copy_is_completed_though_libvirt_is_silent(
+    host: FakeHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
     hook = Hook(host)
     hook.start()
+    monkeypatch.setattr(libvirt, "RECENT", 0)  # the copy takes its time
     host.libvirt_is_silent = True
     assert hook.ask(COMMIT_IT) == {}
     assert lv_tags(host) == tags()
@@ -1563,7 +1596,7 @@ def test_ids_that_cannot_be_shown_are_not_logged(host: FakeHost, logged: list[st
     for depth in range(200, 1000, 2):
         nested = "[" * depth + "]" * depth
         ids = f'"vm": {nested}, "property": "lvm", "image": 5, "volume": {nested}'
-        line = f'{{"verb": "claim", {ids}, "start": 0}}'
+        line = f'{{"verb": "claim", {ids}, "seen": 0}}'
         assert list(Hook(host).session.serve(line.encode())) == ["error"]
     assert {line.split(" why=")[0] for line in logged} == {"refused"}
 
@@ -2130,9 +2163,9 @@ fields = {
     "written": st.integers(0, SIZE) | garbage,
     "base": st.none() | st.just(BASE) | bases | garbage,
     "backend": st.sampled_from(["lvm", "lvmthin"]) | garbage,
-    "start": st.booleans() | garbage,
+    "seen": st.just(0) | st.builds(now) | garbage,
 }
-VERBS = {"look": "vm property disks", "claim": "vm property image volume start", "release": "vm property"}
+VERBS = {"look": "vm property disks", "claim": "vm property image volume seen", "release": "vm property"}
 VERBS.update({"prepare": "size fingerprint writes base", "progress": "done written", "commit": ""})
 VERBS.update({"prefetch": "backend base", "fill": "writes"})
 VERBS.update({"cancel": "vm property", "drifted": "vm property disks"})
@@ -2142,7 +2175,7 @@ FILL = {"verb": "fill", "writes": 512}
 PREFETCH = {"verb": "prefetch", "backend": "lvmthin", "base": BASE}
 STARTS = [
     CLAIM,
-    {**CLAIM, "start": True},
+    {**CLAIM, "seen": 1 << 40},
     {**CLAIM, "volume": NEW},
     {**CLAIM, "volume": NEW, "property": "lvmthin"},
     PREFETCH,

@@ -45,9 +45,7 @@ def test_a_whole_conversation(sudo: Sudo) -> None:
             Looked(True, False, False, "absent", "/dev/v/l"),
             Looked(False, True, False, "absent", "/dev/v/m"),
         )
-        assert helper.claim(disk(), is_start=True) == Claimed(
-            stays=False, path="", chunk=65536, is_cached=False
-        )
+        assert helper.claim(disk(), seen_at=1) == Claimed(stays=False, path="", chunk=65536, is_cached=False)
         expected = Prepared(How.COPY, "/dev/v/l", Target("/dev/v/l", "LVM-x", True, None, 10), None)
         assert helper.prepare(MIB, FINGERPRINT, 5) == expected
         helper.progress(1, 2)
@@ -58,7 +56,7 @@ def test_a_whole_conversation(sudo: Sudo) -> None:
     prepare = {"verb": "prepare", "size": MIB, "fingerprint": FINGERPRINT, "writes": 5, "base": None}
     assert sudo.asked == [
         {"verb": "look", **VM_FIELDS, "disks": [IDS, others]},
-        {"verb": "claim", **VM_FIELDS, **IDS, "start": True},
+        {"verb": "claim", **VM_FIELDS, **IDS, "seen": 1},
         prepare,
         {"verb": "progress", "done": 1, "written": 2},
         {"verb": "commit"},
@@ -92,7 +90,7 @@ def test_a_conversation_about_a_template(sudo: Sudo) -> None:
     )
     filled = Target("/dev/v/l", "LVM-x", False, 5, 10)
     with Helper(VM, "lvm") as helper:
-        assert helper.claim(disk(), is_start=True).is_cached
+        assert helper.claim(disk(), seen_at=1).is_cached
         assert helper.prepare(2 * MIB, FINGERPRINT, 5, BASE) == Prepared(How.MISSING, "", None, None)
         assert helper.fill(7) == filled
         helper.commit()

@@ -62,7 +62,7 @@ def test_gc_logs_it(host: FakeHost, said: list[tuple[str, dict[str, object]]]) -
 def test_a_start_and_a_stop_log_it(host: FakeHost, said: list[tuple[str, dict[str, object]]]) -> None:
     session = Session(CONFIG, lambda _seconds: None)
     ids = {"image": IMAGE, "volume": OTHER_VOLUME}
-    ask(host, session, "claim", vm=VM, **ids, start=False)
+    ask(host, session, "claim", vm=VM, **ids, seen=0)
     assert [what for what, _ in said] == EXPECTED
     said.clear()
     host.active.clear()

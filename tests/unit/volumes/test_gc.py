@@ -1440,7 +1440,7 @@ def start(host: FakeHost, settings: Config, volume_id: str) -> bool:
         return answer
 
     try:
-        ask("claim", vm=VM, property="lvm", image=IMAGE, volume=volume_id, start=False)
+        ask("claim", vm=VM, property="lvm", image=IMAGE, volume=volume_id, seen=0)
         if ask("prepare", size=SIZE, fingerprint=FINGERPRINT, writes=0, base=None)["target"]:
             ask("commit")
     except Killed:

@@ -252,8 +252,14 @@ def test_devices_go_to_every_command(monkeypatch: pytest.MonkeyPatch) -> None:
     vg.extend("c", EXTENT)
     vg.set_read_only("b")
     vg.set_writable("b")
-    assert len(door.commands) == 12
+    vg.remove_tags("b", "U", {"x"}, having={"x"})
+    assert len(door.commands) == 13
     assert all(" --devices /dev/vda,/dev/vdb " in command for command in door.commands)
+
+
+def test_the_uuid_in_a_device_mapper_uuid() -> None:
+    lv_uuid = "D6Yr9j-R2L2-d73P-uoZh-gzUs-9TLg-E4kNzf"
+    assert lvm.uuid_of("LVM-" + "x" * 32 + lv_uuid.replace("-", "")) == lv_uuid
 
 
 def test_argument_lists(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -272,6 +278,7 @@ def test_argument_lists(monkeypatch: pytest.MonkeyPatch) -> None:
     vg.extend("c", EXTENT + 1)
     vg.set_read_only("b")
     vg.set_writable("b")
+    vg.remove_tags("b", "U", {"x"}, having={"x", "y"})
     create = "lvcreate --quiet --yes --name"
     skip, wipe = "--setactivationskip y --ignoreactivationskip", "--wipesignatures n"
     assert door.commands == [
@@ -288,6 +295,7 @@ def test_argument_lists(monkeypatch: pytest.MonkeyPatch) -> None:
         f"lvextend --quiet --size {EXTENT + 512}b ovirt-local/c",
         "lvchange --quiet --permission r ovirt-local/b",
         "lvchange --quiet --permission rw ovirt-local/b",
+        'lvchange --deltag x --select lv_uuid=U && lv_tags={"x" && "y"} ovirt-local/b',
     ]
 
 
