@@ -377,7 +377,7 @@ class VolumeGroup:
         tags = " && ".join(f'"{tag}"' for tag in sorted(having))
         selection = ["--select", f"lv_uuid={lv_uuid} && lv_tags={{{tags}}}"]
         name = self._full_name(lv_name)
-        argv = ["lvchange", *_repeat("--deltag", remove), *selection, *_devices(self.devices), name]
+        argv = ["lvchange", "--yes", *_repeat("--deltag", remove), *selection, *_devices(self.devices), name]
         return f"{name} changed" in _change(argv)
 
     def mark(

@@ -408,7 +408,7 @@ class FakeHost:
     def _lvchange(self, argv: list[str]) -> str:
         flags, options, names = _parse(
             argv,
-            flags="--quiet --ignoreactivationskip",
+            flags="--quiet --yes --ignoreactivationskip",
             options="--addtag --deltag --activate --permission --select",
         )
         assert ("--quiet" in flags) is ("--select" not in options)

@@ -54,7 +54,7 @@ def commit(lv_uuid: str, writes: int = 4096) -> str:
     """The command that makes a new disk ready."""
     having = " && ".join(f'"{word}"' for word in NEW_TAGS.split() if word != "--addtag")
     selection = f"lv_uuid={lv_uuid} && lv_tags={{{having}}}".replace("WRITES_4096", f"WRITES_{writes}")
-    return f"lvchange --deltag UPDATING --deltag WRITES_{writes} --select {selection} {NAME}"
+    return f"lvchange --yes --deltag UPDATING --deltag WRITES_{writes} --select {selection} {NAME}"
 
 
 ACTIVATE = f"lvchange --quiet --activate y --ignoreactivationskip {NAME}"
