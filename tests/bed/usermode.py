@@ -33,6 +33,8 @@ PACKAGE = "user-mode-linux"
 MODULES = "usr/lib/uml/modules"
 PINS = ROOT / "pins/kernel.txt"
 CAPABILITIES = "qemu-capabilities"
+# Of its 0.9 s, the kernel measures for 0.85 s how fast it can compute RAID 6, which nothing here uses.
+NO_BENCHMARK = ("initcall_blacklist=raid6_init",)
 LOADER = "usr/lib/x86_64-linux-gnu/ld-linux-x86-64.so.2"
 
 
@@ -66,7 +68,7 @@ def recent() -> Kernel:
         folder = STATE / folder_name(pins)
         if not folder.exists():
             unpack(pins, folder)
-    return Kernel(folder / "usr/bin" / PROGRAM, folder / MODULES, ("seccomp=on",))
+    return Kernel(folder / "usr/bin" / PROGRAM, folder / MODULES, ("seccomp=on", *NO_BENCHMARK))
 
 
 def remove_stale(current: str) -> None:
