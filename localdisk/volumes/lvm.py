@@ -403,16 +403,15 @@ class VolumeGroup:
         except CommandFailed as error:
             raise _explained(error) from None
 
-    def set_read_only(self, lv_name: str) -> None:
-        """Make a volume read-only, now and whenever it is activated."""
-        self._set_permission(lv_name, "r")
+    def seal(self, lv_name: str, add: Iterable[str], remove: Iterable[str]) -> None:
+        """Make a volume read-only, now and whenever it is activated, and change its tags, in one commit."""
+        tags = [*_repeat("--deltag", remove), *_repeat("--addtag", add)]
+        argv = ["lvchange", "--quiet", "--permission", "r", *tags]
+        call([*argv, *_devices(self.devices), self._full_name(lv_name)])
 
     def set_writable(self, lv_name: str) -> None:
-        """Undo `set_read_only`."""
-        self._set_permission(lv_name, "rw")
-
-    def _set_permission(self, lv_name: str, permission: str) -> None:
-        argv = ["lvchange", "--quiet", "--permission", permission]
+        """Undo the first half of `seal`."""
+        argv = ["lvchange", "--quiet", "--permission", "rw"]
         call([*argv, *_devices(self.devices), self._full_name(lv_name)])
 
     def deactivate(self, *lv_names: str) -> None:

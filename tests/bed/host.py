@@ -47,6 +47,7 @@ DATA_CENTER = Path("/rhev/data-center")
 STORAGE = DATA_CENTER / "mnt/srv:_exp"
 RUN_STORAGE = Path("/run/vdsm/storage")
 SCRATCH = STORAGE / "bed-scratch"  # a place on a disk for what does not fit into memory
+KEPT_CACHE = SCRATCH / "cache"  # made by `keep_cache`
 
 POINTS = (
     "before_vdsm_start",
@@ -239,7 +240,10 @@ def install() -> None:
     if throwaway() and not TREES.parent.is_mount():
         # What this machine has extracted shows through, and changes while other tests run on it; a host that
         # gets the file has nothing yet.
-        run("mount", "-t", "tmpfs", "-o", "mode=755", "cache", str(TREES.parent))
+        kept = (
+            ["--bind", str(KEPT_CACHE)] if KEPT_CACHE.exists() else ["-t", "tmpfs", "-o", "mode=755", "cache"]
+        )
+        run("mount", *kept, str(TREES.parent))
     elif throwaway():
         shutil.rmtree(TREES, ignore_errors=True)
     source = Path(os.environ.get("LOCALDISK_BED_PROGRAM", ROOT / "dist/localdisk"))
@@ -251,6 +255,11 @@ def install() -> None:
     for point in POINTS:
         (HOOKS / point).mkdir(parents=True, exist_ok=True)
     run(str(PROGRAM), "install")
+
+
+def keep_cache() -> None:
+    """Have the next boot on these disks find what this one has extracted, as a host does."""
+    shutil.copytree(TREES.parent, KEPT_CACHE)
 
 
 def hook_links() -> tuple[Path, ...]:

@@ -78,6 +78,7 @@ def main(do: str, match: str, *share: str) -> int:
     STATE.mkdir(exist_ok=True)
     with halt.installed():
         if do == "prepare":
+            host.keep_cache()
             prepare(match)
         else:
             run_share(match, *map(int, share))

@@ -189,8 +189,7 @@ def test_a_first_start_thin(host: FakeHost) -> None:
         f"lvcreate --quiet --yes --name {THIN_LV} {OPTIONS} {NEW_TEMPLATE}"
         f" --wipesignatures n --virtualsize {BASE_SIZE}b --thinpool ovirt-local/pool0",
         f"lvchange --quiet --activate n {full_name}",
-        f"lvchange --quiet --permission r {full_name}",
-        f"lvchange --quiet --deltag UPDATING --deltag WRITES_{WRITES}"
+        f"lvchange --quiet --permission r --deltag UPDATING --deltag WRITES_{WRITES}"
         f" --addtag {holds} --addtag {taken} --addtag {used} {full_name}",
         f"{CREATE} {NEW_TAGS.replace('4096', str(BASE_SIZE // 2 + 4096))} --permission rw"
         f" --snapshot {full_name}",
@@ -257,9 +256,8 @@ def test_a_first_start_thick(host: FakeHost) -> None:
         f"lvcreate --quiet --yes --name {THICK_LV} {OPTIONS} {NEW_TEMPLATE}"
         f" --wipesignatures n --zero y --size {BASE_SIZE}b ovirt-local",
         f"lvchange --quiet --activate n {full_name}",
-        f"lvchange --quiet --permission r {full_name}",
-        f"lvchange --quiet --deltag UPDATING --deltag WRITES_{WRITES} --addtag HOLDS_{BASE_SIZE}"
-        f" --addtag SAMPLE_{sample(host, THICK_LV)} --addtag USED_{NOW} {full_name}",
+        f"lvchange --quiet --permission r --deltag UPDATING --deltag WRITES_{WRITES}"
+        f" --addtag HOLDS_{BASE_SIZE} --addtag SAMPLE_{sample(host, THICK_LV)} --addtag USED_{NOW} {full_name}",
         f"lvchange --quiet --activate y --ignoreactivationskip {full_name}",
         f"{CREATE} {NEW_TAGS} --wipesignatures n --zero y --size {SIZE}b ovirt-local",
         commit(host.volumes[VOLUME].lv_uuid),
@@ -633,14 +631,9 @@ def test_a_fill_that_must_be_erased_is_set_aside(host: FakeHost) -> None:
     assert host.erased == {made.lv_uuid}
 
 
-@pytest.mark.parametrize(
-    ("when", "removed"),
-    [("--activate n", True), ("--permission r", True), ("--deltag UPDATING", True)],
-)
+@pytest.mark.parametrize("when", ["--activate n", "--permission r"])
 @pytest.mark.parametrize("erase", ["none", "discard", "zero"])
-def test_a_commit_of_a_template_that_fails_removes_it(
-    host: FakeHost, when: str, removed: bool, erase: str
-) -> None:
+def test_a_commit_of_a_template_that_fails_removes_it(host: FakeHost, when: str, erase: str) -> None:
     """Read-only or not, it is erased and goes."""
     text = f"{{cache: {{templates: on}}, retention: {{erase: {erase}}}}}"
     hook = Hook(host, text)
@@ -651,7 +644,7 @@ def test_a_commit_of_a_template_that_fails_removes_it(
     assert "Failed to write VG" in hook.refused(COMMIT_IT)
     assert THICK_LV not in host.volumes
     assert not gc.collect(parsed(text)).is_problem
-    assert (made in host.removed) == removed
+    assert made in host.removed
     assert host.erased == (set() if erase == "none" else {made.lv_uuid})
     assert locks() == []
 

@@ -250,7 +250,7 @@ def test_devices_go_to_every_command(monkeypatch: pytest.MonkeyPatch) -> None:
     vg.rename("a", "b")
     vg.create_snapshot("c", "b", ())
     vg.extend("c", EXTENT)
-    vg.set_read_only("b")
+    vg.seal("b", add={"x"}, remove={"y"})
     vg.set_writable("b")
     vg.remove_tags("b", "U", {"x"}, having={"x"})
     assert len(door.commands) == 13
@@ -276,7 +276,7 @@ def test_argument_lists(monkeypatch: pytest.MonkeyPatch) -> None:
     vg.zero("a", EXTENT, 2 * EXTENT)
     vg.create_snapshot("c", "b", {"y", "x"})
     vg.extend("c", EXTENT + 1)
-    vg.set_read_only("b")
+    vg.seal("b", add={"x"}, remove={"y"})
     vg.set_writable("b")
     vg.remove_tags("b", "U", {"x"}, having={"x", "y"})
     create = "lvcreate --quiet --yes --name"
@@ -293,7 +293,7 @@ def test_argument_lists(monkeypatch: pytest.MonkeyPatch) -> None:
         f"blkdiscard --zeroout --offset {EXTENT} --length {2 * EXTENT} /dev/ovirt-local/a",
         f"{create} c {skip} --addtag x --addtag y --permission rw --snapshot ovirt-local/b",
         f"lvextend --quiet --size {EXTENT + 512}b ovirt-local/c",
-        "lvchange --quiet --permission r ovirt-local/b",
+        "lvchange --quiet --permission r --deltag y --addtag x ovirt-local/b",
         "lvchange --quiet --permission rw ovirt-local/b",
         'lvchange --yes --deltag x --select lv_uuid=U && lv_tags={"x" && "y"} ovirt-local/b',
     ]
