@@ -250,14 +250,14 @@ def test_a_first_start_thick(host: FakeHost) -> None:
     assert f"{THICK_LV}.lock" not in locks()  # others may start from it meanwhile
     assert hook.ask(COMMIT_IT) == {}
     assert_ready(host, "lvm")
+    ready = f"--addtag HOLDS_{BASE_SIZE} --addtag SAMPLE_{sample(host, THICK_LV)} --addtag USED_{NOW}"
     full_name = f"ovirt-local/{THICK_LV}"
     assert changing(host) == [
         LIST,
         f"lvcreate --quiet --yes --name {THICK_LV} {OPTIONS} {NEW_TEMPLATE}"
         f" --wipesignatures n --zero y --size {BASE_SIZE}b ovirt-local",
         f"lvchange --quiet --activate n {full_name}",
-        f"lvchange --quiet --permission r --deltag UPDATING --deltag WRITES_{WRITES}"
-        f" --addtag HOLDS_{BASE_SIZE} --addtag SAMPLE_{sample(host, THICK_LV)} --addtag USED_{NOW} {full_name}",
+        f"lvchange --quiet --permission r --deltag UPDATING --deltag WRITES_{WRITES} {ready} {full_name}",
         f"lvchange --quiet --activate y --ignoreactivationskip {full_name}",
         f"{CREATE} {NEW_TAGS} --wipesignatures n --zero y --size {SIZE}b ovirt-local",
         commit(host.volumes[VOLUME].lv_uuid),
