@@ -144,6 +144,50 @@ def read_held(path: str) -> str | None:
     return None
 
 
+# -- room in volume groups
+
+
+@contextmanager
+def holding_space(pause: Pause) -> Iterator[None]:
+    """Hold the lock under which a process looks for room and takes it."""
+    with holding(_space(), pause):
+        yield
+
+
+def note_made() -> None:
+    """Note that this process, with the space lock held, is about to make a volume.  Raises RunUnwritable."""
+    fd = make(_made())
+    now = time.time_ns()
+    os.utime(fd, ns=(now, now))
+    os.close(fd)
+
+
+def made_so_far() -> str:
+    """A text that changes when `note_made` is called; "" while a process holds the space lock."""
+    text = last_made()
+    return "" if is_held(_space()) else text
+
+
+def last_made() -> str:
+    """The same text, for the process that holds the space lock."""
+    try:
+        status = os.stat(_made(), follow_symlinks=False)
+    except FileNotFoundError:
+        return "none"
+    return f"{status.st_ino} {status.st_mtime_ns}"
+
+
+def _space() -> str:
+    return os.path.join(RUN, "space.lock")
+
+
+def _made() -> str:
+    return os.path.join(RUN, "made")
+
+
+# -- turns to copy
+
+
 @contextmanager
 def turn(parallel: int, pause: Pause) -> Iterator[str]:
     """Wait for one of `parallel` turns on this host, first come first served; the turn ends with the context.

@@ -22,7 +22,7 @@ from localdisk.errors import (
     ForeignVolume,
     NoTemplate,
 )
-from localdisk.helper.new_volume import Create, NewVolume
+from localdisk.helper.new_volume import Create, Known, NewVolume
 from localdisk.lock import Pause
 from localdisk.protocol import Base, Device, Target
 from localdisk.volumes import template
@@ -133,12 +133,19 @@ class CachedTemplate:
     # -- making a disk from it
 
     def clone(
-        self, disk: NewVolume, size: int, need: Need, tags: frozenset[str], free_name: Create
+        self,
+        disk: NewVolume,
+        size: int,
+        need: Need,
+        tags: frozenset[str],
+        free_name: Create,
+        known: Known | None,
     ) -> Target | None:
         """Make a VM's disk as a thin snapshot of the template LV, when `free_name` has freed its name.
 
-        `size` bytes of the disk are the guest's view; `need` has its size.  Returns the volume to which the
-        layers above the base must be copied; None if the template LV has changed since it was made.
+        `size` bytes of the disk are the guest's view; `need` has its size; `known` is that of
+        `NewVolume.make`.  Returns the volume to which the layers above the base must be copied; None if the
+        template LV has changed since it was made.
         """
         found = self._found
         assert found  # noqa: S101 (find_usable was called)
@@ -151,7 +158,7 @@ class CachedTemplate:
             if vg.round_up(larger) > found.lv.lv_size:
                 vg.extend(disk.lv_name, larger)
 
-        target = disk.create(size, need, tags, create, self._pause)
+        target = disk.create(size, need, tags, create, self._pause, known)
         if not self._is_as_it_was(target.path):
             return None
         self.mark_used()

@@ -9,7 +9,7 @@ from localdisk import libvirt, lock, log
 from localdisk.config import Policy
 from localdisk.errors import ForeignVolume, LibvirtSilent, VmRuns
 from localdisk.frozen import frozen, replace
-from localdisk.helper.new_volume import NewVolume
+from localdisk.helper.new_volume import Known, NewVolume
 from localdisk.helper.replaced import Replaced
 from localdisk.libvirt import DomainState
 from localdisk.lock import Pause
@@ -31,6 +31,7 @@ class Claim:
     policy: Policy
     found: LocalDisk | None  # the local disk in `vg`, if there is one; only the lock's holder changes it
     vg: VolumeGroup  # as it was last read
+    known: Known | None  # as it was first read; None if this VM has, or had, local disks of the image
     new_volume: NewVolume
     resources: ExitStack  # holds the locks; `new_volume.release` closes it
     asked_at: float  # when libvirt was asked, which said that the VM is being started; of CLOCK_MONOTONIC

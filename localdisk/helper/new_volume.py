@@ -6,7 +6,6 @@ the volume adds the tag UPDATING; the commit after the complete copy removes it.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -14,7 +13,7 @@ from contextlib import ExitStack
 from localdisk import lock, log
 from localdisk.config import Policy
 from localdisk.errors import Error, ThinPoolAtThreshold
-from localdisk.frozen import replace
+from localdisk.frozen import frozen, replace
 from localdisk.helper import making_room
 from localdisk.lock import Pause
 from localdisk.protocol import Target
@@ -24,9 +23,37 @@ from localdisk.volumes.local_disk import UPDATING, LocalDisk, State
 from localdisk.volumes.lvm import LogicalVolume, VolumeGroup
 from localdisk.volumes.progress import COPYING, MAKING_ROOM, PREPARING, STALLED, WAITING, Progress
 from localdisk.volumes.removal import remove_or_set_aside
-from localdisk.volumes.room import Need, Removable
+from localdisk.volumes.room import Need, Removable, Seen
+
+_CURRENT = 5.0  # seconds; guests write to a thin pool all the time
 
 Create = Callable[[VolumeGroup], None]  # creates a volume; raises ThinPoolAtThreshold
+
+
+@frozen
+class Known:
+    """A group as it was read, so that a volume may be made in it without reading it again."""
+
+    vg: VolumeGroup
+    made: str  # `lock.made_so_far` before it was read
+    at: float  # when it was read, of CLOCK_MONOTONIC
+
+    @classmethod
+    def read(cls, policy: Policy) -> Known:
+        """Read the volume group of a policy."""
+        at, made = time.monotonic(), lock.made_so_far()
+        return cls(VolumeGroup.read(policy.volume_group, policy.devices), made, at)
+
+    def shows_room(self, need: Need) -> bool:
+        """Whether there is room without a removal, and no process of localdisk has made a volume since.
+
+        The caller holds the space lock.
+        """
+        is_current = self.made == lock.last_made() and time.monotonic() - self.at < _CURRENT
+        try:
+            return is_current and not room.plan(self.vg, need, Seen())
+        except Error:  # it may be mended since
+            return False
 
 
 class NewVolume:
@@ -83,20 +110,25 @@ class NewVolume:
         self.begin_phase(WAITING, size)
         self._ticket = self._turn.enter_context(lock.turn(self.policy.copy.parallel, pause))
 
-    def make(self, need: Need, tags: frozenset[str], create: Create, pause: Pause) -> VolumeGroup:
+    def make(
+        self, need: Need, tags: frozenset[str], create: Create, pause: Pause, known: Known | None = None
+    ) -> VolumeGroup:
         """Make the volume when there is room for it; returns the group as it was just before.
 
         `create` creates the volume, with `tags`.  What is in the way is removed as `room.plan` orders, one
         volume after the other.  The space lock is held from the look for room until the volume is made or a
         volume was removed or set aside.  Neither this lock nor the turn to copy is held while bytes are
-        erased.
+        erased.  If `known` shows that there is room, the group is not read again.
         Raises the errors of `room.plan`, `making_room.remove`, `making_room.erase` and `create`.
         """
         planned: tuple[Removable, ...] = ()
         tried = frozenset[str]()
         while True:
-            with lock.holding(os.path.join(lock.RUN, "space.lock"), pause):
-                vg = VolumeGroup.read(self.policy.volume_group, self.policy.devices)
+            with lock.holding_space(pause):
+                if known and not planned and known.shows_room(need):
+                    vg = known.vg
+                else:
+                    vg = VolumeGroup.read(self.policy.volume_group, self.policy.devices)
                 seen = making_room.look(vg, need, tried)
                 left = room.plan(vg, need, seen)
                 planned = planned if planned and left else left
@@ -117,6 +149,7 @@ class NewVolume:
 
     def _create(self, vg: VolumeGroup, create: Create) -> None:
         self._dm_uuid = "?"
+        lock.note_made()
         try:
             create(vg)
         except ThinPoolAtThreshold:
@@ -135,12 +168,20 @@ class NewVolume:
         if self._ticket:
             self._turn.enter_context(lock.holding(self._ticket, pause))
 
-    def create(self, size: int, need: Need, tags: frozenset[str], create: Create, pause: Pause) -> Target:
+    def create(
+        self,
+        size: int,
+        need: Need,
+        tags: frozenset[str],
+        create: Create,
+        pause: Pause,
+        known: Known | None = None,
+    ) -> Target:
         """Make the volume; returns its device, and how to fill it with `size` bytes of the guest's view.
 
         The other parameters, and the errors, are those of `make`.
         """
-        vg = self.make(need, tags, create, pause)
+        vg = self.make(need, tags, create, pause, known)
         self._began = self._moved = time.monotonic()
         self.begin_phase(COPYING, size)
         log.event("copy starts", **self.log_fields, bytes=size, backend=self.policy.backend)

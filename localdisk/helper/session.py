@@ -17,7 +17,7 @@ from localdisk.config import Config, Policy
 from localdisk.errors import BadRequest, CacheOff, Error, StartCancelled
 from localdisk.helper import claims, start, start_from_template, stop
 from localdisk.helper.claims import Claim
-from localdisk.helper.new_volume import NewVolume
+from localdisk.helper.new_volume import Known, NewVolume
 from localdisk.helper.start_from_template import TemplateInUse
 from localdisk.helper.trial import Trial
 from localdisk.protocol import Claimed, Done, Fetched, How, Looks, Prepared, Tried
@@ -173,7 +173,8 @@ class Session:
             is_start = libvirt.is_recent(seen_at)
             asked_at = seen_at if is_start else time.monotonic()
             asked = None if is_start else libvirt.ask_state(vm_id)  # virsh runs while LVM is read
-            vg = claims.read(policy)
+            known = Known.read(policy)
+            vg = known.vg
             log_filling(vg)
             found = claims.find(vg, vm_id, request.image_id, volume_id)
             stays, path = claims.in_use(asked, vg, found, vm_id, volume_id) if asked else (False, "")
@@ -181,7 +182,16 @@ class Session:
                 resources = stack.pop_all()
                 new_volume = NewVolume(volume_id, policy, held, resources, vm=vm_id, image=request.image_id)
                 self._claim = Claim(
-                    vm_id, request.image_id, volume_id, policy, found, vg, new_volume, resources, asked_at
+                    vm_id=vm_id,
+                    image_id=request.image_id,
+                    volume_id=volume_id,
+                    policy=policy,
+                    found=found,
+                    vg=vg,
+                    known=known,
+                    new_volume=new_volume,
+                    resources=resources,
+                    asked_at=asked_at,
                 )
                 new_volume.begin_phase()
         if not self._claim:

@@ -34,7 +34,9 @@ def plan(claim: Claim, request: Prepare, pause: Pause) -> tuple[Claim, LocalDisk
     claim = claims.remove_old_copies(claim, planned.remove, pause)
     with_margin = request.size + claim.policy.margins.disk.of(request.size)
     replaced = claim.replacing(planned.replace, pause)
-    return replace(claim, wanted=(with_margin, request.writes), replaced=replaced), planned.reuse
+    known = None if claim.disks or planned.remove else claim.known
+    claim = replace(claim, wanted=(with_margin, request.writes), replaced=replaced, known=known)
+    return claim, planned.reuse
 
 
 def reuse(claim: Claim, found: LocalDisk, fingerprint: str, pause: Pause) -> Prepared:
@@ -79,7 +81,7 @@ def create(claim: Claim, request: Prepare, pause: Pause, takes_kept: bool = True
 
     claim.new_volume.begin_turn(request.size, pause)
     need = claim.need(takes_kept=takes_kept)
-    return claim.new_volume.create(request.size, need, tags, create_volume, pause)
+    return claim.new_volume.create(request.size, need, tags, create_volume, pause, claim.known)
 
 
 def make_ready(claim: Claim) -> None:

@@ -119,7 +119,8 @@ def _clone(cached: CachedTemplate, claim: Claim, request: Prepare, pause: Pause)
     writes = cached.holds + claim.wanted_lv.writes
     tags = local_disk.new_tags(claim.vm_id, claim.image_id, request.fingerprint, writes)
     claim.new_volume.begin_turn(request.size, pause)
-    return cached.clone(claim.new_volume, request.size, claim.need(cached.name), tags, claim.free_name)
+    need = claim.need(cached.name)
+    return cached.clone(claim.new_volume, request.size, need, tags, claim.free_name, claim.known)
 
 
 def _uncached(used: TemplateInUse, claim: Claim, why: Error) -> Prepared:

@@ -388,8 +388,8 @@ def test_where_the_cache_is_off_a_base_is_nothing(host: FakeHost) -> None:
     assert hook.ask(CLAIM)["cached"] is False
     assert hook.ask(WITH_BASE)["how"] == "copy"
     assert hook.ask(COMMIT_IT) == {}
-    assert host.commands[3].startswith(f"{CREATE} {NEW_TAGS}")
-    assert len(host.commands) == 5
+    assert host.commands[2].startswith(f"{CREATE} {NEW_TAGS}")
+    assert len(host.commands) == 4
 
 
 def test_the_cache_can_be_on_for_some_vms(host: FakeHost) -> None:

@@ -85,7 +85,7 @@ class Process:
         return self._popen.returncode, (self.directory / "commands").read_text().split()
 
 
-STARTED = ["virsh", "fullreport", "fullreport", "lvcreate"]
+STARTED = ["virsh", "fullreport", "lvcreate"]
 
 
 def started(directory: Path) -> Process:
@@ -103,12 +103,12 @@ def test_the_process_serves_until_its_input_ends(tmp_path: Path) -> None:
     assert (process.answer(), process.answer()) == ({}, {})
     process.send(b'{"verb": "release", "cut off')
     assert process.end() == (0, [*STARTED, "lvchange"])
-    assert sorted(os.listdir(tmp_path / "run")) == ["counters", "kept"]
+    assert sorted(os.listdir(tmp_path / "run")) == ["counters", "kept", "made"]
 
 
 def test_the_process_tidies_up_when_its_input_ends(tmp_path: Path) -> None:
     assert started(tmp_path).end() == (0, [*STARTED, "fullreport", "lvremove"])
-    assert os.listdir(tmp_path / "run") == ["counters"]
+    assert os.listdir(tmp_path / "run") == ["counters", "made"]
 
 
 def test_the_process_looks_after_a_hook_that_says_nothing(tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ def test_the_process_tidies_up_on_a_signal(tmp_path: Path, number: int) -> None:
     process = started(tmp_path)
     process.signal(number)
     assert process.end() == (0, [*STARTED, "fullreport", "lvremove"])
-    assert os.listdir(tmp_path / "run") == ["counters"]
+    assert os.listdir(tmp_path / "run") == ["counters", "made"]
 
 
 CANCEL = {"verb": "cancel", "vm": VM, "property": "lvm"}
@@ -186,7 +186,7 @@ def test_the_hook_is_told_that_its_vm_was_powered_off(tmp_path: Path, user: str,
     while not (commands.exists() and "lvremove" in commands.read_text()) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert "lvremove" in commands.read_text()
-    assert sorted(os.listdir(tmp_path / "run")) == [f"{VM}.destroying"]
+    assert sorted(os.listdir(tmp_path / "run")) == [f"{VM}.destroying", "made"]
 
 
 def lock_files(directory: Path) -> list[str]:

@@ -18,6 +18,7 @@ from localdisk import counters, ids, kept, libvirt, lock
 from localdisk.counters import Counters
 from localdisk.errors import CommandFailed, CommandTimeout
 from localdisk.frozen import replace
+from localdisk.helper import new_volume
 from localdisk.volumes import gc, progress, template, verdict
 from localdisk.volumes.local_disk import State, local_disks
 from localdisk.volumes.lvm import VolumeGroup
@@ -111,7 +112,6 @@ def test_first_start_thick(host: FakeHost) -> None:
     assert host.commands == [
         LIST,
         LOOK,
-        LOOK,
         f"{CREATE} {NEW_TAGS} --wipesignatures n --zero y --size {SIZE}b ovirt-local",
         commit(host.volumes[VOLUME].lv_uuid),
     ]
@@ -126,10 +126,36 @@ def test_first_start_thin(host: FakeHost) -> None:
     assert host.commands == [
         LIST,
         LOOK,
-        LOOK,
         f"{CREATE} {NEW_TAGS} --wipesignatures n --virtualsize {SIZE}b --thinpool ovirt-local/pool0",
         commit(host.volumes[VOLUME].lv_uuid),
     ]
+
+
+@pytest.mark.parametrize("why", ["made", "held", "old"])
+def test_room_is_looked_for_anew(host: FakeHost, monkeypatch: pytest.MonkeyPatch, why: str) -> None:
+    """Another start has made a volume since the claim, or may have been making one; or it is too long ago."""
+    hook = Hook(host)
+    with contextlib.ExitStack() as stack:
+        if why == "held":
+            stack.enter_context(lock.holding_space(time.sleep))
+        hook.ask(CLAIM)
+    if why == "made":
+        other = Hook(host)
+        assert other.start(image=OTHER_IMAGE, volume=OTHER_VOLUME)["target"]
+    if why == "old":
+        monkeypatch.setattr(new_volume, "_CURRENT", 0)
+    host.commands.clear()
+    assert hook.ask(PREPARE)["target"]
+    assert host.tools == ["fullreport", "lvcreate"]
+
+
+def test_room_that_has_come_since_the_claim(host: FakeHost) -> None:
+    free, host.vg["vg_free"] = host.vg["vg_free"], "0"
+    hook = Hook(host)
+    hook.ask(CLAIM)
+    host.vg["vg_free"] = free
+    assert hook.ask(PREPARE)["target"]
+    assert host.tools == ["virsh", "fullreport", "fullreport", "lvcreate"]
 
 
 def test_restart_of_a_kept_disk(host: FakeHost) -> None:
@@ -397,7 +423,7 @@ def test_margin_bandwidth_and_niceness_are_the_configurations(host: FakeHost) ->
     text = "{margins: {disk: 10%}, copy: {bandwidth: 10MiB, parallel: 4, nice: 3}, volume_group: ovirt-local}"
     target = Hook(host, text).start()["target"]
     assert (target["bandwidth"], target["nice"]) == (10 * (1 << 20) // 4, 3)
-    assert f"--size {SIZE + SIZE // 10}b" in host.commands[3]
+    assert f"--size {SIZE + SIZE // 10}b" in host.commands[2]
 
 
 def test_devices_of_the_configuration(host: FakeHost) -> None:
@@ -457,7 +483,7 @@ def test_an_unfinished_copy_is_set_aside(host: FakeHost) -> None:
     made = host.volumes[VOLUME].lv_uuid
     hook.session.close()
     assert set_aside(host) == [made]
-    assert host.tools[4:] == ["fullreport", "lvchange", "lvrename"]
+    assert host.tools[3:] == ["fullreport", "lvchange", "lvrename"]
     assert locks() == []
 
 
@@ -1062,7 +1088,7 @@ def test_a_create_that_fails(host: FakeHost, said: str) -> None:
     hook = Hook(host)
     hook.ask(CLAIM)
     assert "lvcreate" in hook.refused(PREPARE)
-    assert host.tools == ["virsh", "fullreport", "fullreport", "lvcreate", "fullreport"]
+    assert host.tools == ["virsh", "fullreport", "lvcreate", "fullreport"]
     assert locks() == []
 
 
@@ -1153,10 +1179,10 @@ def test_close_removes_the_unfinished_disk(host: FakeHost) -> None:
     hook.ask(PROGRESS)
     hook.session.close()
     assert VOLUME not in host.volumes
-    assert host.commands[4:] == [LOOK, REMOVE]
+    assert host.commands[3:] == [LOOK, REMOVE]
     assert locks() == []
     hook.session.close()
-    assert len(host.commands) == 6
+    assert len(host.commands) == 5
 
 
 @pytest.mark.parametrize("request_", [{"verb": "nonsense"}, PREPARE, {**PROGRESS, "done": -1}])
@@ -1234,10 +1260,10 @@ def test_a_copy_that_took_its_time_asks_libvirt_again(
 ) -> None:
     hook = Hook(host)
     hook.start(seen=now())
-    assert host.tools == ["fullreport", "fullreport", "lvcreate"]
+    assert host.tools == ["fullreport", "lvcreate"]
     monkeypatch.setattr(libvirt, "RECENT", 0)
     assert hook.ask(COMMIT_IT) == {}
-    assert host.tools[3:] == ["virsh", "lvchange"]
+    assert host.tools[2:] == ["virsh", "lvchange"]
 
 
 def test_a_finished_disk_is_not_removed_at_the_end(host: FakeHost) -> None:

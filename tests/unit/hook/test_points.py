@@ -73,12 +73,12 @@ def test_a_thin_disk(host_vdsm: Vdsm) -> None:
     host_vdsm.call("after_disk_prepare", disk_json(host_vdsm), localdisk="lvmthin")
     assert host_vdsm.host.volumes[VOLUME].pool_lv == "pool0"
     assert host_vdsm.copied[0].zeroed
-    assert "--addtag WRITES_65536 " in host_vdsm.host.lvm_commands[2]  # one cluster of data
+    assert "--addtag WRITES_65536 " in host_vdsm.host.lvm_commands[1]  # one cluster of data
 
 
 def test_a_thick_disk_writes_all(host_vdsm: Vdsm) -> None:
     host_vdsm.call("after_disk_prepare", disk_json(host_vdsm))
-    assert f"--addtag WRITES_{SIZE} " in host_vdsm.host.lvm_commands[2]
+    assert f"--addtag WRITES_{SIZE} " in host_vdsm.host.lvm_commands[1]
 
 
 def test_a_second_run_of_the_same_hook(host_vdsm: Vdsm) -> None:
