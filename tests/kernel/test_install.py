@@ -364,6 +364,18 @@ def test_what_a_guest_writes_is_not_seen(
         stop(vm_id, image, custom=custom)  # nothing has it open
 
 
+@pytest.fixture
+def lvm_looks_into_volumes() -> Iterator[None]:
+    """As LVM's rules did in Debian 12; in Debian 13 they ask for this before they look into an LV."""
+    rule = Path("/etc/udev/rules.d/00-bed-pvscan.rules")
+    rule.write_text('ENV{LVM_PVSCAN_ON_LVS}="1"\n')
+    run("udevadm", "control", "--reload")
+    yield
+    rule.unlink()
+    run("udevadm", "control", "--reload")
+
+
+@pytest.mark.usefixtures("lvm_looks_into_volumes")
 def test_without_the_rules_it_is_seen(volume_group: str, file_storage: FileStorage) -> None:
     """So the rules are what hides it; when they come, it disappears."""
     images = [with_file_system(file_storage), with_volume_group(file_storage)]
