@@ -244,11 +244,11 @@ class Unseen(Error):
     fix = "ls -ld {path}"
 
 
-# What sudo prints, and what to do; `{file}` is the file that sudo names.
+# What sudo prints, and what to do.  1.9.16 does not say which file others can write.
 _SUDO_FIXES = (
     (
-        r"(?P<file>/etc/sudoers\S*) (is (world|group) writable|is owned by|is mode|has bad permissions)",
-        "chown root:root {file} && chmod 0440 {file}",
+        "(is (world|group) writable|is owned by|is mode|has bad permissions)",
+        "find /etc/sudoers /etc/sudoers.d -type f -exec chown root:root {} + -exec chmod 0440 {} +",
     ),
     ("unable to load plugins", "correct /etc/sudo.conf, or move it away (sudo -V shows what is wrong there)"),
     (
@@ -275,9 +275,8 @@ def sudo_fix(problem: str, program: str) -> str:
     import re
 
     for said, fix in _SUDO_FIXES:
-        found = re.search(said, problem)
-        if found:
-            return fix.format(**found.groupdict())
+        if re.search(said, problem):
+            return fix
     return (
         f"check the sudo rule `vdsm ALL=(root) NOPASSWD: {program} helper`: {program} install makes it, "
         "/etc/sudoers reads it with @includedir /etc/sudoers.d"
@@ -388,7 +387,10 @@ class ThinPoolBroken(Error):
     what = (
         "thin pool {vg}/{pool} is active, but LVM does not report how full it is, its metadata may be damaged"
     )
-    fix = "see the system log of this host, then lvchange --activate n and lvconvert --repair {vg}/{pool}"
+    fix = (
+        "see the system log of this host, then lvchange --activate n and lvchange --activate y {vg}/{pool}; "
+        "if LVM refuses to activate it, lvconvert --repair {vg}/{pool} before"
+    )
 
 
 class ThinPoolFull(Error):

@@ -106,10 +106,10 @@ def make_ready(claim: Claim) -> None:
 def _require_made(claim: Claim, state: State) -> None:
     """Raise BadRequest unless the volume that was made is in this state.  Raises VolumeGroupUnusable."""
     vg = claims.read(claim.policy)
+    vg.require_usable()
     found = claim.find(vg)
     if found is None or found.state is not state or not claim.new_volume.is_ours(vg, found.lv):
         raise BadRequest(problem="the unfinished disk is not the one that was made")
-    vg.require_usable()
 
 
 def finish(claim: Claim) -> None:

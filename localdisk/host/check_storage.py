@@ -164,7 +164,9 @@ def _unusable(group: Group, vg: VolumeGroup) -> Finding | None:
 
 def unshare_command(vg_name: str) -> str:
     """The command that makes a shared volume group local to this host."""
-    return f"vgchange -y --lock-type none --lock-opt force {vg_name} # if no other host uses it"
+    # LVM of Debian 13 does nothing here, with exit code 0, unless lvmlockd is switched on; it need not run.
+    config = "--config 'global{use_lvmlockd=1}'"
+    return f"vgchange -y {config} --lock-type none --lock-opt force {vg_name} # if no other host uses it"
 
 
 def _allocation(group: Group, vg: VolumeGroup) -> Iterator[Finding]:
@@ -215,7 +217,9 @@ def _thin_pool(
     elif pool.data_percent is None or pool.metadata_percent is None:
         repair = f"lvconvert{_devices_option(group)} --repair {full}"
         what = f"thin pool {full} is active, but LVM does not report how full it is"
-        fix = f"{change} --activate n {full} && {repair} && {change} --activate y {full}"
+        # LVM checks the metadata when it activates the pool, and refuses if they must be repaired.
+        again = f"{change} --activate y {full}"
+        fix = f"{change} --activate n {full} && {again} || {repair} && {again}"
         yield Finding(what, "its metadata may be damaged", fix)
     if not pool.zero:
         why = "a disk would show other disks' old data"

@@ -73,6 +73,7 @@ SETTINGS = (
 LOOKS_ONLY = "backup{backup=0 archive=0}"
 SELECT = {"seg": "segtype=thin-pool", "pv": "pv_allocatable=0", "pvseg": "pv_name=none"}
 LOCKS = "/run/lock/lvm"
+_IS_USABLE = "vg_partial=0 && vg_exported=0"  # of `VolumeGroup.require_usable`, for --select
 MIN_CHUNK = 64 * 1024  # bytes; the smallest block of a thin pool, of which all others are multiples
 SEE_ALL = 'devices{filter=["a|.*|"] global_filter=["a|.*|"]}'  # overrides the host's filters
 _HIDING = {
@@ -369,13 +370,13 @@ class VolumeGroup:
         _change(["lvchange", "--quiet", *tags, *_devices(self.devices), *map(self._full_name, lv_names)])
 
     def remove_tags(self, lv_name: str, lv_uuid: str, remove: Iterable[str], having: Iterable[str]) -> bool:
-        """Remove tags of the volume if it still has this UUID, and all the tags `having`.
+        """Remove tags of the volume if it still has this UUID and all the tags `having`, in a whole group.
 
         LVM looks and changes under one lock, in one commit.  False: LVM does not say that it changed the
         volume, perhaps because the administrator has switched its messages off (`_change`).
         """
         tags = " && ".join(f'"{tag}"' for tag in sorted(having))
-        selection = ["--select", f"lv_uuid={lv_uuid} && lv_tags={{{tags}}}"]
+        selection = ["--select", f"lv_uuid={lv_uuid} && lv_tags={{{tags}}} && {_IS_USABLE}"]
         name = self._full_name(lv_name)
         argv = ["lvchange", "--yes", *_repeat("--deltag", remove), *selection, *_devices(self.devices), name]
         return f"{name} changed" in _change(argv)

@@ -432,8 +432,10 @@ class FakeHost:
 
     def _matches(self, volume: Volume, selection: str) -> bool:
         """Of one UUID, and with all of the tags, in quotes."""
-        uuid, _, tags = selection.partition(" && lv_tags=")
+        uuid, _, tags = selection.removesuffix(" && vg_partial=0 && vg_exported=0").partition(" && lv_tags=")
         assert uuid.startswith("lv_uuid=")
+        if self.vg["vg_partial"] or self.vg["vg_exported"]:
+            return False
         wanted = {tag.strip('"') for tag in tags.strip("{}").split(" && ")}
         return uuid == f"lv_uuid={volume.lv_uuid}" and wanted <= volume.lv_tags
 

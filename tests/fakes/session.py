@@ -53,7 +53,9 @@ NEW_TAGS = (
 def commit(lv_uuid: str, writes: int = 4096) -> str:
     """The command that makes a new disk ready."""
     having = " && ".join(f'"{word}"' for word in NEW_TAGS.split() if word != "--addtag")
-    selection = f"lv_uuid={lv_uuid} && lv_tags={{{having}}}".replace("WRITES_4096", f"WRITES_{writes}")
+    selection = f"lv_uuid={lv_uuid} && lv_tags={{{having}}} && vg_partial=0 && vg_exported=0".replace(
+        "WRITES_4096", f"WRITES_{writes}"
+    )
     return f"lvchange --yes --deltag UPDATING --deltag WRITES_{writes} --select {selection} {NAME}"
 
 

@@ -53,5 +53,5 @@ def test_a_disk_with_what_only_qcow2_allows(image: Image, is_prepared: bool) -> 
 def test_libvirt_refuses_it_for_a_raw_disk(image: Image) -> None:
     """Otherwise the test above would not see that it is removed."""
     disk = vdsm.local(Disk("vda", image), str(image.leaf.path))
-    with pytest.raises(CommandFailed, match="supported only with qcow2"):
+    with pytest.raises(CommandFailed, match=r"only.* with qcow2"):
         libvirt.create(for_qcow2_alone(domain_xml(Vm(new_id(), (disk,)))))

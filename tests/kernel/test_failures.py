@@ -117,8 +117,8 @@ FAILURES = {
     # -- sudo
     "others can write the sudo rule": Failure(
         f"chmod 666 {SUDOERS}",
-        f"{SUDOERS} is world writable",
-        f"chown root:root {SUDOERS} && chmod 0440 {SUDOERS}",
+        "is world writable",
+        "find /etc/sudoers /etc/sudoers.d -type f -exec chown root:root {} + -exec chmod 0440 {} +",
     ),
     "the sudo rule is gone": Failure(f"rm {SUDOERS}", "a password is required", f"{PROGRAM} install"),
     "sudo does not read /etc/sudoers.d": Failure(

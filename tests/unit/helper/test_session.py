@@ -1245,6 +1245,15 @@ def test_a_volume_that_is_gone_is_not_committed(host: FakeHost) -> None:
     assert host.lvm_commands[-1] == LOOK
 
 
+@pytest.mark.parametrize("how", ["vg_partial", "vg_exported"])
+def test_no_disk_becomes_ready_in_half_a_group(host: FakeHost, how: str) -> None:
+    hook = Hook(host)
+    hook.start()
+    host.vg[how] = how.removeprefix("vg_")
+    assert {"vg_partial": "missing a physical", "vg_exported": "exported"}[how] in hook.refused(COMMIT_IT)
+    assert "UPDATING" in lv_tags(host)
+
+
 def test_a_disk_is_ready_though_lvm_does_not_say_so(host: FakeHost) -> None:
     """The administrator may have switched LVM's messages off."""
     host.is_silent = True

@@ -535,7 +535,7 @@ def test_udev_rule_of_several_groups() -> None:
         (
             {"vg": replace(a_group().vg, vg_lock_type="dlm")},
             "volume group ovirt-local is shared (dlm), so no local disk can be made or changed : vgchange -y"
-            " --lock-type none --lock-opt force ovirt-local # if no other host uses it",
+            " --config 'global{use_lvmlockd=1}' --lock-type none --lock-opt force ovirt-local # if no other host uses it",
         ),
         (
             {"misowned": ("/dev/ovirt-local/a", "/dev/ovirt-local/b")},
@@ -732,7 +732,8 @@ def test_no_thin_pool() -> None:
             {"data_percent": ""},
             f"thin pool {POOL} is active, but LVM does not report how full it is, its metadata may be"
             " damaged : lvchange"
-            f" --activate n {POOL} && lvconvert --repair {POOL} && lvchange --activate y {POOL}",
+            f" --activate n {POOL} && lvchange --activate y {POOL} || lvconvert --repair {POOL}"
+            f" && lvchange --activate y {POOL}",
         ),
     ],
 )
@@ -852,7 +853,7 @@ def test_what_devices_say_of_discards(monkeypatch: pytest.MonkeyPatch, tmp_path:
         (
             VolumeGroupUnusable(vg="fast", problem="shared (sanlock)", fix="x"),
             "volume group fast is shared (sanlock), so no local disk can be made or changed : vgchange -y"
-            " --lock-type none --lock-opt force fast # if no other host uses it",
+            " --config 'global{use_lvmlockd=1}' --lock-type none --lock-opt force fast # if no other host uses it",
         ),
         (
             CommandFailed(("lvm", "pvs", "a b"), 5, "no"),

@@ -295,7 +295,8 @@ def test_argument_lists(monkeypatch: pytest.MonkeyPatch) -> None:
         f"lvextend --quiet --size {EXTENT + 512}b ovirt-local/c",
         "lvchange --quiet --permission r --deltag y --addtag x ovirt-local/b",
         "lvchange --quiet --permission rw ovirt-local/b",
-        'lvchange --yes --deltag x --select lv_uuid=U && lv_tags={"x" && "y"} ovirt-local/b',
+        'lvchange --yes --deltag x --select lv_uuid=U && lv_tags={"x" && "y"} && vg_partial=0'
+        " && vg_exported=0 ovirt-local/b",
     ]
 
 
