@@ -89,7 +89,8 @@ BEHIND = {
     "ThinPoolNotZeroing": "Every local disk would show old data of the device, also other VMs' data.",
     "ThinPoolInactive": "LVM reports how full a pool is only while it is active.",
     "ThinPoolBroken": "The kernel or LVM could not read the pool's metadata. Do not write to the pool"
-    " before the repair.",
+    " before the repair. If LVM names two transaction ids that do not match, set the second one in the"
+    " group's metadata: `vgcfgbackup`, edit `transaction_id` of the pool, `vgcfgrestore --force`.",
     "ThinPoolFull": "The used data, with the data that the copy will write, would pass `margins.thin_data`;"
     " or the used metadata has passed `margins.thin_metadata`. In a full pool, the writes of all VMs fail.",
     "ThinPoolAtThreshold": "LVM's own threshold (`thin_pool_autoextend_threshold` of lvm.conf) is lower"

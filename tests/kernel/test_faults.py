@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -575,10 +576,20 @@ def repair_pool() -> None:
     """Do what the refusal says."""
     pool = f"{NAME}/{host.THIN_POOL}"
     run("lvchange", "-an", pool)
-    if attempt("lvchange", "-ay", pool).returncode:
-        run("lvconvert", "-y", "--repair", pool)
+    if not attempt("lvchange", "-ay", pool).returncode:
+        return
+    said = attempt("lvconvert", "-y", "--repair", pool)
+    ids = re.search(r"Transaction id (\d+) .* repaired transaction id (\d+)", said.stderr)
+    if ids:  # LVM of Debian 13 leaves that to the administrator
+        text = Path("/run/bed-faults.vg")
+        run("vgcfgbackup", "-f", str(text), NAME)
+        old, new = (f"transaction_id = {number}\n" for number in ids.groups())
+        text.write_text(text.read_text().replace(old, new))
+        run("vgcfgrestore", "--force", "-f", str(text), NAME)
+    else:
+        assert said.returncode == 0, said.stderr
         run("lvremove", "-y", f"{pool}_meta0")
-        run("lvchange", "-ay", pool)
+    run("lvchange", "-ay", pool)
 
 
 def make_pool(*options: str, size: str = "64m") -> None:

@@ -535,7 +535,8 @@ def test_udev_rule_of_several_groups() -> None:
         (
             {"vg": replace(a_group().vg, vg_lock_type="dlm")},
             "volume group ovirt-local is shared (dlm), so no local disk can be made or changed : vgchange -y"
-            " --config 'global{use_lvmlockd=1}' --lock-type none --lock-opt force ovirt-local # if no other host uses it",
+            " --config 'global{use_lvmlockd=1}' --lock-type none"
+            " --lock-opt force ovirt-local # if no other host uses it",
         ),
         (
             {"misowned": ("/dev/ovirt-local/a", "/dev/ovirt-local/b")},
@@ -853,7 +854,8 @@ def test_what_devices_say_of_discards(monkeypatch: pytest.MonkeyPatch, tmp_path:
         (
             VolumeGroupUnusable(vg="fast", problem="shared (sanlock)", fix="x"),
             "volume group fast is shared (sanlock), so no local disk can be made or changed : vgchange -y"
-            " --config 'global{use_lvmlockd=1}' --lock-type none --lock-opt force fast # if no other host uses it",
+            " --config 'global{use_lvmlockd=1}' --lock-type none"
+            " --lock-opt force fast # if no other host uses it",
         ),
         (
             CommandFailed(("lvm", "pvs", "a b"), 5, "no"),
