@@ -113,7 +113,7 @@ def read_state(text: str, vm_id: str) -> DomainState:
 
 def is_recent(asked_at: float) -> bool:
     """Whether an answer still counts; `asked_at` in seconds of CLOCK_MONOTONIC, 0 for no answer."""
-    return 0 <= time.monotonic() - asked_at < RECENT if asked_at else False
+    return asked_at > 0 and 0 <= time.monotonic() - asked_at < RECENT
 
 
 def ask_names() -> Question:

@@ -156,10 +156,13 @@ def holding_space(pause: Pause) -> Iterator[None]:
 
 def note_made() -> None:
     """Note that this process, with the space lock held, is about to make a volume.  Raises RunUnwritable."""
-    fd = make(_made())
-    now = time.time_ns()
-    os.utime(fd, ns=(now, now))
-    os.close(fd)
+    fd, now = make(_made()), time.time_ns()
+    try:
+        os.utime(fd, ns=(now, now))
+    except OSError as error:
+        raise RunUnwritable(path=_made(), problem=error.strerror) from None
+    finally:
+        os.close(fd)
 
 
 def made_so_far() -> str:

@@ -683,6 +683,12 @@ def no_lock(world: World) -> object:
     return world.ask(CLAIM, host=there)
 
 
+def no_note(world: World) -> object:
+    """That a volume is made cannot be noted."""
+    world.raises(os, "utime", OSError(errno.EROFS, os.strerror(errno.EROFS)))
+    return world.ask(CLAIM, PREPARE)
+
+
 def forgotten(world: World) -> object:
     there = world.host()
     there.has_undefined = True
@@ -853,6 +859,7 @@ SESSION = {
         session(CLAIM, lambda w: {"verb": "uncached", "reason": w.evil()}), REQUEST, "the reason is not known"
     ),
     "no lock": case(no_lock, "/proc/", "/run"),
+    "no note": case(no_note, "/made", "Read-only"),
     "order of uncached": case(session({"verb": "uncached", "reason": "spoiled"}), REQUEST, "order"),
     "untold": case(untold, VM, VOLUME, "progress cannot be written"),
     "uncached": case(

@@ -42,14 +42,13 @@ if TYPE_CHECKING:
 
 def run(point: str, environ: Mapping[str, str]) -> None:
     """Serve one hook point as vdsm calls it.  Raises Error to refuse."""
+    seen_at = 0
     if point == "after_disk_prepare":
         # This comes first: a VM that runs may not be refused, even if its property or the configuration is
         # wrong.
         vm_id, seen_at = hook_call.local_vm(environ), int(time.monotonic() * 1000)
         if vm_id and not _is_start(vm_id):
             return
-    else:
-        seen_at = 0
     call = replace(hook_call.read_call(point, environ), seen_at=seen_at)
     if call.vm_id and call.property_value == "off":
         if point in BEGINNINGS:

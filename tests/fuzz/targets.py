@@ -288,7 +288,7 @@ REQUESTS = (
             "verb": "look",
             "vm": VM,
             "property": "on",
-            "disks": [{"image": IMAGE, "volume": VOLUME, "seen": 0}],
+            "disks": [{"image": IMAGE, "volume": VOLUME}],
         }
     ],
     [

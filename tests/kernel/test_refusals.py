@@ -12,6 +12,7 @@ from tests.bed.player import run_point
 from tests.bed.shell import attempt, run
 from tests.bed.storage import FileStorage, Image, new_id
 from tests.bed.vm import Disk, Vm, disk_xml, domain_xml
+from tests.kernel.privilege.attempts import Talk, is_refusal
 from tests.kernel.steps import (
     CONFIG,
     MIB,
@@ -297,6 +298,22 @@ def test_helper_refuses(others: tuple[str, Image]) -> None:
     )
     assert seqno() == before
     assert set(host.logical_volumes()) == {image.leaf.id}
+
+
+def test_two_claims_before_the_room_is_taken(volume_group: str, image: Image) -> None:
+    """Both have read the group while it had room for one disk; the second does not rely on that."""
+    free = int(run("vgs", "--noheadings", "-o", "vg_free_count", volume_group))
+    run("lvcreate", "-y", "-an", "-Zn", "-Wn", "-l", str(free - 3), "-n", "filler", volume_group)
+    one, two = starting(new_id()), starting(new_id())
+    with Talk() as first, Talk() as second:
+        assert not is_refusal(first.ask(claim(one, image)))
+        assert not is_refusal(second.ask({**claim(two, image), "image": new_id(), "volume": new_id()}))
+        assert first.ask(PREPARE)["target"]
+        assert "lacks 4 MiB: the disk needs 8 MiB" in second.ask(PREPARE)["error"]
+        assert set(host.logical_volumes()) == {"filler", image.leaf.id}
+    for vm_id in (one, two):
+        libvirt.undefine(vm_id)
+    host.remove("filler")
 
 
 def test_nobody_else_runs_the_helper(volume_group: str) -> None:
