@@ -65,6 +65,11 @@ def read_uuid(device: int) -> str:
         return file.read().strip()
 
 
+def uuid_at(path: str) -> str:
+    """The device-mapper UUID of the device at a path.  Raises OSError if there is no such device."""
+    return read_uuid(os.stat(path).st_rdev)
+
+
 def read_name(device: int) -> str:
     """The device-mapper name of a device number; "" if device-mapper has no such device."""
     try:

@@ -839,7 +839,25 @@ def stalls(world: World) -> None:
     hook.session.close()
 
 
+def not_noted(world: World) -> None:
+    """A file is where the directory would be."""
+    hook = fake_session.Hook(world.host())
+    hook.start()
+    Path(lock.RUN, "ready").write_text(world.evil())
+    hook.ask(fake_session.COMMIT_IT)
+
+
+def noted_for_ever(world: World) -> object:
+    """What is recorded of a volume cannot be removed, so the volume is not changed."""
+    there = world.host()
+    there.add(VOLUME, tags())
+    os.makedirs(os.path.join(lock.RUN, "ready", VOLUME))
+    return world.ask(fake_session.RELEASE, host=there)
+
+
 SESSION = {
+    "not noted": case(not_noted, "a ready disk cannot be written", VM, "File exists"),
+    "noted for ever": case(noted_for_ever, f"/ready/{VOLUME}", "Is a directory"),
     "stalls": case(stalls, "copy stalls, its turn is given back", VM, VOLUME),
     "foreign": case(foreign, LV),
     "unfinished and running": case(runs_unfinished, LV, VM),

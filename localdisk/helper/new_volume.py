@@ -90,6 +90,11 @@ class NewVolume:
         return bool(self._dm_uuid)
 
     @property
+    def dm_uuid(self) -> str:
+        """The device-mapper UUID of the unfinished volume."""
+        return self._dm_uuid
+
+    @property
     def written(self) -> int:
         """Bytes that the copy has written so far."""
         return self._progress.written if self._progress else 0

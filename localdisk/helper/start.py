@@ -5,7 +5,7 @@ A claim is frozen: a function that changes the disk returns a new claim.
 
 from __future__ import annotations
 
-from localdisk import counters, holders, kept, libvirt, log
+from localdisk import counters, holders, kept, libvirt, log, ready
 from localdisk.errors import BadRequest, CommandFailed, DiskBusy, Error, LibvirtSilent, VmForgotten
 from localdisk.frozen import replace
 from localdisk.helper import claims
@@ -55,11 +55,12 @@ def reuse(claim: Claim, found: LocalDisk, fingerprint: str, pause: Pause) -> Pre
     try:
         if not found.lv.lv_active:  # as after a boot
             vg.activate(name)
-        vg.dm_uuid(name)  # raises if the device node is missing, or is another volume's
+        dm_uuid = vg.dm_uuid(name)  # raises if the device node is missing, or is another volume's
     except Error:
         _keep_as_it_was(vg, name, found)
         raise
     log.event("kept disk used again", **claim.new_volume.log_fields)
+    ready.note(claim.vm_id, claim.image_id, vg.path(name), dm_uuid)
     _remove_replaced(claim.replaced)
     return Prepared(How.KEPT, vg.path(name))
 
@@ -101,6 +102,7 @@ def make_ready(claim: Claim) -> None:
         raise
     if not is_ready:
         _require_made(claim, State.READY)  # LVM's messages may be switched off
+    ready.note(claim.vm_id, claim.image_id, claim.vg.path(claim.volume_id), claim.new_volume.dm_uuid)
 
 
 def _require_made(claim: Claim, state: State) -> None:

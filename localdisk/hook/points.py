@@ -10,9 +10,9 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-from localdisk import kept, libvirt, log, uncached
+from localdisk import cancel, kept, libvirt, log, ready, uncached
 from localdisk.errors import (
     BadDomain,
     DiskRefused,
@@ -109,6 +109,8 @@ def before_vm_start(call: Call) -> str | None:
     disks = [disk for disk in every_disk if disk.is_vdsm_image]
     if not disks:
         return None
+    if _are_ready(call.vm_id, disks):
+        return domain_xml.localize_domain(xml, {disk.name: disk.path for disk in disks})
     with Helper(call.vm_id, call.property_value) as helper:
         looks = helper.look(disks)
         if _is_resumed(call.vm_id, disks, looks):
@@ -123,6 +125,21 @@ def before_vm_start(call: Call) -> str | None:
         }
     # Also disks that after_disk_prepare has made local: vdsm may have left `file=` beside `dev=` in the XML.
     return domain_xml.localize_domain(xml, {name: path for name, path in paths.items() if path})
+
+
+def _are_ready(vm_id: str, disks: Iterable[Disk]) -> bool:
+    """Whether the helper has noted that all these disks are ready, and the start was not powered off.
+
+    The configuration and the disks' tags were looked at when the disks were prepared.
+    """
+    if cancel.is_cancelled(vm_id):
+        return False
+    return all(
+        disk.is_local
+        and os.path.basename(disk.path) == disk.volume_id
+        and ready.is_noted(vm_id, disk.image_id, disk.path)
+        for disk in disks
+    )
 
 
 def before_vm_destroy(call: Call) -> None:

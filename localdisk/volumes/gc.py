@@ -9,6 +9,7 @@ set aside with its batch, and erased after all batches, without their locks.  On
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -16,10 +17,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 
-from localdisk import cancel, clock, counters, kept, libvirt, lock, log, run
+from localdisk import cancel, clock, counters, kept, libvirt, lock, log, ready, run
 from localdisk.clock import Moment
 from localdisk.config import Config
-from localdisk.errors import CommandFailed, Error, LibvirtSilent
+from localdisk.errors import CommandFailed, Error, LibvirtSilent, RunUnwritable
 from localdisk.frozen import frozen, replace
 from localdisk.libvirt import Domains
 from localdisk.units import format_size
@@ -122,6 +123,8 @@ def collect(
             log_filling(vg)
         lock.sweep()
         _look_after_kept(config, groups, is_all=not failed)
+        if not failed:
+            _look_after_ready(groups)
         cancel.sweep(may_start)
         _count(found)
     return found
@@ -168,6 +171,13 @@ def _look_after_kept(config: Config, groups: tuple[VolumeGroup, ...], is_all: bo
             log.problem("kept disks are not marked as stale yet", vm=vm_id, why=error)
     every = (disk for vg in groups for disk in local_disks(vg))
     kept.renew(frozenset(disk.vm_id for disk in every if disk.vm_id and stale.is_usable(disk)), is_all)
+
+
+def _look_after_ready(groups: tuple[VolumeGroup, ...]) -> None:
+    """Remove the records of disks that an administrator's own command has removed or changed."""
+    every = (disk for vg in groups for disk in local_disks(vg))
+    with contextlib.suppress(RunUnwritable):  # then no command of ours could have changed a disk, either
+        ready.sweep(frozenset(disk.volume_id for disk in every if disk.state is State.READY))
 
 
 def _count(found: Collection) -> None:

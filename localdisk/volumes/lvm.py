@@ -2,7 +2,8 @@
 
 A snapshot is read with one `lvm fullreport` (LVM 2.02.158 and later): the group, its logical volumes and its
 pools' segments in one command and under one lock.  Fields have the names of LVM's report columns.
-Nothing in this module knows local disks; `local_disk.py` describes them.
+Nothing in this module knows local disks; `local_disk.py` describes them.  But before a command changes the
+tags or the name of a volume, or removes it, what is recorded of the volume is removed (`ready.py`).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 
-from localdisk import daemons, device_mapper, holders, run
+from localdisk import daemons, device_mapper, holders, ready, run
 from localdisk.errors import (
     CommandFailed,
     CommandMissing,
@@ -367,7 +368,8 @@ class VolumeGroup:
     def change_tags(self, *lv_names: str, add: Iterable[str] = (), remove: Iterable[str] = ()) -> None:
         """Add and remove tags, in one commit for each volume; to remove an absent tag is no error."""
         tags = [*_repeat("--deltag", remove), *_repeat("--addtag", add)]
-        _change(["lvchange", "--quiet", *tags, *_devices(self.devices), *map(self._full_name, lv_names)])
+        names = map(self._full_name, lv_names)
+        _change(["lvchange", "--quiet", *tags, *_devices(self.devices), *names], *lv_names)
 
     def remove_tags(self, lv_name: str, lv_uuid: str, remove: Iterable[str], having: Iterable[str]) -> bool:
         """Remove tags of the volume if it still has this UUID and all the tags `having`, in a whole group.
@@ -379,7 +381,7 @@ class VolumeGroup:
         selection = ["--select", f"lv_uuid={lv_uuid} && lv_tags={{{tags}}} && {_IS_USABLE}"]
         name = self._full_name(lv_name)
         argv = ["lvchange", "--yes", *_repeat("--deltag", remove), *selection, *_devices(self.devices), name]
-        return f"{name} changed" in _change(argv)
+        return f"{name} changed" in _change(argv, lv_name)
 
     def mark(
         self, *lv_names: str, add: frozenset[str], remove: frozenset[str], spare: frozenset[str]
@@ -422,10 +424,11 @@ class VolumeGroup:
     def remove(self, *lv_names: str) -> None:
         """Remove volumes; if one of them is open ("in use") or does not exist, LVM removes none."""
         names = map(self._full_name, lv_names)
-        _change(["lvremove", "--quiet", "--yes", *_devices(self.devices), *names])
+        _change(["lvremove", "--quiet", "--yes", *_devices(self.devices), *names], *lv_names)
 
     def rename(self, lv_name: str, new_name: str) -> None:
-        _change(["lvrename", "--quiet", *_devices(self.devices), self.vg_name, lv_name, new_name])
+        argv = ["lvrename", "--quiet", *_devices(self.devices), self.vg_name, lv_name, new_name]
+        _change(argv, lv_name, new_name)
 
     def discard(self, lv_name: str, start: int, length: int) -> None:
         """Discard `length` bytes of an active volume from byte `start` on."""
@@ -482,14 +485,16 @@ def call(argv: Sequence[str], config: str = "") -> str:
     return _run([*argv[:2], "--config", f"{SETTINGS} {config}".strip(), *argv[2:]], argv)
 
 
-def _change(argv: Sequence[str]) -> str:
-    """Run a command that removes, renames or marks volumes, also if the metadata area is full for SETTINGS.
+def _change(argv: Sequence[str], *lv_names: str) -> str:
+    """Run a command that removes, renames or marks these volumes, also if the area is full for SETTINGS.
 
     LVM writes the command line into the metadata, too (2.03.16, "description"), and SETTINGS are a thousand
     bytes of it.  In a group that others have filled, lvremove needs more room than it makes.  The settings
     shape what LVM prints, which is not read here.  Commands that make or enlarge a volume are not repeated:
     the thousand bytes that they leave are the room for these commands.
+    Raises RunUnwritable, too.
     """
+    ready.forget(lv_names)
     try:
         return call(argv)
     except MetadataAreaFull:

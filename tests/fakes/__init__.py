@@ -209,6 +209,7 @@ class FakeHost:
         monkeypatch.setattr(run, "run", self.run)
         monkeypatch.setattr(run, "begin", lambda argv: Begun(self, argv))
         monkeypatch.setattr(lvm.VolumeGroup, "dm_uuid", lambda _vg, lv_name: self.dm_uuid(lv_name))
+        monkeypatch.setattr(device_mapper, "uuid_at", self.uuid_at)
         monkeypatch.setattr(lock, "RUN", str(tmp_path / "run"))
         monkeypatch.setattr(lock, "POLL", 0)
         monkeypatch.setattr(removal, "PAUSE", 0)
@@ -286,6 +287,13 @@ class FakeHost:
     def dm_uuid(self, lv_name: str) -> str:
         uuids: str = self.vg["vg_uuid"] + self.volumes[lv_name].lv_uuid
         return "LVM-" + uuids.replace("-", "")
+
+    def uuid_at(self, path: str) -> str:
+        name = os.path.basename(path)
+        volume = self.volumes.get(name)
+        if path != f"/dev/{self.vg['vg_name']}/{name}" or not (volume and volume.lv_active):
+            raise FileNotFoundError(path)
+        return self.dm_uuid(name)
 
     @property
     def lvm_commands(self) -> list[str]:

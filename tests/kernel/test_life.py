@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import threading
 from pathlib import Path
@@ -201,6 +202,56 @@ def test_before_vm_start_makes_up_for_a_missing_link(volume_group: str, file_sto
     assert seqno() == before, "disks that are local already are only looked at"
     libvirt.undefine(vm.id)
     stop(vm.id, *images)
+
+
+RECORDS = Path("/run/localdisk/ready")
+
+
+def test_before_vm_start_of_prepared_disks_asks_nobody(volume_group: str, file_storage: FileStorage) -> None:
+    """Another process holds the lock of the volume group: whoever asks LVM waits for two minutes."""
+    images = [file_storage.template(4 * MIB), file_storage.template(8 * MIB)]
+    vm_id = starting(new_id())
+    disks = tuple(vdsm.prepare(vm_id, Disk(f"vd{x}", image), THICK) for x, image in zip("ab", images))
+    assert sorted(path.name for path in RECORDS.iterdir()) == sorted(image.leaf.id for image in images)
+    xml = domain_xml(Vm(vm_id, disks))
+    with open(f"/run/lock/lvm/V_{host.VOLUME_GROUP}", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert run_point("before_vm_start", vm_id, xml, THICK, timeout=60).rc == 0
+    libvirt.undefine(vm_id)
+    stop(vm_id, *images)
+    assert not list(RECORDS.iterdir())
+
+
+@pytest.mark.parametrize("is_kept", [False, True], ids=["new", "kept"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("lvchange", "-an", "{lv}"),
+        ("lvremove", "-y", "{lv}"),
+        ("lvrename", "{lv}", "renamed"),
+    ],
+    ids=["inactive", "removed", "renamed"],
+)
+def test_a_disk_that_an_administrator_changed_since_it_was_ready(
+    volume_group: str, file_storage: FileStorage, change: tuple[str, ...], is_kept: bool
+) -> None:
+    """before_vm_start looks at the device as well as at the record, and gc removes a record without disk."""
+    configure("retention: {on_stop: keep}\n")
+    image = file_storage.template(4 * MIB)
+    vm_id = start(image)
+    if is_kept:
+        stop(vm_id, image)
+        assert not list(RECORDS.iterdir())
+        start(image, THICK, vm_id)
+    lv = f"{host.VOLUME_GROUP}/{image.leaf.id}"
+    run(*(word.format(lv=lv) for word in change))
+    xml = domain_xml(Vm(vm_id, (vdsm.local(Disk("vda", image), str(device(image))),)))
+    result = run_point("before_vm_start", vm_id, xml, THICK)
+    assert "no ready local disk" in result.stderr
+    assert result.rc == 2
+    host.remove(*host.logical_volumes())
+    localdisk("gc")
+    assert not list(RECORDS.iterdir())
 
 
 def test_what_stays_on_shared_storage(volume_group: str, file_storage: FileStorage) -> None:

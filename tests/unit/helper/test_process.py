@@ -103,7 +103,7 @@ def test_the_process_serves_until_its_input_ends(tmp_path: Path) -> None:
     assert (process.answer(), process.answer()) == ({}, {})
     process.send(b'{"verb": "release", "cut off')
     assert process.end() == (0, [*STARTED, "lvchange"])
-    assert sorted(os.listdir(tmp_path / "run")) == ["counters", "kept", "made"]
+    assert sorted(os.listdir(tmp_path / "run")) == ["counters", "kept", "made", "ready"]
 
 
 def test_the_process_tidies_up_when_its_input_ends(tmp_path: Path) -> None:

@@ -5,12 +5,13 @@ import os
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from localdisk import cli, counters, run
+from localdisk import cancel, cli, counters, lock, run
 from localdisk.errors import (
     BadDiskData,
     BadDomain,
@@ -34,6 +35,7 @@ from localdisk.libvirt import DomainState
 from localdisk.protocol import Base, Device, Target
 from localdisk.vdsm import hook_call
 from localdisk.volumes import gc
+from localdisk.volumes.lvm import VolumeGroup
 from tests.fakes import (
     EXTENT,
     FULLREPORT,
@@ -250,6 +252,73 @@ def test_a_domain_that_is_local_already(host_vdsm: Vdsm) -> None:
     assert answer == text.replace("threads", "native")
     assert host_vdsm.verbs == [["look"]]
     assert host_vdsm.host.commands == [f"{FULLREPORT} ovirt-local"]
+
+
+def test_disks_that_are_noted_as_ready_need_no_helper(host_vdsm: Vdsm) -> None:
+    text = prepared(host_vdsm)
+    assert host_vdsm.call("before_vm_start", text) == text
+    assert host_vdsm.helpers == []
+    assert host_vdsm.host.commands == []
+
+
+@pytest.mark.parametrize("change", ["marked", "renamed", "removed", "inactive", "powered off", "no file"])
+def test_a_disk_that_has_changed_since_it_was_ready(host_vdsm: Vdsm, change: str) -> None:
+    text, vg = prepared(host_vdsm), VolumeGroup.read("ovirt-local")
+    if change == "marked":
+        vg.change_tags(VOLUME, add={"DELETING"})
+    elif change == "renamed":
+        vg.rename(VOLUME, OTHER_VOLUME)
+        vg.rename(OTHER_VOLUME, VOLUME)
+    elif change == "removed":
+        vg.remove(VOLUME)
+    elif change == "inactive":
+        host_vdsm.host.volumes[VOLUME].lv_active = ""
+    elif change == "powered off":
+        cancel.destroying(VM)
+    else:
+        os.unlink(os.path.join(lock.RUN, "ready", VOLUME))
+    if change in ("renamed", "no file"):
+        assert host_vdsm.call("before_vm_start", text) == text
+    else:
+        host_vdsm.refused(Error, "before_vm_start", text)
+    assert host_vdsm.verbs == [["look"]]
+
+
+@pytest.mark.parametrize("field", ["vm", "image", "volume", "path"])
+def test_the_record_of_another_disk_does_not_count(host_vdsm: Vdsm, field: str) -> None:
+    """The record is there, and differs in one of its fields from what the domain has."""
+    prepared(host_vdsm)
+    vm, image, volume, path = VM, IMAGE, VOLUME, LOCAL
+    if field == "vm":
+        vm = OTHER_VM
+        host_vdsm.host.defined.add(OTHER_VM)
+    elif field == "image":
+        image = OTHER_IMAGE
+    elif field == "volume":
+        volume = OTHER_VOLUME
+    else:
+        path = f"/dev/other/{VOLUME}"
+        host_vdsm.host.add(OTHER_VOLUME, tags(), SIZE)
+    text = domain_xml(("vda", path, image, volume), vm=vm)
+    with suppress(Error):
+        host_vdsm.call("before_vm_start", text, vmId=vm)
+    assert host_vdsm.verbs[0][0] == "look"
+
+
+def test_one_disk_without_its_record_has_all_looked_at(host_vdsm: Vdsm) -> None:
+    prepared(host_vdsm)
+    host_vdsm.host.add(OTHER_VOLUME, tags(image=OTHER_IMAGE), SIZE)
+    text = domain_xml(("vda", LOCAL, IMAGE, VOLUME), ("vdb", OTHER_LOCAL, OTHER_IMAGE, OTHER_VOLUME))
+    host_vdsm.call("before_vm_start", text)
+    assert host_vdsm.verbs == [["look"]]
+
+
+def prepared(host_vdsm: Vdsm) -> str:
+    """The domain XML of a VM whose disk was prepared; the helpers and commands of that are forgotten."""
+    host_vdsm.call("after_disk_prepare", disk_json(host_vdsm))
+    host_vdsm.helpers.clear()
+    host_vdsm.host.commands.clear()
+    return domain_xml(("vda", LOCAL, IMAGE, VOLUME)).replace("threads", "native")
 
 
 def test_disks_that_were_not_prepared_are_prepared_now(host_vdsm: Vdsm) -> None:

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from localdisk import cli, clock, config, counters, frozen, lock
+from localdisk import cli, clock, config, counters, frozen, lock, ready
 from localdisk.clock import Moment
 from localdisk.config import Config, Policy
 from localdisk.errors import CommandFailed, CommandTimeout, Interrupted, NoVolumeGroup
@@ -731,6 +731,20 @@ def test_a_definition_that_is_not_understood_keeps_the_disk(host: FakeHost) -> N
     assert outcome(found) == {"1": "keep"}
     assert found.is_problem
     assert volume.lv_tags == tags()
+
+
+def test_the_record_of_a_disk_that_is_not_ready_is_removed(host: FakeHost) -> None:
+    """An administrator has removed one volume, and changed the tags of another."""
+    host.add(VOLUME, tags(), SIZE, lv_device_open="open")
+    host.add(OTHER_VOLUME, tags("DELETING"), SIZE, lv_device_open="open")
+    host.active = {VM}
+    absent = OTHER_VOLUME.replace("2", "3")
+    for name in (VOLUME, OTHER_VOLUME, absent):
+        ready.note(VM, IMAGE, f"/dev/ovirt-local/{name}", "LVM-x")
+    gc.collect(parsed(""), dry_run=True)
+    assert len(os.listdir(os.path.join(lock.RUN, "ready"))) == 3
+    gc.collect(parsed(""))
+    assert os.listdir(os.path.join(lock.RUN, "ready")) == [VOLUME]
 
 
 def test_definitions_are_read_only_where_they_matter(host: FakeHost) -> None:
