@@ -10,11 +10,11 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
-import subprocess
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
+from localdisk import spawn
 from localdisk.errors import (
     CommandBlocked,
     CommandFailed,
@@ -23,10 +23,7 @@ from localdisk.errors import (
     CommandTimeout,
     target,
 )
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from typing import Any
+from localdisk.spawn import Process
 
 DEADLINE = 120  # seconds; LVM waits for its own locks and for udev, both bounded below this
 
@@ -38,8 +35,6 @@ ENVIRONMENT = {
 
 _budget: tuple[float, float] | None = None  # until when on the monotonic clock, and its seconds in all
 
-Process = subprocess.Popen  # what `start` returns, for annotations elsewhere
-
 
 class Begun:
     """A tool that runs while its caller does something else; `output` waits for its end."""
@@ -50,12 +45,11 @@ class Begun:
         self._argv = argv
         if is_spent():
             raise self._timeout(0)
-        self._input = text.encode() or None
+        self._input = text.encode()
         # The tool has its own session.  So a signal to our process group ends only us, and we end the tool.
         self._process = start(
             argv,
-            stdin=subprocess.PIPE if text else subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
+            pipes=(0, 1, 2) if text else (1, 2),
             pass_fds=pass_fds,
             new_session=True,
             user=user,
@@ -69,7 +63,7 @@ class Begun:
         process, argv = self._process, self._argv
         try:
             out, err = process.communicate(self._input, timeout=_within_budget(deadline))
-        except subprocess.TimeoutExpired:
+        except TimeoutError:
             end(process)
             raise self._timeout(deadline) from None
         except BaseException:
@@ -132,25 +126,17 @@ def run(
 def start(
     argv: Sequence[str],
     *,
-    stdin: int = subprocess.DEVNULL,
-    stdout: int = subprocess.DEVNULL,
+    pipes: Iterable[int] = (2,),
     pass_fds: Iterable[int] = (),
     new_session: bool = False,
     user: str = "",
-) -> Process[bytes]:
-    """Start `argv`; standard error is a pipe.  Raises CommandMissing."""
+) -> Process:
+    """Start `argv`; `pipes` are those of its standard descriptors that are pipes.  Raises CommandMissing."""
     try:
-        return subprocess.Popen(
-            list(argv),
-            stdin=stdin,
-            stdout=stdout,
-            stderr=subprocess.PIPE,
-            pass_fds=tuple(pass_fds),
-            env=ENVIRONMENT,
-            cwd="/",
-            start_new_session=new_session,
-            **(_identity(user) if user else {}),
-        )
+        if user:
+            return _start_as(user, argv)
+        path = _find(argv[0])
+        return spawn.start(path, argv, ENVIRONMENT, pipes=pipes, pass_fds=pass_fds, new_session=new_session)
     except (FileNotFoundError, PermissionError):
         raise _cannot_run(argv[0]) from None
 
@@ -161,8 +147,7 @@ def cannot_run(*tools: str) -> CommandMissing:
 
 
 def _cannot_run(tool: str) -> CommandMissing:
-    places = (os.path.join(directory, tool) for directory in ENVIRONMENT["PATH"].split(":"))
-    path = next(filter(os.path.isfile, places), "")
+    path = next(filter(os.path.isfile, _places(tool)), "")
     if not path:
         return CommandMissing(tool=tool)
     if os.access(path, os.X_OK):
@@ -172,20 +157,34 @@ def _cannot_run(tool: str) -> CommandMissing:
     return CommandForbidden(tool=tool, path=path, uid=found.st_uid, gid=found.st_gid, mode=mode)
 
 
-def _identity(user: str) -> dict[str, Any]:
+def _start_as(user: str, argv: Sequence[str]) -> Process:
+    """Start `argv` as another user, with pipes for both outputs, in a session of its own."""
     import pwd
+    import subprocess
 
     found = pwd.getpwnam(user)
-    groups = os.getgrouplist(user, found.pw_gid)
-    return {"user": found.pw_uid, "group": found.pw_gid, "extra_groups": groups}
+    started = subprocess.Popen(
+        list(argv),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=ENVIRONMENT,
+        cwd="/",
+        start_new_session=True,
+        user=found.pw_uid,
+        group=found.pw_gid,
+        extra_groups=os.getgrouplist(user, found.pw_gid),
+    )
+    started.returncode = 0  # we wait for it, not this object
+    return Process(started.pid, None, started.stdout, started.stderr)
 
 
-def start_talking(argv: Sequence[str]) -> Process[bytes]:
+def start_talking(argv: Sequence[str]) -> Process:
     """Start `argv` with pipes for standard input and output; `ask` uses them."""
-    return start(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    return start(argv, pipes=(0, 1, 2))
 
 
-def ask(process: Process[bytes], line: bytes) -> bytes:
+def ask(process: Process, line: bytes) -> bytes:
     """Send one line to a tool started by `start_talking`; returns its answer, b"" if it has ended.
 
     Raises OSError if the tool has closed its standard input.
@@ -197,36 +196,41 @@ def ask(process: Process[bytes], line: bytes) -> bytes:
     return process.stdout.readline()
 
 
-def start_reporting(argv: Sequence[str], pass_fds: Iterable[int]) -> Process[bytes]:
+def start_reporting(argv: Sequence[str], pass_fds: Iterable[int]) -> Process:
     """Start `argv` with a pipe for standard output and the descriptors `pass_fds`."""
-    return start(argv, stdout=subprocess.PIPE, pass_fds=pass_fds)
+    return start(argv, pipes=(1, 2), pass_fds=pass_fds)
 
 
-def end(process: Process[bytes], grace: float = 10) -> None:
+def end(process: Process, grace: float = 10) -> None:
     """Ask `process` to end with SIGTERM and wait up to `grace` seconds; its pipes are closed."""
     with contextlib.suppress(OSError):
         process.terminate()
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(timeout=grace)
-    for pipe in (process.stdin, process.stdout, process.stderr):
-        if pipe is not None:
-            with contextlib.suppress(OSError):
-                pipe.close()
+    process.wait(grace)
+    process.close()
 
 
 def tool_exists(tool: str) -> bool:
     """Whether `tool` is on the PATH that our tools get."""
-    return any(os.access(os.path.join(d, tool), os.X_OK) for d in ENVIRONMENT["PATH"].split(":"))
+    return any(os.access(path, os.X_OK) for path in _places(tool))
 
 
-def close_input(process: Process[bytes]) -> None:
+def _find(tool: str) -> str:
+    """The path of a tool that can be run, "" if there is none."""
+    return next((path for path in _places(tool) if os.access(path, os.X_OK) and os.path.isfile(path)), "")
+
+
+def _places(tool: str) -> Iterator[str]:
+    return (os.path.join(directory, tool) for directory in ENVIRONMENT["PATH"].split(":"))
+
+
+def close_input(process: Process) -> None:
     """Close a tool's standard input; the tool may have ended already."""
     if process.stdin is not None:
         with contextlib.suppress(OSError):
             process.stdin.close()
 
 
-def read_errors(process: Process[bytes]) -> str:
+def read_errors(process: Process) -> str:
     """Wait for a tool to end and return the last line that it wrote to standard error, "" if none.
 
     sudo prints the reason first and "a password is required" last, so its lines are all returned, as one.

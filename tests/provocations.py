@@ -16,7 +16,6 @@ import select
 import signal
 import stat
 import struct
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -1179,7 +1178,7 @@ def forbidden(world: World) -> object:
 def blocked(world: World) -> object:
     path = world.directory / world.name()
     path.touch(0o755)
-    world.raises(subprocess, "Popen", PermissionError())
+    world.raises(os, "posix_spawn", PermissionError())
     return run.run([str(path)])
 
 

@@ -18,7 +18,7 @@ import select
 import struct
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 
 from localdisk import device_mapper, run
@@ -27,6 +27,7 @@ from localdisk.frozen import frozen
 from localdisk.hook import sources
 from localdisk.hook.sources import Layer, Source
 from localdisk.protocol import Device, Target
+from localdisk.spawn import Process
 
 NODE_DEADLINE = 10.0  # seconds; by then udev must have made the node with vdsm as its owner
 MEMORY = 4 << 30  # bytes of address space; the tables of 64 layers take at most 32 MiB each (qemu, L2 cache)
@@ -190,12 +191,15 @@ def _convert(source: Source, read: _Pass, target: Target, fd: int, on_progress: 
     process = run.start_reporting(_command(read, target, fd), (*read.fds, fd))
     written = 0
     try:
+        # vdsmd runs at nice -20, and we inherit that.  setpriv still runs: qemu-img's threads inherit this.
+        with suppress(PermissionError):
+            os.setpriority(os.PRIO_PROCESS, process.pid, target.nice)
         for fraction in _progress(process):
             written = _written(process.pid, int(fraction * source.virtual_size))
             on_progress(fraction, written)
         said = run.read_errors(process)
-        if process.returncode in (126, 127):  # setpriv, prlimit or nice could not run the next program
-            raise run.cannot_run("setpriv", "prlimit", "nice", "qemu-img")
+        if process.returncode in (126, 127):  # setpriv or prlimit could not run the next program
+            raise run.cannot_run("setpriv", "prlimit", "qemu-img")
         if process.returncode != 0:
             raise _failed(source, target, said or f"qemu-img: {how_it_ended(process.returncode)}")
     finally:
@@ -208,8 +212,6 @@ def _command(read: _Pass, target: Target, fd: int) -> list[str]:
     # A forged image could make qemu-img use much memory, so it is limited; time is not.  A crash must leave
     # no core file with a guest's data.
     argv += ["prlimit", f"--as={MEMORY}", "--core=0", "--"]
-    # vdsmd runs at nice -20, and we inherit that; the configured value is absolute, `nice -n` is relative.
-    argv += ["nice", "-n", str(target.nice - os.getpriority(os.PRIO_PROCESS, 0))]
     argv += ["qemu-img", "convert", "-p", "-n", "-W", "-m", "8", "-t", "none"]
     if read.is_direct:
         argv += ["-T", "none"]
@@ -220,7 +222,7 @@ def _command(read: _Pass, target: Target, fd: int) -> list[str]:
     return [*argv, "--target-image-opts", read.filename, options]
 
 
-def _progress(process: run.Process[bytes]) -> Iterator[float]:
+def _progress(process: Process) -> Iterator[float]:
     """The fraction done, about once a second, and once more when the tool closes its standard output."""
     assert process.stdout is not None  # noqa: S101 (started with a pipe)
     fd, fraction, reported = process.stdout.fileno(), 0.0, time.monotonic()

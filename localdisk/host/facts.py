@@ -43,7 +43,6 @@ PACKAGES = {
     "setpriv": ("util-linux", "util-linux"),
     "prlimit": ("util-linux", "util-linux"),
     "blkdiscard": ("util-linux", "util-linux"),
-    "nice": ("coreutils", "coreutils"),
 }
 
 Version = tuple[int, ...]

@@ -16,6 +16,7 @@ from localdisk import device_mapper, run
 from localdisk.hook import copy, sources
 from localdisk.hook.sources import Source
 from localdisk.protocol import Target
+from localdisk.spawn import Process
 from localdisk.vdsm.disks import Disk, Volume
 
 DM_UUID = "LVM-" + "x" * 64
@@ -44,7 +45,7 @@ class Device:
         self.path = path
         path.write_bytes(content * size)
         self.events: list[str] = []
-        self.processes: list[run.Process[bytes]] = []
+        self.processes: list[Process] = []
         self.tool: list[str] | None = None  # instead of qemu-img
         self._start, self._fsync = run.start_reporting, os.fsync
         monkeypatch.setattr(device_mapper, "read_uuid", lambda _device: DM_UUID)
@@ -63,7 +64,7 @@ class Device:
         self.events.append(f"zero {offset} {length}")
         return os.pwrite(fd, bytes(length), offset)
 
-    def _start_reporting(self, argv: list[str], pass_fds: Iterable[int]) -> run.Process[bytes]:
+    def _start_reporting(self, argv: list[str], pass_fds: Iterable[int]) -> Process:
         self.events.append("convert")
         bent = [word.replace("file.driver=host_device", "file.driver=file") for word in argv]
         bent = [word.replace('"driver": "host_device"', '"driver": "file"') for word in bent]
@@ -78,7 +79,7 @@ class Device:
 
     @property
     def has_ended(self) -> bool:
-        return all(process.poll() is not None for process in self.processes)
+        return all(process.wait(0) is not None for process in self.processes)
 
 
 def takes_direct_io(path: Path) -> bool:

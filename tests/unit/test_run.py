@@ -193,7 +193,7 @@ def test_end_asks_and_never_kills() -> None:
     run.end(process, grace=0.1)
     assert is_running(process.pid)
     assert process.stdout.closed
-    process.kill()
+    os.kill(process.pid, signal.SIGKILL)
     process.wait()
 
 

@@ -16,11 +16,12 @@ from typing import Any
 
 import pytest
 
-from localdisk import device_mapper, protocol, run
+from localdisk import device_mapper, protocol
 from localdisk.errors import CopyFailed, DeviceNotReady
 from localdisk.hook import copy, sources
 from localdisk.hook.sources import Layer, Source
 from localdisk.protocol import Target
+from localdisk.spawn import Process
 from localdisk.vdsm.disks import Disk, Volume
 from tests.fakes.device import BASE, DM_UUID, LEAF, OLD, Device, disk, raw_source, silent
 
@@ -81,10 +82,9 @@ def whole(source: Source, target: Target) -> copy._Pass:
 )
 def test_command(monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], direct: bool, words: str) -> None:
     monkeypatch.setattr(Source, "allows_direct_io", direct)
-    monkeypatch.setattr(os, "getpriority", lambda _which, _who: -20)
     target = Target(**{**vars(Target("/dev/vg/lv", DM_UUID, False, None, 10)), **changes})
     assert copy._command(whole(one_layer(7), target), target, 9) == [
-        *f"setpriv --pdeathsig KILL -- {LIMITS} nice -n 30 qemu-img convert -p -n -W -m 8 {words}".split(),
+        *f"setpriv --pdeathsig KILL -- {LIMITS} qemu-img convert -p -n -W -m 8 {words}".split(),
         "--target-image-opts",
         'json:{"driver": "raw", "file": {"driver": "file", "filename": "/proc/self/fd/7"}}',
         "driver=raw,file.driver=host_device,file.filename=/proc/self/fd/9",
@@ -95,11 +95,11 @@ def test_command(monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], direc
 def test_niceness_is_absolute(device: Device, tmp_path: Path, nice: int) -> None:
     if nice < os.getpriority(os.PRIO_PROCESS, 0):
         nice = os.getpriority(os.PRIO_PROCESS, 0)
+    found = tmp_path / "nice"
+    device.tool = ["sh", "-c", f"sleep 0.2; nice >{found}"]
     with raw_source(tmp_path, OLD * 512) as source:
-        target = device.target(nice=nice)
-        command = copy._command(whole(source, target), target, 9)
-    tool = command[command.index("nice") : command.index("qemu-img")]
-    assert run.run([*tool, "nice"]) == f"{nice}\n"
+        copy.copy(source, device.target(nice=nice), silent)
+    assert found.read_text() == f"{nice}\n"
 
 
 # -- a copy
@@ -560,7 +560,7 @@ def test_a_pass_that_fails_ends_the_copy(device: Device, tmp_path: Path, at: int
     chain = chain_of(tmp_path, EVERYTHING, [(("write -P 7 0 1M",), {}), (("write -P 8 0 1M",), {})])
     start = device._start
 
-    def start_one(argv: Sequence[str], pass_fds: Iterable[int]) -> run.Process[bytes]:
+    def start_one(argv: Sequence[str], pass_fds: Iterable[int]) -> Process:
         fails = len(device.processes) == at
         return start(["sh", "-c", "echo oops >&2; exit 1"] if fails else argv, pass_fds)
 

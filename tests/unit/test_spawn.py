@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from localdisk import spawn
+from localdisk.spawn import Process
+
+ENVIRONMENT = {"PATH": "/usr/bin:/bin"}
+ALL = (0, 1, 2)
+
+
+def sh(script: str, **options: object) -> Process:
+    return spawn.start("/bin/sh", ["sh", "-c", script], ENVIRONMENT, **{"pipes": ALL, **options})  # type: ignore[arg-type]
+
+
+def test_both_outputs_are_read_at_once() -> None:
+    """More than a pipe holds, of both, in turns."""
+    part = "head -c 100000 /dev/zero; head -c 100000 /dev/zero >&2"
+    out, err = sh(f"{part}; {part}; cat").communicate(b"end", 60)
+    assert (out, err) == (bytes(200_000) + b"end", bytes(200_000))
+
+
+def test_what_is_written_to_a_tool_that_does_not_read() -> None:
+    assert sh("exec <&-; sleep 0.2; echo out").communicate(b"in", 60) == (b"out\n", b"")
+
+
+def test_a_tool_that_closes_its_outputs_and_runs_on() -> None:
+    process = sh("exec >&- 2>&-; exec sleep 30")
+    with pytest.raises(TimeoutError):
+        process.communicate(b"", 0.3)
+    process.terminate()
+    assert process.wait() == -signal.SIGTERM
+
+
+def test_waiting_for_a_while() -> None:
+    process = sh("read line; exit 3")
+    began = time.monotonic()
+    assert process.wait(0) is None
+    assert process.wait(0.2) is None
+    assert time.monotonic() - began >= 0.2
+    assert process.communicate(b"\n", 60) == (b"", b"")
+    assert process.returncode == process.wait() == process.wait(0) == 3
+    process.terminate()  # it has ended: no other process gets the signal
+
+
+def test_signals_are_not_ignored() -> None:
+    """Python ignores SIGPIPE and SIGXFSZ."""
+    process = sh("grep SigIgn /proc/$$/status")
+    # But for two of glibc, above 31, which posix_spawn has ignored.
+    assert int(process.communicate(b"", 60)[0].split()[1], 16) & 0x7FFFFFFF == 0
+
+
+def test_our_own_directory_stays(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert sh("pwd").communicate(b"", 60)[0] == b"/\n"
+    assert Path.cwd() == tmp_path
+    tmp_path.rmdir()
+    assert sh("pwd").communicate(b"", 60)[0] == b"/\n"
+
+
+def test_nothing_is_left_open(tmp_path: Path) -> None:
+    before = os.listdir("/proc/self/fd")
+    sh("exit").communicate(b"", 60)
+    for path in (tmp_path / "missing", tmp_path):
+        with pytest.raises((FileNotFoundError, PermissionError)):
+            spawn.start(str(path), ["x"], ENVIRONMENT, pipes=ALL)
+    assert os.listdir("/proc/self/fd") == before
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "<&- >&- 2>&-"])
+def test_of_a_process_without_standard_descriptors(tmp_path: Path, closed: str) -> None:
+    """The ends of pipes then have the numbers of standard descriptors."""
+    result = tmp_path / "result"
+    code = f"""
+import sys
+sys.path.insert(0, {os.getcwd()!r})
+from localdisk import spawn
+process = spawn.start("/bin/sh", ["sh", "-c", "cat; echo err >&2"], {ENVIRONMENT}, pipes=(0, 1, 2))
+open({str(result)!r}, "w").write(repr(process.communicate(b"in", 60)))
+"""
+    script = tmp_path / "script"
+    script.write_text(code)
+    subprocess.run(f"exec {sys.executable} -I {script} {closed}", shell=True, check=True)
+    assert result.read_text() == "(b'in', b'err\\n')"
