@@ -15,11 +15,10 @@ from contextlib import ExitStack
 from localdisk import cancel, counters, kept, libvirt, lock, log, protocol
 from localdisk.config import Config, Policy
 from localdisk.errors import BadRequest, CacheOff, Error, StartCancelled
-from localdisk.helper import claims, start, start_from_template, stop
+from localdisk.helper import claims, start, start_from_template
 from localdisk.helper.claims import Claim
 from localdisk.helper.new_volume import Known, NewVolume
 from localdisk.helper.start_from_template import TemplateInUse
-from localdisk.helper.trial import Trial
 from localdisk.protocol import Claimed, Done, Fetched, How, Looks, Prepared, Tried
 from localdisk.volumes import stale
 from localdisk.volumes.filling import log_filling
@@ -27,6 +26,8 @@ from localdisk.volumes.filling import log_filling
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
+
+    from localdisk.helper.trial import Trial
 
     Answer = dict[str, Any]
 
@@ -214,6 +215,8 @@ class Session:
         return Prepared(How.COPY, target.path, target)
 
     def _rehearse(self, request: protocol.Rehearse) -> Tried:
+        from localdisk.helper.trial import Trial
+
         self.close()
         self._trial = Trial(self._policy(request), self._pause)
         return Tried(self._trial.make())
@@ -269,11 +272,15 @@ class Session:
         return Done()
 
     def _drifted(self, request: protocol.Drifted) -> Done:
+        from localdisk.helper import stop
+
         self.close()
         stop.mark_drifted(self._policy(request), request.vm_id, request.ran_from)
         return Done()
 
     def _release(self, request: protocol.Release) -> Done:
+        from localdisk.helper import stop
+
         self.close()
         policy = self._policy(request)
         cancel.destroyed(request.vm_id)

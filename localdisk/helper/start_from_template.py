@@ -10,12 +10,15 @@ from contextlib import ExitStack
 from localdisk import counters, log, uncached
 from localdisk.config import Policy
 from localdisk.errors import BadRequest, Error, NoSpace
-from localdisk.helper import cache, start
-from localdisk.helper.cache import CachedTemplate
+from localdisk.helper import start
 from localdisk.helper.claims import Claim
 from localdisk.lock import Pause
 from localdisk.protocol import Base, Device, How, Prepare, Prepared, Target
 from localdisk.volumes import local_disk
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # only starts with a template need it
+    from localdisk.helper.cache import CachedTemplate
 
 
 class TemplateInUse:
@@ -26,6 +29,8 @@ class TemplateInUse:
 
     def take(self, base: Base, policy: Policy, pause: Pause) -> CachedTemplate:
         """Wait for the lock of this template, and hold it."""
+        from localdisk.helper.cache import CachedTemplate
+
         self.cached = CachedTemplate(base, policy, pause)
         return self.cached
 
@@ -93,6 +98,8 @@ def note_uncached(claim: Claim, reason: str) -> None:
 def _cached(used: TemplateInUse, base: Base, claim: Claim, pause: Pause) -> CachedTemplate:
     if used.cached is None:
         if base.domain_id:
+            from localdisk.helper import cache
+
             cache.require_template(base, claim.image_id)
         return used.take(base, claim.policy, pause)
     if used.cached.base != base:

@@ -13,7 +13,7 @@ from localdisk.errors import NoTemplate, UsageError
 from localdisk.hook import sources, template_source
 from localdisk.hook.client import Helper
 from localdisk.hook.copy import OnProgress
-from localdisk.hook.points import fill
+from localdisk.hook.local_copy import fill
 from localdisk.ids import is_uuid
 from localdisk.protocol import Base
 from localdisk.units import format_size

@@ -28,7 +28,7 @@ from localdisk.errors import (
     SourceRefused,
     UnplugRefused,
 )
-from localdisk.hook import copy, points, template_source
+from localdisk.hook import copy, local_copy, points, template_source
 from localdisk.hook.copy import OnProgress
 from localdisk.hook.sources import Layer, Source
 from localdisk.libvirt import DomainState
@@ -957,5 +957,5 @@ def test_a_base_on_block_storage_is_for_the_helper_to_judge(
     monkeypatch.setattr(template_source, "domain_of", lambda _layer: domain_id)
     leaf = Layer("/x/leaf", "qcow2", 0, True, leaf_size, "leaf")
     base = Layer(f"/dev/{domain_id}/{BASE_VOLUME}", "raw", 0, True, 1024, "base")
-    found = points._base(Source((base,) if is_alone else (leaf, base)))
+    found = local_copy._base(Source((base,) if is_alone else (leaf, base)))
     assert found == (None if why else Base(BASE_VOLUME, domain_id, base.fingerprint, 1024), why)
