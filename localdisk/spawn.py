@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import select
@@ -137,9 +138,11 @@ def start(
                 setsid=new_session,
                 setsigdef=_BACK_TO_DEFAULT,
             )
-    except BaseException:
+    except BaseException as error:
         for fd in ours.values():
             os.close(fd)
+        if isinstance(error, OSError) and error.errno == -1:  # of sudo's noexec, instead of EACCES
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path) from None
         raise
     finally:
         for fd in theirs.values():

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,20 @@ def test_nothing_is_left_open(tmp_path: Path) -> None:
         with pytest.raises((FileNotFoundError, PermissionError)):
             spawn.start(str(path), ["x"], ENVIRONMENT, pipes=ALL)
     assert os.listdir("/proc/self/fd") == before
+
+
+def test_what_sudo_forbids(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A preloaded library of sudo's NOEXEC has a posix_spawn that returns -1, not an error's number."""
+    monkeypatch.setattr(os, "posix_spawn", raising(OSError(-1, "Unknown error -1")))
+    with pytest.raises(PermissionError, match="Permission denied: '/bin/sh'"):
+        sh("exit")
+
+
+def raising(error: OSError) -> Callable[..., int]:
+    def posix_spawn(*_words: object, **_options: object) -> int:
+        raise error
+
+    return posix_spawn
 
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "<&- >&- 2>&-"])
