@@ -102,16 +102,22 @@ def picture(scene: Mapping[str, Any]) -> str:
 
 
 def steps(spans: Sequence[Mapping[str, Any]]) -> tuple[Step, ...]:
-    """In their order; what only runs another program, as setpriv and prlimit do, is one with it."""
+    """In their order; what only runs another program, as setpriv and prlimit do, is one with it.
+
+    What runs a hook is vdsm's part, which the bed plays, and is left out; so is all after the last hook.
+    """
     found: list[Step] = []
     for span in sorted(spans, key=lambda span: (span["start"], span["end"])):
         step = Step(span["pid"], span["user"], tuple(span["argv"]), span["start"], span["end"])
         before = next((old for old in found if old.pid == step.pid), None)
-        if before and before.argv[-len(step.argv) :] == step.argv:
+        if before and before.point and before.point == step.point:
+            found[found.index(before)] = step
+        elif before and before.argv[-len(step.argv) :] == step.argv:
             found[found.index(before)] = Step(before.pid, step.user, before.argv, before.start, step.end)
         else:
             found.append(step)
-    return tuple(found)
+    last = max((step.end for step in found if step.point), default=0)
+    return tuple(step for step in found if step.start <= last)
 
 
 def pieces(found: Sequence[Step]) -> tuple[Piece, ...]:

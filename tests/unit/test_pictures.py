@@ -104,6 +104,7 @@ def hook(pid: int, point: str, start: int, end: int) -> dict[str, Any]:
 
 SPANS = [
     span(1, "root", "virsh -c qemu:///system define /dev/stdin", 0, 90),
+    span(2, "root", "nice -n -20 /usr/libexec/vdsm/hooks/after_disk_prepare/50_localdisk", 90, 100),
     hook(2, "after_disk_prepare", 100, 1100),
     span(3, "root", "sudo -n /usr/local/libexec/localdisk helper", 150, 200),
     span(3, "root", "python3 -IS /usr/local/libexec/localdisk helper", 200, 1090),
@@ -120,6 +121,7 @@ SPANS = [
     hook(12, "after_vm_destroy", 9100, 9500),
     span(14, "root", f"lvchange --addtag DELETING ovirt-local/{VOLUME}", 9110, 9190),
     span(13, "root", f"lvremove --yes ovirt-local/{VOLUME}", 9200, 9300),
+    span(15, "vdsm", "virsh -r -c qemu:///system list --all --uuid", 9501, 9600),
 ]
 SCENE = {
     "ids": {"vm": VM, "volume": VOLUME},
@@ -139,6 +141,8 @@ def test_what_only_runs_another_program_is_one_with_it() -> None:
     (copy,) = (step for step in way.steps(SPANS) if step.pid == 7)
     assert (copy.argv[0], copy.start, copy.end) == ("setpriv", 500, 900)
     assert [step.argv[0] for step in way.steps(SPANS) if step.pid == 3] == ["sudo", "python3"]
+    (prepare,) = (step for step in way.steps(SPANS) if step.pid == 2)
+    assert (prepare.argv[0], prepare.user, prepare.start) == ("python3", "vdsm", 100)
 
 
 def test_lanes() -> None:
