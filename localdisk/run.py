@@ -25,6 +25,12 @@ from localdisk.errors import (
 )
 from localdisk.spawn import Process
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    Limits = Mapping[str, int]
+
 DEADLINE = 120  # seconds; LVM waits for its own locks and for udev, both bounded below this
 
 ENVIRONMENT = {
@@ -40,7 +46,12 @@ class Begun:
     """A tool that runs while its caller does something else; `output` waits for its end."""
 
     def __init__(
-        self, argv: Sequence[str], pass_fds: Iterable[int] = (), user: str = "", text: str = ""
+        self,
+        argv: Sequence[str],
+        pass_fds: Iterable[int] = (),
+        user: str = "",
+        text: str = "",
+        limits: Limits | None = None,
     ) -> None:
         self._argv = argv
         if is_spent():
@@ -53,6 +64,7 @@ class Begun:
             pass_fds=pass_fds,
             new_session=True,
             user=user,
+            limits=limits,
         )
 
     def output(self, deadline: float = DEADLINE) -> str:
@@ -113,14 +125,16 @@ def run(
     pass_fds: Iterable[int] = (),
     user: str = "",
     text: str = "",
+    limits: Limits | None = None,
 ) -> str:
     """Run `argv` to its end, at most `deadline` seconds, and return its standard output.
 
     Root can run it as `user`, with that user's groups and no capability.  `text` is its standard input.
+    `limits` are those of `spawn.start`.
 
     Raises CommandFailed, CommandTimeout, CommandMissing.
     """
-    return Begun(argv, pass_fds, user, text).output(deadline)
+    return Begun(argv, pass_fds, user, text, limits).output(deadline)
 
 
 def start(
@@ -130,13 +144,22 @@ def start(
     pass_fds: Iterable[int] = (),
     new_session: bool = False,
     user: str = "",
+    limits: Limits | None = None,
 ) -> Process:
     """Start `argv`; `pipes` are those of its standard descriptors that are pipes.  Raises CommandMissing."""
     try:
         if user:
             return _start_as(user, argv)
         path = _find(argv[0])
-        return spawn.start(path, argv, ENVIRONMENT, pipes=pipes, pass_fds=pass_fds, new_session=new_session)
+        return spawn.start(
+            path,
+            argv,
+            ENVIRONMENT,
+            pipes=pipes,
+            pass_fds=pass_fds,
+            new_session=new_session,
+            limits=limits or {},
+        )
     except (FileNotFoundError, PermissionError):
         raise _cannot_run(argv[0]) from None
 
@@ -196,9 +219,9 @@ def ask(process: Process, line: bytes) -> bytes:
     return process.stdout.readline()
 
 
-def start_reporting(argv: Sequence[str], pass_fds: Iterable[int]) -> Process:
-    """Start `argv` with a pipe for standard output and the descriptors `pass_fds`."""
-    return start(argv, pipes=(1, 2), pass_fds=pass_fds)
+def start_reporting(argv: Sequence[str], pass_fds: Iterable[int], limits: Limits | None = None) -> Process:
+    """Start `argv` with a pipe for standard output, the descriptors `pass_fds` and the limits."""
+    return start(argv, pipes=(1, 2), pass_fds=pass_fds, limits=limits)
 
 
 def end(process: Process, grace: float = 10) -> None:

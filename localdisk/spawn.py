@@ -110,10 +110,12 @@ def start(
     pipes: Iterable[int],
     pass_fds: Iterable[int] = (),
     new_session: bool = False,
+    limits: Mapping[str, int],
 ) -> Process:
     """Start the program at `path` in the directory `/`, with its standard descriptors and `pass_fds` only.
 
-    `pipes`: which of the descriptors 0, 1 and 2 are pipes to us; the others are /dev/null.
+    `pipes`: which of the descriptors 0, 1 and 2 are pipes to us; the others are /dev/null.  `limits`: by the
+    names of setrlimit(2), without RLIMIT_, for the program and all that it starts.
     Raises OSError, as execve does.
     """
     ours: dict[int, int] = {}
@@ -129,7 +131,7 @@ def start(
         # To itself: glibc then lets the child inherit it (2.29 and later, posix/spawni.c).
         actions += [(os.POSIX_SPAWN_DUP2, fd, fd) for fd in pass_fds]
         _keep_to_ourselves()
-        with _in_root_directory():
+        with _in_root_directory(), _limited(limits):
             pid = os.posix_spawn(
                 path,
                 list(argv),
@@ -181,3 +183,24 @@ def _in_root_directory() -> Iterator[None]:
         with contextlib.suppress(OSError):  # this user may not enter it any more
             os.fchdir(before)
         os.close(before)
+
+
+@contextmanager
+def _limited(limits: Mapping[str, int]) -> Iterator[None]:
+    """Lower our own soft limits for a moment: a child inherits them.
+
+    It could raise a soft limit again.  qemu-img does not, and prlimit(1) would be one more program to start.
+    """
+    before: dict[int, tuple[int, int]] = {}
+    try:
+        for name, limit in limits.items():
+            import resource
+
+            number = getattr(resource, f"RLIMIT_{name}")
+            before[number] = resource.getrlimit(number)
+            hard = before[number][1]
+            resource.setrlimit(number, (limit if hard < 0 else min(limit, hard), hard))  # -1: infinity
+        yield
+    finally:
+        for number, both in before.items():
+            resource.setrlimit(number, both)

@@ -1608,7 +1608,7 @@ def mapped(script: Callable[[World], str]) -> Provoke:
     def provoke(world: World) -> None:
         start, path = run.start_reporting, world.evil_path()
         tool = ["sh", "-c", script(world)]
-        world.patch.setattr(run, "start_reporting", lambda _argv, fds: start(tool, fds))
+        world.patch.setattr(run, "start_reporting", lambda _argv, fds, _limits: start(tool, fds))
         layer = Layer(path, "qcow2", 0, False, MIB, "")
         Source((layer, layer)).writes_above(65536)
 
@@ -1623,7 +1623,7 @@ def stands_on_another(world: World) -> None:
 
 
 FEATURES = {1: "not closed", 2: "corrupt", 4: "external data file", 1 << 40: "0x10000000000"}
-PRLIMIT = ("prlimit", "--as=1")
+MEASURE = ("qemu-img", "measure")
 IMAGES = {
     "no qcow2": case(header(magic=b"QFI\xfa"), LEAF, "qcow2"),
     "version": case(header(version=4), LEAF, "4"),
@@ -1649,10 +1649,10 @@ IMAGES = {
     "read error": case(unreadable(OSError(5, "Input/output error")), LEAF, "Input/output error"),
     "unknown read error": case(unreadable(OSError()), LEAF, "read error"),
     "measure": case(
-        measured(lambda w: CommandFailed(PRLIMIT, 1, w.evil())), LEAF, "qemu-img measure", "evil"
+        measured(lambda w: CommandFailed(MEASURE, 1, w.evil())), LEAF, "qemu-img measure", "evil"
     ),
     "measure says": case(measured(lambda w: w.evil()), LEAF, "qemu-img measure", "evil"),
-    "no qemu-img": case(measured(lambda _: CommandFailed(PRLIMIT, 127, "")), "qemu-img"),
+    "no qemu-img": case(measured(lambda _: CommandMissing(tool="qemu-img")), "qemu-img"),
     "map": case(mapped(lambda w: f"echo {w.evil('x')} >&2; exit 3"), "qemu-img map", "3", "evil"),
     "map says": case(mapped(lambda w: f"echo {w.evil('x')}"), "qemu-img map", "evil"),
     "no qemu-img to map": case(mapped(lambda _: "exit 127"), "qemu-img"),

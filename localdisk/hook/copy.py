@@ -30,7 +30,10 @@ from localdisk.protocol import Device, Target
 from localdisk.spawn import Process
 
 NODE_DEADLINE = 10.0  # seconds; by then udev must have made the node with vdsm as its owner
-MEMORY = 4 << 30  # bytes of address space; the tables of 64 layers take at most 32 MiB each (qemu, L2 cache)
+# A forged image could make qemu-img use much memory, so its address space is limited; time is not.  The
+# tables of 64 layers take at most 32 MiB each (qemu, L2 cache).  A crash must leave no core file with a
+# guest's data.
+LIMITS = {"AS": 4 << 30, "CORE": 0}  # bytes
 HEARTBEAT = 1.0  # seconds between two calls of `on_progress`
 
 _BLKZEROOUT = 0x127F  # linux/fs.h; takes offset and length in bytes
@@ -188,7 +191,7 @@ def _zero_tail(fd: int, begin: int, on_progress: OnProgress) -> int:
 
 def _convert(source: Source, read: _Pass, target: Target, fd: int, on_progress: OnProgress) -> int:
     """Run one pass; returns how many bytes were written."""
-    process = run.start_reporting(_command(read, target, fd), (*read.fds, fd))
+    process = run.start_reporting(_command(read, target, fd), (*read.fds, fd), LIMITS)
     written = 0
     try:
         # vdsmd runs at nice -20, and we inherit that.  setpriv still runs: qemu-img's threads inherit this.
@@ -198,8 +201,8 @@ def _convert(source: Source, read: _Pass, target: Target, fd: int, on_progress: 
             written = _written(process.pid, int(fraction * source.virtual_size))
             on_progress(fraction, written)
         said = run.read_errors(process)
-        if process.returncode in (126, 127):  # setpriv or prlimit could not run the next program
-            raise run.cannot_run("setpriv", "prlimit", "qemu-img")
+        if process.returncode in (126, 127):  # setpriv could not run qemu-img
+            raise run.cannot_run("setpriv", "qemu-img")
         if process.returncode != 0:
             raise _failed(source, target, said or f"qemu-img: {how_it_ended(process.returncode)}")
     finally:
@@ -209,9 +212,6 @@ def _convert(source: Source, read: _Pass, target: Target, fd: int, on_progress: 
 
 def _command(read: _Pass, target: Target, fd: int) -> list[str]:
     argv = ["setpriv", "--pdeathsig", "KILL", "--"]
-    # A forged image could make qemu-img use much memory, so it is limited; time is not.  A crash must leave
-    # no core file with a guest's data.
-    argv += ["prlimit", f"--as={MEMORY}", "--core=0", "--"]
     argv += ["qemu-img", "convert", "-p", "-n", "-W", "-m", "8", "-t", "none"]
     if read.is_direct:
         argv += ["-T", "none"]

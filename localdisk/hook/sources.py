@@ -33,7 +33,7 @@ MAX_LAYERS = 64
 _REPLACED = "find out who put it there (ls -l, readlink -f), then restore the volume"
 _LARGEST_CLUSTER = 2 << 20  # bytes; qcow2 has no larger ones
 # A forged image can make a tool use memory or processor time without end.
-_BOUNDED = ("prlimit", "--as=2147483648", "--cpu=600", "--core=0", "--")
+_LIMITS = {"AS": 2 << 30, "CPU": 600, "CORE": 0}  # bytes, seconds, bytes
 
 
 @frozen
@@ -145,13 +145,11 @@ class Source:
         # Measured for qcow2, because QEMU's raw_measure() counts zeros, too.
         cluster = min(chunk & -chunk, _LARGEST_CLUSTER)  # each is inside of one block of the pool
         options = ["-O", "qcow2", "-o", f"cluster_size={cluster}"]
-        argv = [*_BOUNDED, "qemu-img", "measure", "--output", "json", *options, self.filename]
+        argv = ["qemu-img", "measure", "--output", "json", *options, self.filename]
         measure = ("qemu-img", "measure", self.layers[0].path)
         try:
-            out = run.run(argv, deadline=3600, pass_fds=self.fds)
+            out = run.run(argv, deadline=3600, pass_fds=self.fds, limits=_LIMITS)
         except CommandFailed as error:
-            if error.returncode in (126, 127):  # prlimit could not run qemu-img
-                raise run.cannot_run("qemu-img") from None
             raise CommandFailed(measure, error.returncode, error.stderr) from None
         try:
             found = json.loads(out)
@@ -180,8 +178,8 @@ def _held_by(layer: Layer, chunk: int) -> int:
     Raises CommandFailed, CommandMissing.
     """
     with alone(layer) as (filename, fds):
-        argv = ["timeout", "3600", *_BOUNDED, "qemu-img", "map", "--output", "json", filename]
-        process = run.start_reporting(argv, fds)
+        argv = ["timeout", "3600", "qemu-img", "map", "--output", "json", filename]
+        process = run.start_reporting(argv, fds, _LIMITS)
         try:
             assert process.stdout  # noqa: S101 (started with a pipe)
             blocks = count_blocks((_held(line, layer.path) for line in process.stdout), chunk)
@@ -189,7 +187,7 @@ def _held_by(layer: Layer, chunk: int) -> int:
         finally:
             run.end(process)
     if process.returncode in (126, 127):
-        raise run.cannot_run("timeout", "prlimit", "qemu-img")
+        raise run.cannot_run("timeout", "qemu-img")
     if process.returncode:
         raise CommandFailed(("qemu-img", "map", layer.path), process.returncode, said)
     return blocks * chunk

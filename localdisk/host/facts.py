@@ -41,7 +41,6 @@ PACKAGES = {
     "visudo": ("sudo", "sudo"),
     "virsh": ("libvirt-client", "libvirt-clients"),
     "setpriv": ("util-linux", "util-linux"),
-    "prlimit": ("util-linux", "util-linux"),
     "blkdiscard": ("util-linux", "util-linux"),
 }
 

@@ -332,10 +332,10 @@ class FakeHost:
         content = self.content[self.volumes[lv_name].lv_uuid]
         return hashlib.sha256(f"{content} {size}".encode()).hexdigest()[:32]
 
-    def run(self, argv: Sequence[str], *, deadline: float = 0, pass_fds: Iterable[int] = ()) -> str:
+    def run(self, argv: Sequence[str], **options: Any) -> str:
         words = list(argv)
-        if words[0] == "prlimit":  # qemu-img, which is here
-            return REAL_RUN(words, deadline=deadline, pass_fds=pass_fds)
+        if words[0] == "qemu-img":  # it is here
+            return REAL_RUN(words, **options)
         is_again = self._is_full and " ".join(words) == self.commands[-1]
         self._is_full = False
         if not is_again:  # without the settings, if the metadata area has no room for them

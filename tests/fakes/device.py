@@ -6,7 +6,7 @@ import contextlib
 import fcntl
 import os
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,13 +64,15 @@ class Device:
         self.events.append(f"zero {offset} {length}")
         return os.pwrite(fd, bytes(length), offset)
 
-    def _start_reporting(self, argv: list[str], pass_fds: Iterable[int]) -> Process:
+    def _start_reporting(
+        self, argv: list[str], pass_fds: Iterable[int], limits: Mapping[str, int]
+    ) -> Process:
         self.events.append("convert")
         bent = [word.replace("file.driver=host_device", "file.driver=file") for word in argv]
         bent = [word.replace('"driver": "host_device"', '"driver": "file"') for word in bent]
         if not takes_direct_io(self.path):
             bent[bent.index("-t") + 1] = "writeback"
-        self.processes.append(self._start(self.tool or bent, pass_fds))
+        self.processes.append(self._start(self.tool or bent, pass_fds, limits))
         return self.processes[-1]
 
     def _sync(self, fd: int) -> None:

@@ -161,7 +161,7 @@ class Host(FakeHost):
         self.volumes["pool0"].lv_size = POOL
         self.of_running: dict[str, Seen] = {}  # volumes of running VMs, as they were when the VM started
 
-    def run(self, argv: Sequence[str], *, deadline: float = 0, pass_fds: object = ()) -> str:
+    def run(self, argv: Sequence[str], **options: Any) -> str:
         words = list(argv)
         is_change = words[0] not in ("lvm", "virsh")
         self.world.moment(is_change)
@@ -170,7 +170,7 @@ class Host(FakeHost):
         if len(names) > 1 and self.world.dies_within(is_change):
             super().run([word for word in words if word not in names[1:]])
             self.world.die()
-        answer = super().run(words)
+        answer = super().run(words, **options)
         self._check_running_vms()
         self.world.moment(is_change)
         return answer

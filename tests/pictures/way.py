@@ -73,7 +73,7 @@ class Step:
     @property
     def lane(self) -> str:
         tool = Path(self.argv[0]).name
-        if self.point or tool in ("setpriv", "prlimit", "qemu-img"):
+        if self.point or tool in ("setpriv", "qemu-img"):
             return "hook"
         if tool == "virsh":
             return "helper" if "--readonly" in self.argv else "vdsm"
@@ -102,7 +102,7 @@ def picture(scene: Mapping[str, Any]) -> str:
 
 
 def steps(spans: Sequence[Mapping[str, Any]]) -> tuple[Step, ...]:
-    """In their order; what only runs another program, as setpriv and prlimit do, is one with it.
+    """In their order; what only runs another program, as setpriv does, is one with it.
 
     What runs a hook is vdsm's part, which the bed plays, and is left out; so is all after the last hook.
     """

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,7 +20,8 @@ ALL = (0, 1, 2)
 
 
 def sh(script: str, **options: object) -> Process:
-    return spawn.start("/bin/sh", ["sh", "-c", script], ENVIRONMENT, **{"pipes": ALL, **options})  # type: ignore[arg-type]
+    given: dict[str, Any] = {"pipes": ALL, "limits": {}, **options}
+    return spawn.start("/bin/sh", ["sh", "-c", script], ENVIRONMENT, **given)
 
 
 def test_both_outputs_are_read_at_once() -> None:
@@ -58,6 +61,21 @@ def test_signals_are_not_ignored() -> None:
     assert int(process.communicate(b"", 60)[0].split()[1], 16) & 0x7FFFFFFF == 0
 
 
+def test_limits_are_for_the_child_alone() -> None:
+    """Memory and core files, and never above a hard limit."""
+    kinds = {"AS": resource.RLIMIT_AS, "CORE": resource.RLIMIT_CORE, "NOFILE": resource.RLIMIT_NOFILE}
+    before = {name: resource.getrlimit(number) for name, number in kinds.items()}
+    hard = before["NOFILE"][1]
+    out, _ = sh(
+        "ulimit -v; ulimit -c; ulimit -n", limits={"AS": 4 << 30, "CORE": 0, "NOFILE": hard + 1}
+    ).communicate(b"", 60)
+    assert out.split() == [b"%d" % (4 << 20), b"0", b"%d" % hard]
+    assert {name: resource.getrlimit(number) for name, number in kinds.items()} == before
+    with pytest.raises(FileNotFoundError):
+        spawn.start("/missing", ["x"], ENVIRONMENT, pipes=ALL, limits={"CORE": 0})
+    assert resource.getrlimit(resource.RLIMIT_CORE) == before["CORE"]
+
+
 def test_our_own_directory_stays(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     assert sh("pwd").communicate(b"", 60)[0] == b"/\n"
@@ -71,7 +89,7 @@ def test_nothing_is_left_open(tmp_path: Path) -> None:
     sh("exit").communicate(b"", 60)
     for path in (tmp_path / "missing", tmp_path):
         with pytest.raises((FileNotFoundError, PermissionError)):
-            spawn.start(str(path), ["x"], ENVIRONMENT, pipes=ALL)
+            spawn.start(str(path), ["x"], ENVIRONMENT, pipes=ALL, limits={})
     assert os.listdir("/proc/self/fd") == before
 
 
@@ -97,7 +115,8 @@ def test_of_a_process_without_standard_descriptors(tmp_path: Path, closed: str) 
 import sys
 sys.path.insert(0, {os.getcwd()!r})
 from localdisk import spawn
-process = spawn.start("/bin/sh", ["sh", "-c", "cat; echo err >&2"], {ENVIRONMENT}, pipes=(0, 1, 2))
+argv = ["sh", "-c", "cat; echo err >&2"]
+process = spawn.start("/bin/sh", argv, {ENVIRONMENT}, pipes=(0, 1, 2), limits={{}})
 open({str(result)!r}, "w").write(repr(process.communicate(b"in", 60)))
 """
     script = tmp_path / "script"

@@ -10,7 +10,7 @@ import struct
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,6 @@ PROGRESS = (
     b"    (0.00/100%)\r    (25.00/100%)\r    (50.00/100%)\r    (75.00/100%)\r    (100.00/100%)\r"
     b"    (100.00/100%)\r\n"
 )
-
-
-LIMITS = "prlimit --as=4294967296 --core=0 --"
 
 
 @pytest.fixture(name="device")
@@ -84,7 +81,7 @@ def test_command(monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], direc
     monkeypatch.setattr(Source, "allows_direct_io", direct)
     target = Target(**{**vars(Target("/dev/vg/lv", DM_UUID, False, None, 10)), **changes})
     assert copy._command(whole(one_layer(7), target), target, 9) == [
-        *f"setpriv --pdeathsig KILL -- {LIMITS} qemu-img convert -p -n -W -m 8 {words}".split(),
+        *f"setpriv --pdeathsig KILL -- qemu-img convert -p -n -W -m 8 {words}".split(),
         "--target-image-opts",
         'json:{"driver": "raw", "file": {"driver": "file", "filename": "/proc/self/fd/7"}}',
         "driver=raw,file.driver=host_device,file.filename=/proc/self/fd/9",
@@ -560,9 +557,11 @@ def test_a_pass_that_fails_ends_the_copy(device: Device, tmp_path: Path, at: int
     chain = chain_of(tmp_path, EVERYTHING, [(("write -P 7 0 1M",), {}), (("write -P 8 0 1M",), {})])
     start = device._start
 
-    def start_one(argv: Sequence[str], pass_fds: Iterable[int]) -> Process:
+    def start_one(
+        argv: Sequence[str], pass_fds: Iterable[int], limits: Mapping[str, int] | None = None
+    ) -> Process:
         fails = len(device.processes) == at
-        return start(["sh", "-c", "echo oops >&2; exit 1"] if fails else argv, pass_fds)
+        return start(["sh", "-c", "echo oops >&2; exit 1"] if fails else argv, pass_fds, limits)
 
     device._start = start_one
     with chain.opened() as source, pytest.raises(CopyFailed, match="oops"):
