@@ -6,6 +6,7 @@ have none), or is `{"error": "why"}` if the request is refused.  WIRE has the fi
 
     Look      the state of the local copies of these disks; locks and changes nothing  -> Looks
     Claim     take the disk's lock, and check whether the disk is in use               -> Claimed
+    Reuse     use a kept disk again, if that is possible                               -> Prepared
     Prepare   make the claimed disk, or use a kept disk again                          -> Prepared
     Prefetch  take a template's lock, and check whether the template is cached         -> Fetched
     Fill      make the missing template LV                                             -> Prepared
@@ -69,6 +70,7 @@ class How(Enum):
     """What the hook does with a disk that the helper has prepared."""
 
     KEPT = "kept"  # nothing: a kept disk is used again
+    NEW = "new"  # have a new disk prepared: no kept disk is used again
     COPY = "copy"  # copy all of it
     MISSING = "missing"  # fill the template LV, commit that, then ask again
     LAYERS = "layers"  # copy the layers above the base: the disk is a clone of the template LV
@@ -141,6 +143,14 @@ class Claim:
     # When the hook asked libvirt, which then said that vdsm starts this VM: milliseconds of CLOCK_MONOTONIC,
     # which is the same for all processes; 0 if it did not ask.
     seen_at: int
+
+
+@frozen
+class Reuse:
+    """Use a kept disk of this size and fingerprint again, if there is one; make and remove nothing else."""
+
+    size: int
+    fingerprint: str
 
 
 @frozen
@@ -220,7 +230,7 @@ class Rehearsed:
     pass
 
 
-STARTS = (Look, Claim, Prepare, Prefetch, Fill, Uncached, Progress, Commit, Cancel)
+STARTS = (Look, Claim, Reuse, Prepare, Prefetch, Fill, Uncached, Progress, Commit, Cancel)
 STOPS = (Drifted, Release, Stale)
 TRIALS = (Rehearse, Rehearsed)
 REQUESTS = (*STARTS, *STOPS, *TRIALS)

@@ -46,6 +46,7 @@ class Session:
         self._verbs: dict[type, Callable[[Any], object]] = {
             protocol.Look: self._look,
             protocol.Claim: self._claim_disk,
+            protocol.Reuse: self._reuse,
             protocol.Prepare: self._prepare,
             protocol.Prefetch: self._prefetch,
             protocol.Fill: self._fill,
@@ -198,6 +199,13 @@ class Session:
         if not self._claim:
             self._starting = ""
         return Claimed(stays, path, vg.chunk(policy.pool), policy.cache.templates)
+
+    def _reuse(self, request: protocol.Reuse) -> Prepared:
+        self._claim, planned = start.look(self._unfilled_claim(), request, self._pause)
+        if not planned.reuse:
+            return Prepared(How.NEW)
+        # As a `prepare`, which does not measure what it copies.
+        return self._prepare(protocol.Prepare(request.size, request.fingerprint, 0, None))
 
     def _prepare(self, request: protocol.Prepare) -> Prepared:
         if request.base and request.base.size > request.size:

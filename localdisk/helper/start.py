@@ -12,9 +12,9 @@ from localdisk.helper import claims
 from localdisk.helper.claims import Claim
 from localdisk.helper.replaced import Replaced
 from localdisk.lock import Pause
-from localdisk.protocol import How, Prepare, Prepared, Target
+from localdisk.protocol import How, Prepare, Prepared, Reuse, Target
 from localdisk.volumes import local_disk
-from localdisk.volumes.local_disk import LocalDisk, State, Wanted
+from localdisk.volumes.local_disk import LocalDisk, Start, State, Wanted
 from localdisk.volumes.lvm import VolumeGroup
 
 
@@ -24,19 +24,24 @@ def plan(claim: Claim, request: Prepare, pause: Pause) -> tuple[Claim, LocalDisk
     Returns the claim, and the kept disk that the start uses again, None if a new disk must be made.
     Raises SourceChanged and the other errors of `local_disk.plan_start`.
     """
-    claim = claims.with_others(claim, pause)
-    claim.vg.require_usable()
-    wanted = Wanted(claim.volume_id, request.fingerprint, request.size)
-    try:
-        planned = local_disk.plan_start(claim.disks, wanted, claim.policy.retention, claim.vg.vg_name)
-    except DiskBusy as error:
-        raise holders.busy(error) from None
+    claim, planned = look(claim, request, pause)
     claim = claims.remove_old_copies(claim, planned.remove, pause)
     with_margin = request.size + claim.policy.margins.disk.of(request.size)
     replaced = claim.replacing(planned.replace, pause)
     known = None if claim.disks or planned.remove else claim.known
     claim = replace(claim, wanted=(with_margin, request.writes), replaced=replaced, known=known)
     return claim, planned.reuse
+
+
+def look(claim: Claim, request: Prepare | Reuse, pause: Pause) -> tuple[Claim, Start]:
+    """Plan the start as `plan`, and change nothing; returns the claim with all disks that were looked at."""
+    claim = claims.with_others(claim, pause)
+    claim.vg.require_usable()
+    wanted = Wanted(claim.volume_id, request.fingerprint, request.size)
+    try:
+        return claim, local_disk.plan_start(claim.disks, wanted, claim.policy.retention, claim.vg.vg_name)
+    except DiskBusy as error:
+        raise holders.busy(error) from None
 
 
 def reuse(claim: Claim, found: LocalDisk, fingerprint: str, pause: Pause) -> Prepared:

@@ -79,6 +79,10 @@ class Helper:
         """
         return self._ask(protocol.Claim(*self._vm, disk.image_id, disk.volume_id, seen_at), Claimed)
 
+    def reuse(self, virtual_size: int, fingerprint: str) -> Prepared:
+        """Have the helper use a kept disk again for the claimed disk, if that is possible."""
+        return self._ask(protocol.Reuse(virtual_size, fingerprint), Prepared)
+
     def prepare(self, virtual_size: int, fingerprint: str, writes: int, base: Base | None = None) -> Prepared:
         """Have the helper make the claimed disk or use a kept disk again; waits for a turn to copy.
 

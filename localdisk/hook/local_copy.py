@@ -30,6 +30,10 @@ def make(helper: Helper, disk: Disk, seen_at: int = 0) -> str:
         return claimed.path
     _require_copyable(disk)
     with sources.opened(disk) as source:
+        if claimed.chunk:  # what a copy would write need not be measured if nothing is copied
+            reused = helper.reuse(source.virtual_size, source.fingerprint)
+            if reused.how is How.KEPT:
+                return reused.path
         base, why = _base(source) if claimed.is_cached else (None, "")
         prepared = _prepare(helper, source, claimed.chunk, base)
         if prepared.target:

@@ -175,6 +175,7 @@ TEMPLATES: dict[str, Request] = {
     "template: 2^63 bytes": lambda _: prefetch(size=1 << 63),
     "template: half a byte": lambda _: prefetch(size=4194304.5),
     "fill before prefetch": lambda _: {"verb": "fill", "writes": 0},
+    "reuse before claim": lambda _: {"verb": "reuse", "size": 4194304, "fingerprint": "0" * 32},
 }
 ALONE = {**NO_JSON, **VERBS, **NAMES, **OTHERS, **EARLY}
 

@@ -2202,9 +2202,10 @@ fields = {
 }
 VERBS = {"look": "vm property disks", "claim": "vm property image volume seen", "release": "vm property"}
 VERBS.update({"prepare": "size fingerprint writes base", "progress": "done written", "commit": ""})
-VERBS.update({"prefetch": "backend base", "fill": "writes"})
+VERBS.update({"prefetch": "backend base", "fill": "writes", "reuse": "size fingerprint"})
 VERBS.update({"cancel": "vm property", "drifted": "vm property disks"})
 VERBS.update({"rehearse": "vm property", "rehearsed": ""})
+REUSE = {"verb": "reuse", "size": SIZE, "fingerprint": FINGERPRINT}
 FROM_BASE = {**PREPARE, "base": BASE}
 FILL = {"verb": "fill", "writes": 512}
 PREFETCH = {"verb": "prefetch", "backend": "lvmthin", "base": BASE}
@@ -2215,7 +2216,9 @@ STARTS = [
     {**CLAIM, "volume": NEW, "property": "lvmthin"},
     PREFETCH,
 ]
-sound = st.sampled_from([*STARTS, PREPARE, FROM_BASE, FILL, PROGRESS, COMMIT_IT, RELEASE]).map(json.dumps)
+sound = st.sampled_from([*STARTS, REUSE, PREPARE, FROM_BASE, FILL, PROGRESS, COMMIT_IT, RELEASE]).map(
+    json.dumps
+)
 wild = st.sampled_from(sorted(VERBS)).flatmap(
     lambda verb: st.fixed_dictionaries(
         {"verb": st.just(verb), **{name: fields[name] for name in VERBS[verb].split()}}
@@ -2229,6 +2232,53 @@ POLICIES = [
     "cache: {templates: on}",
     "{cache: {templates: on}, retention: {erase: zero}, copy: {parallel: 1}}",
 ]
+
+
+@pytest.mark.parametrize(
+    ("its_tags", "how"),
+    [
+        (tags("STOPPED_5"), "kept"),
+        (tags(), "kept"),
+        (tags("STOPPED_5", fingerprint=OTHER_FINGERPRINT), "new"),
+        (tags("UPDATING"), "new"),
+        (tags("DELETING"), "new"),
+        (None, "new"),
+    ],
+)
+def test_a_kept_disk_is_used_again_or_nothing_changes(
+    host: FakeHost, its_tags: set[str] | None, how: str
+) -> None:
+    """What is in the way of a new disk is removed when the new disk is prepared."""
+    if its_tags is not None:
+        host.add(VOLUME, its_tags, SIZE)
+    before = dict(host.volumes)
+    hook = Hook(host, RECOPY)
+    assert hook.ask(CLAIM) == TO_PREPARE
+    commands = len(host.commands)
+    assert hook.ask(REUSE)["how"] == how
+    if how == "new":
+        assert len(host.commands) == commands
+        assert host.volumes == before
+        assert hook.ask(PREPARE)["how"] == "copy"
+    else:
+        assert not any(tag.startswith("STOPPED") for tag in host.volumes[VOLUME].lv_tags)
+        assert locks() == []
+    hook.session.close()
+
+
+def test_a_kept_disk_that_the_operator_must_decide_about_is_refused(host: FakeHost) -> None:
+    host.add(VOLUME, tags("STOPPED_5", fingerprint=OTHER_FINGERPRINT), SIZE)
+    hook = Hook(host, KEEP)
+    hook.ask(CLAIM)
+    assert "changed" in hook.refused(REUSE)
+
+
+def test_reuse_needs_a_claim(host: FakeHost) -> None:
+    assert "order" in Hook(host).refused(REUSE)
+    hook = Hook(host)
+    hook.start()
+    assert "order" in hook.refused(REUSE)
+    assert "UPDATING" not in host.volumes.get(VOLUME, host.volumes["pool0"]).lv_tags
 
 
 @settings(max_examples=examples(100), deadline=None, derandomize=True, database=None)

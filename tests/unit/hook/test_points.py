@@ -92,6 +92,24 @@ def test_a_second_run_of_the_same_hook(host_vdsm: Vdsm) -> None:
     assert len(host_vdsm.copied) == 1
 
 
+def test_a_kept_thin_disk_is_used_again_and_nothing_is_measured(
+    host_vdsm: Vdsm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a large image on slow storage, the measure would take longer than all else of a restart."""
+    host_vdsm.configure("retention: {on_stop: keep, on_source_change: recopy}")
+    thin = {"localdisk": "lvmthin"}
+    first = host_vdsm.call("after_disk_prepare", disk_json(host_vdsm), **thin)
+    assert host_vdsm.verbs[0] == ["claim", "reuse", "prepare", "progress", "commit"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Source, "writes", None)
+        assert host_vdsm.call("after_disk_prepare", disk_json(host_vdsm), **thin) == first
+    assert host_vdsm.verbs[1] == ["claim", "reuse"]
+    host_vdsm.source(VOLUME, 2 * SIZE)
+    assert host_vdsm.call("after_disk_prepare", disk_json(host_vdsm), **thin) == first
+    assert host_vdsm.verbs[2] == ["claim", "reuse", "prepare", "progress", "commit"]
+    assert len(host_vdsm.copied) == 2
+
+
 @pytest.mark.parametrize("device", ["cdrom", "floppy"])
 def test_what_is_no_disk_is_passed_over(host_vdsm: Vdsm, device: str) -> None:
     text = disk_json(host_vdsm, device=device, readonly=True)
@@ -787,13 +805,14 @@ def fixture_templated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Templa
 def test_a_disk_starts_from_its_template(templated: Templated, backend: str, how: str) -> None:
     assert templated.start(localdisk=backend)["path"] == LOCAL
     assert templated.filled == [("copy", "5"), (how, "1", "5")]
+    reuse = ["reuse"] * (backend == "lvmthin")
     assert templated.verbs == [
         [
-            *("claim", "prepare", "fill", "progress", "commit"),
+            *("claim", *reuse, "prepare", "fill", "progress", "commit"),
             *("prepare", "progress", "commit"),
         ]
     ]
-    asked = templated.asked[1]["base"]
+    asked = templated.asked[1 + len(reuse)]["base"]
     assert (asked["volume"], asked["domain"], asked["size"]) == (BASE_VOLUME, "", EXTENT)
     writes = [each["writes"] for each in templated.asked if "writes" in each]
     assert writes == ([SIZE, EXTENT, SIZE] if backend == "lvm" else [0, EXTENT, 0])
@@ -801,7 +820,7 @@ def test_a_disk_starts_from_its_template(templated: Templated, backend: str, how
     templated.host.volumes.pop(VOLUME)
     assert templated.start(localdisk=backend)["path"] == LOCAL
     assert templated.filled == [(how, "1", "5")]
-    assert templated.verbs[1] == ["claim", "prepare", "progress", "commit"]
+    assert templated.verbs[1] == ["claim", *reuse, "prepare", "progress", "commit"]
     assert "UPDATING" not in templated.host.volumes[VOLUME].lv_tags
     assert [name for name in templated.locks if name.endswith(".lock")] == []
 
