@@ -29,7 +29,7 @@ import os
 import time
 
 from localdisk import lock
-from localdisk.errors import RunUnwritable, StartCancelled
+from localdisk.errors import StartCancelled
 
 SETTLED = 60  # seconds from before_vm_destroy to the last after_disk_prepare of the same start
 KEEP_FOR = 24 * 3600  # seconds that a start may wait for its place
@@ -77,14 +77,14 @@ def sweep(may_start: bool) -> None:
     for name in _names():
         path = os.path.join(lock.RUN, name)
         if not may_start or _age(path) > KEEP_FOR:
-            _remove(path)
+            lock.remove(path)
 
 
 def settle(vm_id: str) -> None:
     """A start begins: remove the file of a power-off before it, but not the file of a recent one."""
-    _remove(_path(vm_id, _DESTROYED))
+    lock.remove(_path(vm_id, _DESTROYED))
     if SETTLED <= _age(_path(vm_id, _DESTROYING)) < float("inf"):
-        _remove(_path(vm_id, _DESTROYING))
+        lock.remove(_path(vm_id, _DESTROYING))
 
 
 def _names() -> list[str]:
@@ -105,13 +105,3 @@ def _age(path: str) -> float:
         return abs(time.time() - os.lstat(path).st_mtime)
     except FileNotFoundError:
         return float("inf")
-
-
-def _remove(path: str) -> None:
-    """Raises RunUnwritable: a read-only file system refuses it also if there is no such file."""
-    try:
-        os.unlink(path)
-    except FileNotFoundError:
-        pass
-    except OSError as error:
-        raise RunUnwritable(path=path, problem=error.strerror) from None

@@ -78,6 +78,19 @@ def make(path: str) -> int:
         raise RunUnwritable(path=path, problem=error.strerror) from None
 
 
+def remove(path: str) -> None:
+    """Remove a file in RUN, if it is there.
+
+    Raises RunUnwritable: a read-only file system refuses it also if there is no such file.
+    """
+    try:
+        os.unlink(path)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise RunUnwritable(path=path, problem=error.strerror) from None
+
+
 def hold(path: str, pause: Pause) -> Lock:
     """Take the lock; waits until `pause` raises."""
     was_waited_for = False

@@ -147,7 +147,7 @@ class Claim:
 
 @frozen
 class Reuse:
-    """Use a kept disk of this size and fingerprint again, if there is one; make and remove nothing else."""
+    """Use a kept disk of this size and fingerprint again; if there is none, change nothing."""
 
     size: int
     fingerprint: str

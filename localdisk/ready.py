@@ -26,7 +26,7 @@ def note(vm_id: str, image_id: str, path: str, dm_uuid: str) -> None:
     file = _file(os.path.basename(path))
     try:
         os.makedirs(os.path.dirname(file), mode=0o755, exist_ok=True)
-        _remove(file)
+        lock.remove(file)
         fd = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
         try:
             os.write(fd, _text(vm_id, image_id, path, dm_uuid))
@@ -53,7 +53,7 @@ def is_noted(vm_id: str, image_id: str, path: str) -> bool:
 def forget(lv_names: Iterable[str]) -> None:
     """These volumes are about to be changed.  Raises RunUnwritable."""
     for name in lv_names:
-        _remove(_file(name))
+        lock.remove(_file(name))
 
 
 def sweep(ready: frozenset[str]) -> None:
@@ -71,12 +71,3 @@ def _file(lv_name: str) -> str:
 
 def _text(vm_id: str, image_id: str, path: str, dm_uuid: str) -> bytes:
     return f"{vm_id} {image_id} {dm_uuid} {path}\n".encode()
-
-
-def _remove(path: str) -> None:
-    try:
-        os.unlink(path)
-    except (FileNotFoundError, NotADirectoryError):
-        pass
-    except OSError as error:
-        raise RunUnwritable(path=path, problem=error.strerror) from None

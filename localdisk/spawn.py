@@ -58,7 +58,7 @@ class Process:
             os.kill(self.pid, signal.SIGTERM)
 
     def communicate(self, text: bytes, timeout: float) -> tuple[bytes, bytes]:
-        """Write `text`, read both outputs to their ends, and wait; returns the outputs.
+        """Write `text`, read both outputs, which are pipes, to their ends, and wait; returns the outputs.
 
         `text` is at most what a pipe holds, 64 KiB.  Raises TimeoutError after `timeout` seconds.
         """
@@ -68,11 +68,11 @@ class Process:
                 self.stdin.write(text)
                 self.stdin.close()
         pipes = [pipe.fileno() for pipe in (self.stdout, self.stderr) if pipe]
-        said = {fd: b"".join(parts) for fd, parts in _read(pipes, until).items()}
+        said = _read(pipes, until)
         if self.wait(max(0, until - time.monotonic())) is None:
             raise TimeoutError
         self.close()
-        out, err = (said.get(fd, b"") for fd in pipes)
+        out, err = (b"".join(said[fd]) for fd in pipes)
         return out, err
 
     def close(self) -> None:
@@ -174,13 +174,21 @@ def _keep_to_ourselves() -> None:
 
 @contextmanager
 def _in_root_directory() -> Iterator[None]:
-    """For a child, which inherits the working directory."""
-    before = os.open(".", os.O_PATH | os.O_CLOEXEC)
+    """For a child, which inherits the working directory.
+
+    If we may not enter our own directory, as user vdsm in root's, we stay in the root directory.
+    """
+    try:
+        before = os.open(".", os.O_PATH | os.O_CLOEXEC)
+    except OSError:
+        os.chdir("/")
+        yield
+        return
     try:
         os.chdir("/")
         yield
     finally:
-        with contextlib.suppress(OSError):  # this user may not enter it any more
+        with contextlib.suppress(OSError):
             os.fchdir(before)
         os.close(before)
 

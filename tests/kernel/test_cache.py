@@ -8,6 +8,7 @@ import random
 import re
 import signal
 import string
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -475,11 +476,16 @@ def test_erase_of_a_template_lv(file_storage: FileStorage, custom: Mapping[str, 
 
 @BACKENDS
 def test_prefetch(file_storage: FileStorage, custom: Mapping[str, str]) -> None:
-    """By path and by the volume's id; the second time there is nothing to do, and the first VM finds it."""
+    """By path and by the volume's id; the second time there is nothing to do, and the first VM finds it.
+
+    An administrator calls it in root's home, into which vdsm may not go.
+    """
     template = file_storage.template(SIZE, COW, seed=1)
     words = ["prefetch", "--backend", custom["localdisk"]]
     path, before = template.leaf.path, counted()
-    assert localdisk(*words, str(path)) == f"{path}: cached, 12 MiB\n"
+    with tempfile.TemporaryDirectory() as home:  # of mode 0700
+        done = attempt(str(host.PROGRAM), *words, str(path), cwd=home)
+    assert (done.stdout, done.stderr) == (f"{path}: cached, 12 MiB\n", "")
     assert re.fullmatch(r"/rhev/.*: in the cache\n", localdisk(*words, template.leaf.id))
     start_and_stop(file_storage.clone(template, seed=2), custom)
     assert since(before) == (1, 1)

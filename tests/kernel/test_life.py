@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import re
 import threading
 from pathlib import Path
 
@@ -167,10 +168,12 @@ def test_the_copy_is_nice_and_runs_as_vdsm(volume_group: str, file_storage: File
     vm_id = starting(new_id())
     call = start_point("after_disk_prepare", vm_id, disk_json(Disk("vda", image)), THICK)
     seen: list[str] = []
+    limits: list[str] = []
 
     def copier() -> bool:
         found = [pid for pid, words in processes() if words[:2] == ["qemu-img", "convert"]]
         seen.extend(run("ps", "-o", "ni=,user=", "-p", str(pid)) for pid in found)
+        limits.extend(Path(f"/proc/{pid}/limits").read_text() for pid in found)
         return bool(seen)
 
     wait_for(copier, "the copy")
@@ -178,6 +181,8 @@ def test_the_copy_is_nice_and_runs_as_vdsm(volume_group: str, file_storage: File
     row = status()[image.leaf.id]
     assert (row["state"], row["copy"]["done"] > 0) == ("copying", True)
     assert seen[0].split() == ["7", "vdsm"]
+    assert re.search(rf"^Max address space +{4 << 30} ", limits[0], re.M)
+    assert re.search(r"^Max core file size +0 ", limits[0], re.M)
     assert call.wait().rc == 0
     libvirt.undefine(vm_id)
     stop(vm_id, image)

@@ -84,6 +84,23 @@ def test_our_own_directory_stays(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert sh("pwd").communicate(b"", 60)[0] == b"/\n"
 
 
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+def test_a_directory_that_we_may_not_enter(tmp_path: Path) -> None:
+    """As in `prefetch`, which root starts in its home and which becomes vdsm."""
+    code = f"""
+import os, sys
+sys.path.insert(0, {os.getcwd()!r})
+from localdisk import spawn
+os.chdir({str(tmp_path)!r})
+os.setuid(65534)
+process = spawn.start("/bin/sh", ["sh", "-c", "pwd"], {ENVIRONMENT}, pipes=(0, 1, 2), limits={{}})
+print(process.communicate(b"", 60))
+"""
+    tmp_path.chmod(0o700)
+    done = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout == "(b'/\\n', b'')\n", done.stderr
+
+
 def test_nothing_is_left_open(tmp_path: Path) -> None:
     before = os.listdir("/proc/self/fd")
     sh("exit").communicate(b"", 60)
