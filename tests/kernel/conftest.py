@@ -10,7 +10,6 @@ the group, no process of vdsm's.  What is left fails that test, and is removed f
 from __future__ import annotations
 
 import os
-import signal
 from collections.abc import Iterator
 
 import pytest
@@ -18,7 +17,7 @@ import pytest
 from tests.bed import host
 from tests.bed import libvirt as libvirt_daemon
 from tests.bed.storage import BlockStorage, FileStorage
-from tests.kernel.steps import LOCKS, configure
+from tests.kernel.steps import LOCKS, configure, kill_all
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -49,8 +48,7 @@ def thin_pool() -> Iterator[str]:
 def assert_nothing_left(expected: frozenset[str]) -> None:
     """Fails if LVs other than `expected` are in the volume group, or if vdsm runs anything; removes it."""
     processes = host.processes_of("vdsm")
-    for pid in processes:
-        os.kill(pid, signal.SIGKILL)
+    kill_all(*processes)
     volumes = {name: tags for name, tags in host.logical_volumes().items() if name not in expected}
     host.remove(*volumes)
     assert not processes, "processes of vdsm left behind"

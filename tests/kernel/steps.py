@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import signal
 import socket
 import subprocess
 import threading
@@ -210,6 +212,14 @@ def copiers() -> list[int]:
     """The process ids of running qemu-img convert."""
     named = ((pid, [Path(words[0]).name, *words[1:2]]) for pid, words in processes())
     return [pid for pid, words in named if words == ["qemu-img", "convert"]]
+
+
+def kill_all(*pids: int) -> None:
+    """Kills processes, or groups of them (negative numbers), as one: none sees another end and acts on it."""
+    for number in (signal.SIGSTOP, signal.SIGKILL):
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
 
 
 def processes() -> list[tuple[int, list[str]]]:

@@ -38,6 +38,7 @@ from tests.kernel.steps import (
     device,
     equals_source,
     helpers,
+    kill_all,
     lv_uuid,
     one_line,
     processes,
@@ -119,8 +120,7 @@ def group(
 
 def clear(group: Group) -> None:
     """Remove all that is left of the group, also hanging devices if a test failed in the middle."""
-    for pid in [*helpers(), *copiers(), *host.processes_of("vdsm")]:
-        os.kill(pid, signal.SIGKILL)
+    kill_all(*helpers(), *copiers(), *host.processes_of("vdsm"))
     if attempt("vgremove", "-ff", "-y", NAME).returncode:
         for _ in range(3):  # what is above goes first
             for name, _ in mappings():

@@ -24,6 +24,7 @@ from tests.kernel.steps import (
     copied,
     copiers,
     helpers,
+    kill_all,
     localdisk,
     nobody_is_left,
     stop,
@@ -47,17 +48,18 @@ def image(file_storage: FileStorage) -> Image:
 def kill(call: Call, how: str) -> None:
     assert call.process
     group = call.process.pid
-    number = signal.SIGTERM if how == "group TERM" else signal.SIGKILL
+    if how == "group TERM":
+        for pid in (-group, *helpers()):  # systemd sends it to all of the control group
+            with suppress(ProcessLookupError):  # it has noticed another's end already
+                os.kill(pid, signal.SIGTERM)
+        return
     victims = {
-        "group TERM": [-group, *helpers()],  # systemd sends it to all of the control group
         "hook KILL": [group],
         "helper KILL": helpers(),
         "all KILL": [*helpers(), -group],
         "copier KILL": copiers(),
     }
-    for pid in victims[how]:
-        with suppress(ProcessLookupError):  # it has noticed another's end already
-            os.kill(pid, number)
+    kill_all(*victims[how])
 
 
 @pytest.mark.parametrize("how", ["group TERM", "hook KILL", "helper KILL", "all KILL", "copier KILL"])

@@ -36,7 +36,7 @@ from tests.bed.storage import COW, QEMU, RAW, FileStorage, Image, new_id, qemu_i
 from tests.bed.vm import Disk, Vm, disk_json, domain_xml
 from tests.crash import halt
 from tests.crash.cases import ours
-from tests.kernel.steps import LOCKS, configure, helpers, hold_open, wait_for
+from tests.kernel.steps import LOCKS, configure, helpers, hold_open, kill_all, wait_for
 from tests.model.predict import Call
 from tests.model.rules import MIB, Rules
 from tests.model.seen import Seen
@@ -91,14 +91,12 @@ class Running:
     def kill(self, how: str) -> str:
         process = self.process.process
         assert process
-        number = signal.SIGTERM if how == "term" else signal.SIGKILL
-        with contextlib.suppress(ProcessLookupError):
-            for pid in helpers() if how != "hook" else ():
-                os.kill(pid, number)
-            if how == "hook":
-                os.kill(process.pid, number)
-            elif how != "helper":  # without its helper it may have ended, and been waited for, meanwhile
-                os.killpg(process.pid, number)
+        if how == "term":
+            for pid in (*helpers(), -process.pid):
+                with contextlib.suppress(ProcessLookupError):  # it has noticed another's end already
+                    os.kill(pid, signal.SIGTERM)
+        else:
+            kill_all(*{"hook": [process.pid], "helper": helpers()}.get(how, [*helpers(), -process.pid]))
         return how
 
 

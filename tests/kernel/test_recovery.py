@@ -6,7 +6,6 @@ Real VMs on real libvirt; `tests/bed/vdsm.py` plays vdsm.
 from __future__ import annotations
 
 import os
-import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +23,7 @@ from tests.kernel.steps import (
     configure,
     device,
     helpers,
+    kill_all,
     localdisk,
     seqno,
     start,
@@ -179,10 +179,8 @@ def test_an_unfinished_disk_whose_vm_has_only_a_placeholder(vm: Vm) -> None:
     starting(vm.id)
     call = start_point("after_disk_prepare", vm.id, disk_json(vm.disks[1]), THICK)
     wait_for(lambda: "UPDATING" in host.logical_volumes().get(image.leaf.id, ()), "the copy")
-    helper_ids = helpers()
-    call.kill()
-    for pid in helper_ids:
-        os.kill(pid, signal.SIGKILL)
+    assert call.process
+    kill_all(*helpers(), -call.process.pid)
     call.wait()
     wait_for(lambda: not host.processes_of("vdsm"), "the copy to end")
     assert "unfinished copy that nobody works on" in localdisk("gc")

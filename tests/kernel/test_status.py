@@ -29,6 +29,7 @@ from tests.kernel.steps import (
     equals_source,
     helpers,
     hold_open,
+    kill_all,
     localdisk,
     start,
     starting,
@@ -168,8 +169,7 @@ def test_copies_that_run_wait_and_die(volume_group: str, file_storage: FileStora
         wait_for(lambda: any(" copying vm=" in line for line in lines), "a line that tells how far it is")
         for call in (first, second):
             assert call.process
-            for pid in helpers():
-                os.kill(pid, signal.SIGKILL)
+            kill_all(*helpers())
             call.wait()
         (name,) = host.logical_volumes()
         expected = f"local disk {host.VOLUME_GROUP}/{name} is an unfinished copy that nobody works on"
