@@ -30,10 +30,13 @@ from localdisk.vdsm.hook_call import POINTS
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
+    from argparse import Namespace
     from types import FrameType
     from typing import NoReturn
 
     from localdisk.config import Config
+else:
+    Namespace = object
 
 GOOD, PROBLEMS, REFUSED = 0, 1, 2
 GC_BUDGET = 30  # seconds that gc may take before vdsm starts; a tool that hangs gets 10 s more to end
@@ -84,11 +87,20 @@ def _run(words: Sequence[str]) -> int:
 
         print(rehearsal.rehearse(words[2:]))
         return GOOD
-    if list(words[1:]) == ["--version"]:  # without argparse, which is slow to import
+    if list(words[1:]) == ["--version"]:  # without argparse, as below
         print(VERSION)
         return GOOD
+    if words[1:] in (["gc"], ["status"]):
+        return _gc_mode(WithoutOptions()) if words[1] == "gc" else _status_mode(WithoutOptions())
     arguments = parser().parse_args(words[1:])
     return int(arguments.mode(arguments))
+
+
+class WithoutOptions(Namespace):
+    """The arguments of a plain `gc` or `status`: argparse is as slow to import as all that a mode needs."""
+
+    config = prometheus = None
+    dry_run = json = watch = full = False
 
 
 def _drop_output() -> None:
@@ -183,14 +195,14 @@ def _ignore_signals() -> None:
         signal.signal(each, signal.SIG_IGN)
 
 
-def _hook_mode(arguments: argparse.Namespace) -> int:
+def _hook_mode(arguments: Namespace) -> int:
     _refuse_config(arguments)
     if arguments.point is None:
         raise UsageError(problem="hook needs the name of a hook point")
     return _hook(arguments.point)
 
 
-def _helper_mode(arguments: argparse.Namespace) -> int:
+def _helper_mode(arguments: Namespace) -> int:
     _refuse_config(arguments)
     return _helper()
 
@@ -203,7 +215,7 @@ def _helper() -> int:
     return process.main(config.load)
 
 
-def _gc_mode(arguments: argparse.Namespace) -> int:
+def _gc_mode(arguments: Namespace) -> int:
     from localdisk.status.libvirt_vms import ran_elsewhere
     from localdisk.volumes import gc
 
@@ -228,7 +240,7 @@ def _older_hook() -> Iterator[str]:
         yield str(error)
 
 
-def _status_mode(arguments: argparse.Namespace) -> int:
+def _status_mode(arguments: Namespace) -> int:
     from localdisk.status import output, snapshot
 
     if arguments.prometheus is not None:
@@ -262,7 +274,7 @@ def _watch(frames: Iterator[str]) -> int:
     return GOOD
 
 
-def _metrics(arguments: argparse.Namespace) -> int:
+def _metrics(arguments: Namespace) -> int:
     """Write metrics, also if the configuration is refused or no volume group can be read."""
     from localdisk import counters
     from localdisk.status import metrics, snapshot
@@ -289,7 +301,7 @@ def _put(path: str, text: str) -> None:
         metrics.write(path, text)
 
 
-def _check_mode(arguments: argparse.Namespace) -> int:
+def _check_mode(arguments: Namespace) -> int:
     from localdisk.host import check
 
     report = check.check(_load(arguments), arguments.config, os.path.realpath(sys.argv[0]))
@@ -297,7 +309,7 @@ def _check_mode(arguments: argparse.Namespace) -> int:
     return PROBLEMS if report.is_problem else GOOD
 
 
-def _prefetch_mode(arguments: argparse.Namespace) -> int:
+def _prefetch_mode(arguments: Namespace) -> int:
     from localdisk import config
     from localdisk.hook import prefetch
 
@@ -321,7 +333,7 @@ def _bar(fraction: float, written: int) -> None:
     print(prefetch.bar(fraction, written), end="" if fraction < 1 else prefetch.NO_BAR, flush=True)
 
 
-def _remove_mode(arguments: argparse.Namespace) -> int:
+def _remove_mode(arguments: Namespace) -> int:
     from localdisk.volumes import remove
 
     _require_root("remove")
@@ -334,7 +346,7 @@ def _remove_mode(arguments: argparse.Namespace) -> int:
     return code
 
 
-def _install_mode(arguments: argparse.Namespace) -> int:
+def _install_mode(arguments: Namespace) -> int:
     from localdisk.host import install
 
     _refuse_config(arguments)
@@ -342,7 +354,7 @@ def _install_mode(arguments: argparse.Namespace) -> int:
     return _print(install.install(os.path.realpath(sys.argv[0]), _root(arguments), arguments.dry_run))
 
 
-def _uninstall_mode(arguments: argparse.Namespace) -> int:
+def _uninstall_mode(arguments: Namespace) -> int:
     from localdisk.host import uninstall
 
     _refuse_config(arguments)
@@ -350,7 +362,7 @@ def _uninstall_mode(arguments: argparse.Namespace) -> int:
     return _print(uninstall.uninstall(_root(arguments), arguments.dry_run, arguments.force))
 
 
-def _root(arguments: argparse.Namespace) -> str:
+def _root(arguments: Namespace) -> str:
     if arguments.root == "":
         raise UsageError(problem="--root needs a directory")
     return arguments.root or ""
@@ -363,14 +375,14 @@ def _print(lines: Iterator[str]) -> int:
     return GOOD
 
 
-def _schema_mode(_arguments: argparse.Namespace) -> int:
+def _schema_mode(_arguments: Namespace) -> int:
     from localdisk import config
 
     print(config.schema_text(), end="")
     return GOOD
 
 
-def _load(arguments: argparse.Namespace) -> Config:
+def _load(arguments: Namespace) -> Config:
     from localdisk import config
 
     return config.load(arguments.config)
@@ -381,7 +393,7 @@ def _require_root(mode: str) -> None:
         raise RootNeeded(mode=mode)
 
 
-def _refuse_config(arguments: argparse.Namespace) -> None:
+def _refuse_config(arguments: Namespace) -> None:
     if arguments.config is not None:
         raise UsageError(problem="this mode takes no --config, it always reads /etc/localdisk.yaml")
 

@@ -106,6 +106,13 @@ def test_help_names_every_mode(run: Run) -> None:
     )
 
 
+@pytest.mark.parametrize("mode", ["gc", "status"])
+def test_a_mode_without_options_is_not_parsed(mode: str) -> None:
+    parsed = vars(cli.parser().parse_args([mode]))
+    assert parsed.pop("mode")
+    assert parsed == {name: getattr(cli.WithoutOptions, name) for name in parsed}
+
+
 def test_schema(run: Run) -> None:
     code, out, _ = run("schema")
     assert code == 0
