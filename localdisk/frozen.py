@@ -124,19 +124,20 @@ def _own_options(cls: type) -> dict[str, dict[str, Any]]:
 
 
 def _init(self: Any, *by_position: Any, **by_name: Any) -> None:
-    if not by_position and by_name.keys() == self._options.keys():  # as for most objects
-        self.__dict__.update(by_name)
-        return
-    state = dict(zip(self._names, by_position), **by_name)
-    is_given_once = len(state) == len(by_position) + len(by_name)
-    state = {**self._defaults, **state}
-    for name, make in self._makers.items():
-        if name not in state:
-            state[name] = make()
-    if not is_given_once or len(state) != len(self._names) or not state.keys() <= self._options.keys():
-        wrong = sorted(self._options.keys() ^ state.keys()) or "a field is given twice"
+    # `by_name` is ours alone, so it becomes the object's own dictionary: gc makes thousands of objects.
+    count = len(by_position) + len(by_name)
+    if by_position:
+        by_name.update(zip(self._names, by_position))
+    is_given_once = len(by_name) == count
+    if count < len(self._names):
+        by_name = {**self._defaults, **by_name}
+        for name, make in self._makers.items():
+            if name not in by_name:
+                by_name[name] = make()
+    if not is_given_once or by_name.keys() != self._options.keys():
+        wrong = sorted(self._options.keys() ^ by_name.keys()) or "a field is given twice"
         raise TypeError(f"{type(self).__name__}: {wrong}")
-    self.__dict__.update(state)
+    object.__setattr__(self, "__dict__", by_name)
 
 
 def _key(self: Any) -> tuple[object, ...]:

@@ -79,10 +79,8 @@ def format_size(size: int) -> str:
 
 def format_duration(seconds: int) -> str:
     """`seconds` (0 or more) for a reader: `41 s`, `3 min 20 s`, `4 d 2 h`; the rest is cut off."""
-    counts = []
-    for unit, length in _SHOWN_DURATIONS:
-        counts.append((seconds // length, unit))
-        seconds %= length
-    while len(counts) > 1 and not counts[0][0]:
-        del counts[0]
-    return " ".join(f"{count} {unit}" for count, unit in counts[:2] if count) or "0 s"
+    for (unit, length), (smaller, part) in zip(_SHOWN_DURATIONS, _SHOWN_DURATIONS[1:]):
+        count, rest = divmod(seconds, length)
+        if count:
+            return f"{count} {unit} {rest // part} {smaller}" if rest >= part else f"{count} {unit}"
+    return f"{seconds} s"

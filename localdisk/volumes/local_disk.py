@@ -29,8 +29,7 @@ from __future__ import annotations
 
 import enum
 import re
-from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 
 from localdisk.backend import Backend
 from localdisk.clock import Moment
@@ -59,7 +58,6 @@ ERASES = ("discard", "zero")  # the values of `retention.erase` other than none
 FIRST = 1735689600  # 2025-01-01: an older time in a mark is of a wrong clock
 HOW_TO_DECIDE = "kept until you decide: retention.older_disks: as_ours, or localdisk remove"
 SLACK = 60  # seconds by which a clock may be corrected without a new mark
-_NUMBER = r"[0-9]{1,18}"
 _BOOT = r"([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})_([0-9]{1,12})"
 
 
@@ -94,21 +92,21 @@ class LocalDisk:
         if it was set aside; it is no pool.  The tag `localdisk` is not required: vdsm's older hook did not
         set it.
         """
-        values = values_of(lv.lv_tags)
+        values = lv.tag_values
         vm_id, image_id = only_uuid(values["VM"]), only_uuid(values["IU"])
-        is_aside = {OURS, DELETING} <= lv.lv_tags and not values["VM"] and not values["IU"]
+        is_aside = not ("VM" in values or "IU" in values) and {OURS, DELETING} <= lv.lv_tags
         has_owner = bool(vm_id and image_id) or is_aside
         if not (is_uuid(lv.lv_name) and has_owner) or "pool" in lv.lv_layout:
             return None
-        stopped, fingerprints = max(numbers_of(values["STOPPED"]), default=None), values["SOURCE"]
+        stopped, fingerprints = latest(values["STOPPED"]), values["SOURCE"]
         return cls(
             lv=lv,
             vm_id=vm_id,
             image_id=image_id,
-            state=_state(lv.lv_tags, stopped, bool(values["DRIFTED"])),
+            state=_state(lv.lv_tags, stopped, "DRIFTED" in values),
             fingerprint=fingerprints[0] if len(fingerprints) == 1 else "",
             stopped=stopped,
-            unneeded=max(numbers_of(values["UNNEEDED"]), default=None),
+            unneeded=latest(values["UNNEEDED"]),
             boot=_boot_of(values["BOOT"]),
             erase=next((how for how in ERASES if f"ERASE_{how}" in lv.lv_tags), ""),
             aside_name=only_uuid(values["ASIDE"]),
@@ -437,7 +435,7 @@ def plan_stop(disk: LocalDisk, retention: Retention) -> Stop:
 # -- tags
 
 
-def _boot_of(values: list[str]) -> tuple[str, int] | None:
+def _boot_of(values: Sequence[str]) -> tuple[str, int] | None:
     match = re.fullmatch(_BOOT, values[0]) if len(values) == 1 else None
     return (match[1], int(match[2])) if match else None
 
@@ -452,20 +450,12 @@ def _state(tags: frozenset[str], stopped: int | None, is_drifted: bool) -> State
     return State.READY if stopped is None else State.STOPPED
 
 
-def values_of(tags: Iterable[str]) -> Mapping[str, list[str]]:
-    """The values of tags `NAME_VALUE`, by name: `STOPPED_17` is {"STOPPED": ["17"]}."""
-    values: defaultdict[str, list[str]] = defaultdict(list)
-    for tag in tags:
-        name, _, value = tag.partition("_")
-        values[name].append(value)
-    return values
-
-
-def only_uuid(values: list[str]) -> str:
+def only_uuid(values: Sequence[str]) -> str:
     """The UUID if `values` is exactly one UUID, else ""."""
     return values[0] if len(values) == 1 and is_uuid(values[0]) else ""
 
 
-def numbers_of(values: list[str]) -> list[int]:
-    """Those of the values that are decimal numbers."""
-    return [int(value) for value in values if re.fullmatch(_NUMBER, value)]
+def latest(values: Sequence[str]) -> int | None:
+    """The largest of the values that are decimal numbers of at most 18 digits, None if there is none."""
+    numbers = [int(value) for value in values if len(value) <= 18 and value.isascii() and value.isdigit()]
+    return max(numbers, default=None)

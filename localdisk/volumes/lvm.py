@@ -30,7 +30,7 @@ from localdisk.errors import (
     VolumeGroupHidden,
     VolumeGroupUnusable,
 )
-from localdisk.frozen import frozen
+from localdisk.frozen import frozen, once
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -143,6 +143,11 @@ _FIXES = (
 )
 
 
+class _Values(dict[str, tuple[str, ...]]):
+    def __missing__(self, _name: str) -> tuple[str, ...]:
+        return ()
+
+
 @frozen
 class LogicalVolume:
     """One row of `lvs`; sizes in bytes, percentages 0 to 100 or None if LVM shows none."""
@@ -190,6 +195,16 @@ class LogicalVolume:
             dependents=dependents,
             origin=row["origin"],
         )
+
+    @property
+    @once
+    def tag_values(self) -> Mapping[str, Sequence[str]]:
+        """The values of tags `NAME_VALUE`, by name: `STOPPED_17` is {"STOPPED": ("17",)}; of others, ()."""
+        values = _Values()
+        for tag in self.lv_tags:
+            name, _, value = tag.partition("_")
+            values[name] = (*values[name], value)
+        return values
 
     @property
     def is_thin_pool(self) -> bool:

@@ -32,7 +32,7 @@ from localdisk.errors import (
 from localdisk.frozen import frozen, replace
 from localdisk.units import format_size
 from localdisk.volumes import template
-from localdisk.volumes.local_disk import OURS, UPDATING, LocalDisk, local_disks, numbers_of, values_of
+from localdisk.volumes.local_disk import OURS, UPDATING, LocalDisk, latest, local_disks
 from localdisk.volumes.lvm import LogicalVolume, VolumeGroup
 from localdisk.volumes.template import Template
 
@@ -311,5 +311,5 @@ def _still_to_write(lv: LogicalVolume) -> float:
     """Bytes of data that an unfinished copy has not written yet."""
     if not {OURS, UPDATING} <= lv.lv_tags:
         return 0
-    writes = max(numbers_of(values_of(lv.lv_tags)["WRITES"]), default=0)
+    writes = latest(lv.tag_values["WRITES"]) or 0
     return max(0.0, writes - lv.lv_size * (lv.data_percent or 0) / 100)

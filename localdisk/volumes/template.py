@@ -31,9 +31,8 @@ from localdisk.volumes.local_disk import (
     UPDATING,
     LocalDisk,
     State,
-    numbers_of,
+    latest,
     only_uuid,
-    values_of,
 )
 from localdisk.volumes.lvm import LogicalVolume, VolumeGroup
 
@@ -56,7 +55,9 @@ class Template:
     @classmethod
     def from_lv(cls, lv: LogicalVolume) -> Template | None:
         """The template LV that `lv` is, None if it is not a template LV of localdisk."""
-        values = values_of(lv.lv_tags)
+        values = lv.tag_values
+        if "TEMPLATE" not in values:
+            return None
         volume_id = only_uuid(values["TEMPLATE"])
         is_owned = bool(values["VM"] or values["IU"]) or DELETING in lv.lv_tags
         if OURS not in lv.lv_tags or not volume_id or is_owned or not is_uuid(lv.lv_name):
@@ -64,15 +65,15 @@ class Template:
         if "pool" in lv.lv_layout:
             return None
         fingerprints, samples = values["SOURCE"], values["SAMPLE"]
-        holds = numbers_of([*values["HOLDS"], *values["WRITES"]])
+        holds = latest([*values["HOLDS"], *values["WRITES"]])
         return cls(
             lv=lv,
             volume_id=volume_id,
             fingerprint=fingerprints[0] if len(fingerprints) == 1 else "",
             is_ready=UPDATING not in lv.lv_tags,
             sample=samples[0] if len(samples) == 1 else "",
-            used=max(numbers_of(values["USED"]), default=0),
-            holds=max(holds, default=lv.lv_size) if lv.pool_lv else lv.lv_size,
+            used=latest(values["USED"]) or 0,
+            holds=lv.lv_size if holds is None or not lv.pool_lv else holds,
         )
 
     @property
