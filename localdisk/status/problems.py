@@ -7,11 +7,10 @@ A `Problem` has a kind, one of the words below, by which the metrics count it; w
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from localdisk import holders
 from localdisk.backend import BACKENDS
-from localdisk.clock import Moment
 from localdisk.config import Config, Margins
 from localdisk.errors import DependentVolumes, Error, plain
 from localdisk.frozen import frozen
@@ -25,7 +24,7 @@ from localdisk.volumes.local_disk import LocalDisk, State, is_left_alone
 from localdisk.volumes.lvm import LogicalVolume, VolumeGroup
 from localdisk.volumes.progress import Progress
 from localdisk.volumes.template import Template
-from localdisk.volumes.verdict import Action, Elsewhere, decide, has_run, witnesses_for
+from localdisk.volumes.verdict import Action, Verdict, has_run
 
 NEAR = 0.9  # near a limit: more than this share of it
 
@@ -147,16 +146,19 @@ def of_copies(held: Held, now: float) -> Iterator[Problem]:
 
 
 def of_disks(
-    disks: Disks,
+    judged: Sequence[tuple[VolumeGroup, LocalDisk, Verdict]],
     held: Held,
     vms: Vms | None,
     config: Config,
-    now: Moment,
-    elsewhere: Elsewhere | None = frozenset(),
+    now: float,
+    is_elsewhere_known: bool,
 ) -> Iterator[Problem]:
-    """Problems of local disks, and running VMs that should run from local disks and do not."""
-    found = tuple(disks)
-    for vg, disk in found:
+    """Problems of local disks, and running VMs that should run from local disks and do not.
+
+    `judged`: each disk with what gc would decide about it.  `now` in seconds since the epoch.
+    `is_elsewhere_known`: whether libvirt has told what stopped VMs ran from.
+    """
+    for vg, disk, verdict in judged:
         name = f"local disk {vg.vg_name}/{disk.volume_id}"
         if disk.volume_id in held:
             continue
@@ -169,10 +171,10 @@ def of_disks(
         elif disk.state is State.DRIFTED:
             yield _drifted(vg, disk, name)
         else:
-            yield from _uncertain(vg, disk, held, vms, config, now, elsewhere)
+            yield from _uncertain(vg, disk, verdict, vms, config, now, is_elsewhere_known)
     if vms:
         by_vm: dict[str, list[tuple[VolumeGroup, LocalDisk]]] = {}
-        for vg, disk in found:
+        for vg, disk, _ in judged:
             by_vm.setdefault(disk.vm_id, []).append((vg, disk))
         for vm in vms.running:
             yield from _of_vm(vm, by_vm.get(vm.vm_id, []), config)
@@ -216,20 +218,18 @@ def depended_on(vg: VolumeGroup, disk: LocalDisk) -> Problem:
 def _uncertain(
     vg: VolumeGroup,
     disk: LocalDisk,
-    held: Held,
+    verdict: Verdict,
     vms: Vms | None,
     config: Config,
-    now: Moment,
-    elsewhere: Elsewhere | None,
+    now: float,
+    is_elsewhere_known: bool,
 ) -> Iterator[Problem]:
     if vms is None:
         return
     name = f"local disk {vg.vg_name}/{disk.volume_id}"
-    witnesses = witnesses_for(disk, False, vms.domains, held, elsewhere=elsewhere)
-    verdict = decide(disk, witnesses, config.policy(disk.vm_id), now)
     if verdict.action is Action.MARK_DRIFTED:
         yield _drifted(vg, disk, name)
-    elif elsewhere is None and has_run(disk) and witnesses.vm_is_defined:
+    elif not is_elsewhere_known and has_run(disk) and disk.vm_id in vms.names:
         return  # what could not be asked is among what was not seen
     elif not verdict.is_certain and disk.lv.dependents:
         yield depended_on(vg, disk)
@@ -239,7 +239,7 @@ def _uncertain(
     elif is_left_alone(disk, config.policy(disk.vm_id).retention):
         return
     elif disk.state is State.READY and disk.vm_id not in vms.names:
-        due = f"removes it in {format_duration(max(0, int((verdict.due or now.epoch) - now.epoch)))}"
+        due = f"removes it in {format_duration(max(0, int((verdict.due or now) - now)))}"
         kept = verdict.action is Action.MARK_STOPPED
         what = f"{name} is of VM {disk.vm_id}, which libvirt does not know"
         yield Problem(UNKNOWN_VM, what, "localdisk gc keeps it as stopped" if kept else f"localdisk gc {due}")

@@ -161,7 +161,8 @@ def take(config: Config) -> Snapshot:
     disks = tuple((vg, disk) for vg in groups for disk in local_disks(vg))
     elsewhere, unasked = _elsewhere([disk for _, disk in disks], vms)
     view = _View(config, vms, held, moment, elsewhere)
-    rows = [view.row(vg, disk) for vg, disk in disks]
+    judged = [(vg, disk, view.verdict(disk)) for vg, disk in disks]
+    rows = [view.row(*each) for each in judged]
     rows += view.rows_without_volume({disk.volume_id for _, disk in disks})
     cached = tuple((vg, each) for vg in groups for each in template.templates(vg))
     templates = [row for vg in groups for row in view.template_rows(vg)]
@@ -169,7 +170,7 @@ def take(config: Config) -> Snapshot:
     found = [*map(problems.not_usable, failures), *(p for vg in groups for p in _unusable(vg, config))]
     found += problems.of_groups(groups, vms, config)
     found += problems.of_copies(held, now)
-    found += problems.of_disks(disks, held, vms, config, moment, elsewhere)
+    found += problems.of_disks(judged, held, vms, config, now, is_elsewhere_known=elsewhere is not None)
     found += problems.of_templates(cached, held, now)
     return Snapshot(
         at=int(now),
@@ -262,11 +263,19 @@ class _View:
     def now(self) -> float:
         return self.moment.epoch
 
-    def row(self, vg: VolumeGroup, disk: LocalDisk) -> Row:
+    def verdict(self, disk: LocalDisk) -> Verdict:
+        """What gc would decide just now."""
+        found = self.vms.domains if self.vms else None
+        is_locked = disk.volume_id in self.held
+        witnesses = witnesses_for(disk, is_locked, found, self.held, elsewhere=self.elsewhere)
+        return decide(disk, witnesses, self.config.policy(disk.vm_id), self.moment)
+
+    def row(self, vg: VolumeGroup, disk: LocalDisk, verdict: Verdict) -> Row:
+        """The row of a local disk; `verdict`: what gc would decide about it."""
         policy, name = self.config.policy(disk.vm_id), vg.vg_name
         record = self.held.get(disk.volume_id)
         state = _state(disk, self.held, self._vm_runs(disk))
-        if self._verdict(disk, policy).action is Action.MARK_DRIFTED:
+        if verdict.action is Action.MARK_DRIFTED:
             state = State.DRIFTED.value
         percent = disk.lv.data_percent
         return Row(
@@ -283,7 +292,7 @@ class _View:
             used=None if percent is None else round(disk.lv.lv_size * percent / 100),
             stopped=disk.stopped,
             copy=_copy(record) if state in _FILLED and record else None,
-            next=self._next(disk, state, record, policy),
+            next=self._next(disk, state, record, policy, verdict),
             older=is_left_alone(disk, policy.retention),
         )
 
@@ -358,13 +367,6 @@ class _View:
         verdict = decide_template(found, is_locked, is_wanted, is_too_much, keep_for, self.now)
         return _removal(verdict, self.config.retention.erase != "none", self.now)
 
-    def _verdict(self, disk: LocalDisk, policy: Policy) -> Verdict:
-        """What gc would decide just now."""
-        found = self.vms.domains if self.vms else None
-        is_locked = disk.volume_id in self.held
-        witnesses = witnesses_for(disk, is_locked, found, self.held, elsewhere=self.elsewhere)
-        return decide(disk, witnesses, policy, self.moment)
-
     def _vm_runs(self, disk: LocalDisk) -> bool:
         """Whether its VM runs from the disk; if libvirt's answer is missing, whether the disk is open."""
         doubt = self.vms is None or disk.vm_id in self.vms.unread
@@ -373,7 +375,9 @@ class _View:
     def _name(self, vm_id: str) -> str:
         return self.vms.names.get(vm_id, "") if self.vms else ""
 
-    def _next(self, disk: LocalDisk, state: str, record: Progress | None, policy: Policy) -> Next:
+    def _next(
+        self, disk: LocalDisk, state: str, record: Progress | None, policy: Policy, verdict: Verdict
+    ) -> Next:
         if state in _FILLED:
             return Next("copy", _due(record), _pace(record, self.now))
         if state == "running" and self.vms and self.vms.is_below(disk.volume_id):
@@ -384,7 +388,6 @@ class _View:
             return _when_closed(disk, policy)
         if disk.is_open:
             return Next("keep", None, "kept while open")
-        verdict = self._verdict(disk, policy)
         is_defined = self.vms is not None and disk.vm_id in self.vms.names
         if verdict.action is Action.MARK_UNNEEDED and disk.unneeded is None and is_defined:
             return Next("keep", None, "VM starts")

@@ -133,8 +133,8 @@ def _copying(state: str, copy: Copy | None) -> str:
 
 def _fitted(text: str, width: int, is_right: bool) -> str:
     text = cut(text, width)
-    space = " " * (width - columns(text))
-    return space + text if is_right else text + space
+    wide = columns(text) - len(text)  # 0 but for characters that take no column, or two
+    return text.rjust(width - wide) if is_right else text.ljust(width - wide)
 
 
 def cut(text: str, width: int) -> str:
