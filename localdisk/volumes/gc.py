@@ -2,9 +2,11 @@
 whose VM stopped without a report, and template LVs that are no longer worth their room.
 
 Local disks and template LVs are treated alike.  `verdict.py` decides about each of them, from one report of
-its volume group.  Volumes to be changed are taken in batches: all of a batch are locked, decided about again
-from a second report, and changed with one LVM command for each kind of change.  A disk that must be erased is
-set aside with its batch, and erased after all batches, without their locks.  On any doubt a disk is kept.
+its volume group, and asks libvirt only if that can change anything: about disks that are open, or kept for
+their time, it cannot.  Volumes to be changed are taken in batches: all of a batch are locked, decided about
+again from a second report, and changed with one LVM command for each kind of change.  A disk that must be
+erased is set aside with its batch, and erased after all batches, without their locks.  On any doubt a disk is
+kept.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ from localdisk.volumes.verdict import (
     Verdict,
     decide,
     decide_template,
+    depends_on_vms,
     may_have_drifted,
     witnesses_for,
 )
@@ -50,6 +53,7 @@ GAP = 0.5  # seconds between two erases
 ERASING = "gc.lock"  # held by the gc that erases what is set aside
 
 _LATER = Verdict(Action.KEEP, "left to the next gc, because vdsm does not wait longer for this one")
+_NO_VMS = Domains(known=frozenset(), active=frozenset())
 _Tags = frozenset[str]
 
 
@@ -107,14 +111,17 @@ def collect(
     VMs, reads in libvirt's definitions which of their disks are not on a local disk. Raises NoVolumeGroup,
     CommandFailed and so on if no volume group can be read.
     """
-    asked = libvirt.ask_domains()
     groups, failed = lvm.read_all(config.volume_groups)
-    found_domains, silence = _answer(asked)
-    elsewhere = _elsewhere(groups, found_domains, ran_elsewhere)
+    works = [_Group(config, vg, may_start) for vg in groups]
+    first = [work.judge(_NO_VMS) for work in works]
+    silence = None
+    if any(map(_ask_about, first)):
+        found_domains, silence = _answer(libvirt.ask_domains())
+        elsewhere = _elsewhere(groups, found_domains, ran_elsewhere)
+        works = [_Group(config, vg, may_start, elsewhere) for vg in groups]
+        first = [work.judge(found_domains) for work in works]
     findings = tuple(
-        finding
-        for vg in groups
-        for finding in _Group(config, vg, may_start, elsewhere).collect(found_domains, dry_run)
+        finding for work, each in zip(works, first) for finding in (each if dry_run else work.carry_out(each))
     )
     failures = [*failed, *([silence] if silence and any(not f.verdict.is_certain for f in findings) else [])]
     found = Collection(findings, tuple(map(str, failures)))
@@ -128,6 +135,11 @@ def collect(
         cancel.sweep(may_start)
         _count(found)
     return found
+
+
+def _ask_about(findings: Iterable[Finding]) -> bool:
+    """Whether libvirt must be asked about volumes of these findings, which are as if it knew no VM."""
+    return any(depends_on_vms(found.disk, found.verdict) for found in findings)
 
 
 def _answer(asked: libvirt.Question) -> tuple[Domains | None, LibvirtSilent | None]:
@@ -197,14 +209,15 @@ class _Group:
     config: Config
     vg: VolumeGroup  # as it was when gc began
     may_start: bool
-    elsewhere: Elsewhere | None
+    elsewhere: Elsewhere | None = frozenset()
 
-    def collect(self, known: Domains | None, dry_run: bool) -> Iterable[Finding]:
+    def judge(self, known: Domains | None) -> Sequence[Finding]:
         """The finding of each volume; `known`: the domains that libvirt knows, None if it did not answer."""
-        first = list(self._judge(self.vg, known, lock.held()))
+        return tuple(self._judge(self.vg, known, lock.held()))
+
+    def carry_out(self, first: Sequence[Finding]) -> Iterable[Finding]:
+        """Carry out the decisions; returns the findings with what came of them."""
         due = [found for found in first if found.verdict.action is not Action.KEEP]
-        if dry_run:
-            return first
         done: dict[str, Finding] = {}
         waiting: dict[str, str] = {}  # old name to new name of disks that are set aside and not yet erased
         for start in range(0, len(due), BATCH):
@@ -308,12 +321,11 @@ class _Batch:
         return done
 
     def _change(self, locked: Sequence[Finding]) -> Mapping[str, Finding]:
-        # Libvirt is asked again, too: since the first time, a VM may have started with its disk.
-        asked = libvirt.ask_domains()
         vg = self._group.read()
-        again = self._group.judge_again(vg, _answer(asked)[0])
-        # A volume that is missing now, or has another kind, was removed by another process.
-        due = [again[found.name] for found in locked if _is_same(found, again.get(found.name))]
+        due = self._judge_again(locked, vg, _NO_VMS)
+        if _ask_about(due):
+            # Again: since the first time, a VM may have started with its disk.
+            due = self._judge_again(locked, vg, _answer(libvirt.ask_domains())[0])
         changed = [found for found in due if found.verdict.action is not Action.KEEP]
         if changed:
             vg.require_usable()
@@ -329,6 +341,13 @@ class _Batch:
                 _record(found)
         failed = {found.name: _failed(found, failures[found.name]) for found in due if found.name in failures}
         return {**{found.name: found for found in due}, **failed}
+
+    def _judge_again(
+        self, locked: Sequence[Finding], vg: VolumeGroup, known: Domains | None
+    ) -> Sequence[Finding]:
+        """Findings of those that are there; what is missing or of another kind was removed meanwhile."""
+        again = self._group.judge_again(vg, known)
+        return [again[found.name] for found in locked if _is_same(found, again.get(found.name))]
 
     def _remove(self, vg: VolumeGroup, due: Sequence[Finding]) -> Mapping[str, Error]:
         """Remove the volumes that need no erase, set the others aside; returns the errors by name."""

@@ -102,6 +102,17 @@ def decide(disk: LocalDisk, witnesses: Witnesses, policy: Policy, now: Moment) -
     return _unless_others_depend(disk.lv, _decide_idle(disk, witnesses, policy, now))
 
 
+def depends_on_vms(disk: LocalDisk, alone: Verdict) -> bool:
+    """Whether libvirt's answer can change what gc does with `disk`; `alone`: the verdict if it knew no VM.
+
+    That a VM runs, or is known, only ever keeps a disk or takes a mark back.
+    """
+    if disk.is_open or disk.is_aside or disk.state is State.DRIFTED:
+        return False
+    is_kept = alone.action is Action.KEEP and alone.is_certain and disk.unneeded is None
+    return has_run(disk) or not is_kept
+
+
 def has_run(disk: LocalDisk) -> bool:
     """Whether its VM may have run from the disk, and no stop was reported since."""
     return disk.state is State.READY and not disk.is_stale

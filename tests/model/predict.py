@@ -775,8 +775,9 @@ def _prefetch_left(p: Prediction, template: str, backend: str) -> None:
 
 def _gc(p: Prediction, may_start: bool = True) -> None:
     """Removes what no VM needs, one disk at a time; `may_start` as before_vdsm_start is not."""
+    is_asked = any(_depends_on_vms(p.state, key, may_start) for key in p.state.disks)
     for key in [*p.state.disks]:
-        _collect(p, key, may_start, may_start)
+        _collect(p, key, may_start, may_start, is_asked)
     p.state, has_doubts = shelf.collected(p.state, may_start)
     p.has_doubts = p.has_doubts or has_doubts
     p.state = swept(p.state, may_start)
@@ -801,8 +802,19 @@ def _gc_dry_run(p: Prediction) -> None:
     p.has_doubts = tried.has_doubts
 
 
-def _collect(p: Prediction, key: str, may_start: bool, does_erase: bool) -> None:
-    """What gc does; on any doubt a disk is kept."""
+def _depends_on_vms(state: State, key: str, may_start: bool) -> bool:
+    """Whether gc must ask libvirt about this disk: it may have run, is marked, or would not stay as it is."""
+    disk = state.disks[key]
+    if state.is_open(key) or disk.is_aside or disk.state == DRIFTED:
+        return False
+    alone = Prediction(replace(state, vms={}, is_silent=False))
+    _collect(alone, key, may_start, may_start)
+    is_kept = alone.state.disks.get(key) == disk and not alone.has_doubts
+    return not is_kept or disk.unneeded is not None or (disk.state == READY and not disk.is_stale)
+
+
+def _collect(p: Prediction, key: str, may_start: bool, does_erase: bool, is_asked: bool = True) -> None:
+    """What gc does; on any doubt a disk is kept.  `is_asked`: whether it asks libvirt, about any disk."""
     disk, now = p.state.disks[key], p.state.now
     policy = p.state.rules.of(disk.vm)
     if p.state.is_locked(key):
@@ -817,7 +829,7 @@ def _collect(p: Prediction, key: str, may_start: bool, does_erase: bool) -> None
     if disk.state == DRIFTED:
         return
     if not disk.is_aside and p.state.is_silent:
-        p.has_doubts = True
+        p.has_doubts = p.has_doubts or is_asked
     elif _is_elsewhere(p.state, disk):
         p.becomes(key, replace(disk, state=DRIFTED, unneeded=None))
     elif _is_left_alone(policy, disk):

@@ -27,7 +27,7 @@ from localdisk.volumes.local_disk import FIRST, LocalDisk, unneeded_tags
 from localdisk.volumes.lvm import VolumeGroup
 from localdisk.volumes.progress import Progress
 from localdisk.volumes.template import Template
-from localdisk.volumes.verdict import Action, Verdict, Witnesses, decide, decide_template
+from localdisk.volumes.verdict import Action, Verdict, Witnesses, decide, decide_template, depends_on_vms
 from tests.examples import examples
 from tests.fakes import (
     FINGERPRINT,
@@ -220,6 +220,19 @@ def test_decide_does_what_the_design_says() -> None:
         verdict = case.verdict
         assert (verdict.action, verdict.is_certain) == expected(case), case
         assert verdict.reason, case
+
+
+def test_what_does_not_depend_on_vms_is_decided_alike_whatever_libvirt_says() -> None:
+    unasked = set()
+    for case in CASES:
+        if case.vm is None or (case.state == "aside" and case.vm != "unknown"):  # what is aside is of no VM
+            continue
+        alone = case._replace(vm="unknown").verdict
+        if case.vm != "prepared" and not depends_on_vms(case.disk, alone):
+            assert (case.verdict.action, case.verdict.is_certain) == (alone.action, alone.is_certain), case
+            unasked.add((case.state, case.is_open))
+    closed = {(state, False) for state in ("stopped", "aside", "unfinished", "deleting")}  # some are locked
+    assert unasked == {(state, True) for state in STATES} | closed
 
 
 @pytest.mark.parametrize(
@@ -505,7 +518,7 @@ def test_an_older_hooks_disk_is_kept_until_the_operator_decides(
     found = gc.collect(parsed(), may_start=may_start)
     assert (outcome(found), found.is_problem) == ({"1": "keep"}, False)
     assert "retention.older_disks" in gc.as_lines(found, dry_run=True)
-    assert {*host.tools} == {"virsh", "fullreport"}
+    assert {*host.tools} <= {"virsh", "fullreport"}
     decided_by = gc.collect(parsed("retention: {older_disks: as_ours}"), may_start=may_start)
     assert outcome(decided_by) == {"1": "remove" if more or not may_start else "mark_unneeded"}
 
@@ -616,7 +629,7 @@ def test_what_changes_is_looked_at_again_and_changed_together(host: FakeHost) ->
         host.add(name(digit), POPULATION[digit if digit != "e" else "1"], SIZE)
     gc.collect(parsed())
     assert host.commands == [
-        *(LIST, LOOK) * 2,
+        *(LOOK, LIST) * 2,
         f"lvremove --quiet --yes {' '.join(f'ovirt-local/{name(digit)}' for digit in '237')}",
         f"lvchange --quiet --addtag UNNEEDED_{NOW} {NAME} ovirt-local/{name('e')}",
     ]
@@ -836,12 +849,12 @@ def test_dry_run_changes_nothing(host: FakeHost) -> None:
     before = host.report()
     assert outcome(gc.collect(parsed(), dry_run=True)) == OUTCOME
     assert host.report() == before
-    assert host.commands == [LIST, LOOK]
+    assert host.commands == [LOOK, LIST]
 
 
 def test_an_empty_group(host: FakeHost) -> None:
     assert gc.collect(parsed()) == Collection(())
-    assert host.commands == [LIST, LOOK]
+    assert host.commands == [LOOK]
 
 
 @pytest.mark.parametrize("is_dry", [False, True])
@@ -859,7 +872,7 @@ def test_a_disk_that_is_claimed_after_the_look(host: FakeHost, monkeypatch: pyte
     with lock.holding(lock.disk_lock(VOLUME), lambda _: None):
         (finding,) = gc.collect(parsed()).findings
     assert finding.verdict == Verdict(Action.KEEP, "a process works on it")
-    assert host.commands == [LIST, LOOK]
+    assert host.commands == [LOOK, LIST]
 
 
 @pytest.mark.parametrize(
@@ -886,7 +899,7 @@ def test_a_disk_that_changes_after_the_look_is_judged_again(
 def test_a_vm_that_runs_only_after_the_look(host: FakeHost, text: str) -> None:
     """Its start has taken the disk and let go of the lock, all since gc has asked libvirt."""
     volume = host.add(VOLUME, tags(), SIZE)
-    host.before_command(1, lambda: host.active.add(VM))
+    host.before_command(2, lambda: host.active.add(VM))
     (finding,) = gc.collect(parsed(text)).findings
     assert (finding.verdict.action, finding.verdict.reason) == (Action.KEEP, "its VM runs")
     assert volume.lv_tags == tags()
@@ -894,7 +907,7 @@ def test_a_vm_that_runs_only_after_the_look(host: FakeHost, text: str) -> None:
 
 def test_a_libvirt_that_is_silent_after_the_look(host: FakeHost) -> None:
     host.add(VOLUME, tags("UPDATING"), SIZE)
-    host.before_command(1, lambda: vars(host).update(libvirt_is_silent=True))
+    host.before_command(2, lambda: vars(host).update(libvirt_is_silent=True))
     (finding,) = gc.collect(parsed()).findings
     assert finding.verdict == Verdict(Action.KEEP, "libvirt cannot be asked about its VM", is_certain=False)
     assert VOLUME in host.volumes
@@ -904,7 +917,7 @@ def test_a_disk_that_is_gone_after_the_look(host: FakeHost) -> None:
     host.add(VOLUME, tags("UPDATING"), SIZE)
     host.before_command(2, lambda: host.volumes.clear())
     assert not gc.collect(parsed()).is_problem
-    assert host.commands == [LIST, LOOK] * 2
+    assert host.commands == [LOOK, LIST, LOOK]
 
 
 def test_a_volume_that_is_not_ours_any_more_after_the_look(host: FakeHost) -> None:
@@ -1020,7 +1033,8 @@ def test_a_vms_own_erase(host: FakeHost, erase: str) -> None:
 # -- erasing
 
 
-LOOKS = ("virsh", "fullreport") * 2  # then again, under the locks
+LOOKS = ("fullreport", "virsh") * 2  # then again, under the locks
+LOOKS_ALONE = ("fullreport",) * 2  # no VM can need what is set aside
 FINISH = ("fullreport", "lvchange", "blkdiscard", "lvremove", "fullreport")  # then what others left
 
 
@@ -1039,7 +1053,7 @@ def test_a_disk_gives_its_name_back_before_it_is_erased(host: FakeHost, erase: s
 def test_one_that_has_its_new_name_is_only_erased(host: FakeHost) -> None:
     volume = host.add(VOLUME, ASIDE, SIZE)
     assert outcome(gc.collect(parsed())) == {"1": "remove"}
-    assert host.tools == [*LOOKS, *FINISH]
+    assert host.tools == [*LOOKS_ALONE, *FINISH]
     assert (host.removed, host.erased) == ([volume], {volume.lv_uuid})
 
 
@@ -1047,8 +1061,8 @@ def test_one_that_has_its_new_name_is_only_erased(host: FakeHost) -> None:
 def test_one_that_was_not_renamed_is_renamed_first(host: FakeHost, text: str) -> None:
     volume = host.add(VOLUME, NOT_RENAMED, SIZE)
     assert outcome(gc.collect(parsed(text))) == {"1": "remove"}
-    assert host.tools == [*LOOKS, "lvrename", *FINISH]
-    assert host.commands[4] == f"lvrename --quiet ovirt-local {VOLUME} {OTHER_VOLUME}"
+    assert host.tools == [*LOOKS_ALONE, "lvrename", *FINISH]
+    assert host.commands[2] == f"lvrename --quiet ovirt-local {VOLUME} {OTHER_VOLUME}"
     assert host.commands[-3] == f"blkdiscard --offset 0 --length {SIZE} /dev/ovirt-local/{OTHER_VOLUME}"
     assert (host.removed, host.erased) == ([volume], {volume.lv_uuid})
 
@@ -1057,7 +1071,7 @@ def test_one_that_was_not_renamed_is_renamed_first(host: FakeHost, text: str) ->
 def test_one_that_lost_its_new_name_gets_another(host: FakeHost, names: tuple[str, ...]) -> None:
     volume = host.add(VOLUME, ASIDE - {f"ASIDE_{VOLUME}"} | {f"ASIDE_{name}" for name in names}, SIZE)
     assert outcome(gc.collect(parsed())) == {"1": "remove"}
-    assert host.tools == [*LOOKS, "lvchange", "lvrename", *FINISH]
+    assert host.tools == [*LOOKS_ALONE, "lvchange", "lvrename", *FINISH]
     assert volume.lv_name not in (VOLUME, OTHER_VOLUME)
     assert (host.removed, host.erased) == ([volume], {volume.lv_uuid})
 
@@ -1218,11 +1232,11 @@ def test_many_disks_are_changed_with_few_commands(host: FakeHost) -> None:
     assert [finding.verdict.action for finding in found.findings] == [Action.REMOVE] * count
     assert not found.is_problem
     assert host.removed == volumes
-    assert host.tools == ["virsh", "fullreport", *["virsh", "fullreport", "lvremove"] * 3]
+    assert host.tools == ["fullreport", "virsh", *["fullreport", "virsh", "lvremove"] * 3]
     many(host, 30)
     host.commands.clear()
     assert {finding.verdict.action for finding in gc.collect(parsed()).findings} == {Action.MARK_UNNEEDED}
-    assert host.tools == ["virsh", "fullreport"] * 2 + ["lvchange"]
+    assert host.tools == [*LOOKS, "lvchange"]
 
 
 def test_one_that_is_opened_meanwhile_keeps_no_other(host: FakeHost) -> None:
@@ -1899,7 +1913,7 @@ def test_a_dry_run_changes_no_template(host: FakeHost) -> None:
     collection = gc.collect(parsed("cache: {templates: on}"), dry_run=True)
     assert of_templates(collection) == {"1": "remove", "2": "remove", "4": "deactivate"}
     assert host.report() == before
-    assert host.commands == [LIST, LOOK]
+    assert host.commands == [LOOK]
     lines = gc.as_lines(collection, dry_run=True).splitlines()
     assert [line.split("  ")[1:] for line in lines if " template " in line] == [
         [
@@ -1936,7 +1950,7 @@ def test_a_template_is_looked_at_again_under_its_lock(
     host: FakeHost, change: Callable[[Volume], None], outcome_: str, is_there: bool
 ) -> None:
     volume = add_template(host, "1", NOW - CACHE_KEEP_FOR)
-    host.before_command(2, lambda: change(volume))
+    host.before_command(1, lambda: change(volume))
     assert of_templates(gc.collect(parsed("cache: {templates: on}"))) == {"1": outcome_}
     assert (volume.lv_name in host.volumes) == is_there
 
@@ -1947,7 +1961,7 @@ def test_a_template_that_another_removed_meanwhile(host: FakeHost) -> None:
     def remove() -> None:
         del host.volumes[volume.lv_name]
 
-    host.before_command(2, remove)
+    host.before_command(1, remove)
     collection = gc.collect(parsed("cache: {templates: on}"))
     assert of_templates(collection) == {"1": "remove"}
     assert not collection.is_problem
