@@ -852,6 +852,20 @@ def test_dry_run_changes_nothing(host: FakeHost) -> None:
     assert host.commands == [LOOK, LIST]
 
 
+@pytest.mark.parametrize("dry_run", BOTH)
+def test_libvirt_need_not_answer_if_nothing_depends_on_it(host: FakeHost, dry_run: bool) -> None:
+    """One disk is open, one is kept for its time, one is drifted, and a template LV was used today."""
+    host.add(name("1"), tags(), SIZE, lv_device_open="open", lv_active="active")
+    host.add(name("2"), tags(f"STOPPED_{NOW}"), SIZE)
+    host.add(name("3"), tags(f"DRIFTED_{NOW}"), SIZE)
+    add_template(host, "4", NOW)
+    host.libvirt_is_silent = True
+    found = gc.collect(parsed("cache: {templates: on}"), dry_run)
+    assert not found.is_problem
+    assert {finding.verdict.action for finding in found.findings} == {Action.KEEP}
+    assert host.commands == [LOOK]
+
+
 def test_an_empty_group(host: FakeHost) -> None:
     assert gc.collect(parsed()) == Collection(())
     assert host.commands == [LOOK]
