@@ -12,12 +12,17 @@ CRON = frozenset({"cron", "crond"})
 
 
 def running() -> frozenset[str]:
-    """The names of all processes that this user sees, as the kernel has them: at most 15 characters each."""
+    """The names of all processes that this user sees, as the kernel has them: at most 15 characters each.
+
+    A process that has ended keeps its name until its parent waits for it (states Z and X), and does not run.
+    """
     found = set()
     for process in filter(str.isdigit, os.listdir(PROC)):
-        path = os.path.join(PROC, process, "comm")
+        path = os.path.join(PROC, process, "stat")  # PID (NAME) STATE …; a name may have parentheses itself
         with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
-            found.add(file.read().strip())
+            name, _, rest = file.read().partition("(")[2].rpartition(") ")
+            if not rest.startswith(("Z", "X")):
+                found.add(name)
     return frozenset(found)
 
 
