@@ -305,13 +305,16 @@ def test_udevd_does_not_run() -> None:
         (fix,) = named("systemd-udevd does not run")
         words = ["lvcreate", "-qq", "-y", "-Wn", "-Zn", "-L4m", "-nx", host.VOLUME_GROUP]
         with subprocess.Popen(words) as waiting:
-            with pytest.raises(subprocess.TimeoutExpired):
-                waiting.wait(5)
-            host.start_udevd()
-            first, _, second = fix.partition(" && ")
-            assert first == "systemctl restart systemd-udevd"
-            paste(second)
-            assert waiting.wait(60) == 0
+            try:
+                with pytest.raises(subprocess.TimeoutExpired):
+                    waiting.wait(5)
+                host.start_udevd()
+                first, _, second = fix.partition(" && ")
+                assert first == "systemctl restart systemd-udevd"
+                paste(second)
+                assert waiting.wait(60) == 0
+            finally:
+                waiting.kill()  # else `with` would wait for it for ever
     finally:
         if "systemd-udevd" not in host.names_of_processes():
             host.start_udevd()

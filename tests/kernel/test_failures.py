@@ -143,8 +143,8 @@ FAILURES = {
         undo="mv /etc/pam.d/sudo.aside /etc/pam.d/sudo",
     ),
     # -- udev
-    "udev does not run": Failure(
-        "udevadm control --exit && timeout 20 sh -c 'while pgrep systemd-udevd; do sleep 0.1; done'"
+    "udev does not run": Failure(  # nor sleeps: one that has ended may be nobody's child to wait for
+        "udevadm control --exit && timeout 20 sh -c 'while pgrep -r R,S,D systemd-udevd; do sleep 0.1; done'"
         " && rm -f /run/udev/control",
         "not found: device not cleared",
         "udevadm trigger --settle --subsystem-match=block",
