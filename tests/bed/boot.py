@@ -9,7 +9,7 @@ Where it runs, the first that works (places.py; `--where PLACE` forces one):
     usermode     a throw-away guest of a recent User Mode Linux, fetched from Debian (usermode.py)
     usermode-of-release
                  the same, of the User Mode Linux of this machine's own release
-    emulation    a throw-away guest in qemu, emulated: three to four times slower than User Mode Linux
+    emulation    a throw-away guest in qemu, emulated: three to five times slower than User Mode Linux
 
 Debian packages that a place needs are installed.  A guest sees the machine's own file system through a
 throw-away overlay: files that the command writes are lost when the guest ends.  The command runs in the

@@ -1,6 +1,6 @@
 """A throw-away guest by virtme-ng: a distribution's kernel in qemu, with the machine's own files.
 
-Under KVM it is as fast as the machine, in emulation three to four times slower than User Mode Linux.
+Under KVM it is as fast as the machine, in emulation three to five times slower than User Mode Linux.
 """
 
 from __future__ import annotations
