@@ -143,7 +143,7 @@ FAILURES = {
         undo="mv /etc/pam.d/sudo.aside /etc/pam.d/sudo",
     ),
     # -- udev
-    "udev does not run": Failure(  # nor sleeps: one that has ended may be nobody's child to wait for
+    "udev does not run": Failure(  # without those that have ended, and that no parent waits for
         "udevadm control --exit && timeout 20 sh -c 'while pgrep -r R,S,D systemd-udevd; do sleep 0.1; done'"
         " && rm -f /run/udev/control",
         "not found: device not cleared",
