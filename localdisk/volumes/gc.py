@@ -112,17 +112,10 @@ def collect(
     CommandFailed and so on if no volume group can be read.
     """
     groups, failed = lvm.read_all(config.volume_groups)
-    works = [_Group(config, vg, may_start) for vg in groups]
-    first = [work.judge(_NO_VMS) for work in works]
-    silence = None
-    if any(map(_ask_about, first)):
-        found_domains, silence = _answer(libvirt.ask_domains())
-        elsewhere = _elsewhere(groups, found_domains, ran_elsewhere)
-        works = [_Group(config, vg, may_start, elsewhere) for vg in groups]
-        first = [work.judge(found_domains) for work in works]
-    findings = tuple(
-        finding for work, each in zip(works, first) for finding in (each if dry_run else work.carry_out(each))
-    )
+    judge = _Judge(config, may_start, ran_elsewhere)
+    findings, silence = judge.look(groups, lock.held())
+    if not dry_run:
+        findings = tuple(each for vg in groups for each in _Group(judge, vg).carry_out(findings))
     failures = [*failed, *([silence] if silence and any(not f.verdict.is_certain for f in findings) else [])]
     found = Collection(findings, tuple(map(str, failures)))
     if not dry_run:
@@ -137,11 +130,6 @@ def collect(
     return found
 
 
-def _ask_about(findings: Iterable[Finding]) -> bool:
-    """Whether libvirt must be asked about volumes of these findings, which are as if it knew no VM."""
-    return any(depends_on_vms(found.disk, found.verdict) for found in findings)
-
-
 def _answer(asked: libvirt.Question) -> tuple[Domains | None, LibvirtSilent | None]:
     """The domains that libvirt knows, or the error if it did not answer."""
     try:
@@ -149,18 +137,6 @@ def _answer(asked: libvirt.Question) -> tuple[Domains | None, LibvirtSilent | No
     except LibvirtSilent as error:
         log.problem("libvirt does not answer gc", why=error)
         return None, error
-
-
-def _elsewhere(
-    groups: Iterable[VolumeGroup], found: Domains | None, ask: Callable[[Iterable[str]], Elsewhere]
-) -> Elsewhere | None:
-    """Which disks of VMs, stopped without a report, were not on a local disk; None if that is not known."""
-    asked = may_have_drifted((disk for vg in groups for disk in local_disks(vg)), found)
-    try:
-        return ask(asked) if asked else frozenset()
-    except Error as error:
-        log.problem("gc cannot find out what VMs ran from", vms=" ".join(sorted(asked)), why=error)
-        return None
 
 
 class _GaveUp(Exception):
@@ -203,20 +179,77 @@ def _count(found: Collection) -> None:
 
 
 @frozen
+class _Judge:
+    """Decides, and asks libvirt only if the answer can change a decision."""
+
+    config: Config
+    may_start: bool
+    ran_elsewhere: Callable[[Iterable[str]], Elsewhere]
+
+    def look(
+        self,
+        groups: Iterable[VolumeGroup],
+        held: frozenset[str],
+        is_asked: Callable[[Finding], bool] = lambda _found: True,
+    ) -> tuple[tuple[Finding, ...], LibvirtSilent | None]:
+        """The finding of each volume that `is_asked` for; and the error if libvirt was asked and is silent.
+
+        `groups`: as just read.  `held`: the locks that other processes hold.
+        """
+        alone = self._judge(groups, held, _NO_VMS, frozenset())
+        findings = tuple(filter(is_asked, alone))
+        if not any(depends_on_vms(found.disk, found.verdict) for found in findings):
+            return findings, None
+        vms, silence = _answer(libvirt.ask_domains())
+        elsewhere = self._elsewhere(findings, vms)
+        return tuple(filter(is_asked, self._judge(groups, held, vms, elsewhere))), silence
+
+    def _elsewhere(self, findings: Iterable[Finding], vms: Domains | None) -> Elsewhere | None:
+        """Which disks of VMs, stopped without a report, were on no local disk; None if that is not known."""
+        asked = may_have_drifted((found.disk for found in findings if not found.template), vms)
+        try:
+            return self.ran_elsewhere(asked) if asked else frozenset()
+        except Error as error:
+            log.problem("gc cannot find out what VMs ran from", vms=" ".join(sorted(asked)), why=error)
+            return None
+
+    def _judge(
+        self,
+        groups: Iterable[VolumeGroup],
+        held: frozenset[str],
+        vms: Domains | None,
+        elsewhere: Elsewhere | None,
+    ) -> Iterator[Finding]:
+        """`vms`: the domains that libvirt knows, None if it did not answer."""
+        prepared, now = progress.read_all(), clock.now()
+        for vg in groups:
+            for disk in local_disks(vg):
+                is_locked = lock.disk_lock(disk.volume_id) in held
+                witnesses = witnesses_for(disk, is_locked, vms, prepared, self.may_start, elsewhere)
+                verdict = decide(disk, witnesses, self.config.policy(disk.vm_id), now)
+                yield Finding(vg.vg_name, disk, verdict)
+            is_wanted, keep_for = self.config.caches_templates(vg.vg_name), self.config.cache.keep_for
+            too_many = template.too_many(vg, self.config.cache)
+            for each in template.templates(vg):
+                is_locked, is_too_much = lock.disk_lock(each.name) in held, each.name in too_many
+                verdict = decide_template(each, is_locked, is_wanted, is_too_much, keep_for, now.epoch)
+                yield Finding(vg.vg_name, each.disk, verdict, template=each.volume_id)
+
+
+@frozen
 class _Group:
     """gc's work on one volume group."""
 
-    config: Config
+    judge: _Judge
     vg: VolumeGroup  # as it was when gc began
-    may_start: bool
-    elsewhere: Elsewhere | None = frozenset()
 
-    def judge(self, known: Domains | None) -> Sequence[Finding]:
-        """The finding of each volume; `known`: the domains that libvirt knows, None if it did not answer."""
-        return tuple(self._judge(self.vg, known, lock.held()))
+    @property
+    def config(self) -> Config:
+        return self.judge.config
 
-    def carry_out(self, first: Sequence[Finding]) -> Iterable[Finding]:
-        """Carry out the decisions; returns the findings with what came of them."""
+    def carry_out(self, findings: Iterable[Finding]) -> Iterable[Finding]:
+        """Carry out the decisions about this group; returns their findings with what came of them."""
+        first = [found for found in findings if found.vg_name == self.vg.vg_name]
         due = [found for found in first if found.verdict.action is not Action.KEEP]
         done: dict[str, Finding] = {}
         waiting: dict[str, str] = {}  # old name to new name of disks that are set aside and not yet erased
@@ -227,31 +260,13 @@ class _Group:
             batch = _Batch(self, due[start : start + BATCH])
             done.update(batch.carry_out())
             waiting.update(batch.aside)
-        if self.may_start:
+        if self.judge.may_start:
             done.update(self._erase(waiting, done))
         return [done.get(found.name, found) for found in first]
 
     def read(self) -> VolumeGroup:
         """Read the group again."""
         return VolumeGroup.read(self.vg.vg_name, self.vg.devices)
-
-    def judge_again(self, vg: VolumeGroup, known: Domains | None) -> Mapping[str, Finding]:
-        """The findings by name, without a look at the locks: this process holds those of its batch."""
-        return {found.name: found for found in self._judge(vg, known, frozenset())}
-
-    def _judge(self, vg: VolumeGroup, known: Domains | None, held: frozenset[str]) -> Iterator[Finding]:
-        prepared, now = progress.read_all(), clock.now()
-        for disk in local_disks(vg):
-            is_locked = lock.disk_lock(disk.volume_id) in held
-            witnesses = witnesses_for(disk, is_locked, known, prepared, self.may_start, self.elsewhere)
-            verdict = decide(disk, witnesses, self.config.policy(disk.vm_id), now)
-            yield Finding(vg.vg_name, disk, verdict)
-        is_wanted, keep_for = self.config.caches_templates(vg.vg_name), self.config.cache.keep_for
-        too_many = template.too_many(vg, self.config.cache)
-        for each in template.templates(vg):
-            is_locked, is_too_much = lock.disk_lock(each.name) in held, each.name in too_many
-            verdict = decide_template(each, is_locked, is_wanted, is_too_much, keep_for, now.epoch)
-            yield Finding(vg.vg_name, each.disk, verdict, template=each.volume_id)
 
     def _erase(self, waiting: Mapping[str, str], done: Mapping[str, Finding]) -> Mapping[str, Finding]:
         """Erase and remove the disks that are set aside, unless another gc erases at this moment.
@@ -322,10 +337,9 @@ class _Batch:
 
     def _change(self, locked: Sequence[Finding]) -> Mapping[str, Finding]:
         vg = self._group.read()
-        due = self._judge_again(locked, vg, _NO_VMS)
-        if _ask_about(due):
-            # Again: since the first time, a VM may have started with its disk.
-            due = self._judge_again(locked, vg, _answer(libvirt.ask_domains())[0])
+        old = {found.name: found for found in locked}
+        # This process holds the locks.  What is missing, or of another kind, was removed.
+        due, _ = self._group.judge.look([vg], frozenset(), lambda new: _is_same(old.get(new.name), new))
         changed = [found for found in due if found.verdict.action is not Action.KEEP]
         if changed:
             vg.require_usable()
@@ -341,13 +355,6 @@ class _Batch:
                 _record(found)
         failed = {found.name: _failed(found, failures[found.name]) for found in due if found.name in failures}
         return {**{found.name: found for found in due}, **failed}
-
-    def _judge_again(
-        self, locked: Sequence[Finding], vg: VolumeGroup, known: Domains | None
-    ) -> Sequence[Finding]:
-        """Findings of those that are there; what is missing or of another kind was removed meanwhile."""
-        again = self._group.judge_again(vg, known)
-        return [again[found.name] for found in locked if _is_same(found, again.get(found.name))]
 
     def _remove(self, vg: VolumeGroup, due: Sequence[Finding]) -> Mapping[str, Error]:
         """Remove the volumes that need no erase, set the others aside; returns the errors by name."""
@@ -371,8 +378,8 @@ class _Batch:
         return disk.erase or general.erase
 
 
-def _is_same(old: Finding, new: Finding | None) -> bool:
-    return new is not None and new.template == old.template
+def _is_same(old: Finding | None, new: Finding) -> bool:
+    return old is not None and new.template == old.template
 
 
 def _record(found: Finding) -> None:

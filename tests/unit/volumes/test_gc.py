@@ -697,6 +697,23 @@ def test_a_vm_that_drifted_and_stopped_unseen(
     assert host.removed == []
 
 
+@pytest.mark.parametrize("text", ["", KEEP])
+def test_a_vm_that_drifts_and_stops_unseen_after_the_look(host: FakeHost, text: str) -> None:
+    """At the first look its device was open; what it ran from must be asked at the second."""
+    volume = host.add(VOLUME, tags(LONG_MARKED), SIZE, lv_device_open="open", lv_active="active")
+
+    def stop() -> None:
+        volume.lv_device_open = ""
+        host.active.clear()
+        ran_from(host, LAYER)
+
+    host.active = {VM}
+    host.before_command(1, stop)
+    (found,) = gc.collect(parsed(text), ran_elsewhere=libvirt_vms.ran_elsewhere).findings
+    assert found.verdict.action is Action.MARK_DRIFTED
+    assert volume.lv_tags == tags(f"DRIFTED_{NOW}")
+
+
 FULL = "  VG ovirt-local 27 metadata on /dev/a (523730 bytes) exceeds maximum metadata size (521472 bytes)\n"
 
 
