@@ -33,7 +33,7 @@ LOGS = STATE / "log"
 DURATIONS = STATE / "durations.json"  # seconds that each job took the last time
 KERNEL_TESTS = ROOT / "tests/kernel"
 CRASH_GUESTS = 2  # one of them takes too long
-SHORT, SHARED = 180, 420  # lines: files of kernel tests that share a guest, and how many they have in all
+SHORT, SHARED = 330, 900  # lines: files of kernel tests that share a guest, and how many they have in all
 PASSED = re.compile(r"(\d+) passed")
 FAILED = re.compile(r"(\d+) (?:failed|errors?)")
 
