@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from tests.bed.shell import how_it_ended
 
 ROOT = Path(__file__).resolve().parents[2]
 STATE = ROOT / ".bed"
+CAPABILITIES = "qemu-capabilities"  # a directory of this name in STATE, and in each run directory
 
 
 class NoKernel(Exception):
@@ -92,8 +94,9 @@ def run_directory(order: Order, local: str, shared: str) -> Iterator[Path]:
     """A directory that the guest finds: what it runs in `command`, this repository as the link `root`.
 
     `local` and `shared` are the devices of the disks in the guest.  The guest writes the exit status to
-    `status`.  The directory lies in /run because its path stands on command lines of kernels, which can
-    hold no space; the repository's path may have spaces.
+    `status`, and what libvirt has found out about qemu to `qemu-capabilities`.  The directory lies in /run
+    because its path stands on command lines of kernels, which can hold no space; the repository's path may
+    have spaces.
     """
     with tempfile.TemporaryDirectory(prefix="localdisk-bed-", dir="/run") as directory:
         run = Path(directory)
@@ -104,7 +107,19 @@ def run_directory(order: Order, local: str, shared: str) -> Iterator[Path]:
         disks = f"LOCALDISK_BED_LOCAL={local} LOCALDISK_BED_SHARED={shared}"
         words = f"cd {shlex.quote(str(ROOT))} && exec {shlex.join(order.command)}"
         (run / "command").write_text(f"export LOCALDISK_BED_THROWAWAY=1 {disks}\n{words}\n")
+        (run / CAPABILITIES).mkdir()
         yield run
+        keep_capabilities(run / CAPABILITIES)
+
+
+def keep_capabilities(folder: Path) -> None:
+    """What libvirt has found out about qemu, for the next guest (libvirt.py)."""
+    kept = STATE / CAPABILITIES
+    kept.mkdir(exist_ok=True)
+    for file in folder.iterdir():
+        unfinished = kept / f"{file.name}.{os.getpid()}"
+        shutil.copy(file, unfinished)
+        unfinished.rename(kept / file.name)
 
 
 def status(run: Path, ended: int) -> int:

@@ -1,8 +1,8 @@
 #!/bin/sh
-# What boot.py's throw-away guest in qemu runs as root: `guest.sh RUN_DIRECTORY REPOSITORY`.  The machine's own
-# file system is mounted on /mnt/host (virtme.py).
-# Makes the guest a whole machine, runs RUN_DIRECTORY/command there and hands its exit status to
-# the host through a port of our own: a guest that dies before that has no status at all.
+# What boot.py's throw-away guest in qemu runs as root: `guest.sh REPOSITORY`.  The machine's own file system is
+# mounted on /mnt/host (virtme.py), and this mounts the run directory on /run/bed-host.
+# Makes the guest a whole machine, runs `command` of the run directory there and leaves its exit status in
+# `status`: a guest that dies before that has no status at all.
 set -e
 
 # The init of the guest leaks its ports; LVM complains about each.
@@ -11,9 +11,11 @@ export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 export HOME=/root LANG=C.UTF-8
 report() {
     code=$?
-    echo "$code" >/dev/virtio-ports/bed.status
+    echo "$code" >/run/bed-host/status
     exit "$code"
 }
+mkdir /run/bed-host
+mount -t 9p -o trans=virtio,version=9p2000.L bed-run /run/bed-host
 trap report EXIT
 
 # For every process of the guest (udevd included), puts a root directory of our own in the place of
@@ -24,8 +26,7 @@ trap report EXIT
 new_root() {
     mkdir /mnt/upper /mnt/work /mnt/root /mnt/repository
     mount -t overlay -o lowerdir=/mnt/host,upperdir=/mnt/upper,workdir=/mnt/work bed /mnt/root
-    mount --bind "/mnt/root$2" /mnt/repository # it may lie below /run
-    cp "/mnt/host$1/command" /run/bed-command
+    mount --bind "/mnt/root$1" /mnt/repository # it may lie below /run
     for kept in /dev /proc /sys /run; do
         mount --rbind "$kept" "/mnt/root$kept"
     done
@@ -37,6 +38,6 @@ new_root() {
     rmdir /.old
 }
 
-new_root "$1" "$2"
+new_root "$1"
 echo "127.0.0.1 $(uname -n)" >>/etc/hosts
-python3 "$2/tests/bed/reaper.py" sh /run/bed-command
+python3 "$1/tests/bed/reaper.py" sh /run/bed-host/command

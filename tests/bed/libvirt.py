@@ -29,8 +29,8 @@ OURS = Path("/run/localdisk-bed-libvirt")  # there if `start` started the daemon
 AUTOSTARTED_NETWORK = Path("/etc/libvirt/qemu/networks/autostart/default.xml")
 
 # What libvirt has found out about qemu: where it reads and writes it, where the bed keeps it from one guest
-# to the next, and where a guest of User Mode Linux hands it over (usermode.py).  libvirt itself finds out
-# whether it is of this qemu.
+# to the next, and where a guest hands it over (guest.py).  libvirt itself finds out whether it is of this
+# qemu.
 CAPABILITIES = Path("/var/cache/libvirt/qemu/capabilities")
 KEPT_CAPABILITIES = ROOT / ".bed/qemu-capabilities"
 HANDED_OVER = Path("/run/bed-host/qemu-capabilities")

@@ -32,7 +32,6 @@ PROGRAM = "linux.uml"
 PACKAGE = "user-mode-linux"
 MODULES = "usr/lib/uml/modules"
 PINS = ROOT / "pins/kernel.txt"
-CAPABILITIES = "qemu-capabilities"
 # Of its 0.9 s, the kernel measures for 0.85 s how fast it can compute RAID 6, which nothing here uses.
 NO_BENCHMARK = ("initcall_blacklist=raid6_init",)
 LOADER = "usr/lib/x86_64-linux-gnu/ld-linux-x86-64.so.2"
@@ -130,7 +129,6 @@ def boot(kernel: Kernel, order: Order) -> int:
     STATE.mkdir(exist_ok=True)
     with run_directory(order, "/dev/ubda", "/dev/ubdb") as run, one_cpu() as cpu:
         (run / "modules").symlink_to(kernel.modules)
-        (run / CAPABILITIES).mkdir()
         argv = [
             *("taskset", "--cpu-list", str(cpu)),
             *(str(kernel.program), f"mem={order.memory}", "root=/dev/root", "rootfstype=hostfs"),
@@ -142,19 +140,7 @@ def boot(kernel: Kernel, order: Order) -> int:
         ]
         # User Mode Linux 7.2 dies at its first program if its environment has no HOME.
         environment = {"PATH": SBIN, "HOME": "/root", **memory_folder(order.memory)}
-        ended = stream(argv, order.deadline, environment, order.log)
-        keep_capabilities(run / CAPABILITIES)
-        return status(run, ended)
-
-
-def keep_capabilities(folder: Path) -> None:
-    """What libvirt has found out about qemu, for the next guest (libvirt.py)."""
-    kept = STATE / CAPABILITIES
-    kept.mkdir(exist_ok=True)
-    for file in folder.iterdir():
-        unfinished = kept / f"{file.name}.{os.getpid()}"
-        shutil.copy(file, unfinished)
-        unfinished.rename(kept / file.name)
+        return status(run, stream(argv, order.deadline, environment, order.log))
 
 
 @contextlib.contextmanager
