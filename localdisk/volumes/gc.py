@@ -190,19 +190,19 @@ class _Judge:
         self,
         groups: Iterable[VolumeGroup],
         held: frozenset[str],
-        is_asked: Callable[[Finding], bool] = lambda _found: True,
+        is_due: Callable[[Finding], bool] = lambda _found: True,
     ) -> tuple[tuple[Finding, ...], LibvirtSilent | None]:
-        """The finding of each volume that `is_asked` for; and the error if libvirt was asked and is silent.
+        """The findings that are due; and libvirt's error, if it was asked and did not answer.
 
         `groups`: as just read.  `held`: the locks that other processes hold.
         """
         alone = self._judge(groups, held, _NO_VMS, frozenset())
-        findings = tuple(filter(is_asked, alone))
+        findings = tuple(filter(is_due, alone))
         if not any(depends_on_vms(found.disk, found.verdict) for found in findings):
             return findings, None
         vms, silence = _answer(libvirt.ask_domains())
         elsewhere = self._elsewhere(findings, vms)
-        return tuple(filter(is_asked, self._judge(groups, held, vms, elsewhere))), silence
+        return tuple(filter(is_due, self._judge(groups, held, vms, elsewhere))), silence
 
     def _elsewhere(self, findings: Iterable[Finding], vms: Domains | None) -> Elsewhere | None:
         """Which disks of VMs, stopped without a report, were on no local disk; None if that is not known."""
@@ -220,7 +220,7 @@ class _Judge:
         vms: Domains | None,
         elsewhere: Elsewhere | None,
     ) -> Iterator[Finding]:
-        """`vms`: the domains that libvirt knows, None if it did not answer."""
+        """The finding of each volume; `vms`: the domains that libvirt knows, None if it did not answer."""
         prepared, now = progress.read_all(), clock.now()
         for vg in groups:
             for disk in local_disks(vg):
@@ -338,7 +338,8 @@ class _Batch:
     def _change(self, locked: Sequence[Finding]) -> Mapping[str, Finding]:
         vg = self._group.read()
         old = {found.name: found for found in locked}
-        # This process holds the locks.  What is missing, or of another kind, was removed.
+        # Again, with libvirt: since the first look, a VM may have started, or stopped.  The locks are our own
+        # now.  A volume that is missing, or of another kind, was removed.
         due, _ = self._group.judge.look([vg], frozenset(), lambda new: _is_same(old.get(new.name), new))
         changed = [found for found in due if found.verdict.action is not Action.KEEP]
         if changed:

@@ -32,7 +32,7 @@ EMULATED_PROCESSOR = "Nehalem"
 # Meltdown, and code at other addresses in each process, which is translated again (lvs: 330 ms, without both
 # 130 ms; with a second processor 190 ms).
 EMULATED_KERNEL = ("mitigations=off", "norandmaps")
-# What the guest of a PC has and nothing here needs: udev would load each of them.
+# Drivers of what qemu's PC has and nothing here needs; udev would load them at each boot.
 NEEDLESS_MODULES = (
     *("ahci", "libata", "sr_mod", "sg", "psmouse", "serio_raw", "evdev", "pcspkr", "i2c_i801", "lpc_ich"),
     *("iTCO_wdt", "i6300esb", "qemu_fw_cfg", "button", "sha1_ssse3", "sha256_ssse3", "sha512_ssse3"),
