@@ -18,12 +18,15 @@ MARK = "PICTURE "
 TITLES = {
     "status": "localdisk status on a terminal",
     "watch": "localdisk status --watch during two copies",
+    "way": "One start and one stop of a VM with one disk, as traced",
+    "restart": "One start from a kept disk, and one stop that keeps it, as traced",
 }
+TRACES = ("way", "restart")
 
 
 def main() -> int:
     drawn = {name: write(name, scene) for name, scene in scenes(sys.stdin)}
-    missing = {*TITLES, "way"} - drawn.keys()
+    missing = TITLES.keys() - drawn.keys()
     if missing:
         print(f"pictures: not recorded: {' '.join(sorted(missing))}", file=sys.stderr)
     return bool(missing)
@@ -42,7 +45,8 @@ def scenes(lines: Iterable[str]) -> Iterable[tuple[str, Any]]:
 def write(name: str, scene: Any) -> Path:
     path = DOCS / f"{name}.svg"
     DOCS.mkdir(exist_ok=True)
-    path.write_text(way.picture(scene) if name == "way" else terminal.picture(TITLES[name], **scene))
+    picture = way.picture if name in TRACES else terminal.picture
+    path.write_text(picture(TITLES[name], **scene))
     print(f"{path.relative_to(DOCS.parent)}: {path.stat().st_size} bytes", flush=True)
     return path
 

@@ -1,5 +1,7 @@
 """The way of the data as swimlanes: who ran what as whom in one start and one stop, from a trace.
 
+A start from a kept disk copies nothing, so its picture has no data.
+
 All that is drawn was measured; between two hook points, time is cut out.
 """
 
@@ -43,6 +45,7 @@ text{font-size:11px}
 .middle{text-anchor:middle}
 .updating{fill:#9e6a03}
 .ready{fill:#238636}
+.kept{fill:#6e7681}
 .look{opacity:.6}
 .paper{fill:#161b22}
 .data{fill:#238636;opacity:.55}
@@ -96,9 +99,9 @@ class Piece:
     point: str
 
 
-def picture(scene: Mapping[str, Any]) -> str:
-    """The SVG of the scene that record.py calls `way`."""
-    return _Way(scene).document()
+def picture(title: str, **scene: Any) -> str:
+    """The SVG of a trace of record.py."""
+    return _Way(title, scene).document()
 
 
 def steps(spans: Sequence[Mapping[str, Any]]) -> tuple[Step, ...]:
@@ -148,7 +151,8 @@ def shown(argv: Sequence[str], names: Mapping[str, str]) -> str:
 
 
 class _Way:
-    def __init__(self, scene: Mapping[str, Any]) -> None:
+    def __init__(self, title: str, scene: Mapping[str, Any]) -> None:
+        self._title = title
         self._steps = steps(scene["spans"])
         self._pieces = pieces(self._steps)
         self._samples, self._files, self._size = scene["samples"], scene["files"], scene["size"]
@@ -160,17 +164,22 @@ class _Way:
                 self._commands.setdefault(shown(step.argv, self._names), []).append(step)
         self._tops: dict[str, float] = {}
         y: float = TOP
-        for lane, height in LANES.items():
+        self._copies = any("convert" in step.argv for step in self._steps)
+        for lane in self._lane_names():
             y += SUDO if lane == "helper" else 0
             self._tops[lane] = y
-            y += height + GAP
+            y += LANES[lane] + GAP
         self._below = y
 
     def document(self) -> str:
-        flow = [*self._flow(self._below + 8)]
-        commands, bottom = self._list(self._below + 112)
-        body = [*self._head(), *self._lanes(), *self._bars(), *self._disk(), *self._data(), *flow, *commands]
-        return svg.document(WIDTH, bottom, "One start and one stop of a VM, as traced", _STYLE, body)
+        body = [*self._head(), *self._lanes(), *self._bars(), *self._disk()]
+        if self._copies:
+            body += [*self._data(), *self._flow(self._below + 8)]
+        commands, bottom = self._list(self._below + (112 if self._copies else 24))
+        return svg.document(WIDTH, bottom, self._title, _STYLE, [*body, *commands])
+
+    def _lane_names(self) -> list[str]:
+        return [lane for lane in LANES if lane != "data" or self._copies]
 
     def _x(self, time: int) -> float:
         piece = next((piece for piece in self._pieces if time <= piece.end), self._pieces[-1])
@@ -180,7 +189,7 @@ class _Way:
     # -- the frame
 
     def _head(self) -> Iterator[str]:
-        yield svg.text(PAD, 28, "One start and one stop of a VM with one disk, as traced", "title")
+        yield svg.text(PAD, 28, self._title, "title")
         yield svg.text(PAD, 48, f"Measured {self._where}.", "faint")
         for piece in self._pieces:
             if piece.point:
@@ -193,9 +202,9 @@ class _Way:
                         yield svg.text(self._x(time) + 2, TOP - 10, second, "faint")
 
     def _lanes(self) -> Iterator[str]:
-        for lane, height in LANES.items():
+        for lane in self._lane_names():
             top = self._tops[lane]
-            yield svg.rect(8, top, WIDTH - 16, height, "lane", rx=4, fill_opacity=0.55)
+            yield svg.rect(8, top, WIDTH - 16, LANES[lane], "lane", rx=4, fill_opacity=0.55)
             name, *more = LABELS[lane]
             yield svg.text(PAD, top + 16, name, "name")
             for number, word in enumerate(more):
@@ -263,20 +272,32 @@ class _Way:
 
     def _disk(self) -> Iterator[str]:
         """Its state, from the commands that change it."""
-        changes = (step for step in self._steps if step.lane == "lvm" and step.argv[0] != "lvm")  # no reports
-        made, complete, stopped, removed = changes
-        assert (made.argv[0], removed.argv[0]) == ("lvcreate", "lvremove")
-        assert "UPDATING" in made.argv
-        assert "UPDATING" in complete.argv
-        assert "DELETING" in stopped.argv
         top = self._tops["disk"] + 5
-        states = (("updating", made, complete), ("ready", complete, stopped), ("updating", stopped, removed))
-        words = ("UPDATING", "ready", "DELETING")
-        for (state, since, until), word in zip(states, words):
-            left, right = self._x(since.end), self._x(until.end)
+        for state, word, since, until in self._states():
+            left, right = self._x(since), self._x(until)
             yield svg.rect(left, top, right - left, 20, state, rx=3)
             if right - left > 8 * len(word):  # else there is no room for it
                 yield svg.text(left + 6, top + 14, word, "on")
+
+    def _states(self) -> Iterator[tuple[str, str, int, int]]:
+        """Each state's style and word, and from when to when the disk has it."""
+        changes = [step for step in self._steps if step.lane == "lvm" and step.argv[0] != "lvm"]  # no reports
+        if self._copies:
+            made, complete, stopped, removed = changes
+            assert (made.argv[0], removed.argv[0]) == ("lvcreate", "lvremove")
+            assert "UPDATING" in made.argv
+            assert "UPDATING" in complete.argv
+            assert "DELETING" in stopped.argv
+            yield "updating", "UPDATING", made.end, complete.end
+            yield "ready", "ready", complete.end, stopped.end
+            yield "updating", "DELETING", stopped.end, removed.end
+        else:
+            used, stopped = changes
+            assert "--deltag" in used.argv
+            assert any(word.startswith("STOPPED_") for word in stopped.argv)
+            yield "kept", "kept", self._pieces[0].start, used.end
+            yield "ready", "ready", used.end, stopped.end
+            yield "kept", "kept", stopped.end, self._pieces[-1].end
 
     def _data(self) -> Iterator[str]:
         bottom = self._tops["data"] + LANES["data"] - 6

@@ -10,7 +10,7 @@ import pytest
 from lxml import etree
 
 from tests.pictures import svg, terminal, way
-from tests.pictures.draw import scenes
+from tests.pictures.draw import TITLES, scenes
 from tests.pictures.terminal import Run, Style
 from tests.readme import DOCS, PAGES
 
@@ -164,12 +164,12 @@ def test_hook_points_have_one_scale_and_what_is_between_them_is_cut_out() -> Non
 
 
 def test_a_trace_as_swimlanes() -> None:
-    root = parsed(way.picture(SCENE))
+    root = parsed(way.picture("One start & stop", **SCENE))
     shown = words(root)
     for expected in (
         *("after_disk_prepare", "before_vm_start", "after_vm_destroy", "UPDATING", "ready", "1,000 ms"),
         *("lvcreate", "lvchange", "lvremove", "qemu-img convert", "define", "create", "(VM runs)"),
-        "Measured nowhere <here>.",
+        *("One start & stop", "Measured nowhere <here>."),
         "32 MiB written for 64 MiB",
         "lvcreate --name <volume> --addtag UPDATING --addtag VM_<vm>",
         "/dev/ovirt-local/<volume>",
@@ -178,6 +178,25 @@ def test_a_trace_as_swimlanes() -> None:
         assert expected in shown
     right = max(float(rect.get("x")) + float(rect.get("width")) for rect in root.iter("{*}rect"))
     assert right <= way.WIDTH
+
+
+def test_a_trace_without_a_copy_has_no_data() -> None:
+    spans = [
+        hook(2, "after_disk_prepare", 100, 700),
+        span(4, "root", f"lvchange --deltag STOPPED_5 ovirt-local/{VOLUME}", 350, 450),
+        hook(8, "before_vm_start", 4000, 4500),
+        hook(12, "after_vm_destroy", 9100, 9500),
+        span(14, "root", f"lvchange --addtag STOPPED_7 ovirt-local/{VOLUME}", 9110, 9190),
+    ]
+    scene = {**SCENE, "spans": spans, "samples": [], "files": {}}
+    shown = words(parsed(way.picture("a restart", **scene)))
+    assert [word for word in shown if word in ("kept", "ready", "UPDATING", "DELETING")] == [
+        "kept",
+        "ready",
+        "kept",
+    ]
+    assert "data" not in shown
+    assert "qemu-img convert" not in shown
 
 
 def test_long_words_and_ids_are_cut_short() -> None:
@@ -209,7 +228,7 @@ def test_the_pages_show_every_picture_and_say_what_is_on_it() -> None:
     assert sorted(shown) == sorted(DOCS.glob("*.svg"))
 
 
-@pytest.mark.parametrize("name", ["status", "watch", "way"])
+@pytest.mark.parametrize("name", TITLES)
 def test_pictures_are_good_and_small(name: str) -> None:
     path = Path(DOCS / f"{name}.svg")
     parsed(path.read_text())
