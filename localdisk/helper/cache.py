@@ -1,8 +1,9 @@
 """The template cache in the helper: makes, checks, clones and evicts template LVs.
 
-A start holds the lock of the template LV from its first check until the disk is made from it.  So if several
-VMs of one template start together, the first copies the template, and the others wait and use the copy.  On
-any doubt the cache is bypassed, and the disk is copied in full.  `volumes/template.py` describes the tags.
+A start holds the lock of the template LV from its first check until the disk is made from it, but not while
+bytes are erased to make room for the disk.  So if several VMs of one template start together, the first
+copies the template, and the others wait and use the copy.  On any doubt the cache is bypassed, and the disk
+is copied in full.  `volumes/template.py` describes the tags.
 """
 
 from __future__ import annotations
@@ -35,6 +36,10 @@ from localdisk.volumes.template import Template
 _SAMPLES, _SAMPLE = 256, 4096  # blocks, and bytes of each
 
 
+class _Unusable(Exception):
+    """The template LV was removed, or changed, while its lock was released."""
+
+
 class CachedTemplate:
     """One template and its template LV, whether it exists or not; the lock of its name is held."""
 
@@ -43,17 +48,27 @@ class CachedTemplate:
         self._policy = policy
         self._pause = pause
         self._pool = policy.pool
-        name = template.lv_name(base.volume_id, base.fingerprint, policy.backend, policy.thin_pool)
-        with ExitStack() as stack:
-            held = stack.enter_context(lock.holding(lock.disk_lock(name), pause))
-            self.new_volume = NewVolume(name, policy, held, stack.pop_all(), template=base.volume_id)
-        self.new_volume.begin_phase()
+        self.name = template.lv_name(base.volume_id, base.fingerprint, policy.backend, policy.thin_pool)
+        self.new_volume = self._hold()
         self._vg: VolumeGroup  # as `find_usable` has read it
         self._found: Template | None = None
 
-    @property
-    def name(self) -> str:
-        return self.new_volume.lv_name
+    def _hold(self) -> NewVolume:
+        with ExitStack() as stack:
+            held = stack.enter_context(lock.holding(lock.disk_lock(self.name), self._pause))
+            volume = NewVolume(self.name, self._policy, held, stack.pop_all(), template=self.base.volume_id)
+        volume.begin_phase()
+        return volume
+
+    @contextlib.contextmanager
+    def _left_to_others(self) -> Iterator[None]:
+        """Release the lock, and wait for it again at the end; meanwhile the template LV may be removed."""
+        self.new_volume.release()
+        self._found = None
+        try:
+            yield
+        finally:
+            self.new_volume = self._hold()
 
     @property
     def chunk(self) -> int:
@@ -76,13 +91,19 @@ class CachedTemplate:
         Raises ForeignVolume, DiskBusy, CommandFailed.
         """
         vg = self._vg = _read(self._policy)
-        found = _find(vg, self.name)
-        if found and template.is_sound(found, self.base.fingerprint, self.base.size, vg):
-            self._found = found
+        self._found = self._sound(vg)
+        if self._found:
             return True
         if vg.find(self.name):
             self._discard(vg, "it is incomplete, or not as it was made")
         return False
+
+    def _sound(self, vg: VolumeGroup) -> Template | None:
+        """The template LV, if it may be used; its content is not read."""
+        found = _find(vg, self.name)
+        return (
+            found if found and template.is_sound(found, self.base.fingerprint, self.base.size, vg) else None
+        )
 
     def fill(self, writes: int, beside: Sequence[NewLv]) -> Target:
         """Make the template LV; returns the volume that the base must be copied to.
@@ -145,20 +166,23 @@ class CachedTemplate:
 
         `size` bytes of the disk are the guest's view; `need` has its size; `known` is that of
         `NewVolume.make`.  Returns the volume to which the layers above the base must be copied; None if the
-        template LV has changed since it was made.
+        template LV has changed since it was made, or was removed while the disk's room was erased.
         """
-        found = self._found
-        assert found  # noqa: S101 (find_usable was called)
-
         larger = need.volumes[0].size
 
         def create(vg: VolumeGroup) -> None:
+            found = self._found = self._found or self._sound(vg)
+            if found is None:
+                raise _Unusable
             free_name(vg)
             vg.create_snapshot(disk.lv_name, self.name, tags)
             if vg.round_up(larger) > found.lv.lv_size:
                 vg.extend(disk.lv_name, larger)
 
-        target = disk.create(size, need, tags, create, self._pause, known)
+        try:
+            target = disk.create(size, need, tags, create, self._pause, known, self._left_to_others)
+        except _Unusable:
+            return None
         if not self._is_as_it_was(target.path):
             return None
         self.mark_used()
@@ -184,8 +208,10 @@ class CachedTemplate:
         return Device(path, dm_uuid)
 
     def discard(self) -> None:
-        """Remove a template LV whose content has changed since it was made."""
-        self._discard(_read(self._policy), "its content is not what was copied")
+        """Remove a template LV, if there is one, whose content has changed since it was made."""
+        vg = _read(self._policy)
+        if vg.find(self.name):
+            self._discard(vg, "its content is not what was copied")
 
     def _is_as_it_was(self, path: str) -> bool:
         """Whether the template LV, or a new clone of it, can be read and has the content that was copied."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 
 from localdisk import lock, log
 from localdisk.config import Policy
@@ -28,6 +28,7 @@ from localdisk.volumes.room import Need, Removable, Seen
 _CURRENT = 5.0  # seconds; guests write to a thin pool all the time
 
 Create = Callable[[VolumeGroup], None]  # creates a volume; raises ThinPoolAtThreshold
+Context = Callable[[], AbstractContextManager[object]]
 
 
 @frozen
@@ -116,14 +117,21 @@ class NewVolume:
         self._ticket = self._turn.enter_context(lock.turn(self.policy.copy.parallel, pause))
 
     def make(
-        self, need: Need, tags: frozenset[str], create: Create, pause: Pause, known: Known | None = None
+        self,
+        need: Need,
+        tags: frozenset[str],
+        create: Create,
+        pause: Pause,
+        known: Known | None = None,
+        erasing: Context = nullcontext,
     ) -> VolumeGroup:
         """Make the volume when there is room for it; returns the group as it was just before.
 
         `create` creates the volume, with `tags`.  What is in the way is removed as `room.plan` orders, one
         volume after the other.  The space lock is held from the look for room until the volume is made or a
         volume was removed or set aside.  Neither this lock nor the turn to copy is held while bytes are
-        erased.  If `known` shows that there is room, the group is not read again.
+        erased; `erasing` is the context of that, for other locks.  If `known` shows that there is room, the
+        group is not read again.
         Raises the errors of `room.plan`, `making_room.remove`, `making_room.erase` and `create`.
         """
         planned: tuple[Removable, ...] = ()
@@ -147,7 +155,7 @@ class NewVolume:
                 planned, tried = tuple(rest), tried | {each.lv_uuid}
                 aside = making_room.remove(self.policy, each, pause)
             if aside:
-                self._erase(vg, each, aside, pause)
+                self._erase(vg, each, aside, pause, erasing)
         self._dm_uuid = vg.dm_uuid(self.lv_name)
         self._tags = tags
         return vg
@@ -161,7 +169,14 @@ class NewVolume:
             self._dm_uuid = ""
             raise
 
-    def _erase(self, vg: VolumeGroup, removed: Removable, aside: str, pause: Pause) -> None:
+    def _erase(
+        self,
+        vg: VolumeGroup,
+        removed: Removable,
+        aside: str,
+        pause: Pause,
+        erasing: Context,
+    ) -> None:
         """Wait until a volume is erased, without a turn.
 
         Afterwards the turn is taken again as it was, as by a copy that makes progress again.
@@ -169,7 +184,8 @@ class NewVolume:
         before = self._progress
         self._turn.close()
         self.begin_phase(MAKING_ROOM, before.size if before else 0)
-        making_room.erase(vg, self.policy, removed, aside, pause)
+        with erasing():
+            making_room.erase(vg, self.policy, removed, aside, pause)
         if self._ticket:
             self._turn.enter_context(lock.holding(self._ticket, pause))
 
@@ -181,12 +197,13 @@ class NewVolume:
         create: Create,
         pause: Pause,
         known: Known | None = None,
+        erasing: Context = nullcontext,
     ) -> Target:
         """Make the volume; returns its device, and how to fill it with `size` bytes of the guest's view.
 
         The other parameters, and the errors, are those of `make`.
         """
-        vg = self.make(need, tags, create, pause, known)
+        vg = self.make(need, tags, create, pause, known, erasing)
         self._began = self._moved = time.monotonic()
         self.begin_phase(COPYING, size)
         log.event("copy starts", **self.log_fields, bytes=size, backend=self.policy.backend)

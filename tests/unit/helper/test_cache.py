@@ -973,6 +973,47 @@ def test_what_a_kept_disk_shares_with_its_template_lv_is_no_room(host: FakeHost,
         assert host.removed == []
 
 
+@pytest.mark.parametrize("change", ["none", "removed", "spoiled"])
+def test_a_clone_that_erases_for_its_room_leaves_the_template_lv_to_others(
+    host: FakeHost, change: str
+) -> None:
+    """Other VMs of the template start meanwhile; gc may remove it."""
+    base = add_template(host, "lvmthin")
+    thin = {"pool_lv": "pool0", "lv_layout": "thin,sparse", "lv_role": "public,snapshot,thinsnapshot"}
+    old_tags = tags("STOPPED_5", fingerprint=OTHER_FINGERPRINT)
+    fields = {"data_percent": "25.00", "lv_active": "", "origin": base.lv_name, **thin}
+    old = host.add(OTHER_VOLUME, old_tags, SIZE, **fields)
+    room_for(host, "lvmthin", 5 * EXTENT // 4)
+    text = (
+        "{cache: {templates: on}, copy: {parallel: 1},"
+        " retention: {on_stop: keep, on_source_change: recopy, erase: discard}}"
+    )
+    seen: list[list[str]] = []
+
+    def erase(_argv: list[str]) -> None:
+        if not seen:
+            seen.append(locks())
+            if change == "removed":
+                del host.volumes[base.lv_name]
+            elif change == "spoiled":
+                base.lv_tags.discard(f"SAMPLE_{sample(host, base.lv_name)}")
+
+    host.before["blkdiscard"] = erase
+    hook = Hook(host, text)
+    hook.ask(CLAIM, property="lvmthin")
+    answer = hook.ask(WITH_BASE, writes=3 * EXTENT // 2)
+    assert old in host.removed
+    assert [f"{base.lv_name}.lock" in names for names in seen] == [False]
+    assert answer["how"] == ("layers" if change == "none" else "missing")
+    if change != "none":
+        assert VOLUME not in host.volumes
+        assert hook.ask(FILL)["how"] == "copy"
+        assert hook.ask(COMMIT_IT) == {}
+        assert hook.ask(WITH_BASE)["how"] == "layers"
+    assert hook.ask(COMMIT_IT) == {}
+    assert locks() == []
+
+
 # -- cache.max_size
 
 
