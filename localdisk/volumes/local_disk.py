@@ -238,6 +238,7 @@ class Age:
     seconds: float
     doubt: str = ""
     is_late: bool = False  # the clock was set forward since: by today's clock, the mark's time is too early
+    has_booted: bool = False  # the host has booted since: the age is right only if the date is right now
 
 
 def age_of(boot: tuple[str, int] | None, disk: LocalDisk, since: int, now: Moment) -> Age:
@@ -253,7 +254,7 @@ def age_of(boot: tuple[str, int] | None, disk: LocalDisk, since: int, now: Momen
         return Age(0, "in the future, the clock went backwards")
     if since < max(disk.lv.lv_time, FIRST):
         return Age(0, "before the disk was made, the clock was wrong then")
-    return Age(now.epoch - since)
+    return Age(now.epoch - since, has_booted=boot is not None)
 
 
 def is_clock_wrong(disk: LocalDisk, now: Moment) -> bool:
@@ -310,7 +311,7 @@ def plan_start(disks: Iterable[LocalDisk], wanted: Wanted, retention: Retention,
 def _plan_closed(every: list[LocalDisk], wanted: Wanted, retention: Retention, vg: str) -> Start:
     older = [disk for disk in every if is_left_alone(disk, retention)]
     free = [disk for disk in every if not (disk.is_open or disk.lv.dependents or disk in older)]
-    kept = [disk for disk in every if _is_kept(disk, retention)]
+    kept = [disk for disk in every if is_kept(disk, retention)]
     remove = tuple(disk for disk in free if disk not in kept)
     usable = older if retention.on_stop == "delete" else kept
     reuse = next((disk for disk in usable if _is_good(disk, wanted, retention)), None)
@@ -347,7 +348,7 @@ def busy(disk: LocalDisk, vg: str) -> DiskBusy:
     return DiskBusy(vg=vg, lv=disk.volume_id, state=disk.state.value, users="something", fix=fix)
 
 
-def _is_kept(disk: LocalDisk, retention: Retention) -> bool:
+def is_kept(disk: LocalDisk, retention: Retention) -> bool:
     """Whether a stop has kept the disk, or would have kept it if it had been reported."""
     would_keep = retention.on_stop == "keep" or is_left_alone(disk, retention)
     return disk.state is State.STOPPED or (disk.state is State.READY and would_keep)

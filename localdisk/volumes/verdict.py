@@ -82,6 +82,9 @@ def decide(disk: LocalDisk, witnesses: Witnesses, policy: Policy, now: Moment) -
 
     With `may_start` false (before vdsm starts), no VM can be starting, so one run is enough.  But vdsm waits
     for this gc: disks that must be erased are left to the next one.
+
+    A host may boot with a wrong date.  So if the host has booted since a disk was marked as stopped, two runs
+    must see that `keep_for` is over, too.
     """
     if disk.is_open:
         return _needed(disk, "in use, its device is open")
@@ -151,13 +154,9 @@ def _decide_idle(disk: LocalDisk, witnesses: Witnesses, policy: Policy, now: Mom
     if disk.state is State.DELETING:
         return Verdict(Action.REMOVE, "marked for removal when its VM stopped")
     if disk.state is State.STOPPED:
-        verdict = _decide_stopped(disk, policy, now)
-    else:
-        verdict = _decide_ready(disk, witnesses, policy, now)
-    is_final = verdict.action is Action.REMOVE or (
-        verdict.action is Action.MARK_STOPPED
-        and disk.stopped is None  # otherwise the mark's time is corrected
-    )
+        return _decide_stopped(disk, witnesses, policy, now)
+    verdict = _decide_ready(disk, witnesses, policy, now)
+    is_final = verdict.action in (Action.REMOVE, Action.MARK_STOPPED)
     if is_final and witnesses.vm_is_defined and witnesses.may_start:
         return _after_grace(disk, policy, now, verdict)
     return verdict
@@ -195,15 +194,23 @@ def _needed(disk: LocalDisk, why: str) -> Verdict:
     return Verdict(Action.KEEP if disk.unneeded is None else Action.CLEAR_MARK, why)
 
 
-def _decide_stopped(disk: LocalDisk, policy: Policy, now: Moment) -> Verdict:
+def _decide_stopped(disk: LocalDisk, witnesses: Witnesses, policy: Policy, now: Moment) -> Verdict:
     age, keep_for = age_of(disk.boot, disk, disk.stopped or 0, now), policy.retention.keep_for
     if age.doubt:
         return _in_doubt(disk, Action.MARK_STOPPED, f"marked as stopped {age.doubt}", keep_for, now)
     left = keep_for - age.seconds
     if left <= 0:
-        return Verdict(Action.REMOVE, f"stopped {format_duration(int(age.seconds))} ago, past keep_for")
+        over = Verdict(Action.REMOVE, f"stopped {format_duration(int(age.seconds))} ago, past keep_for")
+        if not (age.has_booted or (witnesses.vm_is_defined and witnesses.may_start)):
+            return over
+        if (disk.unneeded or 0) > now.epoch:  # marked by a wrong date, which was corrected
+            return Verdict(Action.CLEAR_MARK, over.reason, due=now.epoch + policy.retention.grace)
+        return _after_grace(disk, policy, now, over)
     why = f"kept for another {format_duration(int(left))}"
-    return _kept(age, Action.MARK_STOPPED, why, now.epoch + left)
+    verdict = _kept(age, Action.MARK_STOPPED, why, now.epoch + left)
+    # A mark UNNEEDED was made by another date, or by another keep_for.
+    is_unmarked = verdict.action is Action.KEEP and disk.unneeded is not None
+    return replace(verdict, action=Action.CLEAR_MARK) if is_unmarked else verdict
 
 
 def _kept(age: Age, again: Action, why: str, due: float) -> Verdict:

@@ -839,13 +839,17 @@ def _collect(p: Prediction, key: str, may_start: bool, does_erase: bool, is_aske
     elif disk.state not in COMPLETE:
         _erase_and_remove(p, key, policy, does_erase)
     elif disk.state == STOPPED:
+        stopped, unneeded = disk.stopped or 0, disk.unneeded
         is_waiting = may_start and p.state.is_waiting(disk.vm)
-        if _is_in_doubt(p, key, disk.stopped or 0):
+        if _is_in_doubt(p, key, stopped):
             p.becomes(key, replace(disk, stopped=now, unneeded=None))
-        elif _is_due(p, disk, disk.stopped or 0, policy.keep_for) and (
-            not is_waiting or _is_past_grace(p, key, policy)
-        ):
-            _erase_and_remove(p, key, policy, does_erase)
+        elif _is_due(p, disk, stopped, policy.keep_for):
+            if is_waiting and unneeded is not None and unneeded > now:
+                p.becomes(key, replace(disk, unneeded=None))
+            elif not is_waiting or _is_past_grace(p, key, policy):
+                _erase_and_remove(p, key, policy, does_erase)
+        elif unneeded is not None and (disk.made or 0) <= stopped <= now:
+            p.becomes(key, replace(disk, unneeded=None))
     elif policy.on_stop == "keep":
         if not (may_start and p.state.is_waiting(disk.vm)) or _is_past_grace(p, key, policy):
             p.becomes(key, replace(disk, state=STOPPED, stopped=now, unneeded=None))
