@@ -2,8 +2,9 @@
 
 For a VM without the custom property, `main.py` ends at once, unless the VM has a file here.  The tags of the
 disks are what counts.  A file is made before its VM's first disk is complete, and gc makes all files again
-from the tags, also after a boot, before vdsm starts any VM.  The text of a file names the images whose disks
-are about to be marked as stale: if the marking is interrupted, the next start or gc marks them.
+from the tags, also after a boot, before vdsm starts any VM; then it makes the file `ALL`.  As long as gc
+cannot read all volume groups after a boot, each VM may have kept disks.  The text of a file names the images
+whose disks are about to be marked as stale: if the marking is interrupted, the next start or gc marks them.
 """
 
 from __future__ import annotations
@@ -15,10 +16,16 @@ from localdisk import lock, log
 from localdisk.ids import is_uuid
 
 EVERY = "*"  # all images of the VM
+ALL = "all"  # the name of an empty file: every VM that has kept disks has its file
 
 
 def path(vm_id: str) -> str:
     return os.path.join(lock.RUN, "kept", vm_id)
+
+
+def may_have(vm_id: str) -> bool:
+    """Whether the VM may have kept disks on this host; everybody may ask."""
+    return os.path.exists(path(vm_id)) or not os.path.exists(path(ALL))
 
 
 def note(vm_id: str) -> None:
@@ -26,9 +33,11 @@ def note(vm_id: str) -> None:
     _write(vm_id, os.O_CREAT, "")
 
 
-def doubt(vm_id: str, images: Iterable[str]) -> None:
-    """Note that kept disks of these images are about to be marked as stale."""
-    _write(vm_id, os.O_CREAT | os.O_TRUNC, "\n".join(images))
+def doubt(vm_id: str, images: Iterable[str]) -> tuple[str, ...]:
+    """Note that kept disks of these images are about to be marked as stale; all that were noted so far."""
+    every = tuple(sorted({*images, *doubted(vm_id)}))
+    _write(vm_id, os.O_CREAT | os.O_TRUNC, "\n".join(every))
+    return every
 
 
 def settle(vm_id: str) -> None:
@@ -50,18 +59,30 @@ def noted() -> Mapping[str, tuple[str, ...]]:
     return {vm_id: doubted(vm_id) if _size(entry) else () for vm_id, entry in sorted(_entries().items())}
 
 
-def renew(vm_ids: frozenset[str], is_all: bool) -> None:
-    """These VMs have kept disks; `is_all`: and no others, so that the files of others are removed."""
+def times() -> Mapping[str, int]:
+    """When each file was last written, by VM: what `renew` compares."""
+    return {vm_id: time for vm_id, entry in _entries().items() if (time := _time(entry))}
+
+
+def renew(vm_ids: frozenset[str], is_all: bool, seen: Mapping[str, int]) -> None:
+    """These VMs have kept disks; `is_all`: and no others, so that the files of others are removed.
+
+    `seen`: `times` from before the disks were read.  A file that was written since is left: its VM has, or
+    will have, a disk that was not read.
+    """
     entries = _entries()
     for vm_id in vm_ids:
         if vm_id not in entries or not entries[vm_id].is_file(follow_symlinks=False):
             note(vm_id)
     for vm_id in (entries.keys() - vm_ids) if is_all else ():
-        if not (_size(entries[vm_id]) and doubted(vm_id)):
+        entry = entries[vm_id]
+        if seen.get(vm_id) == _time(entry) and not (_size(entry) and doubted(vm_id)):
             try:
                 os.unlink(path(vm_id))
             except OSError as error:
                 log.problem("record of kept disks cannot be removed", vm=vm_id, why=error.strerror)
+    if is_all and not os.path.exists(path(ALL)):
+        note(ALL)
 
 
 def _entries() -> dict[str, os.DirEntry[str]]:
@@ -81,12 +102,21 @@ def _size(entry: os.DirEntry[str]) -> int:
         return -1
 
 
+def _time(entry: os.DirEntry[str]) -> int:
+    """When it was last written, in nanoseconds since the epoch; 0 if it was removed just now."""
+    try:
+        return entry.stat(follow_symlinks=False).st_mtime_ns
+    except OSError:
+        return 0
+
+
 def _write(vm_id: str, flags: int, text: str) -> None:
     try:
         os.makedirs(os.path.dirname(path(vm_id)), mode=0o755, exist_ok=True)
         fd = os.open(path(vm_id), os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW | flags, 0o644)
         try:
             os.write(fd, text.encode())
+            os.utime(fd)  # an empty text leaves the time as it was
         finally:
             os.close(fd)
     except OSError as error:

@@ -16,7 +16,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 
-from localdisk import lock
+from localdisk import kept, lock, protocol
 from localdisk.errors import BadRequest, Error
 from localdisk.helper.session import Session
 from localdisk.protocol import MAX_REQUEST
@@ -41,7 +41,12 @@ def main(load: Callable[[], Config]) -> int:
     try:
         for line in hook.lines():
             if session is None:
-                session = Session(load(), hook.pause)
+                try:
+                    config = load()
+                except Error:
+                    remember_stale(line)
+                    raise
+                session = Session(config, hook.pause)
                 hook.session = session
             hook.answer(session.serve(line))
     except Ended:
@@ -53,6 +58,17 @@ def main(load: Callable[[], Config]) -> int:
         if session:
             session.end()
     return 0
+
+
+def remember_stale(line: bytes) -> None:
+    """Record which kept disks a request wants marked as stale, if no configuration says where they are.
+
+    Their VM begins to run without them now, and is not refused.
+    """
+    with contextlib.suppress(BadRequest):
+        request = protocol.read_request(line)
+        if isinstance(request, protocol.Stale):
+            kept.doubt(request.vm_id, request.images)
 
 
 class Hook:

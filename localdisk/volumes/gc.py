@@ -111,6 +111,7 @@ def collect(
     VMs, reads in libvirt's definitions which of their disks are not on a local disk. Raises NoVolumeGroup,
     CommandFailed and so on if no volume group can be read.
     """
+    kept_seen = kept.times()
     groups, failed = lvm.read_all(config.volume_groups)
     judge = _Judge(config, may_start, ran_elsewhere)
     findings, silence = judge.look(groups, lock.held())
@@ -122,7 +123,7 @@ def collect(
         for vg in groups:
             log_filling(vg)
         lock.sweep()
-        _look_after_kept(config, groups, is_all=not failed)
+        _look_after_kept(config, groups, not failed, kept_seen)
         if not failed:
             _look_after_ready(groups)
         cancel.sweep(may_start)
@@ -147,8 +148,13 @@ def _give_up(_seconds: float) -> None:
     raise _GaveUp
 
 
-def _look_after_kept(config: Config, groups: tuple[VolumeGroup, ...], is_all: bool) -> None:
-    """Mark the disks that a killed process was about to mark as stale; record again who has kept disks."""
+def _look_after_kept(
+    config: Config, groups: tuple[VolumeGroup, ...], is_all: bool, seen: Mapping[str, int]
+) -> None:
+    """Mark the disks that a killed process was about to mark as stale; record again who has kept disks.
+
+    `groups` may have been read hours ago, before an erase; `seen` is that of `kept.renew`.
+    """
     for vm_id, images in kept.noted().items():
         try:
             if images:
@@ -158,7 +164,7 @@ def _look_after_kept(config: Config, groups: tuple[VolumeGroup, ...], is_all: bo
         except Error as error:
             log.problem("kept disks are not marked as stale yet", vm=vm_id, why=error)
     every = (disk for vg in groups for disk in local_disks(vg))
-    kept.renew(frozenset(disk.vm_id for disk in every if disk.vm_id and stale.is_usable(disk)), is_all)
+    kept.renew(frozenset(disk.vm_id for disk in every if disk.vm_id and stale.is_usable(disk)), is_all, seen)
 
 
 def _look_after_ready(groups: tuple[VolumeGroup, ...]) -> None:

@@ -20,7 +20,7 @@ from localdisk.volumes.lvm import VolumeGroup
 
 def mark(config: Config, vm_id: str, images: Sequence[str], pause: Pause) -> None:
     """Mark the VM's kept disks of these images (`kept.EVERY`: of all its images).  Raises LVM's errors."""
-    kept.doubt(vm_id, images)
+    images = kept.doubt(vm_id, images)
     groups, failures = lvm.read_all(config.volume_groups)
     for vg in groups:
         _mark(vg, vm_id, images, pause)

@@ -22,7 +22,7 @@ POINTS_OF_A_VM = (
     "before_disk_hotunplug",
 )
 # Hook points at which a VM begins to run here, and the directory with a file for each VM that has kept disks
-# here (kept.py makes the files).
+# here (kept.py makes the files); if the file "all" is missing, others may have some, too.
 BEGINNINGS = ("before_vm_start", "before_vm_migrate_destination")
 KEPT = "/run/localdisk/kept/"
 
@@ -47,7 +47,9 @@ def is_done(argv, environ):  # type: (list[str], os._Environ[str]) -> bool
     point = called_point(argv)
     if not point or environ.get("localdisk", "off") != "off":
         return False
-    return point not in BEGINNINGS or not os.path.exists(KEPT + (environ.get("vmId") or "-").lower())
+    if point not in BEGINNINGS:
+        return True
+    return os.path.exists(KEPT + "all") and not os.path.exists(KEPT + (environ.get("vmId") or "-").lower())
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ CLAIM = {"verb": "claim", "vm": VM, "property": "lvm", "image": IMAGE, "volume":
 PREPARE = {"verb": "prepare", "size": 10 * EXTENT, "fingerprint": FINGERPRINT, "writes": 4096, "base": None}
 PROGRESS = {"verb": "progress", "done": 5, "written": 3}
 COMMIT_IT = {"verb": "commit"}
+STALE = {"verb": "stale", "vm": VM, "images": [IMAGE]}
 TO_PREPARE = {"stays": False, "path": "", "chunk": 0, "cached": False}
 
 CHILD = """
@@ -215,6 +216,17 @@ def test_a_refused_configuration_is_told_to_the_hook(tmp_path: Path) -> None:
     process = Process(tmp_path, str(tmp_path / "localdisk.yaml"))
     assert "nonsense" in process.ask(CLAIM)["error"]
     assert process.end() == (2, [])
+
+
+@pytest.mark.parametrize("request_", [STALE, CLAIM, {"verb": "?"}])
+def test_what_becomes_stale_is_recorded_without_a_configuration(tmp_path: Path, request_: object) -> None:
+    """Its VM begins to run without its kept disks, and is not refused."""
+    (tmp_path / "localdisk.yaml").write_text("nonsense: 1")
+    process = Process(tmp_path, str(tmp_path / "localdisk.yaml"))
+    assert "nonsense" in process.ask(request_)["error"]
+    assert process.end() == (2, [])
+    record = tmp_path / "run" / "kept" / VM
+    assert (record.read_text() if record.exists() else "") == (IMAGE if request_ is STALE else "")
 
 
 def test_a_process_without_requests(tmp_path: Path) -> None:

@@ -168,6 +168,41 @@ def test_gc_that_cannot_read_a_group_removes_no_record(host: FakeHost) -> None:
     assert kept.noted() == {OTHER_VM: ()}
 
 
+def test_gc_leaves_a_record_that_is_made_while_it_works(host: FakeHost) -> None:
+    """As while it erases for hours: the disk of that VM was not there when gc read the group."""
+    kept.note(VM)
+    os.utime(kept.path(VM), ns=(5, 5))
+    kept.note(OTHER_VM)
+    os.utime(kept.path(OTHER_VM), ns=(5, 5))
+
+    def kept_now(_argv: list[str]) -> None:
+        kept.note(OTHER_VM)
+
+    host.before["lvm"] = kept_now
+    gc.collect(parsed(KEEP))
+    assert kept.noted() == {OTHER_VM: ()}
+
+
+def test_a_doubt_is_added_to_what_was_in_doubt(host: FakeHost) -> None:
+    host.add(VOLUME, tags("STOPPED_5"), SIZE)
+    kept.doubt(VM, [IMAGE])
+    kept.doubt(VM, [OTHER_IMAGE])
+    assert set(kept.doubted(VM)) == {IMAGE, OTHER_IMAGE}
+    assert Hook(host).ask(STALE, images=[OTHER_IMAGE]) == {}
+    assert stale_names(host) == {VOLUME}
+
+
+@pytest.mark.parametrize("is_read", [True, False])
+def test_every_vm_may_have_kept_disks_until_gc_has_read_all_groups(host: FakeHost, is_read: bool) -> None:
+    text = "" if is_read else f"{{vms: {{{VM}: {{volume_group: gone}}}}}}"
+    assert kept.may_have(OTHER_VM)
+    gc.collect(parsed(text), dry_run=True)
+    assert kept.may_have(OTHER_VM)
+    gc.collect(parsed(text))
+    assert kept.may_have(OTHER_VM) == (not is_read)
+    assert kept.noted() == {}
+
+
 def test_no_record_refuses_anything(host: FakeHost) -> None:
     os.makedirs(lock.RUN)
     (Path(lock.RUN) / "kept").touch()  # in the place of the directory
@@ -207,10 +242,11 @@ def test_a_vm_without_the_property_is_never_refused(host_vdsm: Vdsm, monkeypatch
 def test_the_names_are_everywhere_the_same() -> None:
     assert main.BEGINNINGS == hook_call.BEGINNINGS == BEGINNINGS
     assert main.KEPT == "/run/localdisk/kept/"
-    assert f"{lock.RUN}/kept/" == "/run/localdisk/kept/"
+    assert kept.path(kept.ALL) == f"{main.KEPT}all"
 
 
 @pytest.mark.parametrize("point", main.POINTS_OF_A_VM)
+@pytest.mark.parametrize("is_all", [True, False])
 @pytest.mark.parametrize(
     ("environ", "is_noted"),
     [
@@ -221,13 +257,17 @@ def test_the_names_are_everywhere_the_same() -> None:
         ({}, False),
     ],
 )
-def test_who_is_let_through(tmp_path: Path, point: str, environ: dict[str, str], is_noted: bool) -> None:
+def test_who_is_let_through(
+    tmp_path: Path, point: str, environ: dict[str, str], is_noted: bool, is_all: bool
+) -> None:
     """In the zipapp `bootstrap` is beside it; here it is one that tells."""
     (tmp_path / "kept").mkdir()
     (tmp_path / "kept" / VM).touch()
+    if is_all:
+        (tmp_path / "kept" / kept.ALL).touch()
     text = Path(main.__file__).read_text().replace(main.KEPT, f"{tmp_path}/kept/")
     (tmp_path / "__main__.py").write_text(text)
     (tmp_path / "bootstrap.py").write_text("def packages(): return 'x'\ndef run(_found): print('goes on')")
     argv = [sys.executable, str(tmp_path), "hook", point]
     done = subprocess.run(argv, capture_output=True, text=True, env=environ, check=True)
-    assert done.stdout == ("goes on\n" if is_noted and point in BEGINNINGS else "")
+    assert done.stdout == ("goes on\n" if (is_noted or not is_all) and point in BEGINNINGS else "")
