@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from localdisk import cancel, kept, libvirt, log, ready
 from localdisk.errors import (
@@ -106,36 +106,37 @@ def before_vm_start(call: Call) -> str | None:
     disks = [disk for disk in every_disk if disk.is_vdsm_image]
     if not disks:
         return None
-    if _are_ready(call.vm_id, disks):
-        return domain_xml.localize_domain(xml, {disk.name: disk.path for disk in disks})
-    with Helper(call.vm_id, call.property_value) as helper:
-        looks = helper.look(disks)
-        if _is_resumed(call.vm_id, disks, looks):
-            return None
-        shared = [
-            disk.image_id for disk, looked in zip(disks, looks) if looked.is_kept and not looked.is_local
-        ]
-        if shared:
-            helper.mark_stale(shared)
-        paths = {
-            disk.name: _require_local(helper, call.vm_id, disk, looked) for disk, looked in zip(disks, looks)
-        }
+    is_cancelled = cancel.is_cancelled(call.vm_id)  # then the helper refuses
+    ready_disks = [] if is_cancelled else [disk for disk in disks if _is_ready(call.vm_id, disk)]
+    rest = [disk for disk in disks if disk not in ready_disks]
+    paths = {disk.name: disk.path for disk in ready_disks}
+    if rest:
+        with Helper(call.vm_id, call.property_value) as helper:
+            looks = helper.look(rest)
+            if not ready_disks and _is_resumed(call.vm_id, rest, looks):
+                return None
+            looked_at = list(zip(rest, looks))
+            shared = [
+                disk.image_id for disk, looked in looked_at if looked.is_kept and _is_shared(disk, looked)
+            ]
+            if shared:
+                helper.mark_stale(shared)
+            for disk, looked in looked_at:
+                paths[disk.name] = _require_local(helper, call.vm_id, disk, looked)
     # Also disks that after_disk_prepare has made local: vdsm may have left `file=` beside `dev=` in the XML.
     return domain_xml.localize_domain(xml, {name: path for name, path in paths.items() if path})
 
 
-def _are_ready(vm_id: str, disks: Iterable[Disk]) -> bool:
-    """Whether the helper has noted that all these disks are ready, and the start was not powered off.
+def _is_ready(vm_id: str, disk: Disk) -> bool:
+    """Whether the disk is local already, and the helper has noted that it is ready.
 
-    The configuration and the disks' tags were looked at when the disks were prepared.
+    The configuration and the disk's tags were looked at when it was prepared.  If the configuration has
+    changed since, the disk is local nevertheless.
     """
-    if cancel.is_cancelled(vm_id):
-        return False
-    return all(
+    return (
         disk.is_local
         and os.path.basename(disk.path) == disk.volume_id
         and ready.is_noted(vm_id, disk.image_id, disk.path)
-        for disk in disks
     )
 
 
@@ -192,11 +193,16 @@ def before_vm_dehibernate(call: Call) -> None:
 
 
 def before_disk_hotplug(call: Call) -> None:
-    """Refuse to plug a disk into a VM with local disks, or leave it on shared storage (`hotplug`)."""
+    """Refuse to plug a disk into a VM with local disks, or leave it on shared storage (`hotplug`).
+
+    If it has a kept local disk, the VM runs without that one from now on.
+    """
     disk = domain_xml.read_disk_element(hook_call.read_data(call))
     policy = _policy(call)
     if policy.is_local(disk.image_id) and policy.hotplug == "refuse" and disk.device == "disk":
         raise HotplugRefused(vm=call.vm_id, disk=disk.name or disk.path)
+    if disk.device == "disk" and disk.image_id and kept.may_have(call.vm_id):
+        _mark_stale(call, disk.image_id)
 
 
 def before_disk_hotunplug(call: Call) -> None:
@@ -220,15 +226,15 @@ HANDLERS: dict[str, Callable[[Call], str | None]] = {
 }
 
 
-def _mark_stale(call: Call) -> None:
-    """A VM begins to run here from shared storage: mark its kept disks on this host as stale.
+def _mark_stale(call: Call, image: str = kept.EVERY) -> None:
+    """A VM begins to use this image here from shared storage: mark its kept disks of it as stale.
 
-    A failure does not refuse the VM, which does not use localdisk: the helper has recorded first that the
-    disks must be marked, and the VM's next local start, or gc, marks them.
+    A failure does not refuse the VM, which does not use localdisk for it: the helper has recorded first that
+    the disks must be marked, and the VM's next local start, or gc, marks them.
     """
     try:
         with Helper(call.vm_id) as helper:
-            helper.mark_stale([kept.EVERY])
+            helper.mark_stale([image])
     except Error as error:
         log.problem("kept disks are not marked as stale yet", vm=call.vm_id, why=error)
 
@@ -265,13 +271,18 @@ def _require_local(helper: Helper, vm_id: str, disk: Disk, looked: Looked) -> st
 
     after_disk_prepare has made the disk local; a vdsm without this hook point gets it made here.
     """
-    if not looked.is_local:
+    if _is_shared(disk, looked):
         return ""
-    if disk.path != looked.path:
+    if looked.is_local and disk.path != looked.path:
         return _make_local(helper, disk)
-    if not looked.is_ready:
+    if not (looked.is_local and looked.is_ready):
         raise NotLocal(vm=vm_id, disk=disk.name, path=disk.path, state=looked.state)
     return disk.path
+
+
+def _is_shared(disk: Disk, looked: Looked) -> bool:
+    """Whether the VM runs from this disk on shared storage, as the configuration wants it."""
+    return not (looked.is_local or disk.is_local)
 
 
 def _make_local(helper: Helper, disk: Disk, seen_at: int = 0) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from localdisk import cancel, cli, counters, lock, run
+from localdisk import cancel, cli, config, counters, lock, ready, run
 from localdisk.errors import (
     BadDiskData,
     BadDomain,
@@ -204,7 +204,7 @@ def test_a_silent_libvirt_refuses_a_start_only_when_the_domain_is_created(host_v
     assert host_vdsm.call("after_disk_prepare", text) == text
     assert host_vdsm.helpers == []
     domain = domain_xml(("vda", host_vdsm.source(VOLUME), IMAGE, VOLUME))
-    assert "libvirt does not say" in host_vdsm.refused(LibvirtSilent, "before_vm_start", domain)
+    assert "libvirt does not report" in host_vdsm.refused(LibvirtSilent, "before_vm_start", domain)
 
 
 @pytest.mark.parametrize("storage", ["file", "network"])
@@ -390,6 +390,34 @@ def test_a_domain_on_a_disk_that_is_not_ready(
     assert f"({state})" in message
 
 
+@pytest.mark.parametrize("change", ["enabled: false", f"disks: [{OTHER_IMAGE}]", "volume_group: other"])
+def test_the_configuration_changes_while_a_vm_starts(host_vdsm: Vdsm, change: str) -> None:
+    """Its first disk is local already, so the VM runs from it; the second one is not ready yet."""
+    host_vdsm.configure("retention: {on_stop: keep}")
+    prepared(host_vdsm)
+    host_vdsm.configure(f"{{retention: {{on_stop: keep}}, vms: {{{VM}: {{{change}}}}}}}")
+    shared = host_vdsm.source(OTHER_VOLUME)
+    second = disk_json(
+        host_vdsm, name="vdb", path=shared, imageID=OTHER_IMAGE, volumeID=OTHER_VOLUME, serial=OTHER_IMAGE
+    )
+    if change == "enabled: false":
+        assert host_vdsm.call("after_disk_prepare", second) == second
+        text = domain_xml(("vda", LOCAL, IMAGE, VOLUME), ("vdb", shared, OTHER_IMAGE, OTHER_VOLUME))
+        assert f"<source file='{shared}'/>" in host_vdsm.call("before_vm_start", text)
+    else:
+        text = domain_xml(("vda", LOCAL, IMAGE, VOLUME))
+        assert LOCAL in host_vdsm.call("before_vm_start", text)
+    assert "STALE" not in host_vdsm.host.volumes[VOLUME].lv_tags
+
+
+def test_a_local_path_without_a_record_is_refused_although_the_vm_is_not_local(host_vdsm: Vdsm) -> None:
+    text = prepared(host_vdsm)
+    host_vdsm.configure(f"vms: {{{VM}: {{enabled: false}}}}")
+    ready.forget([VOLUME])
+    assert "absent" in host_vdsm.refused(NotLocal, "before_vm_start", text)
+    assert "STALE" not in host_vdsm.host.volumes[VOLUME].lv_tags
+
+
 def test_a_domain_on_the_disk_of_another_vm(host_vdsm: Vdsm) -> None:
     host_vdsm.host.add(VOLUME, tags(vm=OTHER_VM), SIZE)
     text = domain_xml(("vda", LOCAL, IMAGE, VOLUME))
@@ -555,6 +583,25 @@ def test_hotplug(host_vdsm: Vdsm, text: str, element: str, is_refused: bool) -> 
         assert message.startswith(f"disk vdc cannot be plugged into VM {VM}")
     else:
         assert host_vdsm.call("before_disk_hotplug", element) == element
+    assert host_vdsm.verbs == ([["stale"]] if not is_refused and "cdrom" not in element else [])
+
+
+@pytest.mark.parametrize("text", ["hotplug: shared", f"vms: {{{VM}: {{disks: [{OTHER_IMAGE}]}}}}"])
+def test_a_disk_with_a_kept_copy_is_plugged_in_from_shared_storage(host_vdsm: Vdsm, text: str) -> None:
+    """The VM writes to shared storage from now on: the kept copy must not be used again unseen."""
+    host_vdsm.configure(text)
+    host_vdsm.host.add(VOLUME, tags("STOPPED_5"), SIZE)
+    host_vdsm.host.add(OTHER_VOLUME, tags("STOPPED_5", image=OTHER_IMAGE), SIZE)
+    host_vdsm.call("before_disk_hotplug", disk_element())
+    assert "STALE" in host_vdsm.host.volumes[VOLUME].lv_tags
+    assert "STALE" not in host_vdsm.host.volumes[OTHER_VOLUME].lv_tags
+
+
+def test_a_vm_without_kept_disks_is_not_looked_at_when_a_disk_is_plugged_in(host_vdsm: Vdsm) -> None:
+    host_vdsm.configure("hotplug: shared")
+    gc.collect(config.load())  # has made a file for each VM with kept disks
+    host_vdsm.host.commands.clear()
+    host_vdsm.call("before_disk_hotplug", disk_element())
     assert host_vdsm.helpers == []
 
 
