@@ -95,7 +95,7 @@ class OlderHookBack(Error):
 
 class WorkUnfinished(Error):
     what = "uninstall is refused, {what}"
-    fix = "stop the VMs, run localdisk gc until localdisk status shows nothing under way, or say --force"
+    fix = "stop the VMs, run localdisk gc until localdisk status shows nothing under way, or use --force"
 
 
 class MetricsUnwritable(Error):
@@ -177,6 +177,14 @@ def how_it_ended(exit_code: int) -> str:
     return f"killed by {name}"
 
 
+def last_words(who: str, said: str, exit_code: int) -> str:
+    """What a process printed; if it printed nothing, or a signal ended it, also how `who` ended."""
+    how = f"{who}: {how_it_ended(exit_code)}"
+    if not said:
+        return how
+    return f"{how}: {said}" if "killed by" in how else said
+
+
 class CommandFailed(Error):
     """A tool ended badly; keeps `argv`, `exit_code` (negative: killed by that signal) and `stderr`."""
 
@@ -186,7 +194,7 @@ class CommandFailed(Error):
     def __init__(self, argv: tuple[str, ...], exit_code: int, stderr: str, said: str = "") -> None:
         """`said`: the part of `stderr` that is shown; if empty, its last line."""
         lines = [line.strip() for line in stderr.splitlines() if line.strip()]
-        said = said or (lines[-1] if lines else "it said nothing")
+        said = said or (lines[-1] if lines else "it printed nothing")
         super().__init__(tool=" ".join(argv[:2]), target=target(argv), how=how_it_ended(exit_code), said=said)
         self.argv = argv
         self.returncode = exit_code
@@ -327,8 +335,8 @@ class RootNeeded(Error):
 class NoVolumeGroup(Error):
     what = "no volume group {vg} on this host"
     fix = (
-        "create it (vgcreate {vg} DEVICE), on EL9 add it with vgimportdevices {vg}, or correct volume_group; "
-        "if it was there, bring its devices back (dmesg)"
+        "create it (vgcreate --metadatasize 128m {vg} DEVICE), on EL9 add it with vgimportdevices {vg}, "
+        "or correct volume_group; if it was there, bring its devices back (dmesg)"
     )
 
 
@@ -435,7 +443,7 @@ class ForeignVolume(Error):
 
 class OtherOwner(Error):
     what = "local disk {vg}/{lv} belongs to VM {owner}, image {image}"
-    fix = "if that VM is gone, localdisk remove {vg}/{lv}"
+    fix = "if that VM no longer exists, localdisk remove {vg}/{lv}"
 
 
 class DiskBusy(Error):
@@ -474,12 +482,12 @@ class CannotDiscard(Error):
 
 
 class VmRuns(Error):
-    what = "local disk {vg}/{lv} is unfinished while libvirt says that VM {vm} runs"
+    what = "local disk {vg}/{lv} is unfinished while libvirt reports VM {vm} as running"
     fix = "stop the VM, then start it again"
 
 
 class StillRuns(Error):
-    what = "libvirt says that VM {vm} still runs, its local disks are left as they are"
+    what = "libvirt reports VM {vm} as still running, its local disks are left as they are"
     fix = "stop the VM first"
 
 
@@ -504,16 +512,24 @@ class KeptStale(Error):
     )
 
 
+class KeptElsewhere(Error):
+    what = "local disk {vg}/{lv} of this VM is kept, and the configuration names volume group {wanted} now"
+    fix = (
+        "set volume_group to {vg} again (for this VM: under vms), "
+        "or localdisk remove {vg}/{lv} (loses the local data)"
+    )
+
+
 class DiskDrifted(Error):
     """The VM has run from another volume above or beside it: a snapshot or replication went past us."""
 
     what = "local disk {vg}/{lv} has data of this VM that its image on shared storage lacks"
-    fix = "bring them back as localdisk status says, or give them up with localdisk remove {vg}/{lv}"
+    fix = "bring them back as localdisk status shows, or give them up with localdisk remove {vg}/{lv}"
 
 
 class NotLocal(Error):
     what = "disk {disk} of VM {vm} points to {path}, which is no ready local disk of this VM ({state})"
-    fix = "start the VM again; if it stays, look at localdisk status"
+    fix = "start the VM again; if this happens again, look at localdisk status"
 
 
 class DeviceNotReady(Error):
@@ -522,7 +538,7 @@ class DeviceNotReady(Error):
 
 
 class LibvirtSilent(Error):
-    what = "libvirt does not say which VMs run: {problem}"
+    what = "libvirt does not report which VMs run: {problem}"
     fix = "check that libvirt runs (virsh -r list)"
 
 

@@ -420,7 +420,7 @@ CLIENT = {
         lambda w: w.sudo("""read line; echo '{"error": "disk d is busy : stop it"}'"""), "disk d"
     ),
     "gone": case(lambda w: w.sudo(f"echo {w.evil('x')} >&2; exit 1"), "evil", "sudo rule"),
-    "gone silently": case(lambda w: w.sudo("exit 3"), "helper", "it ended without a word: exit code 3"),
+    "gone silently": case(lambda w: w.sudo("exit 3"), "helper", "it ended: exit code 3"),
     "not understood": case(lambda w: w.sudo("read line; echo 5; cat"), "helper", "sudo rule"),
     "too long": case(too_long, "request to the helper"),
 }
@@ -636,6 +636,17 @@ def allocation_off(world: World) -> object:
     return world.ask(CLAIM, PREPARE, host=there)
 
 
+ELSEWHERE = f"{{{fake_session.KEEP}, vms: {{{VM}: {{volume_group: fast}}}}}}"
+GROUP_GONE = f"vms: {{{OTHER_VM}: {{volume_group: gone}}}}"
+
+
+def kept_elsewhere(world: World) -> object:
+    there = world.host()
+    fake_session.add_group(world.patch, "fast")
+    there.add(VOLUME, tags("STOPPED_5"), EXTENT)
+    return world.ask(CLAIM, text=ELSEWHERE, host=there)
+
+
 DISK_LIFE = {
     "changed": case(found("STOPPED_5", text=fake_session.KEEP, requests=(CLAIM, OTHER_PREPARE)), LV),
     "other leaf": case(
@@ -644,6 +655,16 @@ DISK_LIFE = {
         VOLUME,
     ),
     "stale": case(found("STOPPED_5", "STALE", text=fake_session.KEEP), LV),
+    "kept elsewhere": case(kept_elsewhere, LV, "volume group fast"),
+    "start without a group": case(
+        lambda w: w.ask(CLAIM, text=GROUP_GONE), "a start cannot look at a volume group", "gone", VM
+    ),
+    "stop without a group": case(
+        lambda w: w.ask(fake_session.RELEASE, text=GROUP_GONE),
+        "a stop cannot look at a volume group",
+        "gone",
+        VM,
+    ),
     "owner": case(owned_by_another, LV, OTHER_VM, OTHER_IMAGE),
     "open": case(found(lv_device_open="open"), LV, "ready"),
     "no space": case(lambda w: w.ask(CLAIM, {**PREPARE, "size": 1 << 45}), "ovirt-local", "TiB"),
@@ -1342,7 +1363,9 @@ LVM_SAYS = {
 
 LVM = {
     "no group": case(
-        lambda w: w.ask(CLAIM, text="volume_group: other"), "volume group other", "vgcreate other"
+        lambda w: w.ask(CLAIM, text="volume_group: other"),
+        "volume group other",
+        "vgcreate --metadatasize 128m other",
     ),
     "exported": case(usable("exported"), "volume group scratch", "vgimport scratch"),
     "partial": case(usable("partial"), "volume group scratch", "vgreduce"),

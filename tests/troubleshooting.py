@@ -125,6 +125,8 @@ BEHIND = {
     " `source_changed`: [kept disks](#kept-stale-and-drifted-disks).",
     "KeptStale": "The VM ran on this host with the property removed or `off`: [kept"
     " disks](#kept-stale-and-drifted-disks).",
+    "KeptElsewhere": "`volume_group` was changed, for all VMs or for this one. A new disk in the other group"
+    " would not have the data of the kept disk, and gc would remove these when `keep_for` is over.",
     "DiskDrifted": "[drifted.md](drifted.md) shows how to bring the data together. The VM does not start"
     " before that.",
     "NotLocal": "Between the preparation of the disks and the start of the VM, the local disk was"

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 
-from localdisk import libvirt, lock, log
-from localdisk.config import Policy
-from localdisk.errors import ForeignVolume, LibvirtSilent, VmRuns
+from localdisk import kept, libvirt, lock, log
+from localdisk.config import Config, Policy
+from localdisk.errors import Error, ForeignVolume, KeptElsewhere, LibvirtSilent, VmRuns
 from localdisk.frozen import frozen, replace
 from localdisk.helper.new_volume import Known, NewVolume
 from localdisk.helper.replaced import Replaced
@@ -134,6 +134,24 @@ def in_use(
         return False, vg.path(volume_id)
     log.problem("VM runs, but not from a local disk; left as it is", vm=vm_id, disk=volume_id)
     return True, ""
+
+
+def require_none_elsewhere(config: Config, policy: Policy, vm_id: str, image_id: str) -> None:
+    """Raise KeptElsewhere if another group of this host has a kept disk of the image.
+
+    Its VM would start without the data of that disk, and gc would remove them when their time is over.
+    """
+    others = {name: devices for name, devices in config.volume_groups.items() if name != policy.volume_group}
+    for name, devices in others.items() if kept.may_have(vm_id) else ():
+        try:
+            vg = VolumeGroup.read(name, devices)
+        except Error as error:
+            log.problem("a start cannot look at a volume group", vg=name, vm=vm_id, why=error)
+            continue
+        for disk in of_vm(vg, vm_id):
+            is_needed = disk.state is State.DRIFTED or local_disk.is_kept(disk, policy.retention)
+            if disk.image_id == image_id and is_needed:
+                raise KeptElsewhere(vg=name, lv=disk.volume_id, wanted=policy.volume_group)
 
 
 # -- reading the volume group

@@ -181,6 +181,7 @@ class Session:
             found = claims.find(vg, vm_id, request.image_id, volume_id)
             stays, path = claims.in_use(asked, vg, found, vm_id, volume_id) if asked else (False, "")
             if not (stays or path):  # otherwise there is nothing to prepare
+                claims.require_none_elsewhere(self._config, policy, vm_id, request.image_id)
                 resources = stack.pop_all()
                 new_volume = NewVolume(volume_id, policy, held, resources, vm=vm_id, image=request.image_id)
                 self._claim = Claim(
@@ -283,7 +284,7 @@ class Session:
         from localdisk.helper import stop
 
         self.close()
-        stop.mark_drifted(self._policy(request), request.vm_id, request.ran_from)
+        stop.mark_drifted(self._config, self._policy(request), request.vm_id, request.ran_from)
         return Done()
 
     def _release(self, request: protocol.Release) -> Done:
@@ -292,7 +293,7 @@ class Session:
         self.close()
         policy = self._policy(request)
         cancel.destroyed(request.vm_id)
-        stop.release(policy, request.vm_id)
+        stop.release(self._config, policy, request.vm_id)
         return Done()
 
     def _stale(self, request: protocol.Stale) -> Done:

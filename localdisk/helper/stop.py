@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 
 from localdisk import clock, kept, libvirt, lock, log
-from localdisk.config import Policy
+from localdisk.config import Config, Policy
 from localdisk.errors import CommandFailed, CommandTimeout, Error, StillRuns
-from localdisk.helper.claims import of_vm, read
+from localdisk.helper.claims import of_vm
 from localdisk.protocol import RanFrom
 from localdisk.volumes import local_disk
 from localdisk.volumes.filling import log_filling
@@ -19,17 +19,16 @@ from localdisk.volumes.lvm import VolumeGroup
 LOCK_TRIES = 3  # status and gc hold a lock for a moment, to check whether it is free
 
 
-def release(policy: Policy, vm_id: str) -> None:
+def release(config: Config, policy: Policy, vm_id: str) -> None:
     """Remove, keep or mark the disks of a VM that has stopped, as its policy demands.  Raises StillRuns."""
     with ExitStack() as locks:
-        disks = list(_stopped_disks(policy, vm_id, locks))
-        for vg in [vg for vg, _ in disks[:1]]:
+        for vg, disks in _stopped_disks(config, policy, vm_id, locks):
             log_filling(vg)
             vg.require_usable()
-            _stop(vg, policy, [disk for _, disk in disks])
+            _stop(vg, policy, disks)
 
 
-def mark_drifted(policy: Policy, vm_id: str, ran_from: Sequence[RanFrom]) -> None:
+def mark_drifted(config: Config, policy: Policy, vm_id: str, ran_from: Sequence[RanFrom]) -> None:
     """Mark the local disks from which a VM did not run when it stopped, as `ran_from` shows.
 
     A live snapshot or a live storage migration was not refused: the local disk has the data until then, the
@@ -39,8 +38,9 @@ def mark_drifted(policy: Policy, vm_id: str, ran_from: Sequence[RanFrom]) -> Non
     for disk in ran_from:
         paths.setdefault(disk.image_id, set()).add(disk.path)
     with ExitStack() as locks:
-        for vg, found in _stopped_disks(policy, vm_id, locks):
-            _mark_if_drifted(vg, found, paths.get(found.image_id, {vg.path(found.volume_id)}))
+        for vg, disks in _stopped_disks(config, policy, vm_id, locks):
+            for found in disks:
+                _mark_if_drifted(vg, found, paths.get(found.image_id, {vg.path(found.volume_id)}))
 
 
 def _mark_if_drifted(vg: VolumeGroup, disk: LocalDisk, paths: set[str]) -> None:
@@ -57,17 +57,30 @@ def _mark_if_drifted(vg: VolumeGroup, disk: LocalDisk, paths: set[str]) -> None:
     )
 
 
-def _stopped_disks(policy: Policy, vm_id: str, locks: ExitStack) -> Iterator[tuple[VolumeGroup, LocalDisk]]:
-    """The disks of a VM that has stopped, with their locks held; without disks that a new start prepares.
+def _stopped_disks(
+    config: Config, policy: Policy, vm_id: str, locks: ExitStack
+) -> Iterator[tuple[VolumeGroup, list[LocalDisk]]]:
+    """The disks of a VM that has stopped, by group, with their locks held; without disks that a new start
+    prepares.
 
-    Raises StillRuns.
+    The VM's volume group may have been changed while it ran, so all groups are looked at, its own first.
+    Raises StillRuns, and LVM's errors about its own group.
     """
-    held = {d.volume_id for d in of_vm(read(policy), vm_id) if _try_hold(d.volume_id, locks)}
-    vg = read(policy) if held else None
-    disks = [d for d in of_vm(vg, vm_id) if d.volume_id in held] if vg else []
-    if any(disk.is_open for disk in disks) and vm_id in libvirt.active():
-        raise StillRuns(vm=vm_id)
-    return ((vg, disk) for disk in disks if vg)
+    for name, devices in {policy.volume_group: policy.devices, **config.volume_groups}.items():
+        try:
+            vg = VolumeGroup.read(name, devices)
+            held = {disk.volume_id for disk in of_vm(vg, vm_id) if _try_hold(disk.volume_id, locks)}
+            vg = VolumeGroup.read(name, devices) if held else vg
+        except Error as error:
+            if name == policy.volume_group:
+                raise
+            log.problem("a stop cannot look at a volume group", vg=name, vm=vm_id, why=error)
+            continue
+        disks = [disk for disk in of_vm(vg, vm_id) if disk.volume_id in held]
+        if any(disk.is_open for disk in disks) and vm_id in libvirt.active():
+            raise StillRuns(vm=vm_id)
+        if disks:
+            yield vg, disks
 
 
 def _try_hold(volume_id: str, locks: ExitStack) -> bool:

@@ -58,7 +58,7 @@ def _no_group(group: Group) -> Finding:
     return Finding(
         f"no volume group {group.name} on this host",
         "it holds the local disks",
-        f"vgcreate {group.name} DEVICE # or name another volume_group",
+        f"vgcreate --metadatasize 128m {group.name} DEVICE # or name another volume_group",
     )
 
 

@@ -64,6 +64,12 @@ def _others(config: Config, host: Host) -> Iterator[Finding]:
     yield from _clock(host)
     for group in host.groups:
         yield from check_content(group, config, _program_time(host), host.now)
+    for name, count in host.unnamed_groups.items():
+        what = (
+            f"volume group {name} has {count} local disk(s) or template LV(s), and the configuration lacks it"
+        )
+        fix = f"set volume_group: {name}, in the section of one VM (vms) at least, until they are removed"
+        yield Finding(what, "so no stop, gc, status or remove looks at them", fix)
     if not host.is_root:
         what = "volume groups, thin pools, local disks and the sudo rule were not checked"
         yield Finding(what, "only root sees them", f"sudo {shlex.quote(host.program)} check", is_hint=True)

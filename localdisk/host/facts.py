@@ -120,6 +120,7 @@ class Host:
     run_directory: Entry | None
     lvm_settings: LvmSettings | None
     groups: tuple[Group, ...]
+    unnamed_groups: Mapping[str, int]  # other groups with volumes of ours, and how many
     rehearsal: Rehearsal | None
     failures: tuple[Error, ...]
 
@@ -138,12 +139,14 @@ def collect(config: Config, program: str, tries_starts: bool = True) -> Host:
     has_udevd = running is None or bool(running & daemons.UDEVD)  # else LVM makes a disk and waits for ever
     settings: LvmSettings | None = None
     groups: list[Group] = []
+    unnamed: Mapping[str, int] | None = None
     if is_root and "lvm" not in missing:
         settings = asked(storage_facts.settings)
         for name, devices in config.volume_groups.items():
             hides = bool(settings and settings.use_devices_file and not devices)
             group = asked(partial(storage_facts.collect, name, devices, hides, owner))
             groups += [group] if group else []
+        unnamed = asked(partial(storage_facts.unnamed_groups, config.volume_groups))
     return Host(
         program=program,
         is_root=is_root,
@@ -167,6 +170,7 @@ def collect(config: Config, program: str, tries_starts: bool = True) -> Host:
         run_directory=asked(partial(entry, lock.RUN)),
         lvm_settings=settings,
         groups=tuple(groups),
+        unnamed_groups=unnamed or {},
         rehearsal=asked(partial(_rehearse, program, starts(config, groups) if tries_starts else ()))
         if is_root and "vdsm" in accounts.users and not missing and has_udevd
         else None,

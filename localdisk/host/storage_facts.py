@@ -11,8 +11,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from localdisk import device_mapper
 from localdisk.errors import CommandFailed, NoVolumeGroup
 from localdisk.frozen import field, frozen
+from localdisk.ids import is_uuid
 from localdisk.volumes import lvm
-from localdisk.volumes.local_disk import LocalDisk, local_disks
+from localdisk.volumes.local_disk import OURS, LocalDisk, local_disks
 from localdisk.volumes.lvm import VolumeGroup
 
 TYPE_CHECKING = False
@@ -133,6 +134,17 @@ def _pools(vg_name: str, options: list[str]) -> dict[str, PoolWatch]:
         row["lv_name"]: PoolWatch(row["lv_when_full"] == "error", row["seg_monitor"] == "monitored")
         for row in rows
     }
+
+
+def unnamed_groups(named: Iterable[str]) -> dict[str, int]:
+    """How many local disks and template LVs each group has that the configuration does not name.
+
+    Disks of vdsm's older hook are not among them: they lack the tag.  Raises CommandFailed, CommandTimeout.
+    """
+    columns = ["-o", "vg_name,lv_name", "-S", f'lv_tags="{OURS}"']
+    rows = _report(["lvm", "lvs", "--reportformat", "json", *columns], "lv")
+    names = [row["vg_name"] for row in rows if is_uuid(row["lv_name"]) and row["vg_name"] not in named]
+    return {name: names.count(name) for name in sorted(set(names))}
 
 
 def _report(argv: list[str], kind: str) -> list[dict[str, str]]:

@@ -350,6 +350,10 @@ class FakeHost:
         if argv[1] == "pvs":
             rows = [{"pv_name": "/dev/sda", "vg_name": self.vg["vg_name"], "pv_duplicate": ""}]
             return json.dumps({"report": [{"pv": rows}]})
+        if argv[1] == "lvs":  # of all groups
+            ours = [name for name, volume in self.volumes.items() if "localdisk" in volume.lv_tags]
+            rows = [{"vg_name": self.vg["vg_name"], "lv_name": name} for name in ours]
+            return json.dumps({"report": [{"lv": rows}]})
         assert " ".join(argv[:-1]) == FULLREPORT
         if argv[-1] != self.vg["vg_name"]:
             missing = f'  Volume group "{argv[-1]}" not found\n  Cannot process volume group {argv[-1]}\n'

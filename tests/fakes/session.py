@@ -7,9 +7,12 @@ from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any
 
-from localdisk import config, lock
+import pytest
+
+from localdisk import config, frozen, lock
 from localdisk.config import Config
 from localdisk.helper.session import Session
+from localdisk.volumes.lvm import VolumeGroup
 from tests.fakes import (
     EXTENT,
     FINGERPRINT,
@@ -133,6 +136,18 @@ class Hook:
         answer = self.ask(CLAIM, **claim)
         assert answer == {**TO_PREPARE, "chunk": 65536 * (claim.get("property") == "lvmthin")}, answer
         return self.ask(PREPARE, **rest)
+
+
+def add_group(patch: pytest.MonkeyPatch, name: str) -> None:
+    """Another volume group beside the fake host's, without any volume."""
+    read = VolumeGroup.read
+
+    def read_either(_class: type[VolumeGroup], vg_name: str, devices: tuple[str, ...] = ()) -> VolumeGroup:
+        if vg_name != name:
+            return read(vg_name, devices)
+        return frozen.replace(read("ovirt-local"), vg_name=name, lvs=())
+
+    patch.setattr(VolumeGroup, "read", classmethod(read_either))
 
 
 def locks() -> list[str]:

@@ -5,6 +5,7 @@ On file storage and on block storage.
 
 from __future__ import annotations
 
+import json
 import shlex
 import shutil
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from tests.bed import host, libvirt
 from tests.bed.player import run_point
 from tests.bed.shell import run
 from tests.bed.storage import COW, RAW, Image, Storage, fill, new_id, qemu_io
-from tests.bed.vm import Disk, Vm, disk_json, domain_xml
+from tests.bed.vm import Disk, Vm, disk_json, disk_xml, domain_xml
 from tests.kernel.steps import (
     KEEP,
     LOCKS,
@@ -237,3 +238,68 @@ def test_a_kept_disk_that_its_vm_ran_without_is_stale(file_storage: Storage) -> 
     start(other, vm_id=other_vm)
     assert holds_what_the_guest_wrote(other)
     stop(other_vm, other)
+
+
+def test_what_becomes_stale_is_remembered_while_the_configuration_is_refused(file_storage: Storage) -> None:
+    """Also after a boot, when no gc could read where kept disks are."""
+    image = file_storage.template(16 * MIB, seed=8)
+    vm_id = keep(image)
+    vm = Vm(vm_id, (Disk("vda", image),))
+    shutil.rmtree(LOCKS / "kept")  # the host was booted
+    configure("retention: [\n")
+    localdisk("gc", code=2)
+    assert run_point("before_vm_start", vm_id, domain_xml(vm), {}).rc == 0
+    assert "STALE" not in tags(image)
+    assert not (LOCKS / "kept/all").exists()
+    configure(KEEP)
+    localdisk("gc")
+    assert (LOCKS / "kept/all").exists()
+    assert "STALE" in tags(image)
+    assert "is stale" in refused_disk(image, vm_id=vm_id)
+
+
+def test_a_disk_is_plugged_in_that_has_a_kept_copy(file_storage: Storage) -> None:
+    """It was left out of the last start: its VM uses it on shared storage now."""
+    image = file_storage.template(16 * MIB, seed=9)
+    vm_id = keep(image)
+    configure(f"{KEEP}hotplug: shared\n")
+    element = disk_xml(Disk("vdb", image))
+    assert run_point("before_disk_hotplug", vm_id, element, THICK).rc == 0
+    assert "STALE" in tags(image)
+    assert "is stale" in refused_disk(image, vm_id=vm_id)
+
+
+@pytest.fixture
+def other_group() -> Iterator[str]:
+    """The name of a second volume group."""
+    name, file = "bed-other", host.SCRATCH / "other.pv"
+    with open(file, "wb") as pv:
+        pv.truncate(256 * MIB)
+    loop = run("losetup", "--find", "--show", str(file)).strip()
+    run("vgcreate", "-y", name, loop)
+    try:
+        yield name
+    finally:
+        run("vgremove", "-ff", "-y", name)
+        run("losetup", "--detach", loop)
+        file.unlink()
+
+
+def test_the_volume_group_of_a_vm_is_changed(file_storage: Storage, other_group: str) -> None:
+    """Its kept disk is in the group of before: neither is it passed over, nor is it left to nobody."""
+    image = file_storage.template(16 * MIB, seed=10)
+    vm_id = keep(image)
+    moved = f"{KEEP}vms: {{{vm_id}: {{volume_group: {other_group}}}}}\n"
+    configure(moved)
+    assert f"localdisk: local disk {host.VOLUME_GROUP}/{image.leaf.id} of this VM is kept" in refused_disk(
+        image, vm_id=vm_id
+    )
+    configure(f"{KEEP}volume_group: {other_group}\n")  # and none of the VMs names the group of before
+    findings = json.loads(localdisk("check", "--json", code=1))["problems"]
+    assert [each for each in findings if each["what"].startswith(f"volume group {host.VOLUME_GROUP} has 1 ")]
+    configure(KEEP)
+    start(image, vm_id=vm_id)
+    assert holds_what_the_guest_wrote(image)
+    configure(moved.replace("keep", "delete"))  # while it runs
+    stop(vm_id, image)
+    assert host.logical_volumes() == {}

@@ -63,6 +63,7 @@ from tests.fakes.session import (
     TO_PREPARE,
     Ended,
     Hook,
+    add_group,
     commit,
     give_up,
     held_elsewhere,
@@ -451,6 +452,78 @@ def test_a_new_claim_gives_up_the_old_one(host: FakeHost) -> None:
     assert hook.ask(CLAIM, image=OTHER_IMAGE, volume=OTHER_VOLUME) == TO_PREPARE
     assert VOLUME not in host.volumes
     assert locks() == [f"{OTHER_VOLUME}.lock"]
+
+
+# -- disks in another volume group
+
+
+ELSEWHERE = "{{retention: {{on_stop: {}}}, vms: {{" + VM + ": {{volume_group: fast}}}}}}"
+
+
+@pytest.mark.parametrize(
+    ("more", "on_stop", "is_refused"),
+    [
+        (("STOPPED_5",), "keep", True),
+        (("STOPPED_5",), "delete", True),
+        ((), "keep", True),
+        ((), "delete", False),  # gc removes it
+        (("DRIFTED_5",), "delete", True),
+        (("UPDATING",), "keep", False),
+        (("DELETING",), "keep", False),
+    ],
+)
+def test_a_kept_disk_in_another_group_is_not_passed_over(
+    host: FakeHost, monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...], on_stop: str, is_refused: bool
+) -> None:
+    """`volume_group` was changed after its VM had stopped."""
+    add_group(monkeypatch, "fast")
+    host.add(VOLUME, tags(*more), SIZE)
+    hook = Hook(host, ELSEWHERE.format(on_stop))
+    if is_refused:
+        assert f"ovirt-local/{VOLUME} of this VM is kept" in hook.refused(CLAIM)
+        assert locks() == []
+    else:
+        assert hook.ask(CLAIM) == TO_PREPARE
+    assert hook.ask(CLAIM, image=OTHER_IMAGE, volume=OTHER_VOLUME) == TO_PREPARE
+
+
+def test_other_groups_are_not_read_for_a_vm_without_kept_disks(
+    host: FakeHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept.note(kept.ALL)
+    hook = Hook(host, f"vms: {{{OTHER_VM}: {{volume_group: gone}}}}")
+    assert hook.ask(CLAIM) == TO_PREPARE
+    assert host.tools.count("fullreport") == 1
+
+
+@pytest.mark.parametrize("on_stop", ["keep", "delete"])
+def test_a_stop_after_the_volume_group_was_changed(
+    host: FakeHost, monkeypatch: pytest.MonkeyPatch, on_stop: str
+) -> None:
+    add_group(monkeypatch, "fast")
+    volume = host.add(VOLUME, tags(), SIZE)
+    assert Hook(host, ELSEWHERE.format(on_stop)).ask(RELEASE) == {}
+    if on_stop == "keep":
+        assert any(tag.startswith("STOPPED_") for tag in volume.lv_tags)
+    else:
+        assert host.removed == [volume]
+
+
+def test_a_drift_after_the_volume_group_was_changed(host: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    add_group(monkeypatch, "fast")
+    volume = host.add(VOLUME, tags(), SIZE)
+    ran_from = [{"image": IMAGE, "path": "/rhev/x"}]
+    request = {"verb": "drifted", "vm": VM, "property": "lvm", "disks": ran_from}
+    assert Hook(host, ELSEWHERE.format("delete")).ask(request) == {}
+    assert any(tag.startswith("DRIFTED_") for tag in volume.lv_tags)
+
+
+@pytest.mark.parametrize("request_", [CLAIM, RELEASE])
+def test_a_group_of_other_vms_that_cannot_be_read_refuses_nothing(
+    host: FakeHost, request_: dict[str, object], logged: list[str]
+) -> None:
+    assert "error" not in Hook(host, f"vms: {{{OTHER_VM}: {{volume_group: gone}}}}").ask(request_)
+    assert "cannot look at a volume group" in "".join(logged)
 
 
 # -- disks that must be erased before they are removed
@@ -896,7 +969,7 @@ def test_a_vm_that_runs_from_shared_storage_stays_there(host: FakeHost) -> None:
 def test_an_unfinished_disk_of_a_running_vm(host: FakeHost, state: str, is_open: str) -> None:
     before = host.add(VOLUME, tags(state), SIZE, lv_device_open=is_open).row
     host.active = {VM}
-    assert f"VM {VM} runs : stop the VM" in Hook(host).refused(CLAIM)
+    assert f"VM {VM} as running : stop the VM" in Hook(host).refused(CLAIM)
     assert host.volumes[VOLUME].row == before
     assert locks() == []
 
@@ -1076,7 +1149,9 @@ def test_what_was_set_aside_and_cannot_be_erased_makes_no_room(host: FakeHost, l
 
 def test_without_the_group(host: FakeHost) -> None:
     message = Hook(host, "volume_group: other").refused(CLAIM)
-    assert message.startswith("no volume group other on this host : create it (vgcreate other DEVICE)")
+    assert message.startswith(
+        "no volume group other on this host : create it (vgcreate --metadatasize 128m other DEVICE)"
+    )
 
 
 # -- failures and ends
@@ -1777,7 +1852,7 @@ def test_what_runs_from_its_local_disk_has_not_drifted(host: FakeHost, disks: li
 def test_a_vm_that_runs_does_not_drift(host: FakeHost) -> None:
     host.add(VOLUME, tags(), SIZE, lv_device_open="open")
     host.active = {VM}
-    assert "still runs" in Hook(host).refused(DRIFTED)
+    assert "as still running" in Hook(host).refused(DRIFTED)
     assert lv_tags(host) == tags()
 
 
@@ -1838,7 +1913,7 @@ def test_release_of_a_vm_that_still_runs(host: FakeHost) -> None:
     host.add(VOLUME, tags(), SIZE, lv_device_open="open")
     host.add(OTHER_VOLUME, tags(image=OTHER_VOLUME), SIZE)
     host.active = {VM}
-    assert "still runs" in str(Hook(host).ask(RELEASE)["error"])
+    assert "as still running" in str(Hook(host).ask(RELEASE)["error"])
     assert host.commands == [LOOK, LOOK, ACTIVE]
     assert locks() == []
 
@@ -2281,7 +2356,7 @@ def test_reuse_needs_a_claim(host: FakeHost) -> None:
     assert "UPDATING" not in host.volumes.get(VOLUME, host.volumes["pool0"]).lv_tags
 
 
-@settings(max_examples=examples(100), deadline=None, derandomize=True, database=None)
+@settings(max_examples=examples(100))
 @given(lines, st.sampled_from(POLICIES), st.booleans(), st.booleans())
 def test_any_requests(requests: list[str], text: str, is_silent: bool, runs: bool) -> None:
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as directory:

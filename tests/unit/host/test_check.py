@@ -99,6 +99,7 @@ GOOD = Host(
     run_directory=a_directory(lock.RUN),
     lvm_settings=SETTINGS,
     groups=(a_group(),),
+    unnamed_groups={},
     rehearsal=Rehearsal(),
     failures=(),
 )
@@ -509,7 +510,7 @@ def test_udev_rule_of_several_groups() -> None:
         (
             {"vg": None},
             "no volume group ovirt-local on this host, it holds the local disks"
-            " : vgcreate ovirt-local DEVICE # or name another volume_group",
+            " : vgcreate --metadatasize 128m ovirt-local DEVICE # or name another volume_group",
         ),
         (
             {"vg": None, "hidden": ("/dev/a", "/dev/b")},
@@ -848,7 +849,7 @@ def test_what_devices_say_of_discards(monkeypatch: pytest.MonkeyPatch, tmp_path:
     [
         (
             LibvirtSilent(problem="x"),
-            "libvirt does not say which VMs run: x, so no local disk is removed, and no kept disk is used"
+            "libvirt does not report which VMs run: x, so no local disk is removed, and no kept disk is used"
             " : systemctl restart virtqemud.socket || systemctl restart libvirtd",
         ),
         (
@@ -1154,6 +1155,7 @@ def test_everything_fails(door: Door) -> None:
     assert [type(failure) for failure in seen.failures] == [
         CommandTimeout,  # lvmconfig
         CommandTimeout,  # the volume group
+        CommandTimeout,  # other groups
         CommandFailed,
         CommandFailed,
         LibvirtSilent,
@@ -1252,6 +1254,20 @@ def test_a_group_outside_of_the_devices_file(door: Door) -> None:
     (group,) = look("devices: [/dev/sda]\n").groups
     assert group.hidden == (), "devices of the configuration are used whatever the file says"
     assert f"{pvs} --devices /dev/sda" in door.commands
+
+
+def test_what_no_gc_looks_at() -> None:
+    (line,) = lines(unnamed_groups={"old": 2})
+    assert line.startswith("volume group old has 2 local disk(s) or template LV(s)")
+
+
+def test_disks_in_a_group_that_the_configuration_does_not_name(door: Door) -> None:
+    rows = [("ovirt-local", VOLUME), ("old", VOLUME), ("old", VM), ("foreign", "lv1")]
+    listed = [{"vg_name": group, "lv_name": name} for group, name in rows]
+    door.answers["lvm lvs --reportformat json -o vg_name,lv_name"] = json.dumps({"report": [{"lv": listed}]})
+    host = look()
+    assert host.unnamed_groups == {"old": 2}
+    assert look(f"vms: {{{VM}: {{volume_group: old}}}}").unnamed_groups == {}
 
 
 def mapping(tmp_path: Path, name: str, uuid: str, **relations: str) -> None:
