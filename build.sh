@@ -17,7 +17,7 @@
 #
 # Each command installs what it needs: Debian packages with apt (as root or through sudo), Python packages in .venv.
 # Tests and demo run on a throw-away kernel, or on this machine's own if it has device-mapper and we are root;
-# WHERE=PLACE forces a place (tests/bed/boot.py).
+# --where PLACE, or WHERE=PLACE, forces a place (tests/bed/boot.py).
 set -euo pipefail
 cd "$(dirname "$(readlink -f "$0")")"
 
@@ -261,12 +261,15 @@ suite() {
 
 # The arguments of pytest in the bed: a name without a folder is a file of tests/kernel.
 kernel_arguments() {
-  local word has_file=
+  local word has_file='' is_expression=''
   for word in "$@"; do
-    if [ -e "tests/kernel/${word%%::*}" ]; then
-      word=tests/kernel/$word
+    if [ -z "$is_expression" ]; then
+      if [ -e "tests/kernel/${word%%::*}" ]; then
+        word=tests/kernel/$word
+      fi
+      [ ! -e "${word%%::*}" ] || has_file=1
     fi
-    [ ! -e "${word%%::*}" ] || has_file=1
+    case "$word" in -k | -m) is_expression=1 ;; *) is_expression='' ;; esac
     printf '%s\0' "$word"
   done
   [ -n "$has_file" ] || printf 'tests/kernel\0'
@@ -282,6 +285,10 @@ main() {
       .venv/bin/python -m tests.fuzz --seconds "${2:-600}"
       ;;
     demo)
+      if [ $# -gt 1 ]; then
+        echo "build.sh: demo takes no argument but --where PLACE" >&2
+        exit 2
+      fi
       build_if_older
       bed -m tests.demo
       ;;
@@ -353,5 +360,16 @@ main() {
   esac
 }
 
+arguments=()
+while [ $# -gt 0 ]; do
+  case "$1" in
+    --where)
+      WHERE=${2:?a place is missing: see tests/bed/boot.py}
+      shift
+      ;;
+    *) arguments+=("$1") ;;
+  esac
+  shift
+done
 prepare
-main "${@:-build}"
+main "${arguments[@]:-build}"

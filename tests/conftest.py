@@ -8,8 +8,13 @@ import tempfile
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
 
 from localdisk import config_memory
+
+# The same code gives the same examples, however slow the machine is.
+settings.register_profile("localdisk", deadline=None, derandomize=True, database=None)
+settings.load_profile("localdisk")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from tests.bed import host, libvirt, vdsm
-from tests.bed.shell import CommandFailed, attempt, run
+from tests.bed.shell import CommandFailed, attempt, how_it_ended, run
 from tests.bed.storage import FileStorage, digest, fill, guest_bytes, new_id
 from tests.bed.vm import Disk, Vm, boot_sector
 
@@ -127,7 +127,8 @@ def runs(vm: Vm) -> None:
     show(str(host.PROGRAM), "status")
     name = f"{host.VOLUME_GROUP}/{vm.disks[0].image.leaf.id}"
     refused = attempt("lvremove", "-y", name)
-    promise(refused.returncode != 0, f"lvremove is refused: {refused.stderr.strip().splitlines()[-1]}")
+    said = refused.stderr.strip().rpartition("\n")[2]
+    promise(refused.returncode != 0, f"lvremove is refused: {said or how_it_ended(refused.returncode)}")
     gc = run(str(host.PROGRAM), "gc")
     promise(gc.count("kept: in use") == len(vm.disks), "localdisk gc keeps both disks: in use")
 

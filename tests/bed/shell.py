@@ -49,10 +49,9 @@ def as_user(name: str) -> tuple[str, ...]:
 
 
 def how_it_ended(returncode: int) -> str:
-    """`exit code 3`, or `killed by SIGILL` for -4: the return code of a subprocess in words."""
-    if returncode >= 0:
-        return f"exit code {returncode}"
+    """A return code in words: `exit code 3`, or `killed by SIGILL` for -4, and for 132 as of a shell."""
+    number = -returncode if returncode < 0 else returncode - 128
     try:
-        return f"killed by {signal.Signals(-returncode).name}"
-    except ValueError:  # a real-time signal has no name
-        return f"killed by signal {-returncode}"
+        return f"killed by {signal.Signals(number).name}"
+    except ValueError:  # an ordinary exit code; or a real-time signal, which has no name
+        return f"exit code {returncode}" if returncode >= 0 else f"killed by signal {number}"

@@ -11,6 +11,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import threading
 from pathlib import Path
@@ -43,9 +44,6 @@ EMULATED_DEVICES = ("-global", "virtio-pci.ioeventfd=off")
 
 def find_kernel() -> Path:
     """A kernel for the guest, installed if this machine has none.  Raises NoKernel."""
-    if any(c.isspace() for c in str(ROOT)):
-        # virtme-ng names its own files there on the kernel's command line
-        raise NoKernel("a space in the path of this repository, which virtme-ng cannot handle")
     try:
         packages.install(*GUEST_PACKAGES)
         if newest_kernel() is None:
@@ -109,8 +107,15 @@ def boot(kernel: Path, order: Order, kvm: bool) -> int:
             f"--qemu-opts={shlex.join(qemu_options(run, order, kvm))}",
             *("--cwd", "/", "--exec", guest_command()),
         ]
-        # vng calls its virtme-run by name, and leaves its temporary files when it is killed
-        environment = {**os.environ, "PATH": f"{vng.parent}:{SBIN}", "TMPDIR": str(run)}
+        # vng calls its virtme-run by name, and leaves its temporary files when it is killed.  The path of its
+        # package is on the kernel's command line, which can hold no space; this repository's path can.
+        (run / "packages").symlink_to(sysconfig.get_path("purelib"))
+        environment = {
+            **os.environ,
+            "PATH": f"{vng.parent}:{SBIN}",
+            "PYTHONPATH": str(run / "packages"),
+            "TMPDIR": str(run),
+        }
         ended = stream(argv, order.deadline, environment, order.log)
         return status(run, ended)
 

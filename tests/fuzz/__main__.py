@@ -1,8 +1,9 @@
-"""Fuzz every parser:  python -m tests.fuzz [--seconds N] [--seed N] [--target NAME]
+"""Fuzz every parser:  python -m tests.fuzz [--seconds N] [--seed N] [--target NAME [--input FILE]]
 
 Prints a line for each parser: inputs, how many were refused, crashes, the slowest input.  An input that
 crashes one is written to .fuzz/ and printed; then the exit code is 1.  With atheris installed, each parser
-gets half of its time from it, which goes by coverage.
+gets half of its time from it, which goes by coverage.  With --input, the parser gets that one input, and a
+crash is raised as it is.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import hashlib
 import importlib.util
 import os
 import random
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -56,7 +58,8 @@ def keep(target: Target, data: bytes, crash: str) -> None:
     FOUND.mkdir(exist_ok=True)
     path = FOUND / f"{target.name.replace(' ', '-')}-{hashlib.sha256(data).hexdigest()[:12]}"
     path.write_bytes(data)
-    print(f"{target.name}: {crash[:300]}\n    {path}", file=sys.stderr)
+    again = shlex.join([sys.executable, "-m", "tests.fuzz", "--target", target.name, "--input", str(path)])
+    print(f"{target.name}: {crash[:300]}\n    {again}", file=sys.stderr)
 
 
 def main() -> int:
@@ -64,9 +67,13 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=60, help="for all parsers together")
     parser.add_argument("--seed", type=int, default=int(time.time()))
     parser.add_argument("--target", choices=[target.name for target in TARGETS], help="only this one")
+    parser.add_argument("--input", type=Path, help="run the parser of --target with this file only")
     parser.add_argument("--by-coverage", metavar="TALLY", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     targets = [target for target in TARGETS if arguments.target in (None, target.name)]
+    if arguments.input:
+        print(targets[0].read(arguments.input.read_bytes()))
+        return 0
     share = arguments.seconds / len(targets)
     if arguments.by_coverage:
         return by_coverage(targets[0], share, arguments.seed, Path(arguments.by_coverage))

@@ -21,10 +21,12 @@ from tests.kernel.steps import (
     MIB,
     THICK,
     configure,
+    copied,
     device,
     helpers,
     kill_all,
     localdisk,
+    paused_copies,
     seqno,
     start,
     starting,
@@ -219,14 +221,15 @@ def test_before_vdsm_starts_a_placeholder_holds_nothing(vm: Vm, config: str, lef
 
 def test_gc_leaves_a_disk_whose_vm_still_waits_for_its_other_disk(vm: Vm) -> None:
     """However short `grace` is: the first is complete and closed while the second is copied."""
-    configure("copy: {bandwidth: 2MiB}\nretention: {grace: 0s}\n")
+    configure("copy: {bandwidth: 1MiB}\nretention: {grace: 0s}\n")
     first, second = vm.disks
     fill(second.image.leaf, SIZE)
     starting(vm.id)
     vdsm.prepare(vm.id, first, THICK)
     call = start_point("after_disk_prepare", vm.id, disk_json(second), THICK)
-    wait_for(lambda: "UPDATING" in host.logical_volumes().get(second.image.leaf.id, ()), "the copy")
-    for _ in range(3):
-        assert "kept: another disk of its VM is being prepared" in localdisk("gc")
+    wait_for(lambda: copied(second.image) > 0, "progress")
+    with paused_copies():
+        for _ in range(3):
+            assert "kept: another disk of its VM is being prepared" in localdisk("gc")
     assert call.wait().rc == 0
     assert {first.image.leaf.id, second.image.leaf.id} == set(host.logical_volumes())

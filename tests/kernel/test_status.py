@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,13 +22,13 @@ from tests.kernel.steps import (
     THIN,
     configure,
     copied,
-    copiers,
     device,
     equals_source,
     helpers,
     hold_open,
     kill_all,
     localdisk,
+    paused_copies,
     start,
     starting,
     stop,
@@ -192,13 +190,10 @@ def test_a_copy_that_hangs_gives_its_turn_back(volume_group: str, file_storage: 
     run("qemu-io", "-f", "raw", "-c", f"write -P 5 0 {32 * MIB}", str(images[0].leaf.path))
     first = begin(images[0])
     wait_for(lambda: copied(images[0]), "progress")
-    for pid in copiers():
-        os.kill(pid, signal.SIGSTOP)
-    wait_for(lambda: "stalled" in problems(), "the copy to be seen as one that makes no progress")
-    assert f"of disk {images[0].leaf.id}" in problems()["stalled"]
-    assert begin(images[1]).wait().rc == 0
-    for pid in copiers():
-        os.kill(pid, signal.SIGCONT)
+    with paused_copies():
+        wait_for(lambda: "stalled" in problems(), "the copy to be seen as one that makes no progress")
+        assert f"of disk {images[0].leaf.id}" in problems()["stalled"]
+        assert begin(images[1]).wait().rc == 0
     assert first.wait().rc == 0
     assert equals_source(images[0])
     assert equals_source(images[1])

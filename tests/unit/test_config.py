@@ -44,7 +44,7 @@ DEFAULTS = Policy(
     disks=None,
 )
 
-fuzzing = settings(max_examples=examples(150), deadline=None, derandomize=True, database=None)
+fuzzing = settings(max_examples=examples(150))
 
 
 def parse(text: str) -> Config:

@@ -70,7 +70,7 @@ def test_plain(value: object, text: str) -> None:
     assert plain(value) == text
 
 
-@settings(max_examples=examples(80), deadline=None, derandomize=True, database=None)
+@settings(max_examples=examples(80))
 @given(st.text())
 def test_plain_is_one_printable_line_of_bounded_length(text: str) -> None:
     assert plain(text).isprintable()

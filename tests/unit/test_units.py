@@ -18,7 +18,7 @@ from tests.examples import examples
 
 KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
 
-quick = settings(max_examples=examples(100), deadline=None, derandomize=True, database=None)
+quick = settings(max_examples=examples(100))
 
 
 @pytest.mark.parametrize(

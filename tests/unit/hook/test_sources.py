@@ -31,7 +31,7 @@ from tests.fakes.images import BASE, FORMAT, IMAGE, LEAF, MIB, MIDDLE, VOLUMES, 
 SECRET = b"the host's own secret\n" * 100
 OTHER_IMAGE = "cccccccc-9999-4000-8000-000000000000"
 
-fuzzing = settings(max_examples=examples(150), deadline=None, derandomize=True, database=None)
+fuzzing = settings(max_examples=examples(150))
 
 
 def qemu_img(*argv: object) -> None:

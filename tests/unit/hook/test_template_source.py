@@ -194,7 +194,7 @@ KEYS = st.text(st.sampled_from("ABC_"), min_size=1, max_size=4)
 VALUES = st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=10)
 
 
-@settings(max_examples=examples(100), deadline=None, derandomize=True, database=None)
+@settings(max_examples=examples(100))
 @given(st.dictionaries(KEYS, VALUES, max_size=5))
 def test_what_is_written_is_read_back(told: dict[str, str]) -> None:
     fd = os.memfd_create("meta")
@@ -208,7 +208,7 @@ def test_what_is_written_is_read_back(told: dict[str, str]) -> None:
         os.close(fd)
 
 
-@settings(max_examples=examples(100), deadline=None, derandomize=True, database=None)
+@settings(max_examples=examples(100))
 @given(st.binary(max_size=200))
 def test_anything_is_metadata_or_nothing(data: bytes) -> None:
     fd = os.memfd_create("meta")

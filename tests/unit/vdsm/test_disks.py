@@ -963,7 +963,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=examples(60), deadline=None)
+@settings(max_examples=examples(60))
 @given(
     others=st.dictionaries(
         st.text().filter(lambda key: key not in ("volumeChain", "disk")), VALUES, max_size=5
@@ -1044,13 +1044,13 @@ def check_any_domain(xml: str) -> None:
         check_only_disks_changed(xml, localize_domain(xml, paths), paths)
 
 
-@settings(max_examples=examples(200), deadline=None)
+@settings(max_examples=examples(200))
 @given(mutated([*SMALL, text_of(DATA / "comments-namespaces.in.xml")]))
 def test_a_mutated_domain_is_refused_or_rewritten_exactly(xml: str) -> None:
     check_any_domain(xml)
 
 
-@settings(max_examples=examples(150), deadline=None)
+@settings(max_examples=examples(150))
 @given(mutated([text_of(file) for file in JSON_FILES]))
 def test_a_mutated_disk_is_refused_or_rewritten_exactly(text: str) -> None:
     with contextlib.suppress(BadDiskData):
@@ -1058,7 +1058,7 @@ def test_a_mutated_disk_is_refused_or_rewritten_exactly(text: str) -> None:
             check_disk_rewritten(text, localize_disk(text, LOCAL))
 
 
-@settings(max_examples=examples(150), deadline=None)
+@settings(max_examples=examples(150))
 @given(
     st.text() | st.text(alphabet="<>/'\"= !-?[]{}:,a1\n\u2028") | st.from_regex(r"<(disk|domain)[^<]{0,9}>")
 )

@@ -247,7 +247,7 @@ def test_a_full_file_system_leaves_no_mixture(tmp_path: Path) -> None:
     assert file.read_text() == '{"path": "/n'
 
 
-@settings(max_examples=examples(200), deadline=None)
+@settings(max_examples=examples(200))
 @given(
     point=st.sampled_from([*sorted(hook_call.POINTS), "x"]) | st.text(),
     environ=st.fixed_dictionaries(

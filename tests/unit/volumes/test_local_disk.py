@@ -250,7 +250,7 @@ def test_local_disks_of_a_real_report() -> None:
     ]
 
 
-@settings(max_examples=examples(80), deadline=None, derandomize=True, database=None)
+@settings(max_examples=examples(80))
 @given(
     st.frozensets(
         st.one_of(

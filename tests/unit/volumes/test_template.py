@@ -37,7 +37,7 @@ POOL = VG.lvs[0]
 LV = replace(POOL, lv_name=VOLUME, lv_layout=frozenset({"linear"}), lv_device_open=False, lv_size=SIZE)
 READY = {"localdisk", f"TEMPLATE_{OTHER_VOLUME}", f"SOURCE_{FINGERPRINT}", f"SAMPLE_{SAMPLE}", f"USED_{NOW}"}
 
-properties = settings(max_examples=examples(100), deadline=None, derandomize=True, database=None)
+properties = settings(max_examples=examples(100))
 
 
 def lv(lv_tags: set[str] | frozenset[str], **changes: object) -> LogicalVolume:
