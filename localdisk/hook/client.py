@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from types import TracebackType
 
 from localdisk import protocol, run
-from localdisk.errors import HelperRefused, HelperUnavailable, how_it_ended, sudo_fix
+from localdisk.errors import HelperRefused, HelperUnavailable, last_words, sudo_fix
 from localdisk.protocol import (
     Base,
     Claimed,
@@ -164,4 +164,4 @@ class Helper:
     def _last_words(self) -> str:
         run.close_input(self._process)
         said = run.read_errors(self._process)
-        return said or f"it ended without a word: {how_it_ended(self._process.returncode)}"
+        return last_words("it ended", said, self._process.returncode)

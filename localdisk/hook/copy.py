@@ -22,7 +22,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from functools import partial
 
 from localdisk import device_mapper, run
-from localdisk.errors import CopyFailed, Error, PoolFilledUp, how_it_ended
+from localdisk.errors import CopyFailed, Error, PoolFilledUp, last_words
 from localdisk.frozen import frozen
 from localdisk.hook import sources
 from localdisk.hook.sources import Layer, Source
@@ -204,7 +204,7 @@ def _convert(source: Source, read: _Pass, target: Target, fd: int, on_progress: 
         if process.returncode in (126, 127):  # setpriv could not run qemu-img
             raise run.cannot_run("setpriv", "qemu-img")
         if process.returncode != 0:
-            raise _failed(source, target, said or f"qemu-img: {how_it_ended(process.returncode)}")
+            raise _failed(source, target, last_words("qemu-img", said, process.returncode))
     finally:
         run.end(process)
     return written

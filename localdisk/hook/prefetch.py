@@ -48,12 +48,12 @@ def prefetch(name: str, backend: str, show: OnProgress | None = None) -> str:
         raise NoTemplate(volume=path, problem="its name is no volume's id")
     metadata = template_source.read_metadata(path)
     if not metadata and os.path.realpath(path).startswith("/dev/"):
-        problem = "block storage does not tell whether it is a template's; the first VM brings it in"
+        problem = "a block volume has no mark that it is a template's; the first VM caches it"
         raise NoTemplate(volume=path, problem=problem)
     if metadata.get("FORMAT") not in _FORMATS:
         raise NoTemplate(volume=path, problem="there is no metadata of vdsm's beside it")
     if metadata.get("VOLTYPE") != "SHARED":
-        raise NoTemplate(volume=path, problem="its metadata does not call it a template's")
+        raise NoTemplate(volume=path, problem="its metadata does not mark it as a template's")
     with sources.opened_alone(path, _FORMATS[metadata["FORMAT"]]) as source, Helper() as helper:
         layer = source.base
         if not template_source.is_template(layer):
@@ -85,6 +85,6 @@ def _find(volume_id: str) -> str:
         if metadata.get("VOLTYPE") == "SHARED":
             return path
     if paths:
-        raise NoTemplate(volume=volume_id, problem="its metadata does not call it a template's")
+        raise NoTemplate(volume=volume_id, problem="its metadata does not mark it as a template's")
     problem = "no storage domain of files on this host has it"
     raise NoTemplate(volume=volume_id, problem=problem)

@@ -34,6 +34,8 @@ REASONS = (
     "copy_broken_off",
     "preparation_broken_off",
     "no_space",
+    "allocation_off",
+    "metadata_area_full",
     "thin_pool_full",
     "thin_pool_at_threshold",
     "no_volume_group",

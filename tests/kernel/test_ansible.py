@@ -123,7 +123,8 @@ def staged() -> list[Path]:
 
 def test_the_life_of_a_host(play: Play, device: str) -> None:
     other = f"{NAME}-2"
-    told = f"no volume group {other} on this host, it holds the local disks : vgcreate {other} DEVICE"
+    fix = f"vgcreate --metadatasize 128m {other} DEVICE"
+    told = f"no volume group {other} on this host, it holds the local disks : {fix}"
     settings = {"volume_group": NAME, "vms": {new_id(): {"volume_group": other}}}
     variables = {
         "localdisk_config": settings,
@@ -158,7 +159,7 @@ def test_the_life_of_a_host(play: Play, device: str) -> None:
     refused = play(**{**variables, "localdisk_config": {**settings, "copy": {"paralel": 2}}})
     assert refused.failed
     assert refused.changed == 0, refused.text
-    assert refused.has_line(f"{CONFIG} stays as it is, localdisk_config is refused:"), refused.text
+    assert refused.has_line(f"{CONFIG} is not changed, localdisk_config is refused:"), refused.text
     assert refused.has_line("localdisk.yaml:7:3: copy.paralel: unknown key; did you mean parallel?"), (
         refused.text
     )

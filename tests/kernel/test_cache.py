@@ -496,13 +496,13 @@ def test_what_is_not_fetched(file_storage: FileStorage, block_storage: BlockStor
     own = file_storage.clone(template, seed=2)
     on_block = block_storage.template(SIZE, seed=1)
     for name, said in {
-        str(own.leaf.path): "does not call it a template's",
-        own.leaf.id: "does not call it a template's",
+        str(own.leaf.path): "does not mark it as a template's",
+        own.leaf.id: "does not mark it as a template's",
         new_id(): "no storage domain of files on this host has it",
         "nonsense": "neither a path nor the id of a volume",
         "/etc/shadow": "its name is no volume's id",
         f"/etc/{new_id()}": "no metadata of vdsm's",
-        str(on_block.leaf.path): "the first VM brings it in",
+        str(on_block.leaf.path): "the first VM caches it",
     }.items():
         done = attempt(str(host.PROGRAM), "prefetch", name)
         assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1), done

@@ -364,7 +364,7 @@ def test_libvirt_is_silent() -> None:
     """The fix asks systemd, which does not run here: libvirt is started as the bed does."""
     libvirt.stop()
     try:
-        (fix,) = named("libvirt does not say which VMs run")
+        (fix,) = named("libvirt does not report which VMs run")
         assert fix.startswith("systemctl restart ")
     finally:
         libvirt.start()
@@ -701,7 +701,7 @@ def test_libvirt_is_not_for_vdsm(file_storage: FileStorage) -> None:
     virsh = Path("/usr/bin/virsh")
     virsh.chmod(0o750)
     try:
-        (fix,) = named("user vdsm tried a start: libvirt does not say which VMs run: virsh cannot be run")
+        (fix,) = named("user vdsm tried a start: libvirt does not report which VMs run: virsh cannot be run")
         vm = Vm(new_id(), (Disk("vda", file_storage.template(4 * MIB)),))
         line = one_line(run_point("before_vm_start", vm.id, domain_xml(vm), THICK))
         assert "virsh cannot be run by this user" in line

@@ -649,7 +649,7 @@ def test_no_usable_pool(group: Group, image: Image) -> None:
 
 def test_no_group(group: Group, image: Image) -> None:
     steps.configure("volume_group: nosuch\n")
-    absent = "localdisk: no volume group nosuch on this host : create it (vgcreate nosuch DEVICE)"
+    absent = "localdisk: no volume group nosuch on this host : create it (vgcreate --metadatasize 128m nosuch"
     assert refused_disk(image).startswith(absent)
     for mode in ("gc", "status"):
         code, out, (problem,) = told(mode)
@@ -826,7 +826,7 @@ def test_libvirt_is_silent(group: Group, image: Image, how: str) -> None:
         asked = run_point("after_disk_prepare", vm_id, data, THICK)
         assert (asked.rc, asked.data) == (0, data), "the VM may be one that runs"
         line = refused("before_vm_start", vm_id, domain_xml(Vm(vm_id, (Disk("vda", image),))))
-        assert line.startswith("localdisk: libvirt does not say which VMs run: ")
+        assert line.startswith("localdisk: libvirt does not report which VMs run: ")
         code, out, _ = gc.result()
         assert (code, "kept: libvirt cannot be asked" in out) == (1, True)
         assert shown() == ()

@@ -72,7 +72,7 @@ def test_a_failure_keeps_all_and_shows_the_last_line() -> None:
 
 
 def test_a_tool_that_dies() -> None:
-    with pytest.raises(CommandFailed, match=r"failed \(killed by SIGSEGV\): it said nothing"):
+    with pytest.raises(CommandFailed, match=r"failed \(killed by SIGSEGV\): it printed nothing"):
         run.run(["sh", "-c", "kill -SEGV $$"])
 
 

@@ -182,6 +182,7 @@ def test_a_target_that_is_too_small(device: Device, tmp_path: Path) -> None:
         ("echo first >&2; echo '  why ' >&2; echo >&2; exit 1", "why :"),
         ("exit 1", "qemu-img: exit code 1 :"),
         ("kill -SEGV $$", "qemu-img: killed by SIGSEGV :"),
+        ("echo 'an assertion' >&2; kill -ABRT $$", "qemu-img: killed by SIGABRT: an assertion :"),
         (r"printf 'a\033[31mb\n' >&2; exit 1", r"a\x1b[31mb :"),
     ],
 )

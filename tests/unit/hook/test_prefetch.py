@@ -79,7 +79,7 @@ def test_names_of_no_template(storage: Storage, name: str, kind: type[Error], pr
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"VOLTYPE": "LEAF"}, "its metadata does not call it a template's"),
+        ({"VOLTYPE": "LEAF"}, "its metadata does not mark it as a template's"),
         ({"LEGALITY": "ILLEGAL"}, "its metadata is not that of a template in use"),
         ({"IMAGE": VM_IMAGE}, "its metadata is not that of a template in use"),
         ({"FORMAT": "VMDK"}, "there is no metadata of vdsm's"),
@@ -102,10 +102,10 @@ def test_a_template_that_stands_on_another_volume(storage: Storage) -> None:
     assert "it stands on another volume" in storage.refused(SourceRefused)
 
 
-def test_block_storage_does_not_tell(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_block_storage_has_no_mark(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os.path, "realpath", lambda path: f"/dev/dm-3{path}")
     message = storage.refused(NoTemplate, f"/rhev/x/{VOLUME}")
-    assert "block storage does not tell whether it is a template's; the first VM brings it in" in message
+    assert "a block volume has no mark that it is a template's; the first VM caches it" in message
 
 
 @pytest.mark.parametrize(

@@ -213,7 +213,7 @@ def test_without_libvirt(host: FakeHost) -> None:
     assert [found.next.text for found in taken.disks] == ["kept, see problems", "removed when VM stops"]
     assert taken.problems == ()
     (line,) = taken.unseen
-    assert line.startswith("which VMs run: libvirt does not say which VMs run: virsh --readonly failed")
+    assert line.startswith("which VMs run: libvirt does not report which VMs run: virsh --readonly failed")
 
 
 # -- copies
