@@ -117,7 +117,7 @@ def _report(message: str, exit_code: int, point: str = "") -> int:
         traceback.print_exc()
     if point:
         print(hook_call.shown(message), file=sys.stderr)
-        return hook_call.exit_code(point, exit_code)
+        return hook_call.exit_code(point, exit_code, os.environ)
     *details, last = message.splitlines()
     print(*details, f"localdisk: {last}", sep="\n", file=sys.stderr)
     return exit_code

@@ -5,6 +5,7 @@ disks are what counts.  A file is made before its VM's first disk is complete, a
 from the tags, also after a boot, before vdsm starts any VM; then it makes the file `ALL`.  As long as gc
 cannot read all volume groups after a boot, each VM may have kept disks.  The text of a file names the images
 whose disks are about to be marked as stale: if the marking is interrupted, the next start or gc marks them.
+Each line is an image, or `IMAGE/VOLUME GROUP` if the others have been looked at and this one could not.
 """
 
 from __future__ import annotations
@@ -34,24 +35,31 @@ def note(vm_id: str) -> None:
 
 
 def doubt(vm_id: str, images: Iterable[str]) -> tuple[str, ...]:
-    """Note that kept disks of these images are about to be marked as stale; all that were noted so far."""
+    """Note that kept disks of these images are about to be marked as stale; returns all lines of the file."""
     every = tuple(sorted({*images, *doubted(vm_id)}))
     _write(vm_id, os.O_CREAT | os.O_TRUNC, "\n".join(every))
     return every
 
 
-def settle(vm_id: str) -> None:
-    """Note that these disks are marked."""
-    _write(vm_id, os.O_CREAT | os.O_TRUNC, "")
+def settle(vm_id: str, doubts: Iterable[str], unread: Iterable[str]) -> None:
+    """Note that these disks are marked, but for those in the groups that could not be read."""
+    left = {f"{image}/{name}" for name in unread for image in images_in(doubts, name)}
+    _write(vm_id, os.O_CREAT | os.O_TRUNC, "\n".join(sorted(left)))
 
 
 def doubted(vm_id: str) -> tuple[str, ...]:
-    """The images whose kept disks must still be marked as stale."""
+    """The lines of its file: whose kept disks must still be marked as stale."""
     try:
         with open(path(vm_id), encoding="utf-8", errors="replace") as file:
             return tuple(file.read(1 << 16).split())
     except OSError:
         return ()
+
+
+def images_in(doubts: Iterable[str], vg_name: str) -> frozenset[str]:
+    """The images whose kept disks must still be marked in this group."""
+    split = (doubt.partition("/") for doubt in doubts)
+    return frozenset(image for image, _, group in split if group in ("", vg_name))
 
 
 def noted() -> Mapping[str, tuple[str, ...]]:

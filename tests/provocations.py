@@ -969,7 +969,14 @@ def no_record(world: World) -> None:
     gc.collect(config.parse(fake_session.KEEP.encode(), "F"))
 
 
+def stale_in_another_group(world: World) -> object:
+    there = world.host()
+    kept.doubt(VM, [kept.EVERY])
+    return world.ask(CLAIM, text=GROUP_GONE, host=there)
+
+
 STALE_ONES = {
+    "another group": case(stale_in_another_group, "not marked as stale yet", VM, "gone"),
     "by gc": case(stale_later, "not marked as stale yet", VM, "evil"),
     "by the hook": case(stale_hook, "not marked as stale yet", VM),
     "no record": case(no_record, "cannot be written", "cannot be removed", VM, OTHER_VM),

@@ -123,8 +123,8 @@ BEHIND = {
     " makes the next start use the kept disk nevertheless: [kept disks](#kept-stale-and-drifted-disks).",
     "OtherLeaf": "A snapshot was made, removed or previewed while the VM was down. For `<or_use_it>`, see"
     " `source_changed`: [kept disks](#kept-stale-and-drifted-disks).",
-    "KeptStale": "The VM ran on this host with the property removed or `off`: [kept"
-    " disks](#kept-stale-and-drifted-disks).",
+    "KeptStale": "The VM used the image on this host from shared storage, for example without the"
+    " property: [kept disks](#kept-stale-and-drifted-disks).",
     "KeptElsewhere": "`volume_group` was changed, for all VMs or for this one. A new disk in the other group"
     " would not have the data of the kept disk, and gc would remove these when `keep_for` is over.",
     "DiskDrifted": "[drifted.md](drifted.md) shows how to bring the data together. The VM does not start"

@@ -62,13 +62,14 @@ class CachedTemplate:
 
     @contextlib.contextmanager
     def _left_to_others(self) -> Iterator[None]:
-        """Release the lock, and wait for it again at the end; meanwhile the template LV may be removed."""
+        """Release the lock, and wait for it again at the end; meanwhile the template LV may be removed.
+
+        After an error the start ends, and does not need the lock.
+        """
         self.new_volume.release()
         self._found = None
-        try:
-            yield
-        finally:
-            self.new_volume = self._hold()
+        yield
+        self.new_volume = self._hold()
 
     @property
     def chunk(self) -> int:

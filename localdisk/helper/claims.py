@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 
 from localdisk import kept, libvirt, lock, log
@@ -141,17 +141,21 @@ def require_none_elsewhere(config: Config, policy: Policy, vm_id: str, image_id:
 
     Its VM would start without the data of that disk, and gc would remove them when their time is over.
     """
-    others = {name: devices for name, devices in config.volume_groups.items() if name != policy.volume_group}
-    for name, devices in others.items() if kept.may_have(vm_id) else ():
-        try:
-            vg = VolumeGroup.read(name, devices)
-        except Error as error:
-            log.problem("a start cannot look at a volume group", vg=name, vm=vm_id, why=error)
-            continue
+    for vg in other_groups(config, policy, vm_id):
         for disk in of_vm(vg, vm_id):
             is_needed = disk.state is State.DRIFTED or local_disk.is_kept(disk, policy.retention)
             if disk.image_id == image_id and is_needed:
-                raise KeptElsewhere(vg=name, lv=disk.volume_id, wanted=policy.volume_group)
+                raise KeptElsewhere(vg=vg.vg_name, lv=disk.volume_id, wanted=policy.volume_group)
+
+
+def other_groups(config: Config, policy: Policy, vm_id: str) -> Iterator[VolumeGroup]:
+    """The groups but the VM's own that can be read, if it may have kept disks."""
+    for name, devices in config.volume_groups.items() if kept.may_have(vm_id) else ():
+        if name != policy.volume_group:
+            try:
+                yield VolumeGroup.read(name, devices)
+            except Error as error:
+                log.problem("a start cannot look at a volume group", vg=name, vm=vm_id, why=error)
 
 
 # -- reading the volume group
@@ -182,13 +186,20 @@ def of_vm(vg: VolumeGroup, vm_id: str) -> list[LocalDisk]:
     return [disk for disk in local_disk.local_disks(vg) if disk.vm_id == vm_id]
 
 
-def look_at(vg: VolumeGroup, policy: Policy, vm_id: str, disk: DiskIds) -> Looked:
-    """Whether a disk has a local copy, and its state; nothing is locked or changed.  Raises as `find`."""
-    is_local = policy.is_local(disk.image_id)
+def look_at(groups: Sequence[VolumeGroup], policy: Policy, vm_id: str, disk: DiskIds) -> Looked:
+    """Whether a disk has a local copy, and its state; nothing is locked or changed.  Raises as `find`.
+
+    `groups`: the VM's own, and others in which it may have kept disks.
+    """
+    vg, is_local = groups[0], policy.is_local(disk.image_id)
     found = find(vg, vm_id, disk.image_id, disk.volume_id) if is_local else None
     return Looked(
         is_local=is_local,
-        is_kept=any(each.image_id == disk.image_id and stale.is_usable(each) for each in of_vm(vg, vm_id)),
+        is_kept=any(
+            each.image_id == disk.image_id and stale.is_usable(each)
+            for group in groups
+            for each in of_vm(group, vm_id)
+        ),
         is_ready=found is not None and found.state is State.READY and found.lv.lv_active,
         state=found.state.value if found else "absent",
         path=vg.path(disk.volume_id),

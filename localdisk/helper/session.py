@@ -155,7 +155,10 @@ class Session:
         if any(policy.is_local(disk.image_id) for disk in request.disks):
             cancel.require_started(request.vm_id)
         vg = claims.read(policy)
-        return Looks(tuple(claims.look_at(vg, policy, request.vm_id, disk) for disk in request.disks))
+        every = [vg]
+        if any(not policy.is_local(disk.image_id) for disk in request.disks):
+            every += claims.other_groups(self._config, policy, request.vm_id)
+        return Looks(tuple(claims.look_at(every, policy, request.vm_id, disk) for disk in request.disks))
 
     def _claim_disk(self, request: protocol.Claim) -> Claimed:
         self.close()
@@ -165,9 +168,9 @@ class Session:
             return Claimed(stays=True, path="", chunk=0, is_cached=False)
         cancel.require_start(vm_id)
         self._starting = vm_id
-        doubted = kept.doubted(vm_id)
+        doubted = kept.images_in(kept.doubted(vm_id), policy.volume_group)
         if doubted:
-            stale.mark(self._config, vm_id, doubted, self._pause)
+            self._mark_what_is_in_doubt(vm_id, policy)
         with ExitStack() as stack:
             held = stack.enter_context(lock.holding(lock.disk_lock(volume_id), self._pause))
             # What the hook has seen in libvirt counts only if nothing was waited for since.
@@ -302,6 +305,15 @@ class Session:
         return Done()
 
     # -- steps
+
+    def _mark_what_is_in_doubt(self, vm_id: str, policy: Policy) -> None:
+        """Mark the VM's kept disks as stale that are in doubt; in its own group, that must not fail."""
+        try:
+            stale.mark(self._config, vm_id, (), self._pause)
+        except Error as error:
+            if kept.images_in(kept.doubted(vm_id), policy.volume_group):
+                raise
+            log.problem("kept disks are not marked as stale yet", vm=vm_id, why=error)
 
     def _policy(self, request: Any) -> Policy:
         """The policy of the VM and custom property that a request names."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 
 from localdisk import clock, kept, libvirt, lock, log
@@ -59,28 +59,32 @@ def _mark_if_drifted(vg: VolumeGroup, disk: LocalDisk, paths: set[str]) -> None:
 
 def _stopped_disks(
     config: Config, policy: Policy, vm_id: str, locks: ExitStack
-) -> Iterator[tuple[VolumeGroup, list[LocalDisk]]]:
+) -> list[tuple[VolumeGroup, list[LocalDisk]]]:
     """The disks of a VM that has stopped, by group, with their locks held; without disks that a new start
     prepares.
 
-    The VM's volume group may have been changed while it ran, so all groups are looked at, its own first.
-    Raises StillRuns, and LVM's errors about its own group.
+    The VM's volume group may have been changed while it ran, so the other groups are looked at, too: for
+    disks that it may have run from.  Raises StillRuns, and LVM's errors about its own group.
     """
-    for name, devices in {policy.volume_group: policy.devices, **config.volume_groups}.items():
+    own = policy.volume_group
+    others = {name: devices for name, devices in config.volume_groups.items() if name != own}
+    found = [_held_disks(VolumeGroup.read(own, policy.devices), vm_id, locks)]
+    for name, devices in others.items():
         try:
-            vg = VolumeGroup.read(name, devices)
-            held = {disk.volume_id for disk in of_vm(vg, vm_id) if _try_hold(disk.volume_id, locks)}
-            vg = VolumeGroup.read(name, devices) if held else vg
+            vg, disks = _held_disks(VolumeGroup.read(name, devices), vm_id, locks)
+            found.append((vg, [disk for disk in disks if disk.state is State.READY]))
         except Error as error:
-            if name == policy.volume_group:
-                raise
             log.problem("a stop cannot look at a volume group", vg=name, vm=vm_id, why=error)
-            continue
-        disks = [disk for disk in of_vm(vg, vm_id) if disk.volume_id in held]
-        if any(disk.is_open for disk in disks) and vm_id in libvirt.active():
-            raise StillRuns(vm=vm_id)
-        if disks:
-            yield vg, disks
+    if any(disk.is_open for _, disks in found for disk in disks) and vm_id in libvirt.active():
+        raise StillRuns(vm=vm_id)
+    return [(vg, disks) for vg, disks in found if disks]
+
+
+def _held_disks(vg: VolumeGroup, vm_id: str, locks: ExitStack) -> tuple[VolumeGroup, list[LocalDisk]]:
+    """The group, read again with the locks of the VM's disks held, and these disks."""
+    held = {disk.volume_id for disk in of_vm(vg, vm_id) if _try_hold(disk.volume_id, locks)}
+    vg = VolumeGroup.read(vg.vg_name, vg.devices) if held else vg
+    return vg, [disk for disk in of_vm(vg, vm_id) if disk.volume_id in held]
 
 
 def _try_hold(volume_id: str, locks: ExitStack) -> bool:

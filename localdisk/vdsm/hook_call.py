@@ -98,12 +98,15 @@ def read_call(point: str, environ: Mapping[str, str]) -> Call:
     return Call(point, _vm_id(environ), _property_value(environ), _data_path(wanted, environ))
 
 
-def exit_code(point: str, code: int) -> int:
+def exit_code(point: str, code: int, environ: Mapping[str, str]) -> int:
     """The exit code of a hook at `point`, for the program's exit code `code`.
 
     After 2, vdsm skips all later hooks, those of other products included.  If vdsm refuses the operation,
-    they have nothing to do; if vdsm continues, they must run.
+    they have nothing to do; if vdsm continues, they must run.  A VM without the property is never refused:
+    when it begins to run, only its kept disks are marked.
     """
+    if point in BEGINNINGS and environ.get("localdisk", "off") == "off":
+        return 0
     return 1 if code == 2 and point in UNREFUSABLE else code
 
 

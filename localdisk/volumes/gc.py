@@ -155,16 +155,18 @@ def _look_after_kept(
 
     `groups` may have been read hours ago, before an erase; `seen` is that of `kept.renew`.
     """
-    for vm_id, images in kept.noted().items():
+    names = [vg.vg_name for vg in groups]
+    for vm_id, doubts in kept.noted().items():
         try:
-            if images:
-                stale.mark(config, vm_id, images, _give_up)
+            if any(kept.images_in(doubts, name) for name in names):
+                stale.mark(config, vm_id, (), _give_up)
         except _GaveUp:  # a process works on one of the disks; the next gc marks them
             pass
         except Error as error:
             log.problem("kept disks are not marked as stale yet", vm=vm_id, why=error)
     every = (disk for vg in groups for disk in local_disks(vg))
-    kept.renew(frozenset(disk.vm_id for disk in every if disk.vm_id and stale.is_usable(disk)), is_all, seen)
+    may_matter = (disk for disk in every if disk.is_complete or disk.state is State.DRIFTED)
+    kept.renew(frozenset(disk.vm_id for disk in may_matter if disk.vm_id), is_all, seen)
 
 
 def _look_after_ready(groups: tuple[VolumeGroup, ...]) -> None:

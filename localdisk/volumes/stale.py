@@ -19,14 +19,17 @@ from localdisk.volumes.lvm import VolumeGroup
 
 
 def mark(config: Config, vm_id: str, images: Sequence[str], pause: Pause) -> None:
-    """Mark the VM's kept disks of these images (`kept.EVERY`: of all its images).  Raises LVM's errors."""
-    images = kept.doubt(vm_id, images)
+    """Mark the VM's kept disks of these images (`kept.EVERY`: of all its images), and what was in doubt.
+
+    Raises LVM's errors.  If a group cannot be read, its disks are marked later.
+    """
+    doubts = kept.doubt(vm_id, images)
     groups, failures = lvm.read_all(config.volume_groups)
     for vg in groups:
-        _mark(vg, vm_id, images, pause)
+        _mark(vg, vm_id, kept.images_in(doubts, vg.vg_name), pause)
+    kept.settle(vm_id, doubts, unread=config.volume_groups.keys() - {vg.vg_name for vg in groups})
     if failures:
         raise failures[0]
-    kept.settle(vm_id)
 
 
 def is_usable(disk: LocalDisk) -> bool:
@@ -34,7 +37,7 @@ def is_usable(disk: LocalDisk) -> bool:
     return disk.is_complete and not disk.is_stale
 
 
-def _mark(vg: VolumeGroup, vm_id: str, images: Sequence[str], pause: Pause) -> None:
+def _mark(vg: VolumeGroup, vm_id: str, images: frozenset[str], pause: Pause) -> None:
     with ExitStack() as locks:
         found = [disk.volume_id for disk in _usable(vg, vm_id, images)]
         for name in found:
@@ -49,7 +52,7 @@ def _mark(vg: VolumeGroup, vm_id: str, images: Sequence[str], pause: Pause) -> N
             log.event("kept disks are stale, the VM starts without them", vm=vm_id, disks=" ".join(names))
 
 
-def _usable(vg: VolumeGroup, vm_id: str, images: Sequence[str]) -> Iterator[LocalDisk]:
+def _usable(vg: VolumeGroup, vm_id: str, images: frozenset[str]) -> Iterator[LocalDisk]:
     own = [disk for disk in local_disks(vg) if disk.vm_id == vm_id and is_usable(disk)]
     own = [disk for disk in own if kept.EVERY in images or disk.image_id in images]
     runs = any(disk.is_open for disk in own) and _runs(vm_id)

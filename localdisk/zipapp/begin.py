@@ -7,6 +7,7 @@ import os
 import sys
 
 UNREFUSABLE = ("before_vdsm_start", "before_vm_destroy", "after_vm_destroy")
+BEGINNINGS = ("before_vm_start", "before_vm_migrate_destination")
 PYTHONS = ((3, 9), (3, 10), (3, 11), (3, 12), (3, 13))  # build.sh packs for these
 MACHINE = "x86_64"
 
@@ -20,7 +21,12 @@ def require_host(point):  # type: (str) -> None
 
 
 def refused(point):  # type: (str) -> int
-    """The exit code if we cannot run at this hook point.  After 2, vdsm does not run the hooks after ours."""
+    """The exit code if we cannot run at this hook point.  After 2, vdsm does not run the hooks after ours.
+
+    A VM without the property is never refused: only its kept disks are marked at these points.
+    """
+    if point in BEGINNINGS and os.environ.get("localdisk", "off") == "off":  # noqa: SIM112 (vdsm's name)
+        return 0
     return 1 if point in UNREFUSABLE else 2
 
 

@@ -430,7 +430,7 @@ def group_on(*devices: object) -> Iterator[None]:
 
 def test_no_volume_group() -> None:
     """Only the administrator knows the DEVICE of the fix."""
-    with failing_device("bed-a", 64 * MIB) as device, group_on():
+    with failing_device("bed-a", 256 * MIB) as device, group_on():
         fixed(f"no volume group {NAME} on this host", DEVICE=str(device.path))
 
 

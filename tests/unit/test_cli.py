@@ -377,6 +377,7 @@ def test_only_where_vdsm_refuses_other_hooks_do_not_run(
     run: Run, monkeypatch: pytest.MonkeyPatch, points: list[str], point: str, error: Exception
 ) -> None:
     """Exit code 2 keeps vdsm from running the hooks that come after ours."""
+    monkeypatch.setenv("localdisk", "lvm")
     monkeypatch.setattr(hook_points, "run", raising(error))
     monkeypatch.setattr(cli, "before_vdsm_start", raising(error))
     assert run.refused("hook", point, code=2 if point in RAISING_POINTS else 1)
@@ -417,6 +418,7 @@ def test_the_fix_of_very_many_problems_is_shown(
 def test_the_first_of_many_problems_are_shown(
     run: Run, monkeypatch: pytest.MonkeyPatch, points: list[str]
 ) -> None:
+    monkeypatch.setenv("localdisk", "lvm")
     monkeypatch.setattr(hook_points, "run", raising(config_refused(80)))
     line = run.refused("hook", "before_vm_start")
     assert line.startswith("/etc/localdisk.yaml:1:3: on_stop: 'kepp' is none of delete, keep; /etc/")

@@ -509,6 +509,68 @@ def test_a_stop_after_the_volume_group_was_changed(
         assert host.removed == [volume]
 
 
+def test_a_stop_leaves_what_was_kept_in_another_group(
+    host: FakeHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its start was refused for the sake of this disk, and now the engine destroys the VM."""
+    add_group(monkeypatch, "fast")
+    volume = host.add(VOLUME, tags("STOPPED_5"), SIZE)
+    hook = Hook(host, ELSEWHERE.format("delete"))
+    assert f"ovirt-local/{VOLUME} of this VM is kept" in hook.refused(CLAIM)
+    assert hook.ask(RELEASE) == {}
+    assert volume.lv_tags == tags("STOPPED_5")
+
+
+def test_a_vm_that_still_runs_in_another_group(host: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    add_group(monkeypatch, "fast")
+    host.add(VOLUME, tags(), SIZE, lv_device_open="open")
+    host.active = {VM}
+    assert "as still running" in Hook(host, ELSEWHERE.format("delete")).refused(RELEASE)
+
+
+@pytest.mark.parametrize("more", ["DRIFTED_5", "STOPPED_5", "STALE"])
+def test_a_disk_in_another_group_is_not_passed_over_after_gc(
+    host: FakeHost, monkeypatch: pytest.MonkeyPatch, more: str
+) -> None:
+    host.add(VOLUME, tags(more), SIZE)
+    host.defined = {VM}
+    monkeypatch.setattr(time, "time", lambda: 6.0)
+    gc.collect(parsed(KEEP))
+    assert not kept.may_have(OTHER_VM)
+    add_group(monkeypatch, "fast")
+    assert f"ovirt-local/{VOLUME} of this VM is kept" in Hook(host, ELSEWHERE.format("keep")).refused(CLAIM)
+
+
+@pytest.mark.parametrize("change", ["enabled: off", f"disks: [{OTHER_IMAGE}]"])
+def test_a_disk_in_another_group_of_an_image_that_stays_shared(
+    host: FakeHost, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    add_group(monkeypatch, "fast")
+    host.add(VOLUME, tags("STOPPED_5"), SIZE)
+    hook = Hook(host, f"vms: {{{VM}: {{volume_group: fast, {change}}}, {OTHER_VM}: {{backend: lvmthin}}}}")
+    (looked,) = hook.ask(LOOK_AT_IT)["disks"]
+    assert (looked["local"], looked["kept"]) == (False, True)
+
+
+@pytest.mark.parametrize("is_own", [True, False])
+def test_a_doubt_about_a_group_that_cannot_be_read(host: FakeHost, is_own: bool) -> None:
+    """It refuses starts in this group only."""
+    text = f"{{vms: {{{VM if is_own else OTHER_VM}: {{volume_group: gone}}}}}}"
+    host.add(OTHER_VOLUME, tags("STOPPED_5"), SIZE)
+    hook = Hook(host, text)
+    assert "no volume group gone" in hook.refused({"verb": "stale", "vm": VM, "images": ["*"]})
+    assert kept.doubted(VM) == ("*/gone",)
+    assert "STALE" in host.volumes[OTHER_VOLUME].lv_tags
+    host.volumes[OTHER_VOLUME].lv_tags.discard("STALE")  # the operator has decided
+    if is_own:
+        assert "no volume group gone" in hook.refused(CLAIM)
+    else:
+        assert hook.ask(CLAIM) == TO_PREPARE
+    gc.collect(parsed(text))
+    assert "STALE" not in host.volumes[OTHER_VOLUME].lv_tags, "what was in doubt is another group's"
+    assert kept.doubted(VM) == ("*/gone",)
+
+
 def test_a_drift_after_the_volume_group_was_changed(host: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
     add_group(monkeypatch, "fast")
     volume = host.add(VOLUME, tags(), SIZE)

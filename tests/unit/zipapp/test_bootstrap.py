@@ -40,10 +40,28 @@ def test_points_are_vdsms() -> None:
     assert {*main.POINTS_OF_A_VM, "before_vdsm_start"} == hook_call.POINTS
     assert "before_vdsm_start" not in main.POINTS_OF_A_VM
     assert set(begin.UNREFUSABLE) == hook_call.UNREFUSABLE
+    assert begin.BEGINNINGS == main.BEGINNINGS == hook_call.BEGINNINGS
+
+
+@pytest.mark.parametrize("point", begin.BEGINNINGS)
+@pytest.mark.parametrize(("value", "code"), [("off", 0), (None, 0), ("lvm", 2), ("", 2), ("nonsense", 2)])
+def test_a_vm_without_the_property_is_never_refused(
+    monkeypatch: pytest.MonkeyPatch, point: str, value: str | None, code: int
+) -> None:
+    """Only its kept disks are to be marked."""
+    monkeypatch.delenv("localdisk", raising=False)
+    if value is not None:
+        monkeypatch.setenv("localdisk", value)
+    assert begin.refused(point) == code
+    assert hook_call.exit_code(point, 2, os.environ) == code
+    assert hook_call.exit_code(point, 1, os.environ) == min(code, 1)
 
 
 @pytest.mark.parametrize("point", [*main.POINTS_OF_A_VM, *begin.UNREFUSABLE])
-def test_where_it_cannot_run_other_hooks_run_unless_vdsm_refuses(point: str) -> None:
+def test_where_it_cannot_run_other_hooks_run_unless_vdsm_refuses(
+    monkeypatch: pytest.MonkeyPatch, point: str
+) -> None:
+    monkeypatch.setenv("localdisk", "lvm")
     code = 2 if point in RAISING_POINTS else 1
     assert begin.refused(main.named_point([f"/usr/libexec/vdsm/hooks/{point}/50_localdisk"])) == code
     assert begin.refused(main.named_point(["/usr/local/libexec/localdisk", "hook", point])) == code
