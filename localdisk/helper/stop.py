@@ -16,7 +16,8 @@ from localdisk.volumes.filling import log_filling
 from localdisk.volumes.local_disk import LocalDisk, State, Stop
 from localdisk.volumes.lvm import VolumeGroup
 
-LOCK_TRIES = 3  # status and gc hold a lock for a moment, to check whether it is free
+START_TRIES = 3  # how often a stop tries to take the lock of a disk that a new start prepares
+GC_TRIES = 25  # the same if gc has the lock: for as long as a few LVM commands take
 
 
 def release(config: Config, policy: Policy, vm_id: str) -> None:
@@ -88,12 +89,18 @@ def _held_disks(vg: VolumeGroup, vm_id: str, locks: ExitStack) -> tuple[VolumeGr
 
 
 def _try_hold(volume_id: str, locks: ExitStack) -> bool:
-    """Take a disk's lock until `locks` is closed; False if a new start holds it."""
-    for _ in range(LOCK_TRIES):
-        held = lock.try_hold(lock.disk_lock(volume_id))
+    """Take a disk's lock until `locks` is closed; False if a new start holds it, or gc for very long.
+
+    The lock of a disk that is prepared has a text, its progress.
+    """
+    path = lock.disk_lock(volume_id)
+    for number in range(1, GC_TRIES + 1):
+        held = lock.try_hold(path)
         if held:
             locks.callback(held.release)
             return True
+        if number >= START_TRIES and lock.read_held(path):
+            return False
         time.sleep(lock.POLL)
     return False
 

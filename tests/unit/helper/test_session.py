@@ -2101,10 +2101,32 @@ def test_a_release_that_is_killed_is_made_good_by_gc(
 def test_release_leaves_a_disk_that_is_being_prepared(host: FakeHost) -> None:
     host.add(VOLUME, tags(), SIZE)
     host.add(OTHER_VOLUME, tags(image=OTHER_IMAGE), SIZE)
-    for _ in held_elsewhere(lock.disk_lock(VOLUME)):
+    with lock.holding(lock.disk_lock(VOLUME), give_up) as held:
+        held.write("its progress")
         assert Hook(host).ask(RELEASE) == {}
     assert VOLUME in host.volumes
     assert OTHER_VOLUME not in host.volumes
+
+
+@pytest.mark.parametrize("tries", [4, 24, 99])
+def test_release_waits_for_a_gc_that_works_on_the_disk(
+    host: FakeHost, monkeypatch: pytest.MonkeyPatch, tries: int
+) -> None:
+    """For some seconds: a gc that must do more than that decides about the disk itself."""
+    host.add(VOLUME, tags(), SIZE)
+    slept: list[float] = []
+    with contextlib.ExitStack() as gc_works:
+        gc_works.enter_context(lock.holding(lock.disk_lock(VOLUME), give_up))
+
+        def sleep(seconds: float) -> None:
+            slept.append(seconds)
+            if len(slept) == tries:
+                gc_works.close()
+
+        monkeypatch.setattr(time, "sleep", sleep)
+        assert Hook(host).ask(RELEASE) == {}
+    assert (VOLUME in host.volumes) == (tries == 99)
+    assert len(slept) == min(tries, 25)
 
 
 def test_release_is_not_held_up_by_a_look_at_the_lock(
