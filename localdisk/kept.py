@@ -31,20 +31,20 @@ def may_have(vm_id: str) -> bool:
 
 def note(vm_id: str) -> None:
     """Note that the VM has, or will have, a disk that may be kept.  A failure is only logged."""
-    _write(vm_id, os.O_CREAT, "")
+    _write(vm_id)
 
 
 def doubt(vm_id: str, images: Iterable[str]) -> tuple[str, ...]:
     """Note that kept disks of these images are about to be marked as stale; returns all lines of the file."""
     every = tuple(sorted({*images, *doubted(vm_id)}))
-    _write(vm_id, os.O_CREAT | os.O_TRUNC, "\n".join(every))
+    _write(vm_id, "\n".join(every))
     return every
 
 
 def settle(vm_id: str, doubts: Iterable[str], unread: Iterable[str]) -> None:
     """Note that these disks are marked, but for those in the groups that could not be read."""
     left = {f"{image}/{name}" for name in unread for image in images_in(doubts, name)}
-    _write(vm_id, os.O_CREAT | os.O_TRUNC, "\n".join(sorted(left)))
+    _write(vm_id, "\n".join(sorted(left)))
 
 
 def doubted(vm_id: str) -> tuple[str, ...]:
@@ -118,13 +118,19 @@ def _time(entry: os.DirEntry[str]) -> int:
         return 0
 
 
-def _write(vm_id: str, flags: int, text: str) -> None:
+def _write(vm_id: str, text: str | None = None) -> None:
+    """Make the file, with this text if there is one, and set its time to now.
+
+    The old text is overwritten before the file is cut: whoever is killed here loses no line.
+    """
     try:
         os.makedirs(os.path.dirname(path(vm_id)), mode=0o755, exist_ok=True)
-        fd = os.open(path(vm_id), os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW | flags, 0o644)
+        fd = os.open(path(vm_id), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
         try:
-            os.write(fd, text.encode())
-            os.utime(fd)  # an empty text leaves the time as it was
+            if text is not None:
+                os.pwrite(fd, text.encode(), 0)
+                os.ftruncate(fd, len(text.encode()))
+            os.utime(fd)
         finally:
             os.close(fd)
     except OSError as error:

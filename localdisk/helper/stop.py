@@ -61,11 +61,11 @@ def _mark_if_drifted(vg: VolumeGroup, disk: LocalDisk, paths: set[str]) -> None:
 def _stopped_disks(
     config: Config, policy: Policy, vm_id: str, locks: ExitStack
 ) -> list[tuple[VolumeGroup, list[LocalDisk]]]:
-    """The disks of a VM that has stopped, by group, with their locks held; without disks that a new start
-    prepares.
+    """The disks of a VM that has stopped, by group, with their locks held.
 
-    The VM's volume group may have been changed while it ran, so the other groups are looked at, too: for
-    disks that it may have run from.  Raises StillRuns, and LVM's errors about its own group.
+    A disk that a new start prepares is left out.  The VM's volume group may have been changed while it ran,
+    so the other groups are looked at, too: for disks that it may have run from.  Raises StillRuns, and LVM's
+    errors about its own group.
     """
     own = policy.volume_group
     others = {name: devices for name, devices in config.volume_groups.items() if name != own}

@@ -209,8 +209,8 @@ def _decide_stopped(disk: LocalDisk, witnesses: Witnesses, policy: Policy, now: 
     why = f"kept for another {format_duration(int(left))}"
     verdict = _kept(age, Action.MARK_STOPPED, why, now.epoch + left)
     # A mark UNNEEDED was made by another date, or by another keep_for.
-    is_unmarked = verdict.action is Action.KEEP and disk.unneeded is not None
-    return replace(verdict, action=Action.CLEAR_MARK) if is_unmarked else verdict
+    is_outdated = verdict.action is Action.KEEP and disk.unneeded is not None
+    return replace(verdict, action=Action.CLEAR_MARK) if is_outdated else verdict
 
 
 def _kept(age: Age, again: Action, why: str, due: float) -> Verdict:

@@ -14,6 +14,7 @@ from dataclasses import replace
 import pytest
 
 from tests.bed import host, libvirt
+from tests.bed.here import loop_device
 from tests.bed.player import run_point
 from tests.bed.shell import run
 from tests.bed.storage import COW, RAW, Image, Storage, fill, new_id, qemu_io
@@ -275,14 +276,11 @@ def other_group() -> Iterator[str]:
     name, file = "bed-other", host.SCRATCH / "other.pv"
     with open(file, "wb") as pv:
         pv.truncate(256 * MIB)
-    loop = run("losetup", "--find", "--show", str(file)).strip()
-    run("vgcreate", "-y", name, loop)
-    try:
+    with loop_device(file) as loop:
+        run("vgcreate", "-y", name, loop)
         yield name
-    finally:
         run("vgremove", "-ff", "-y", name)
-        run("losetup", "--detach", loop)
-        file.unlink()
+    file.unlink()
 
 
 def test_the_volume_group_of_a_vm_is_changed(file_storage: Storage, other_group: str) -> None:

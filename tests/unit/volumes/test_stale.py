@@ -183,6 +183,25 @@ def test_gc_leaves_a_record_that_is_made_while_it_works(host: FakeHost) -> None:
     assert kept.noted() == {OTHER_VM: ()}
 
 
+def test_a_process_that_is_killed_while_it_records_loses_no_doubt(
+    host: FakeHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither when it adds a doubt, nor when it takes one back."""
+    kept.doubt(VM, [IMAGE])
+
+    def kill(*_arguments: object) -> None:
+        raise Killed
+
+    for name in ("pwrite", "ftruncate"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, name, kill)
+            with contextlib.suppress(Killed):
+                kept.doubt(VM, [OTHER_IMAGE])
+            with contextlib.suppress(Killed):
+                kept.settle(VM, (), ())
+        assert IMAGE in kept.doubted(VM)
+
+
 def test_a_doubt_is_added_to_what_was_in_doubt(host: FakeHost) -> None:
     host.add(VOLUME, tags("STOPPED_5"), SIZE)
     kept.doubt(VM, [IMAGE])
